@@ -1,0 +1,57 @@
+# Every target works as the first command after a clone: it creates .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := pyproject.toml setup.py constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast bench gpu-check lint format typecheck clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: $(REQUIREMENTS) | $(BIN)/python
+	$(PIP_INSTALL) --editable ".[hf,plots]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
+	$(PIP_INSTALL) --editable ".[dev]"
+	@touch $@ $(VENV)/.installed-demo
+
+demo: $(VENV)/.installed-demo ## Train, merge, export and compare all shortcuts on a small model; writes a report
+	$(BIN)/reslora demo $(ARGS)
+
+test: $(VENV)/.installed-dev ## Run every test that this machine can run
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(VENV)/.installed-dev ## The same without the tests marked slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+bench: $(VENV)/.installed-dev ## Time the layers against frozen linears, plain layers and PEFT
+	$(BIN)/python -m pytest benchmarks/kernels $(ARGS)
+
+gpu-check: $(VENV)/.installed-dev ## On a CUDA GPU: the tests marked gpu, then the kernel benchmarks
+	@$(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())" \
+		|| { echo "make gpu-check needs a CUDA GPU that torch can use; this machine has none (see: reslora doctor)" >&2; exit 1; }
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest benchmarks/kernels $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff: rules and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/.installed-dev ## Let ruff rewrite what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+typecheck: $(VENV)/.installed-dev ## mypy, strict on the package
+	$(BIN)/mypy
+
+clean: ## Remove .venv and everything that was generated
+	rm -rf $(VENV) build dist *.egg-info reslora_kernels/_build_info.py
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,26 @@
+"""ResLoRA (arXiv 2402.18039): low-rank adapters with residual paths between them, at the price of the frozen matmul."""
+
+from ._version import __version__
+from .adapters import load_adapter, save_adapter
+from .config import ResLoRAConfig
+from .coverage import inspect
+from .linear import ResLoRALinear, link
+from .merging import merge_reslora, unmerge_reslora
+from .model import apply_reslora
+from .peft_export import export_peft
+from .statistics import collect_statistics
+
+__all__ = [
+    "ResLoRAConfig",
+    "ResLoRALinear",
+    "__version__",
+    "apply_reslora",
+    "collect_statistics",
+    "export_peft",
+    "inspect",
+    "link",
+    "load_adapter",
+    "merge_reslora",
+    "save_adapter",
+    "unmerge_reslora",
+]

@@ -1,0 +1,8 @@
+"""``python -m reslora_kernels``: the same as the command ``reslora``."""
+
+import sys
+
+from reslora_kernels.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""What a ResLoRA run is made of: one frozen, validated value that travels as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Shortcut = Literal["none", "input", "block", "middle"]
+MergeMethod = Literal["input", "weights", "least_squares"]
+BackendName = Literal["auto", "torch", "triton", "cuda"]
+Bias = Literal["none", "all", "lora_only"]
+
+ALL_LINEAR = "all-linear"
+MAX_RANK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResLoRAConfig:
+    """Hyperparameters of ResLoRA (arXiv 2402.18039). Names follow PEFT's ``LoraConfig`` where the meaning is the same.
+
+    Args:
+        r: rank of every adapter, 1 to 256.
+        lora_alpha: the low-rank term is multiplied by ``lora_alpha / r`` (see ``scaling``).
+        lora_dropout: probability in [0, 1) that an element of x is dropped before the projection.
+        target_modules: which ``nn.Linear`` to adapt: names or name endings, one regular expression that must match the
+            whole name, or ``"all-linear"`` (every linear layer but the output head).
+        exclude_modules: names or name endings, or one regular expression, to leave out.
+        layers_to_transform: only modules whose first numbered name component is one of these.
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
+        bias: which biases train: "none", "all", or "lora_only" (those of the adapted layers).
+        shortcut: "none" (LoRA, Eq. 1), "input" (Eq. 2), "block" (Eq. 3), "middle" (Eq. 4).
+        pre_num: how many earlier blocks of the chain ``block`` and ``middle`` use; -1 means all. ``input`` always uses one.
+        merge: how ``merge_reslora`` turns the trained shortcut into a plain update, unless told otherwise there.
+        norm_window: number of most recent batches over which the norms for merging are averaged.
+        backend: "auto", or the backend that must serve every layer.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a value that is not allowed.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    use_rslora: bool = False
+    bias: Bias = "none"
+    shortcut: Shortcut = "block"
+    pre_num: int = 1
+    merge: MergeMethod = "least_squares"
+    norm_window: int = 100
+    backend: BackendName = "auto"
+
+    def __post_init__(self) -> None:
+        _check_int("r", self.r, 1, MAX_RANK)
+        _check_int("pre_num", self.pre_num, -1, None)
+        _check_int("norm_window", self.norm_window, 1, None)
+        _check_number("lora_alpha", self.lora_alpha, "a finite number above 0", lambda v: v > 0)
+        _check_number("lora_dropout", self.lora_dropout, "a number with 0 <= lora_dropout < 1", lambda v: 0 <= v < 1)
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        _check_choice("bias", self.bias, get_args(Bias))
+        _check_choice("shortcut", self.shortcut, get_args(Shortcut))
+        _check_choice("merge", self.merge, get_args(MergeMethod))
+        _check_choice("backend", self.backend, get_args(BackendName))
+        freeze = object.__setattr__
+        freeze(self, "target_modules", _names("target_modules", self.target_modules))
+        if self.exclude_modules is not None:
+            freeze(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
+        if self.layers_to_transform is not None:
+            freeze(self, "layers_to_transform", _layer_indices(self.layers_to_transform))
+
+    @property
+    def scaling(self) -> float:
+        """s of the equations: lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``."""
+        return float(self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r))
+
+    def replace(self, **changes: Any) -> ResLoRAConfig:
+        """A copy with the given fields changed, validated again."""
+        _check_keys(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values only, ready for JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ResLoRAConfig:
+        """The inverse of ``to_dict``. An unknown key is a ValueError."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values must be a mapping of field names to values, got {type(values).__name__}")
+        _check_keys(values)
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """``to_dict`` as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> ResLoRAConfig:
+        """The inverse of ``to_json``. Text that is not a JSON object is a ValueError."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str of JSON, got {type(text).__name__}")
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"text must hold one JSON object, got a JSON {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(ResLoRAConfig)]
+    unknown = [str(key) for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"unknown ResLoRAConfig field {', '.join(sorted(unknown))}; the fields are {', '.join(known)}")
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def _check_number(name: str, value: Any, allowed: str, holds: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+    if not math.isfinite(value) or not holds(value):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _names(name: str, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        if not value:
+            raise ValueError(f"{name} must not be empty, got {value!r}")
+        if value != ALL_LINEAR:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{name} must be a valid regular expression, got {value!r}: {error}") from None
+        return value
+    if not isinstance(value, (Sequence, set, frozenset)) or isinstance(value, bytes):
+        raise TypeError(f"{name} must be a str (regular expression) or a list of names, got {value!r}")
+    names = tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+    if not names or not all(isinstance(item, str) and item for item in names):
+        raise ValueError(f"{name} must be a list of at least one non-empty str, got {value!r}")
+    return names
+
+
+def _layer_indices(value: Any) -> tuple[int, ...]:
+    indices = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
+        raise TypeError(f"layers_to_transform must be an int or a list of int, got {value!r}")
+    if not indices or any(index < 0 for index in indices):
+        raise ValueError(f"layers_to_transform must hold at least one index of 0 or more, got {value!r}")
+    return tuple(indices)

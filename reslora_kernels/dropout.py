@@ -1,0 +1,76 @@
+"""Counter-based dropout mask: every backend draws the same bits from (seed, row, column), in any order, with no state.
+
+The generator is Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One
+call has 128 random bits and serves 8 neighbouring columns of one row, 16 bits each:
+
+    counter = (column // 8, row mod 2^32, row div 2^32, 0)      key = (seed mod 2^32, seed div 2^32)
+    element (row, column) reads word (column % 8) // 2, low half for an even column, high half for an odd one
+    kept iff those 16 bits >= round(p * 2^16); a kept element is multiplied by 1 / (1 - p)
+
+Counting by row and column group, not by a flat index, lets a kernel draw any tile without 64-bit arithmetic per element.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+COLUMNS_PER_CALL = 8
+_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+_CHUNK = 1 << 16  # counters per step: the working set stays in cache
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A seed from torch's generator for ``device``: int64 tensor [], so that recomputation and graphs reproduce it."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def threshold(p: float) -> int:
+    """The 16-bit threshold of probability p: an element is kept iff its bits are not below it."""
+    return round(p * 65536)
+
+
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """bool [rows, columns], True where the element is kept.
+
+    Args:
+        seed: int64 tensor with one element, on the device where the mask is wanted.
+        p: probability of dropping an element, in [0, 1).
+    """
+    groups = -(-columns // COLUMNS_PER_CALL)
+    mask = torch.empty(rows, groups * COLUMNS_PER_CALL, dtype=torch.bool, device=seed.device)
+    step = max(1, _CHUNK // max(1, groups)) if seed.device.type == "cpu" else max(1, rows)
+    group = torch.arange(groups, device=seed.device)
+    for start in range(0, rows, step):
+        row = torch.arange(start, min(start + step, rows), device=seed.device)
+        words = _philox(group.expand(len(row), groups), row[:, None].expand(-1, groups), seed.reshape(()))
+        halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+        mask[start : start + len(row)] = (torch.stack(halves, dim=-1) >= threshold(p)).flatten(1)
+    return mask[:, :columns]
+
+
+def apply_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:
+    """D(x): x [M, K] with dropped elements zero and kept ones times 1 / (1 - p). An Inf that is dropped becomes 0."""
+    return torch.where(mask, x * (1.0 / (1.0 - p)), 0.0)
+
+
+def _philox(group: Tensor, row: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words in int64 tensors. The 64-bit product of two 32-bit words is taken through 16-bit halves."""
+    c0, c1, c2, c3 = group & _LOW, row & _LOW, (row >> 32) & _LOW, torch.zeros_like(row)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(_MULTIPLIER[0], c0)
+        high1, low1 = _multiply(_MULTIPLIER[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(high, low) 32-bit words of a * b; every partial product stays below 2^63."""
+    high_part, low_part = (a >> 16) * b, (a & 0xFFFF) * b  # each below 2^48
+    total = low_part + ((high_part & 0xFFFF) << 16)  # below 2^49
+    return (high_part >> 16) + (total >> 32), total & _LOW

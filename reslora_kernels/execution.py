@@ -1,0 +1,123 @@
+"""The order in which layers execute, read off one forward: registration order is not it (a UNet runs its middle block
+before the upward ones but registers it after them)."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+class Execution(NamedTuple):
+    """A layer's first call in a forward: its name and x's leading (token) dimensions."""
+
+    name: str
+    tokens: tuple[int, ...]
+
+
+def record_order(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[Execution]:
+    """Call ``run`` and list the layers that executed, first to execute first. Hooks are removed whatever happens."""
+    order: dict[str, Execution] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            order.setdefault(name, Execution(name, tuple(int(size) for size in x.shape[:-1])))
+
+        return first_call
+
+    handles = [
+        layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(order.values())
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """No gradients, evaluation mode, and afterwards every training flag and the random state as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def call_with(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call a model with a batch: a mapping gives keyword arguments, a tuple or list positional ones, else one argument."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def replayable(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Copies of everything in the arguments but tensors, so that a dry run does not advance a caller's cache."""
+    args, kwargs = pytree.tree_map(
+        lambda leaf: leaf if isinstance(leaf, Tensor) else copy.deepcopy(leaf), (tuple(args), dict(kwargs))
+    )
+    return args, kwargs
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """Small inputs for a dry run of a Transformers model or a diffusers UNet, from its config; None for other models.
+
+    Encoder and decoder lengths differ, so that layers which see different tokens are told apart.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return None
+    if hasattr(model, "main_input_name"):
+        return _transformers_inputs(model, config, parameter)
+    if type(model).__name__ == "UNet2DConditionModel":
+        return _unet_inputs(config, parameter)
+    return None
+
+
+def _transformers_inputs(model: Any, config: Any, parameter: Tensor) -> dict[str, Any] | None:
+    accepted = inspect.signature(model.forward).parameters
+    tokens = torch.zeros(1, 7, dtype=torch.long, device=parameter.device)
+    if model.main_input_name == "pixel_values":
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": parameter.new_zeros(1, channels, height, width)}
+    if model.main_input_name != "input_ids":
+        return None
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = tokens[:, :5]
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _unet_inputs(config: Any, parameter: Tensor) -> dict[str, Any] | None:
+    width = config["cross_attention_dim"]
+    if not isinstance(width, int):
+        return None
+    side = 4 * 2 ** len(config["block_out_channels"])
+    return {
+        "sample": parameter.new_zeros(1, config["in_channels"], side, side),
+        "timestep": 0,
+        "encoder_hidden_states": parameter.new_zeros(1, 7, width),
+    }

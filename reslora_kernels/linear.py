@@ -1,0 +1,307 @@
+"""ResLoRALinear, a drop-in for ``nn.Linear``, and the chain that links it to the layers of the same role."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import dropout
+from .config import ResLoRAConfig
+from .forward_state import Passes
+from .ops import lora_linear
+from .shortcuts import Plan, hands_on, plan
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+class Observer(Protocol):
+    """Whoever gathers statistics: told of every call's input and of the shortcut's part of u."""
+
+    def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None: ...
+
+
+class Chain:
+    """Layers of one role in the order in which they execute, with equal sizes and ranks. Not a module: it owns nothing.
+
+    Args:
+        layers: the adapted layers, first to execute first.
+        name: what ``inspect`` calls the chain.
+    """
+
+    def __init__(self, layers: Sequence[ResLoRALinear], name: str = "") -> None:
+        self.layers = list(layers)
+        self.name = name
+        self.passes = Passes()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """One forward pass through layers that were linked by hand, without a module around them."""
+        owner = object()
+        self.passes.open(owner)
+        try:
+            yield
+        finally:
+            self.passes.close(owner)
+
+
+class ResLoRALinear(nn.Linear):
+    """y = x Wᵀ + b + the low-rank term of ``config.shortcut`` (ResLoRA, arXiv 2402.18039, Eqs. 1 to 4).
+
+    W and b are frozen and keep ``nn.Linear``'s names, so a base checkpoint loads unchanged. On its own the layer is
+    layer 0 of a chain of one: plain LoRA for every shortcut but ``input``, which counts its own input twice.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is a b.
+        device: as for ``nn.Linear``.
+        dtype: of W and b; the adapters are float32 when this is float16 or bfloat16, else the same.
+        config: rank, scaling, dropout, shortcut and backend.
+
+    Attributes:
+        lora_A: [r, in_features], Kaiming-uniform (a = sqrt 5) at the start.
+        lora_B: [out_features, r], zero at the start.
+        merged: whether W holds the merged update and the adapters are passed over.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        config: ResLoRAConfig | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.requires_grad_(False)
+        self._adapt(config if config is not None else ResLoRAConfig(), None)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, config: ResLoRAConfig, adapter_dtype: torch.dtype | None = None
+    ) -> ResLoRALinear:
+        """The adapted layer that shares ``linear``'s weight, bias, hooks and training mode.
+
+        Args:
+            adapter_dtype: dtype of lora_A and lora_B; None gives float32 for a half-precision weight, else its dtype.
+
+        Raises:
+            TypeError: ``linear`` is not exactly an ``nn.Linear`` (a quantised subclass, say).
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        for name in (*_HOOKS, *_HOOK_FLAGS):  # the same dicts: handles that remove a hook go on working
+            setattr(layer, name, getattr(linear, name))
+        layer.training = linear.training
+        layer.requires_grad_(False)
+        layer._adapt(config, adapter_dtype)
+        return layer
+
+    def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None) -> None:
+        if not isinstance(config, ResLoRAConfig):
+            raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
+        half = self.weight.dtype in (torch.float16, torch.bfloat16)
+        dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
+        options = {"device": self.weight.device, "dtype": dtype}
+        self.config = config
+        self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, config.r, **options))
+        self.merged = False
+        self.chain: Chain | None = None
+        self.position = 0
+        self.observer: Observer | None = None
+        self.replacement: tuple[Tensor, Tensor] | None = None  # (A, B) of a plain update that stands in, while merging
+        self.reset_lora_parameters()
+
+    @property
+    def scaling(self) -> float:
+        """s of the equations."""
+        return self.config.scaling
+
+    @property
+    def chain_length(self) -> int:
+        return len(self.chain) if self.chain is not None else 1
+
+    @property
+    def rank_of_call(self) -> int:
+        """R_a, the rows of A that one forward of this layer multiplies by."""
+        return sum(a.shape[0] for a in self._plan(None).a_stack)
+
+    def reset_lora_parameters(self) -> None:
+        """Start afresh: A Kaiming-uniform, B zero, so that the layer computes what the frozen one does."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] to y [..., out_features]."""
+        if self.merged:
+            return nn.functional.linear(x, self.weight, self.bias)
+        call = self._plan(x)
+        if self.observer is not None:
+            self.observer.observe(x, self.lora_A, call.residual)
+        if self.replacement is not None:
+            call = _replaced(call, *self.replacement)
+        p = self.config.lora_dropout if self.training else 0.0
+        y, handed = lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            call.a_stack,
+            call.b_stack,
+            call.residual,
+            scaling=self.scaling,
+            c=call.c,
+            p=p,
+            seed=dropout.new_seed(x.device) if p > 0 else None,
+            hand=call.hand,
+            backend=self.config.backend,
+        )
+        if handed is not None and self.chain is not None:
+            state = self.chain.passes.current()
+            if state is not None:
+                state.hand_on(self.position, handed)
+        return y
+
+    def _plan(self, x: Tensor | None) -> Plan:
+        """The layer's part in its chain; without x, what it would be if no earlier layer had run."""
+        config, chain, device = self.config, self.chain, self.weight.device
+        if chain is None:
+            layers: Sequence[ResLoRALinear] = (self,)
+            position, state = 0, None
+        else:
+            layers, position = chain.layers, self.position
+            state = chain.passes.current() if x is not None else None
+            if x is not None and len(layers) > 1 and hands_on(config.shortcut, config.pre_num):
+                if state is None:
+                    raise RuntimeError(_outside(config.shortcut, chain.name, position))
+                state.enter(position)
+
+        def handed_by(j: int) -> Tensor | None:
+            h = state.handed_by(j, x.shape[:-1]) if state is not None and x is not None else None
+            return h if h is None else h.to(device)
+
+        return plan(
+            config.shortcut,
+            config.pre_num,
+            position,
+            len(layers),
+            lambda j: layers[j].lora_A.to(device),  # neighbours may sit on another GPU
+            lambda j: layers[j].lora_B.to(device),
+            handed_by,
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint without any adapter is a base checkpoint: it leaves lora_A and lora_B as they are."""
+        missing_keys: list[str] = args[2]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        own = {prefix + "lora_A", prefix + "lora_B"}
+        if own.issubset(missing_keys) and not any(key.endswith(("lora_A", "lora_B")) for key in state_dict):
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def extra_repr(self) -> str:
+        config = self.config
+        place = f", position={self.position} of {self.chain_length}" if self.chain is not None else ""
+        return f"{super().extra_repr()}, r={config.r}, shortcut={config.shortcut!r}{place}"
+
+
+def link(layers: Sequence[ResLoRALinear], root: nn.Module | None = None, *, name: str = "") -> Chain:
+    """Link layers into one chain, so that the shortcut runs between them.
+
+    Args:
+        layers: in the order in which they execute; equal in_features, out_features, rank and shortcut.
+        root: the module whose forward is one pass through the chain. Without it, run the layers inside
+            ``with chain.forward_pass():``; ``block`` and ``none`` need neither.
+        name: what ``inspect`` and error messages call the chain.
+
+    Returns:
+        the chain.
+
+    Raises:
+        TypeError: a layer is not a ResLoRALinear, or root is not a module.
+        ValueError: no layer, a layer given twice or linked already, or unlike layers. Nothing is linked then.
+    """
+    layers = list(layers)
+    if not layers:
+        raise ValueError("layers must hold at least one ResLoRALinear, got none")
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, ResLoRALinear):
+            raise TypeError(f"layers[{i}] must be a ResLoRALinear, got {type(layer).__name__}")
+        if layer.chain is not None:
+            raise ValueError(f"layers[{i}] is already linked, at position {layer.position} of its chain")
+        if _signature(layer) != _signature(layers[0]):
+            raise ValueError(
+                f"layers must agree in (in_features, out_features, r, shortcut, pre_num): layers[{i}] has "
+                f"{_signature(layer)}, layers[0] has {_signature(layers[0])}"
+            )
+    if len({id(layer) for layer in layers}) != len(layers):
+        raise ValueError("layers must not hold the same layer twice")
+    if root is not None and not isinstance(root, nn.Module):
+        raise TypeError(f"root must be an nn.Module or None, got {type(root).__name__}")
+    chain = Chain(layers, name)
+    for position, layer in enumerate(layers):
+        layer.chain, layer.position = chain, position
+    if root is not None:
+        scope_pass(root, [chain])
+    return chain
+
+
+def scope_pass(module: nn.Module, chains: Sequence[Chain]) -> None:
+    """Make ``module``'s forward one pass through ``chains``. The hooks hold the chains, so a deep copy has its own."""
+    module.register_forward_pre_hook(_OpenPass(chains), prepend=True)
+    module.register_forward_hook(_ClosePass(chains), always_call=True)
+
+
+class _OpenPass:
+    def __init__(self, chains: Sequence[Chain]) -> None:
+        self.chains = list(chains)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        for chain in self.chains:
+            chain.passes.open(module)
+
+
+class _ClosePass(_OpenPass):
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        for chain in self.chains:
+            chain.passes.close(module)
+
+
+def _replaced(call: Plan, a: Tensor, b: Tensor) -> Plan:
+    """The plain update (a, b) in place of the shortcut, handing on what the layer would have handed on."""
+    if call.hand is None:
+        return Plan((a,), (b,))
+    handed = torch.cat(call.a_stack)[slice(*call.hand)]
+    return Plan((a, handed), (b,), hand=(a.shape[0], a.shape[0] + handed.shape[0]))
+
+
+def _signature(layer: ResLoRALinear) -> tuple[int, int, int, str, int]:
+    config = layer.config
+    return layer.in_features, layer.out_features, config.r, config.shortcut, config.pre_num
+
+
+def _outside(shortcut: str, name: str, position: int) -> str:
+    where = f"layer {position} of chain {name!r}" if name else f"layer {position} of a chain"
+    return (
+        f"{where} with shortcut {shortcut!r} ran outside a forward pass, where no earlier layer's state exists. Call the "
+        "model that apply_reslora or link(..., root=model) was given, or run the layers inside "
+        "`with chain.forward_pass():`. If this happened in backward, activation checkpointing is recomputing a layer: "
+        "turn it off or use shortcut='block', which needs no state."
+    )

@@ -1,0 +1,304 @@
+"""merge_reslora and unmerge_reslora: the shortcuts folded into the frozen weights, and the weights restored bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .config import MergeMethod, ResLoRAConfig
+from .coverage import table
+from .execution import call_with, undisturbed
+from .linear import Chain, ResLoRALinear
+from .model import Record, adapted_layers, record_of, root_of
+from .shortcuts import hands_on
+from .statistics import LayerStatistics, Statistics, collect_statistics
+from .updates import LowRankUpdate, least_squares, relative_error, updates_of_chain
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """One merged layer. ``relative_error`` is that of its low-rank output on the calibration data; None if not measured."""
+
+    name: str
+    method: str
+    rank: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did to each layer. ``str()`` gives a table."""
+
+    rows: tuple[MergeRow, ...]
+
+    def worst(self) -> float | None:
+        """The largest relative error that was measured; None if none was."""
+        return max((row.relative_error for row in self.rows if row.relative_error is not None), default=None)
+
+    def __str__(self) -> str:
+        rows = [
+            (row.name, row.method, str(row.rank), "-" if row.relative_error is None else f"{row.relative_error:.2e}")
+            for row in self.rows
+        ]
+        return table(("layer", "merge", "rank", "relative error"), rows)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge in force: the updates, and the weights as they were (None when they were not kept)."""
+
+    updates: dict[str, LowRankUpdate]
+    originals: dict[str, Tensor] | None
+
+
+def merge_reslora(
+    model: nn.Module,
+    method: MergeMethod | None = None,
+    *,
+    statistics: Statistics | None = None,
+    calibration: Iterable[Any] | None = None,
+    sequential: bool = False,
+    regularization: float = 1e-6,
+    keep_original: bool = True,
+) -> MergeReport:
+    """Fold every adapted layer's term into its weight: W*_n = W_n + ΔW_n, computed in float32 or better, rounded once.
+
+    ``none`` and ``block`` merge exactly, whatever the method, and need no data; neither does ``input`` with "weights".
+    Every other merge is an approximation and needs ``statistics`` or ``calibration``.
+
+    Args:
+        model: an adapted model; changed in place.
+        method: "input", "weights" (the paper's, Section 3.3) or "least_squares"; None takes ``config.merge``.
+        statistics: from ``collect_statistics``.
+        calibration: batches to collect them from, run here in evaluation mode: a mapping calls ``model(**batch)``, a
+            tuple or list ``model(*batch)``, anything else ``model(batch)``.
+        sequential: fit layer n of every chain on the model whose layers before n are merged already (least_squares
+            only). Runs ``calibration`` twice per position of the longest chain, so it must be re-iterable.
+        regularization: λ as a share of the mean diagonal of G_n.
+        keep_original: keep the weights, in main memory, so that ``unmerge_reslora`` can restore them.
+
+    Returns:
+        the method, rank and relative error of every layer.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, data is missing, an update holds NaN or Inf, or a weight
+            is shared with another module. The model is unchanged then.
+    """
+    layers = adapted_layers(model)
+    record = record_of(model)
+    if record.merged is not None:
+        raise ValueError("model is merged already; call unmerge_reslora(model) first")
+    updates = compute_updates(
+        model, method,
+        statistics=statistics, calibration=calibration, sequential=sequential, regularization=regularization,
+    )  # fmt: skip
+    _refuse_tied(root_of(model), layers)
+    merged_weights: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        merged_weights[name] = (layer.weight.detach().to(wide) + updates[name].delta().to(wide)).to(layer.weight.dtype)
+        if not torch.isfinite(merged_weights[name]).all():
+            raise ValueError(f"layer {name!r}: the merged weight holds NaN or Inf; nothing was merged")
+    originals = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.weight.data.copy_(merged_weights.pop(name))
+        layer.merged = True
+    record.merged = Merged(updates, originals if keep_original else None)
+    return MergeReport(
+        tuple(MergeRow(name, update.method, update.rank, update.relative_error) for name, update in updates.items())
+    )
+
+
+def unmerge_reslora(model: nn.Module) -> nn.Module:
+    """Restore the weights from before ``merge_reslora``, bit for bit, and let the adapters run again.
+
+    Raises:
+        ValueError: the model is not merged, or was merged with ``keep_original=False``.
+    """
+    layers = adapted_layers(model)
+    record = record_of(model)
+    if record.merged is None:
+        raise ValueError("model is not merged: there is nothing to restore")
+    if record.merged.originals is None:
+        raise ValueError("model was merged with keep_original=False: its weights can only be loaded from a checkpoint")
+    for name, layer in layers.items():
+        layer.weight.data.copy_(record.merged.originals[name])
+        layer.merged = False
+    record.merged = None
+    return model
+
+
+def compute_updates(
+    model: nn.Module,
+    method: MergeMethod | None,
+    *,
+    statistics: Statistics | None = None,
+    calibration: Iterable[Any] | None = None,
+    sequential: bool = False,
+    regularization: float = 1e-6,
+) -> dict[str, LowRankUpdate]:
+    """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``. Changes nothing."""
+    layers = adapted_layers(model)
+    record = record_of(model)
+    config = record.config
+    method = _checked_method(config, method, statistics, calibration, sequential, regularization)
+    if not hands_on(config.shortcut, config.pre_num):
+        calibration = None  # exact: data would change nothing
+    if calibration is not None and not sequential:
+        with undisturbed(model), collect_statistics(model) as statistics:
+            for batch in calibration:
+                call_with(model, batch)
+    if not record.chains and config.shortcut != "none":
+        raise ValueError("the layers' execution order is not known yet: run one forward of the model before merging")
+    chains = record.chains or [Chain([layer], name) for name, layer in layers.items()]
+    if calibration is not None and sequential:
+        by_layer = _sequential(model, record, list(layers.values()), calibration, regularization)
+    else:
+        _check_statistics(statistics, layers)
+        by_layer = {}
+        names = {id(layer): name for name, layer in layers.items()}
+        for chain in chains:
+            seen = [statistics.layers[names[id(layer)]] for layer in chain.layers] if statistics else None
+            for layer, update in zip(
+                chain.layers, updates_of_chain(chain, method, seen, regularization), strict=True
+            ):
+                by_layer[layer] = update
+    return {name: by_layer[layer] for name, layer in layers.items()}
+
+
+def _sequential(
+    model: nn.Module,
+    record: Record,
+    layers: list[ResLoRALinear],
+    calibration: Iterable[Any],
+    regularization: float,
+) -> dict[ResLoRALinear, LowRankUpdate]:
+    """Least squares position by position: x_n from the model merged before n, v_n from the unmerged one."""
+    updates: dict[ResLoRALinear, LowRankUpdate] = {}
+    with undisturbed(model):
+        for n in range(max(len(chain) for chain in record.chains)):
+            current = [chain.layers[n] for chain in record.chains if len(chain) > n]
+            seen = {layer: LayerStatistics(layer.config, layer.lora_A, True) for layer in current}
+            for batch in calibration if n else ():
+                shortcut_parts = _captured(model, current, batch)
+                with _replaced(updates):
+                    inputs = _captured(model, current, batch)
+                for layer in current:
+                    for (_, v), (x, _) in zip(shortcut_parts[layer], inputs[layer], strict=True):
+                        seen[layer].observe(x, layer.lora_A, v)
+            for layer in current:
+                if n == 0:
+                    first = Chain([layer])
+                    updates[layer] = updates_of_chain(first, "least_squares", None, regularization)[0]
+                    continue
+                if not seen[layer].calls:
+                    raise ValueError("calibration gave no batch on a second run: with sequential=True pass a list")
+                a, b = layer.lora_A.detach().double(), layer.lora_B.detach().double()
+                name = layer.chain.name if layer.chain is not None else ""
+                merged = a + least_squares(seen[layer], regularization, f"layer {n} of chain {name!r}")
+                error = relative_error(seen[layer], a, merged, b)
+                wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
+                updates[layer] = LowRankUpdate(merged.to(wide), b.to(wide), layer.scaling, "least_squares", error)
+    return updates
+
+
+class _Captured:
+    """An observer that keeps x and v of every call of one batch."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor | None]] = []
+
+    def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
+        self.calls.append((x, residual))
+
+
+def _captured(
+    model: nn.Module, layers: list[ResLoRALinear], batch: Any
+) -> dict[ResLoRALinear, list[tuple[Tensor, Tensor | None]]]:
+    observers = {layer: _Captured() for layer in layers}
+    try:
+        for layer, observer in observers.items():
+            layer.observer = observer
+        call_with(model, batch)
+    finally:
+        for layer in layers:
+            layer.observer = None
+    return {layer: observer.calls for layer, observer in observers.items()}
+
+
+@contextmanager
+def _replaced(updates: dict[ResLoRALinear, LowRankUpdate]) -> Iterator[None]:
+    """Let the updates found so far stand in for their layers' shortcuts."""
+    try:
+        for layer, update in updates.items():
+            layer.replacement = (update.a, update.b)
+        yield
+    finally:
+        for layer in updates:
+            layer.replacement = None
+
+
+def _checked_method(
+    config: ResLoRAConfig,
+    method: str | None,
+    statistics: Statistics | None,
+    calibration: Iterable[Any] | None,
+    sequential: bool,
+    regularization: float,
+) -> MergeMethod:
+    allowed = get_args(MergeMethod)
+    if method is not None and method not in allowed:
+        raise ValueError(f"method must be None or one of {', '.join(map(repr, allowed))}, got {method!r}")
+    if statistics is not None and not isinstance(statistics, Statistics):
+        raise TypeError(f"statistics must come from collect_statistics, got {type(statistics).__name__}")
+    if statistics is not None and calibration is not None:
+        raise ValueError("give statistics or calibration, not both")
+    if calibration is not None and not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
+    if isinstance(regularization, bool) or not isinstance(regularization, (int, float)):
+        raise TypeError(f"regularization must be a number of 0 or more, got {regularization!r}")
+    if not (math.isfinite(regularization) and regularization >= 0):
+        raise ValueError(f"regularization must be a finite number of 0 or more, got {regularization!r}")
+    chosen: MergeMethod = method or config.merge  # type: ignore[assignment]
+    if not hands_on(config.shortcut, config.pre_num):
+        return chosen
+    if sequential and (chosen != "least_squares" or calibration is None or iter(calibration) is calibration):
+        raise ValueError(
+            "sequential=True needs method='least_squares' and calibration as a list or another re-iterable, "
+            f"got method {chosen!r} and calibration of type {type(calibration).__name__}"
+        )
+    needs_data = not (config.shortcut == "input" and chosen == "weights")
+    if needs_data and statistics is None and calibration is None:
+        hint = ", or method='weights', which needs none" if config.shortcut == "input" else ""
+        raise ValueError(
+            f"merging shortcut {config.shortcut!r} with method {chosen!r} needs data: pass calibration=<batches> or "
+            f"statistics=<from collect_statistics>{hint}"
+        )
+    return chosen
+
+
+def _check_statistics(statistics: Statistics | None, layers: dict[str, ResLoRALinear]) -> None:
+    if statistics is None:
+        return
+    if statistics.layers.keys() != layers.keys():
+        raise ValueError("statistics were collected from another model: their layers are not this model's")
+    unseen = [name for name, seen in statistics.layers.items() if seen.calls == 0]
+    if unseen:
+        raise ValueError(f"statistics hold no batch for layer {unseen[0]!r}: run the model inside collect_statistics")
+
+
+def _refuse_tied(root: nn.Module, layers: dict[str, ResLoRALinear]) -> None:
+    owners: dict[int, str] = {}
+    weights = {id(layer.weight): name for name, layer in layers.items()}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if id(parameter) in weights:
+            first = owners.setdefault(id(parameter), name)
+            module, other = root.get_submodule(name.rpartition(".")[0]), root.get_submodule(first.rpartition(".")[0])
+            if module is not other:
+                raise ValueError(f"weight {name!r} is shared with {first!r}: merging would change both")

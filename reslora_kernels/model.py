@@ -1,0 +1,236 @@
+"""apply_reslora: freeze a model, swap its linear layers, link them in the order in which they execute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backends import select
+from .config import ResLoRAConfig
+from .execution import Execution, call_with, example_inputs as derive_inputs, record_order, replayable, undisturbed
+from .linear import Chain, ResLoRALinear, link, scope_pass
+from .shortcuts import hands_on
+from .targets import find_targets, role_of
+
+
+@dataclass
+class Record:
+    """What a model remembers of its adaptation; hangs on the adapted root as ``_reslora``."""
+
+    config: ResLoRAConfig
+    unmatched: tuple[tuple[str, str], ...]
+    order: str = "not recorded yet"
+    note: str = ""
+    chains: list[Chain] = field(default_factory=list)
+    merged: Any = None  # what merge_reslora did, while it is in force
+
+
+def apply_reslora(
+    model: nn.Module,
+    config: ResLoRAConfig,
+    *,
+    example_inputs: Any = None,
+    autocast_adapter_dtype: bool = True,
+) -> nn.Module:
+    """Adapt ``model`` in place: freeze it, swap every targeted ``nn.Linear`` for a ``ResLoRALinear``, link the chains.
+
+    A chain holds the layers of one role (last non-numeric component of the module's name), equal ``in_features`` and
+    ``out_features`` and the same tokens, in the order in which they execute. The order is read off a dry run with
+    ``example_inputs``; without them, off small inputs derived from the config of a Transformers model or a diffusers
+    UNet; for any other model off the first real forward, which then runs once more before it.
+
+    Args:
+        model: any module; it is changed and returned.
+        config: what to adapt and how.
+        example_inputs: a dict of keyword arguments, a tuple or list of positional ones, or one tensor.
+        autocast_adapter_dtype: keep adapters in float32 when the weights are float16 or bfloat16, as PEFT does.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: nothing matches, a match is no plain ``nn.Linear``, or the model is adapted already. The message
+            lists the candidates.
+        RuntimeError: ``config.backend`` cannot run on this machine. In every case the model is left as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, ResLoRAConfig):
+        raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
+    if not isinstance(autocast_adapter_dtype, bool):
+        raise TypeError(f"autocast_adapter_dtype must be True or False, got {autocast_adapter_dtype!r}")
+    select.check(config.backend)
+    targets = find_targets(model, config)
+    record = Record(config, targets.unmatched)
+    chains = dry_run_chains(model, targets.matched, example_inputs, record)
+    adapt(model, targets.matched, record, chains, autocast_adapter_dtype)
+    return model
+
+
+def adapt(
+    model: nn.Module,
+    targets: Mapping[str, nn.Linear],
+    record: Record,
+    chains: Iterable[tuple[str, Sequence[str]]] | None,
+    autocast_adapter_dtype: bool,
+) -> None:
+    """Swap ``targets``, freeze the rest, link ``chains`` (name, layer names); None reads them off the first forward."""
+    _swap(model, targets, record.config, autocast_adapter_dtype)
+    model.__dict__["_reslora"] = record
+    if chains is None:
+        model.register_forward_pre_hook(_RecordFirstForward(), with_kwargs=True, prepend=True)
+    else:
+        build_chains(model, chains)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, ResLoRALinear]:
+    """The adapted layers by name, in registration order; wrappers' prefixes (DDP, torch.compile) are left off."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    layers = {name: m for name, m in root_of(model).named_modules() if isinstance(m, ResLoRALinear)}
+    return {name.replace("_orig_mod.", ""): layer for name, layer in layers.items()}
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The module that apply_reslora was given, which may sit inside a wrapper such as DDP.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module.__dict__.get("_reslora"), Record):
+            return module
+    raise ValueError("model has no ResLoRA adapters: call apply_reslora(model, config) or load_adapter(model, path) first")
+
+
+def record_of(model: nn.Module) -> Record:
+    """The record of an adapted model; ValueError if it is not adapted."""
+    record: Record = root_of(model).__dict__["_reslora"]
+    return record
+
+
+def chains_of(executed: Sequence[Execution], layers: Mapping[str, nn.Linear]) -> list[tuple[str, list[str]]]:
+    """Chains as (name, layer names): one per role, feature sizes and token shape. A layer that did not run is alone."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, tokens in executed:
+        layer = layers[name]
+        groups.setdefault((role_of(name), layer.in_features, layer.out_features, tokens), []).append(name)
+    ran = {execution.name for execution in executed}
+    for name, layer in layers.items():
+        if name not in ran:
+            groups[role_of(name), layer.in_features, layer.out_features, name] = [name]
+    named: dict[str, list[str]] = {}
+    for (role, k, n, _), members in groups.items():
+        alone = sum(key[0] == role for key in groups) == 1
+        title = role if alone else f"{role} {k}->{n}"
+        same = sum(other.split("#")[0] == title for other in named)
+        named[title if not same else f"{title}#{same + 1}"] = members
+    return list(named.items())
+
+
+def build_chains(model: nn.Module, chains: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Link the layers of an adapted model and make each module that holds a whole chain open its forward passes."""
+    layers = adapted_layers(model)
+    record = record_of(model)
+    scopes: dict[str, list[Chain]] = {}
+    for title, names in chains:
+        chain = link([layers[name] for name in names], name=title)
+        record.chains.append(chain)
+        if hands_on_in(chain, record.config):
+            for ancestor in _common_ancestors(names):
+                scopes.setdefault(ancestor, []).append(chain)
+    for ancestor, held in scopes.items():
+        module = model.get_submodule(ancestor)
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            scope_pass(module, held)
+
+
+def hands_on_in(chain: Chain, config: ResLoRAConfig) -> bool:
+    """Whether the chain's layers pass tensors to each other, so that it needs forward passes opened for it."""
+    return len(chain) > 1 and hands_on(config.shortcut, config.pre_num)
+
+
+def _common_ancestors(names: Sequence[str]) -> list[str]:
+    """Names of the modules that hold every one of ``names``, the root ("") first."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return [".".join(shared[:depth]) for depth in range(len(shared) + 1)]
+
+
+def dry_run_chains(
+    model: nn.Module, targets: Mapping[str, nn.Linear], given: Any, record: Record
+) -> list[tuple[str, list[str]]] | None:
+    """Chains read off a dry run; None when no inputs are known or derived ones fail, which is noted. Given ones may raise."""
+    inputs = given if given is not None else derive_inputs(model)
+    if inputs is None:
+        return None
+    try:
+        with undisturbed(model):
+            executed = record_order(targets, lambda: call_with(model, inputs))
+    except Exception as error:
+        if given is not None:
+            raise
+        record.note = f"dry run with derived inputs failed ({type(error).__name__}: {error})"
+        return None
+    record.order = "dry run"
+    return chains_of(executed, targets)
+
+
+def _swap(model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAConfig, autocast: bool) -> None:
+    """Replace the targets wherever they are registered; nothing is changed if building a layer fails."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        new = {
+            id(linear): ResLoRALinear.from_linear(linear, config, None if autocast else linear.weight.dtype)
+            for linear in targets.values()
+        }
+    except Exception:
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        raise
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in new:
+                parent._modules[name] = new[id(child)]
+    model.requires_grad_(False)
+    for layer in new.values():
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+        if layer.bias is not None and config.bias == "lora_only":
+            layer.bias.requires_grad_(True)
+    if config.bias == "all":
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.requires_grad_(True)
+
+
+class _RecordFirstForward:
+    """Pre-hook of a model whose order is not known: runs the forward once to read it off, then the real one follows."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record = record_of(module)
+        if record.chains:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the execution order of the layers is not known yet and cannot be read off while torch.compile traces: "
+                "pass example_inputs to apply_reslora, or run one forward before compiling"
+            )
+        layers = adapted_layers(module)
+        dry_args, dry_kwargs = replayable(args, kwargs)
+        with undisturbed(module):
+            executed = record_order(layers, lambda: module.forward(*dry_args, **dry_kwargs))
+        build_chains(module, chains_of(executed, layers))
+        record.order = "first forward"
+        for chain in record.chains:
+            if hands_on_in(chain, record.config):
+                chain.passes.open(module)

@@ -1,0 +1,261 @@
+"""The functional core: one frozen matmul with a rank-r side channel, as two torch.library ops and an autograd Function.
+
+    h = D(x) A_catᵀ        u = c h[:, :R_b] + residual        y = x Wᵀ + b + s u B_catᵀ
+
+Nothing here knows what a layer or a chain is; ``shortcuts`` says which stacks make which method of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import select
+
+_FORWARD = "reslora_kernels::lora_linear_forward"
+_BACKWARD = "reslora_kernels::lora_linear_backward"
+
+torch.library.define(
+    _FORWARD,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor a_cat, Tensor b_cat, Tensor? residual, Tensor? seed, float c, "
+    "float scaling, float p, int hand_start, int hand_stop, str backend) -> (Tensor y, Tensor handed, Tensor u)",
+)
+torch.library.define(
+    _BACKWARD,
+    "(Tensor dy, Tensor? dhanded, Tensor x, Tensor weight, Tensor a_cat, Tensor b_cat, Tensor u, Tensor? seed, float c, "
+    "float scaling, float p, int hand_start, bool need_dx, bool need_da, bool need_db, bool need_dresidual, "
+    "str backend) -> (Tensor dx, Tensor da_cat, Tensor db_cat, Tensor dresidual)",
+)
+
+
+@torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a_cat: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, backend = rest
+    served_by = select.choose(backend, x, weight, a_cat.shape[0])
+    outputs: tuple[Tensor, Tensor, Tensor] = served_by.forward(x, weight, bias, a_cat, *arguments)
+    return outputs
+
+
+@torch.library.register_fake(_FORWARD)
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a_cat: Tensor, b_cat: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, hand_start, hand_stop, _backend = rest
+    rows = x.shape[0]
+    return x.new_empty(rows, weight.shape[0]), x.new_empty(rows, hand_stop - hand_start), x.new_empty(rows, b_cat.shape[1])
+
+
+@torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
+def _backward(
+    dy: Tensor, dhanded: Tensor | None, x: Tensor, weight: Tensor, a_cat: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *arguments, backend = rest
+    served_by = select.choose(backend, dy, weight, a_cat.shape[0])
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = served_by.backward(dy, dhanded, x, weight, a_cat, *arguments)
+    return gradients
+
+
+@torch.library.register_fake(_BACKWARD)
+def _backward_fake(
+    dy: Tensor, dhanded: Tensor | None, x: Tensor, weight: Tensor, a_cat: Tensor, b_cat: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, need_dx, need_da, need_db, need_dresidual, _backend = rest
+    rows = dy.shape[0]
+    return (
+        dy.new_empty(rows, a_cat.shape[1]) if need_dx else dy.new_empty(0),
+        torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else a_cat.new_empty(0),
+        torch.empty_like(b_cat, memory_format=torch.contiguous_format) if need_db else b_cat.new_empty(0),
+        dy.new_empty(rows, b_cat.shape[1]) if need_dresidual else dy.new_empty(0),
+    )
+
+
+class _LoRALinear(torch.autograd.Function):
+    """Saves x and u only where a gradient needs them, and the stacks as the parameters they are, not as copies."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        seed: Tensor | None,
+        c: float,
+        scaling: float,
+        p: float,
+        hand: tuple[int, int],
+        backend: str,
+        depth: int,
+        *stacks: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        a_stack, b_stack = stacks[:depth], stacks[depth:]
+        y, handed, u = torch.ops.reslora_kernels.lora_linear_forward(
+            x, weight, bias, _rows(a_stack), _columns(b_stack), residual, seed, c, scaling, p, *hand, backend
+        )
+        needs = ctx.needs_input_grad[-len(stacks) :]
+        ctx.need_da, ctx.need_db = any(needs[:depth]), any(needs[depth:])
+        kept_x = x if ctx.need_da or ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept_x, weight, u if ctx.need_db else None, seed, *stacks)
+        ctx.set_materialize_grads(False)
+        ctx.scalars, ctx.hand_start, ctx.backend, ctx.depth = (c, scaling, p), hand[0], backend, depth
+        return y, handed
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any, ...]:
+        x, weight, u, seed, *stacks = ctx.saved_tensors
+        a_stack, b_stack = stacks[: ctx.depth], stacks[ctx.depth :]
+        if dy is None:
+            if dhanded is None:
+                return (None,) * len(ctx.needs_input_grad)
+            dy = dhanded.new_zeros(dhanded.shape[0], weight.shape[0])
+        need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad[:4]
+        absent = dy.new_empty(0)
+        dx, da_cat, db_cat, dresidual = torch.ops.reslora_kernels.lora_linear_backward(
+            dy, dhanded, absent if x is None else x, weight, _rows(a_stack), _columns(b_stack),
+            absent if u is None else u, seed, *ctx.scalars, ctx.hand_start,
+            need_dx, ctx.need_da, ctx.need_db, need_dresidual, ctx.backend,
+        )  # fmt: skip
+        das = da_cat.split([a.shape[0] for a in a_stack]) if ctx.need_da else [None] * len(a_stack)
+        dbs = db_cat.split([b.shape[1] for b in b_stack], dim=1) if ctx.need_db else [None] * len(b_stack)
+        return (
+            dx if need_dx else None,
+            dy.T @ x if need_dweight else None,
+            dy.sum(0) if need_dbias else None,
+            dresidual if need_dresidual else None,
+            *(None,) * 7,
+            *das,
+            *dbs,
+        )
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a_stack: Sequence[Tensor],
+    b_stack: Sequence[Tensor],
+    residual: Tensor | None = None,
+    *,
+    scaling: float,
+    c: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    hand: tuple[int, int] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """y = x Wᵀ + b + s u B_catᵀ, with h = D(x) A_catᵀ and u = c h[:, :R_b] + residual; differentiable once.
+
+    Under autocast x, weight, bias and residual are taken in autocast's dtype, as ``F.linear`` would.
+
+    Args:
+        x: [..., K], any leading dimensions, M their product.
+        weight: [N, K] in x's dtype; usually frozen, and then no gradient is computed for it.
+        bias: [N] or None.
+        a_stack: matrices [r_i, K] whose rows, stacked, are A_cat [R_a, K]; any floating dtype, need not be x's.
+        b_stack: matrices [N, r_j] whose columns, stacked, are B_cat [N, R_b], R_b <= R_a.
+        residual: [..., R_b] with x's leading dimensions, or None.
+        scaling: s.
+        c: factor on the own part of u.
+        p: dropout probability in [0, 1); above 0 it needs ``seed``, an int64 tensor [] on x's device.
+        hand: (start, stop) columns of h to return for later layers, or None.
+        backend: "auto", "torch", "triton" or "cuda".
+
+    Returns:
+        y [..., N] and the handed-on part of h [..., stop - start] (None when ``hand`` is None).
+
+    Raises:
+        ValueError: a shape, dtype, device or scalar is not as above; the message names it.
+        RuntimeError: ``backend`` cannot run on this machine or cannot serve this call.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight, bias, residual = (_autocast(t, dtype) for t in (x, weight, bias, residual))  # type: ignore[assignment]
+        with torch.autocast(device_type, enabled=False):
+            return lora_linear(
+                x, weight, bias, a_stack, b_stack, residual,
+                scaling=scaling, c=c, p=p, seed=seed, hand=hand, backend=backend,
+            )  # fmt: skip
+    _check(x, weight, bias, a_stack, b_stack, residual, p, seed, hand)
+    leading = x.shape[:-1]
+    y, handed = _LoRALinear.apply(
+        x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x,
+        weight,
+        bias,
+        residual.reshape(-1, residual.shape[-1]) if residual is not None else None,
+        seed if p > 0 else None,
+        float(c),
+        float(scaling),
+        float(p),
+        hand or (0, 0),
+        backend,
+        len(a_stack),
+        *a_stack,
+        *b_stack,
+    )
+    return y.reshape(*leading, y.shape[-1]), handed.reshape(*leading, handed.shape[-1]) if hand else None
+
+
+def _rows(stack: Sequence[Tensor]) -> Tensor:
+    return stack[0] if len(stack) == 1 else torch.cat(list(stack))
+
+
+def _columns(stack: Sequence[Tensor]) -> Tensor:
+    return stack[0] if len(stack) == 1 else torch.cat(list(stack), dim=1)
+
+
+def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a_stack: Sequence[Tensor],
+    b_stack: Sequence[Tensor],
+    residual: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+    hand: tuple[int, int] | None,
+) -> None:
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be [..., K] and weight [N, K] with the same K, got x {list(x.shape)}, weight {list(weight.shape)}"
+        )
+    if not x.is_floating_point() or x.dtype != weight.dtype:
+        raise ValueError(f"x must have weight's floating dtype {weight.dtype}, got {x.dtype}")
+    n, k = weight.shape
+    if not a_stack or not b_stack:
+        raise ValueError(f"a_stack and b_stack must not be empty, got {len(a_stack)} and {len(b_stack)} matrices")
+    for name, stack, axis, size in (("a_stack", a_stack, 1, k), ("b_stack", b_stack, 0, n)):
+        for matrix in stack:
+            if matrix.dim() != 2 or matrix.shape[axis] != size or not matrix.is_floating_point():
+                expected = f"[r, {k}]" if axis else f"[{n}, r]"
+                raise ValueError(
+                    f"{name} must hold floating matrices {expected}, got {list(matrix.shape)} of {matrix.dtype}"
+                )
+    r_a, r_b = sum(a.shape[0] for a in a_stack), sum(b.shape[1] for b in b_stack)
+    if r_b > r_a:
+        raise ValueError(f"b_stack's total rank must not exceed a_stack's, got {r_b} and {r_a}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be [{n}] of {x.dtype}, got {list(bias.shape)} of {bias.dtype}")
+    if residual is not None and residual.shape != (*x.shape[:-1], r_b):
+        raise ValueError(f"residual must be {[*x.shape[:-1], r_b]}, got {list(residual.shape)}")
+    if not 0 <= p < 1:
+        raise ValueError(f"p must be a probability with 0 <= p < 1, got {p}")
+    if p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"seed must be an int64 tensor with one element when p > 0, got {seed!r}")
+    if hand is not None and not 0 <= hand[0] < hand[1] <= r_a:
+        raise ValueError(f"hand must be (start, stop) with 0 <= start < stop <= {r_a}, got {hand}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual), ("seed", seed if p > 0 else None)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    for name, stack in (("a_stack", a_stack), ("b_stack", b_stack)):
+        if any(matrix.device != x.device for matrix in stack):
+            raise ValueError(f"{name} must be on x's device {x.device}, got {[str(m.device) for m in stack]}")

@@ -1,0 +1,123 @@
+"""Norms and second moments of the layers' inputs, gathered on request, for merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import ResLoRAConfig
+from .model import adapted_layers, record_of
+from .shortcuts import hands_on
+
+
+class LayerStatistics:
+    """What one layer saw. All tensors stay on the layer's device; nothing is read back until a merge asks.
+
+    Attributes:
+        calls: how many batches were seen.
+        gram: G = Σ xᵀ x [K, K], cross: T = Σ vᵀ x [r, K], shortcut_gram: V = Σ vᵀ v [r, r], where v [M, r] is the
+            shortcut's part of u; None without second moments.
+    """
+
+    def __init__(self, config: ResLoRAConfig, lora_A: Tensor, second_moments: bool) -> None:
+        r, k = lora_A.shape
+        dtype = torch.promote_types(lora_A.dtype, torch.float32)
+        options = {"device": lora_A.device, "dtype": dtype}
+        self.calls = 0
+        self._shortcut = config.shortcut
+        self._x_norms = torch.zeros(config.norm_window, **options)  # ring buffers
+        self._h_norms = torch.zeros(config.norm_window, **options)
+        needed = second_moments and hands_on(config.shortcut, config.pre_num)
+        self.gram = torch.zeros(k, k, **options) if needed else None
+        self.cross = torch.zeros(r, k, **options) if needed else None
+        self.shortcut_gram = torch.zeros(r, r, **options) if needed else None
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
+        """One batch: x [..., K] and what the shortcut adds to u [..., r] (None: the layer ran as layer 0)."""
+        dtype = self._x_norms.dtype
+        x = x.detach().reshape(-1, x.shape[-1]).to(dtype)
+        slot = self.calls % len(self._x_norms)
+        self.calls += 1
+        self._x_norms[slot] = torch.linalg.vector_norm(x)
+        if self._shortcut == "middle":
+            self._h_norms[slot] = torch.linalg.vector_norm(x @ lora_A.to(dtype).T)
+        if self.gram is None or self.cross is None or self.shortcut_gram is None:
+            return
+        self.gram.addmm_(x.T, x)
+        if residual is not None:
+            v = residual.detach().reshape(-1, residual.shape[-1]).to(dtype)
+        elif self._shortcut == "input":  # layer 0 counts its own input twice
+            v = x @ lora_A.to(dtype).T
+        else:
+            return
+        self.cross.addmm_(v.T, x)
+        self.shortcut_gram.addmm_(v.T, v)
+
+    def norm_of_x(self) -> float:
+        """Mean over the last ``norm_window`` batches of ‖x‖_F."""
+        return self._mean(self._x_norms)
+
+    def norm_of_h(self) -> float:
+        """Mean over the last ``norm_window`` batches of ‖x Aᵀ‖_F (gathered for ``middle`` only)."""
+        return self._mean(self._h_norms)
+
+    def _mean(self, norms: Tensor) -> float:
+        return float(norms[: min(self.calls, len(norms))].double().mean())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of every adapted layer, by name."""
+
+    layers: Mapping[str, LayerStatistics]
+
+    @property
+    def calls(self) -> int:
+        """The fewest batches that any layer saw."""
+        return min((layer.calls for layer in self.layers.values()), default=0)
+
+
+@contextmanager
+def collect_statistics(model: nn.Module, *, second_moments: bool = True) -> Iterator[Statistics]:
+    """Gather what merging needs from every forward inside the ``with`` block, training steps or evaluation alike.
+
+        with collect_statistics(model) as statistics:
+            for batch in batches:
+                model(**batch)
+        merge_reslora(model, statistics=statistics)
+
+    Norms are kept for the last ``config.norm_window`` batches (as in Section 3.3 of the paper), second moments are
+    summed over all. Nothing is read back from the device, so no step waits for it. For ``least_squares``, gather in
+    evaluation mode: dropout would be fitted as if it were signal.
+
+    Memory: with second moments each layer of an ``input`` or ``middle`` chain holds K² + r K + r² values in float32
+    (float64 for float64 adapters) on its device: 67 MB for K = 4096. Without, 2 * norm_window values.
+
+    Args:
+        model: an adapted model.
+        second_moments: gather G, T and V, which ``least_squares`` and the error report of a merge need.
+
+    Raises:
+        TypeError, ValueError: ``model`` is not an adapted module.
+        RuntimeError: statistics of this model are being collected already.
+    """
+    layers = adapted_layers(model)
+    config = record_of(model).config
+    busy = [name for name, layer in layers.items() if layer.observer is not None]
+    if busy:
+        raise RuntimeError(f"statistics of this model are being collected already (layer {busy[0]!r})")
+    statistics = Statistics(
+        {name: LayerStatistics(config, layer.lora_A, second_moments) for name, layer in layers.items()}
+    )
+    try:
+        for name, layer in layers.items():
+            layer.observer = statistics.layers[name]
+        yield statistics
+    finally:
+        for layer in layers.values():
+            layer.observer = None

@@ -1,0 +1,113 @@
+"""Which linear layers a configuration means, with PEFT's matching rules, and why each other one is left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import ALL_LINEAR, ResLoRAConfig
+from .linear import ResLoRALinear
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The layers to adapt by name, in registration order, and every other linear layer with the reason."""
+
+    matched: Mapping[str, nn.Linear]
+    unmatched: tuple[tuple[str, str], ...]
+
+
+def role_of(name: str) -> str:
+    """The last component of a module's name that is not a number: what the layer is for ("q_proj")."""
+    words = [part for part in name.split(".") if not part.isdecimal()]
+    return words[-1] if words else name
+
+
+def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
+    """Match ``config`` against the model's modules.
+
+    Raises:
+        ValueError: nothing matches, a matched module is not a plain ``nn.Linear``, or the model is adapted already.
+    """
+    _refuse_adapted(model)
+    head = _output_head(model)
+    matched: dict[str, nn.Linear] = {}
+    unmatched: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        reason = _left_out(name, module, config, head)
+        if reason is None:
+            if type(module) is not nn.Linear:
+                raise ValueError(
+                    f"target_modules {config.target_modules!r} matches {name!r}, a {type(module).__name__}; "
+                    "only torch.nn.Linear can be adapted"
+                )
+            matched[name] = module
+        elif isinstance(module, nn.Linear):
+            unmatched.append((name, reason))
+    if not matched:
+        raise ValueError(_nothing_matched(model, config))
+    return Targets(matched, tuple(unmatched))
+
+
+def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Module | None) -> str | None:
+    """Why the module is not adapted; None when it is."""
+    if not name:
+        return "the model itself, which has no parent to swap it in"
+    if config.exclude_modules and _matches(name, config.exclude_modules):
+        return "in exclude_modules"
+    if config.target_modules == ALL_LINEAR:
+        if not isinstance(module, nn.Linear):
+            return "not a linear layer"
+        if type(module) is not nn.Linear:
+            return f"a {type(module).__name__}, not a plain torch.nn.Linear"
+        if module is head:
+            return "the model's output head, which 'all-linear' leaves out"
+    elif not _matches(name, config.target_modules):
+        return "not in target_modules"
+    if config.layers_to_transform is not None:
+        index = next((int(part) for part in name.split(".")[:-1] if part.isdecimal()), None)
+        assert not isinstance(config.layers_to_transform, int)  # the config stores a tuple
+        if index not in config.layers_to_transform:
+            return f"layer index {index} is not in layers_to_transform"
+    return None
+
+
+def _matches(name: str, wanted: str | Sequence[str]) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == ending or name.endswith("." + ending) for ending in wanted)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The language-model head as Transformers names it; None for other models."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, ResLoRALinear):
+            raise ValueError(f"model is already adapted: {name!r} is a ResLoRALinear")
+    for name, _ in model.named_parameters():
+        if "lora_" in name:
+            raise ValueError(f"model already holds LoRA parameters ({name!r}); merge or unload them first")
+
+
+def _nothing_matched(model: nn.Module, config: ResLoRAConfig) -> str:
+    roles: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            roles.setdefault(role_of(name), []).append(name)
+    asked = f"target_modules={config.target_modules!r}"
+    if config.exclude_modules:
+        asked += f", exclude_modules={config.exclude_modules!r}"
+    if config.layers_to_transform is not None:
+        asked += f", layers_to_transform={config.layers_to_transform!r}"
+    if not roles:
+        return f"{asked} matches nothing: the model has no torch.nn.Linear"
+    listed = "; ".join(f"{role} ({len(names)}x, e.g. {names[0]!r})" for role, names in sorted(roles.items()))
+    return f"{asked} matches no linear layer of the model; candidates: {listed}"

@@ -1,0 +1,87 @@
+"""The tools agree: constraints, what is installed, pre-commit, the Makefile and CI name the same versions and commands."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ["demo", "test", "test-fast", "bench", "gpu-check", "lint", "format", "typecheck", "clean"]
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    pytest.skip("reads TOML with Python 3.11's tomllib", allow_module_level=True)
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonical(name): pinned for name, pinned in pairs}
+
+
+def direct_dependencies() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(name for names in project["optional-dependencies"].values() for name in names)]
+    names = {canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
+    return names - {canonical(project["name"])}
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    assert direct_dependencies() <= set(pins())
+
+
+@pytest.mark.parametrize("name", sorted(direct_dependencies()))
+def test_installed_version_is_the_pinned_one(name: str) -> None:
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        pytest.skip(f"{name} is not installed here")
+    assert installed.partition("+")[0] == pins()[name]
+
+
+def test_pins_hold_on_any_machine() -> None:
+    assert all(re.fullmatch(r"[0-9][0-9a-z.]*", pinned) for pinned in pins().values())
+
+
+def test_pre_commit_runs_the_pinned_tools() -> None:
+    """Hooks that run .venv's tools have CI's versions; a hook with a revision of its own could drift."""
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook for repository in repositories for hook in repository["hooks"]]
+    assert {repository["repo"] for repository in repositories} == {"local"}
+    assert {hook["language"] for hook in hooks} == {"system"}
+    tools = {hook["entry"].split()[0] for hook in hooks}
+    assert tools == {".venv/bin/ruff", ".venv/bin/mypy"}
+    assert {Path(tool).name for tool in tools} <= set(pins())
+
+
+def test_workflow_and_ci_script_run_the_make_targets() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert {"run": ".ci/run"} in workflow["jobs"]["cpu"]["steps"]
+    script = (ROOT / ".ci/run").read_text()
+    assert all(f"make {target}" in script for target in ("lint", "typecheck", "test"))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", TARGETS)
+def test_make_target_exists(target: str) -> None:
+    finished = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_version_stands_in_one_place() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert version("reslora_kernels") == __import__("reslora_kernels").__version__
+    assert f"## [{version('reslora_kernels')}]" in (ROOT / "CHANGELOG.md").read_text()
