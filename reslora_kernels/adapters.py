@@ -1,8 +1,8 @@
 """save_adapter and load_adapter: trained adapters on disk, as JSON and safetensors only.
 
-A folder holds ``reslora_model.safetensors`` and ``reslora_config.json``; the config holds the weights' SHA-256, so the two
-cannot be mixed up. Saving over an older adapter commits with one rename, that of the config: until it happens the old
-pair is in place, and from then on the new weights are found under their final or their temporary name.
+A folder holds ``reslora_model.safetensors`` and ``reslora_config.json``; the config holds the weights' SHA-256, so the
+two cannot be mixed up. Saving over an older adapter commits with one rename, that of the config: until it happens the
+old pair is in place, and from then on the new weights are found under their final or their temporary name.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _regular(path: Path) -> Path:
 
 
 def _refuse_duplicates(weights: bytes) -> None:
-    """A safetensors file whose header names a tensor twice is refused; the rest of the format is the library's to check."""
+    """Refuse a header that names a tensor twice; the rest of the format is the library's to check."""
     length = int.from_bytes(weights[:8], "little")
     try:
         json.loads(weights[8 : 8 + length], object_pairs_hook=_unique)
@@ -306,9 +306,11 @@ def _fitted(saved: _Saved, model: nn.Module, layers: Mapping[str, nn.Linear]) ->
     """``saved`` checked against the model: same layers, sizes, chains that cover each layer once."""
     missing, unexpected = sorted(layers.keys() - saved.layers), sorted(saved.layers - layers.keys())
     if missing or unexpected:
-        raise ValueError(f"the adapter does not fit the model: layers missing {missing[:5]}, unexpected {unexpected[:5]}")
+        raise ValueError(
+            f"the adapter does not fit the model: layers missing {missing[:5]}, unexpected {unexpected[:5]}"
+        )
     r = saved.config.r
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
         if layer.weight.is_meta:
             raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")

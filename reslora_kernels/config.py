@@ -34,7 +34,7 @@ class ResLoRAConfig:
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         bias: which biases train: "none", "all", or "lora_only" (those of the adapted layers).
         shortcut: "none" (LoRA, Eq. 1), "input" (Eq. 2), "block" (Eq. 3), "middle" (Eq. 4).
-        pre_num: how many earlier blocks of the chain ``block`` and ``middle`` use; -1 means all. ``input`` always uses one.
+        pre_num: how many earlier blocks of the chain ``block`` and ``middle`` use; -1 means all (``input`` uses one).
         merge: how ``merge_reslora`` turns the trained shortcut into a plain update, unless told otherwise there.
         norm_window: number of most recent batches over which the norms for merging are averaged.
         backend: "auto", or the backend that must serve every layer.
@@ -90,8 +90,7 @@ class ResLoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values only, ready for JSON."""
         return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
         }
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What an adapted model is made of, as a table: every layer with its chain, every linear layer left out with the reason."""
+"""What an adapted model is made of: every layer with its chain, every linear layer left out with the reason."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Counter-based dropout mask: every backend draws the same bits from (seed, row, column), in any order, with no state.
 
-The generator is Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One
-call has 128 random bits and serves 8 neighbouring columns of one row, 16 bits each:
+The generator is Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+One call has 128 random bits and serves 8 neighbouring columns of one row, 16 bits each:
 
     counter = (column // 8, row mod 2^32, row div 2^32, 0)      key = (seed mod 2^32, seed div 2^32)
     element (row, column) reads word (column % 8) // 2, low half for an even column, high half for an odd one
     kept iff those 16 bits >= round(p * 2^16); a kept element is multiplied by 1 / (1 - p)
 
-Counting by row and column group, not by a flat index, lets a kernel draw any tile without 64-bit arithmetic per element.
+Counting by row and column group, not by a flat index, lets a kernel draw any tile without 64-bit arithmetic.
 """
 
 from __future__ import annotations

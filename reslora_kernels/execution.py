@@ -32,9 +32,7 @@ def record_order(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> lis
 
         return first_call
 
-    handles = [
-        layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()
-    ]
+    handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         run()
     finally:
@@ -58,7 +56,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def call_with(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model with a batch: a mapping gives keyword arguments, a tuple or list positional ones, else one argument."""
+    """Call a model with a batch: a mapping by keyword, a tuple or list by position, anything else as the one argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):

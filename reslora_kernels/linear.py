@@ -120,10 +120,10 @@ class ResLoRALinear(nn.Linear):
             raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
         half = self.weight.dtype in (torch.float16, torch.bfloat16)
         dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
-        options = {"device": self.weight.device, "dtype": dtype}
+        device = self.weight.device
         self.config = config
-        self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, **options))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, config.r, **options))
+        self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, config.r, device=device, dtype=dtype))
         self.merged = False
         self.chain: Chain | None = None
         self.position = 0
@@ -300,8 +300,8 @@ def _signature(layer: ResLoRALinear) -> tuple[int, int, int, str, int]:
 def _outside(shortcut: str, name: str, position: int) -> str:
     where = f"layer {position} of chain {name!r}" if name else f"layer {position} of a chain"
     return (
-        f"{where} with shortcut {shortcut!r} ran outside a forward pass, where no earlier layer's state exists. Call the "
-        "model that apply_reslora or link(..., root=model) was given, or run the layers inside "
+        f"{where} with shortcut {shortcut!r} ran outside a forward pass, where no earlier layer's state exists. Call "
+        "the model that apply_reslora or link(..., root=model) was given, or run the layers inside "
         "`with chain.forward_pass():`. If this happened in backward, activation checkpointing is recomputing a layer: "
         "turn it off or use shortcut='block', which needs no state."
     )

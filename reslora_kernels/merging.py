@@ -1,4 +1,4 @@
-"""merge_reslora and unmerge_reslora: the shortcuts folded into the frozen weights, and the weights restored bit for bit."""
+"""merge_reslora and unmerge_reslora: shortcuts folded into the frozen weights, and weights restored bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .updates import LowRankUpdate, least_squares, relative_error, updates_of_ch
 
 @dataclass(frozen=True)
 class MergeRow:
-    """One merged layer. ``relative_error`` is that of its low-rank output on the calibration data; None if not measured."""
+    """One merged layer; ``relative_error`` is that of its low-rank output on the data, None if not measured."""
 
     name: str
     method: str
@@ -143,7 +143,7 @@ def compute_updates(
     sequential: bool = False,
     regularization: float = 1e-6,
 ) -> dict[str, LowRankUpdate]:
-    """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``. Changes nothing."""
+    """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``."""
     layers = adapted_layers(model)
     record = record_of(model)
     config = record.config
@@ -165,9 +165,7 @@ def compute_updates(
         names = {id(layer): name for name, layer in layers.items()}
         for chain in chains:
             seen = [statistics.layers[names[id(layer)]] for layer in chain.layers] if statistics else None
-            for layer, update in zip(
-                chain.layers, updates_of_chain(chain, method, seen, regularization), strict=True
-            ):
+            for layer, update in zip(chain.layers, updates_of_chain(chain, method, seen, regularization), strict=True):
                 by_layer[layer] = update
     return {name: by_layer[layer] for name, layer in layers.items()}
 

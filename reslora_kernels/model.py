@@ -11,7 +11,8 @@ from torch import nn
 
 from .backends import select
 from .config import ResLoRAConfig
-from .execution import Execution, call_with, example_inputs as derive_inputs, record_order, replayable, undisturbed
+from .execution import Execution, call_with, record_order, replayable, undisturbed
+from .execution import example_inputs as derive_inputs
 from .linear import Chain, ResLoRALinear, link, scope_pass
 from .shortcuts import hands_on
 from .targets import find_targets, role_of
@@ -105,7 +106,9 @@ def root_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module.__dict__.get("_reslora"), Record):
             return module
-    raise ValueError("model has no ResLoRA adapters: call apply_reslora(model, config) or load_adapter(model, path) first")
+    raise ValueError(
+        "model has no ResLoRA adapters: call apply_reslora(model, config) or load_adapter(model, path) first"
+    )
 
 
 def record_of(model: nn.Module) -> Record:
@@ -169,7 +172,7 @@ def _common_ancestors(names: Sequence[str]) -> list[str]:
 def dry_run_chains(
     model: nn.Module, targets: Mapping[str, nn.Linear], given: Any, record: Record
 ) -> list[tuple[str, list[str]]] | None:
-    """Chains read off a dry run; None when no inputs are known or derived ones fail, which is noted. Given ones may raise."""
+    """Chains read off a dry run; None when no inputs are known or derived ones fail, which is noted."""
     inputs = given if given is not None else derive_inputs(model)
     if inputs is None:
         return None

@@ -26,27 +26,33 @@ torch.library.define(
 )
 torch.library.define(
     _BACKWARD,
-    "(Tensor dy, Tensor? dhanded, Tensor x, Tensor weight, Tensor a_cat, Tensor b_cat, Tensor u, Tensor? seed, float c, "
-    "float scaling, float p, int hand_start, bool need_dx, bool need_da, bool need_db, bool need_dresidual, "
+    "(Tensor dy, Tensor? dhanded, Tensor x, Tensor weight, Tensor a_cat, Tensor b_cat, Tensor u, Tensor? seed, "
+    "float c, float scaling, float p, int hand_start, bool need_dx, bool need_da, bool need_db, bool need_dresidual, "
     "str backend) -> (Tensor dx, Tensor da_cat, Tensor db_cat, Tensor dresidual)",
 )
 
 
 @torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a_cat: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a_cat: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, backend = rest
     served_by = select.choose(backend, x, weight, a_cat.shape[0])
     outputs: tuple[Tensor, Tensor, Tensor] = served_by.forward(x, weight, bias, a_cat, *arguments)
     return outputs
 
 
-@torch.library.register_fake(_FORWARD)
+@torch.library.register_fake(_FORWARD)  # type: ignore[untyped-decorator]
 def _forward_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, a_cat: Tensor, b_cat: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *_, hand_start, hand_stop, _backend = rest
     rows = x.shape[0]
-    return x.new_empty(rows, weight.shape[0]), x.new_empty(rows, hand_stop - hand_start), x.new_empty(rows, b_cat.shape[1])
+    return (
+        x.new_empty(rows, weight.shape[0]),
+        x.new_empty(rows, hand_stop - hand_start),
+        x.new_empty(rows, b_cat.shape[1]),
+    )
 
 
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
@@ -59,7 +65,7 @@ def _backward(
     return gradients
 
 
-@torch.library.register_fake(_BACKWARD)
+@torch.library.register_fake(_BACKWARD)  # type: ignore[untyped-decorator]
 def _backward_fake(
     dy: Tensor, dhanded: Tensor | None, x: Tensor, weight: Tensor, a_cat: Tensor, b_cat: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,7 +83,7 @@ class _LoRALinear(torch.autograd.Function):
     """Saves x and u only where a gradient needs them, and the stacks as the parameters they are, not as copies."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -105,7 +111,7 @@ class _LoRALinear(torch.autograd.Function):
         return y, handed
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any, ...]:
         x, weight, u, seed, *stacks = ctx.saved_tensors
         a_stack, b_stack = stacks[: ctx.depth], stacks[ctx.depth :]
@@ -183,7 +189,7 @@ def lora_linear(
             )  # fmt: skip
     _check(x, weight, bias, a_stack, b_stack, residual, p, seed, hand)
     leading = x.shape[:-1]
-    y, handed = _LoRALinear.apply(
+    y, handed = _LoRALinear.apply(  # type: ignore[no-untyped-call]
         x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x,
         weight,
         bias,

@@ -53,9 +53,9 @@ def export_peft(
 ) -> ExportReport:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``: A and B per module, the scaling folded into B.
 
-    Every module gets the same rank, padded with zeros, and ``lora_alpha = r``, because some servers mis-scale per-module
+    Every module gets the same rank, padded with zeros, and ``lora_alpha = r``: some servers mis-scale per-module
     patterns. A model that is merged exports that merge; else the arguments say how, as for ``merge_reslora``, and the
-    model is left unmerged. Trained biases travel as PEFT's ``bias="all"``, other trained modules as ``modules_to_save``.
+    model is left unmerged. Trained biases travel as PEFT's ``bias="all"``, other modules as ``modules_to_save``.
 
     Args:
         path: folder; made if need be.
@@ -77,7 +77,9 @@ def export_peft(
     merged = record_of(model).merged
     if merged is not None:
         if method is not None or statistics is not None or calibration is not None:
-            raise ValueError("model is merged already and exports that merge: give no method, statistics or calibration")
+            raise ValueError(
+                "model is merged already and exports that merge: give no method, statistics or calibration"
+            )
         updates: dict[str, LowRankUpdate] = merged.updates
     else:
         updates = compute_updates(
@@ -113,9 +115,7 @@ def export_peft(
     return ExportReport(folder, ranks, rank, max(errors, default=None))
 
 
-def _peft_config(
-    root: nn.Module, names: list[str], rank: int, biases: bool, modules: list[str]
-) -> dict[str, Any]:
+def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, modules: list[str]) -> dict[str, Any]:
     base = getattr(root, "config", None)
     task = next((task for ending, task in _TASKS.items() if type(root).__name__.endswith(ending)), None)
     return {
@@ -136,7 +136,7 @@ def _peft_config(
 
 
 def _target_modules(root: nn.Module, names: list[str]) -> list[str]:
-    """The shortest name endings that mean exactly the adapted modules, as people write them; full names where none do."""
+    """Last name components, as people write them, where they mean adapted modules only; full names elsewhere."""
     every = [name for name, _ in root.named_modules()]
     wanted, chosen = set(names), set()
     for name in names:
@@ -156,7 +156,9 @@ def _other_trained(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[bo
     modules = sorted({name.rpartition(".")[0] for name in trained if not name.endswith("bias")})
     tensors: dict[str, Tensor] = {}
     for module in modules:
-        frozen = [name for name, parameter in root.get_submodule(module).named_parameters() if not parameter.requires_grad]
+        frozen = [
+            name for name, parameter in root.get_submodule(module).named_parameters() if not parameter.requires_grad
+        ]
         if frozen or module in layers:
             raise ValueError(f"a PEFT adapter saves whole modules, but of trained {module!r} {frozen[:3]} is frozen")
     biases = False

@@ -1,7 +1,7 @@
-"""ResLoRA (arXiv 2402.18039) as plain equations: loops and all, obviously right, not fast. Every test checks against it.
+"""ResLoRA (arXiv 2402.18039) as plain equations: loops and all, obviously right, not fast. Tests check against it.
 
-A chain is L layers; index n runs over it. xs[n] is [..., K], weights[n] [N, K], biases[n] [N] or None, lora_As[n] [r, K],
-lora_Bs[n] [N, r]; M is the product of the leading dimensions. Autograd differentiates these functions.
+A chain is L layers; index n runs over it. xs[n] is [..., K], weights[n] [N, K], biases[n] [N] or None,
+lora_As[n] [r, K], lora_Bs[n] [N, r]; M is the product of the leading dimensions. Autograd differentiates all this.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ def earlier(pre_num: int, n: int) -> int:
 
 
 def low_rank_term(
-    shortcut: str, pre_num: int, scaling: float, n: int, dropped: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]
+    shortcut: str,
+    pre_num: int,
+    scaling: float,
+    n: int,
+    dropped: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
 ) -> Tensor:
     """What layer n adds to its frozen output, [..., N]; ``dropped[n]`` is D_n(x_n)."""
     if shortcut == "none":  # Eq. 1
@@ -29,9 +35,9 @@ def low_rank_term(
         return scaling * ((dropped[n] + dropped[max(n - 1, 0)]) @ a[n].T) @ b[n].T
     window = range(earlier(pre_num, n) + 1)
     if shortcut == "block":  # Eq. 3
-        return scaling * torch.stack([dropped[n] @ a[n - k].T @ b[n - k].T for k in window]).sum(0)
+        return scaling * _sum([dropped[n] @ a[n - k].T @ b[n - k].T for k in window])
     if shortcut == "middle":  # Eq. 4
-        return scaling * torch.stack([dropped[n - k] @ a[n - k].T for k in window]).sum(0) @ b[n].T
+        return scaling * _sum([dropped[n - k] @ a[n - k].T for k in window]) @ b[n].T
     raise ValueError(f"shortcut must be 'none', 'input', 'block' or 'middle', got {shortcut!r}")
 
 
@@ -46,7 +52,7 @@ def chain_forward(
     lora_Bs: Sequence[Tensor],
     dropout: Dropout | None = None,
 ) -> list[Tensor]:
-    """Outputs y_n = x_n W_nᵀ + b_n + low-rank term, [..., N] each. ``dropout(n, x)`` gives D_n(x_n); None means p = 0."""
+    """Outputs y_n = x_n W_nᵀ + b_n + low-rank term, [..., N] each. ``dropout(n, x)`` is D_n(x_n); None means p = 0."""
     dropped = [x if dropout is None else dropout(n, x) for n, x in enumerate(xs)]
     return [
         torch.nn.functional.linear(x, weights[n], biases[n])
@@ -62,7 +68,7 @@ def exact_update(
     if shortcut not in ("none", "block"):
         raise ValueError(f"shortcut must be 'none' or 'block' to merge exactly, got {shortcut!r}")
     window = range(earlier(pre_num, n) + 1 if shortcut == "block" else 1)
-    return scaling * torch.stack([b[n - k] @ a[n - k] for k in window]).sum(0)
+    return scaling * _sum([b[n - k] @ a[n - k] for k in window])
 
 
 def merge_input(
@@ -122,8 +128,12 @@ def merge_least_squares(
             v = torch.cat([batch[n - 1].flatten(0, -2) for batch in batches]) @ a[n].T
         else:
             window = range(1, earlier(pre_num, n) + 1)
-            v = torch.cat([sum((batch[n - k].flatten(0, -2) @ a[n - k].T for k in window)) for batch in batches])
+            v = torch.cat([_sum([batch[n - k].flatten(0, -2) @ a[n - k].T for k in window]) for batch in batches])
         gram = x.T @ x
         gram = gram + regularization * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype, device=x.device)
         updates.append(scaling * b[n] @ (a[n] + torch.linalg.solve(gram, x.T @ v).T))
     return updates
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum(0)

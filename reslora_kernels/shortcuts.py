@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .reference import earlier
 
+
 @dataclass(frozen=True)
 class Plan:
     """The arguments of ``ops.lora_linear`` that depend on the shortcut."""

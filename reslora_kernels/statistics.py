@@ -25,16 +25,15 @@ class LayerStatistics:
 
     def __init__(self, config: ResLoRAConfig, lora_A: Tensor, second_moments: bool) -> None:
         r, k = lora_A.shape
-        dtype = torch.promote_types(lora_A.dtype, torch.float32)
-        options = {"device": lora_A.device, "dtype": dtype}
+        device, dtype = lora_A.device, torch.promote_types(lora_A.dtype, torch.float32)
         self.calls = 0
         self._shortcut = config.shortcut
-        self._x_norms = torch.zeros(config.norm_window, **options)  # ring buffers
-        self._h_norms = torch.zeros(config.norm_window, **options)
+        self._x_norms = torch.zeros(config.norm_window, device=device, dtype=dtype)  # ring buffers
+        self._h_norms = torch.zeros(config.norm_window, device=device, dtype=dtype)
         needed = second_moments and hands_on(config.shortcut, config.pre_num)
-        self.gram = torch.zeros(k, k, **options) if needed else None
-        self.cross = torch.zeros(r, k, **options) if needed else None
-        self.shortcut_gram = torch.zeros(r, r, **options) if needed else None
+        self.gram = torch.zeros(k, k, device=device, dtype=dtype) if needed else None
+        self.cross = torch.zeros(r, k, device=device, dtype=dtype) if needed else None
+        self.shortcut_gram = torch.zeros(r, r, device=device, dtype=dtype) if needed else None
 
     @torch.no_grad()
     def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:

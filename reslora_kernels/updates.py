@@ -22,7 +22,7 @@ from .statistics import LayerStatistics
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """ΔW = scaling * b @ a: a [R, K], b [N, R]. ``relative_error`` is that of the low-rank output on the data, or None."""
+    """ΔW = scaling * b @ a with a [R, K], b [N, R]; ``relative_error`` of the low-rank output on the data, or None."""
 
     a: Tensor
     b: Tensor

@@ -32,6 +32,7 @@ LAYERS = {
     "merging": 5,
     "statistics": 5,
     "adapters": 5,
+    "peft_export": 5,
     "training": 5,
     "": 5,  # the package itself: its public names
     "cli": 6,

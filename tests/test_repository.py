@@ -33,7 +33,10 @@ def pins() -> dict[str, str]:
 
 def direct_dependencies() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(name for names in project["optional-dependencies"].values() for name in names)]
+    wanted = [
+        *project["dependencies"],
+        *(name for names in project["optional-dependencies"].values() for name in names),
+    ]
     names = {canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
     return names - {canonical(project["name"])}
 

@@ -1,7 +1,7 @@
 """One module per way to compute the fused layer. Each has the same five functions; ``select`` decides which one serves.
 
-    describe() -> str                      what this backend is, in a few words
-    unavailable_reason() -> str | None     why it cannot run on this machine, None when it can
-    unsupported_reason(x, weight, rank) -> str | None    why it cannot serve this call
-    forward(...), backward(...)            the two passes, with the signatures of ``backends.torch``
+describe() -> str                      what this backend is, in a few words
+unavailable_reason() -> str | None     why it cannot run on this machine, None when it can
+unsupported_reason(x, weight, rank) -> str | None    why it cannot serve this call
+forward(...), backward(...)            the two passes, with the signatures of ``backends.torch``
 """

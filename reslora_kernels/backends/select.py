@@ -58,7 +58,9 @@ def status() -> list[Status]:
 def check(backend: str) -> None:
     """Raise a RuntimeError unless ``backend`` is "auto" or can run on this machine."""
     if backend != "auto" and (reason := unavailable_reason(backend)):
-        usable = ", ".join(repr(name) for name in ("auto", *PREFERENCE) if name == "auto" or not unavailable_reason(name))
+        usable = ", ".join(
+            repr(name) for name in ("auto", *PREFERENCE) if name == "auto" or not unavailable_reason(name)
+        )
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}; usable on this machine: {usable}")
 
 
@@ -70,7 +72,7 @@ def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> Choice:
         if reason:
             raise RuntimeError(f"backend {backend!r} cannot serve this call: {reason}; use backend='auto' or 'torch'")
         return Choice(backend, "asked for")
-    passed_over = []
+    passed_over: list[str] = []
     for name in PREFERENCE:
         module = _load(name)
         if module is None:

@@ -54,7 +54,7 @@ def forward(
         y [M, N], h[:, hand_start:hand_stop], u [M, R_b], all in x's dtype.
     """
     a_cat, b_cat = a_cat.to(x.dtype), b_cat.to(x.dtype)
-    dropped = x if seed is None else dropout.apply_mask(x, dropout.keep_mask(seed, *x.shape, p), p)
+    dropped = x if seed is None else dropout.apply_mask(x, dropout.keep_mask(seed, x.shape[0], x.shape[1], p), p)
     h = dropped @ a_cat.T
     u = h[:, : b_cat.shape[1]]
     if c != 1:
@@ -62,10 +62,7 @@ def forward(
     if residual is not None:
         u = u + residual.to(x.dtype)
     handed = h[:, hand_start:hand_stop].clone(memory_format=torch.contiguous_format)
-    if bias is None:
-        y = torch.mm(u, b_cat.T).mul_(scaling)
-    else:
-        y = torch.addmm(bias, u, b_cat.T, alpha=scaling)
+    y = (u @ b_cat.T).mul_(scaling) if bias is None else torch.addmm(bias, u, b_cat.T, alpha=scaling)
     return y.addmm_(x, weight.T), handed, u.contiguous()
 
 

@@ -20,8 +20,7 @@ from rich.table import Table
 from reslora_kernels._version import __version__
 from reslora_kernels.backends import select
 from reslora_kernels.cli.toolchain import compiler_version, find_cxx, find_nvcc
-from reslora_kernels.cli.verify import tolerance, worst_error
-from reslora_kernels.testing import golden_cases
+from reslora_kernels.cli.verify import cases, check_case
 
 CORE = ("torch", "safetensors", "typer", "rich")
 EXTRAS = {
@@ -41,7 +40,6 @@ class Compiler(NamedTuple):
     name: str
     path: str | None
     version: str | None
-    fix: str | None
 
 
 class Gpu(NamedTuple):
@@ -77,11 +75,11 @@ def examine() -> dict[str, Any]:
     libraries, compilers, build = find_libraries(), find_compilers(), build_record()
     gpus, driver = find_gpus(), driver_version()
     smoke_tests = [smoke_test(status) for status in select.status()]
-    gaps = {f"{row.name} is not installed": row.fix for row in (*libraries, *compilers) if row.fix}
+    gaps = {f"{library.name} is not installed": library.fix for library in libraries if library.fix}
     if driver and not gpus:
         gaps["torch cannot use the GPU of this machine"] = gpu_fix()
     gaps |= {
-        f"the {test.backend} backend computes wrong results here": "report it with the output of `reslora doctor --json`"
+        f"the {test.backend} backend fails its smoke test": "report it with the output of `reslora doctor --json`"
         for test in smoke_tests
         if test.passed is False
     }
@@ -104,7 +102,7 @@ def examine() -> dict[str, Any]:
 
 def find_libraries() -> list[Library]:
     """What the package uses, without importing any of it. Triton comes with torch and has no fix of its own."""
-    wanted = {name: "pip install reslora_kernels" for name in CORE} | {"triton": None}
+    wanted: dict[str, str | None] = {name: "pip install reslora_kernels" for name in CORE} | {"triton": None}
     for extra, names in EXTRAS.items():
         wanted |= {name: f'pip install "reslora_kernels[{extra}]"' for name in names}
     rows = []
@@ -117,9 +115,9 @@ def find_libraries() -> list[Library]:
 
 
 def find_compilers() -> list[Compiler]:
-    """nvcc and a C++ compiler. No fix is named for them while there is nothing to compile."""
+    """nvcc and a C++ compiler. Neither is a gap where there is nothing to compile."""
     found = {"nvcc": find_nvcc(), "C++": find_cxx()}
-    return [Compiler(name, path, compiler_version(path) if path else None, None) for name, path in found.items()]
+    return [Compiler(name, path, compiler_version(path) if path else None) for name, path in found.items()]
 
 
 def find_gpus() -> list[Gpu]:
@@ -168,15 +166,13 @@ def build_record() -> dict[str, Any]:
 
 
 def smoke_test(status: select.Status) -> SmokeTest:
-    """Run one golden vector through the backend. Any error is part of the findings: doctor goes on."""
+    """One golden vector, forward and backward, through the backend."""
     if not status.available:
         return SmokeTest(status.name, None, status.reason)
-    try:
-        case = next(case for case in golden_cases() if case.shortcut == "middle")
-        error, allowed = worst_error(case, status.name), tolerance(status.name)
-    except Exception as failure:
-        return SmokeTest(status.name, False, f"{type(failure).__name__}: {failure}")
-    return SmokeTest(status.name, error <= allowed, f"{status.reason}; error {error:.1e}, allowed {allowed:.0e}")
+    check = check_case(next(case for case in cases() if case.config.shortcut == "middle"), status.name)
+    if check.failure is not None:
+        return SmokeTest(status.name, False, check.failure)
+    return SmokeTest(status.name, True, f"{status.reason}; golden vector within {check.error:.0e} ({check.dtype})")
 
 
 def show(findings: dict[str, Any]) -> None:

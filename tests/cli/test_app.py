@@ -72,7 +72,10 @@ def test_unusable_command_line_is_one_line(
     ("error", "line"),
     [
         (ValueError("r must be from 1 to 256,\n  got 0"), "r must be from 1 to 256, got 0"),
-        (FileNotFoundError(2, "No such file or directory", "adapter"), "[Errno 2] No such file or directory: 'adapter'"),
+        (
+            FileNotFoundError(2, "No such file or directory", "adapter"),
+            "[Errno 2] No such file or directory: 'adapter'",
+        ),
         (ModuleNotFoundError("transformers is missing"), "transformers is missing"),
         (TypeError(), "TypeError"),
     ],
