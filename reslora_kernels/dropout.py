@@ -12,6 +12,8 @@ Counting by row and column group, not by a flat index, lets a kernel draw any ti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ COLUMNS_PER_CALL = 8
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-_CHUNK = 1 << 16  # counters per step: the working set stays in cache
+_CHUNK = 1 << 12  # counters per step on a CPU: the working set stays in cache and on one thread
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -46,9 +48,10 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     group = torch.arange(groups, device=seed.device)
     for start in range(0, rows, step):
         row = torch.arange(start, min(start + step, rows), device=seed.device)
-        words = _philox(group.expand(len(row), groups), row[:, None].expand(-1, groups), seed.reshape(()))
+        counter = (group.expand(len(row), groups), row[:, None] & _LOW, (row[:, None] >> 32) & _LOW, 0)
+        words = philox(counter, (seed.reshape(()) & _LOW, (seed.reshape(()) >> 32) & _LOW))
         halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-        mask[start : start + len(row)] = (torch.stack(halves, dim=-1) >= threshold(p)).flatten(1)
+        mask[start : start + len(row)] = (torch.stack(torch.broadcast_tensors(*halves), dim=-1) >= threshold(p)).flatten(1)
     return mask[:, :columns]
 
 
@@ -57,16 +60,16 @@ def apply_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:
     return torch.where(mask, x * (1.0 / (1.0 - p)), 0.0)
 
 
-def _philox(group: Tensor, row: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words in int64 tensors. The 64-bit product of two 32-bit words is taken through 16-bit halves."""
-    c0, c1, c2, c3 = group & _LOW, row & _LOW, (row >> 32) & _LOW, torch.zeros_like(row)
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+def philox(counter: Sequence[Tensor | int], key: Sequence[Tensor]) -> list[Tensor]:
+    """Philox 4x32: four 32-bit words from a counter of four and a key of two, in int64 tensors."""
+    c0, c1, c2, c3 = (torch.as_tensor(word, device=key[0].device) for word in counter)
+    k0, k1 = key
     for _ in range(ROUNDS):
         high0, low0 = _multiply(_MULTIPLIER[0], c0)
         high1, low1 = _multiply(_MULTIPLIER[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return c0, c1, c2, c3
+    return [c0, c1, c2, c3]
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def call_with(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model with a batch: a mapping by keyword, a tuple or list by position, anything else as the one argument."""
+    """Call a model with a batch: a mapping by keyword, a tuple or list by position, anything else as one argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):

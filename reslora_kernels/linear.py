@@ -209,11 +209,11 @@ class ResLoRALinear(nn.Linear):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint without any adapter is a base checkpoint: it leaves lora_A and lora_B as they are."""
+        """A checkpoint without this layer's adapter is a base checkpoint: it leaves lora_A and lora_B as they are."""
         missing_keys: list[str] = args[2]
         super()._load_from_state_dict(state_dict, prefix, *args)
         own = {prefix + "lora_A", prefix + "lora_B"}
-        if own.issubset(missing_keys) and not any(key.endswith(("lora_A", "lora_B")) for key in state_dict):
+        if own.issubset(missing_keys):
             missing_keys[:] = [key for key in missing_keys if key not in own]
 
     def extra_repr(self) -> str:

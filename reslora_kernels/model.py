@@ -15,7 +15,7 @@ from .execution import Execution, call_with, record_order, replayable, undisturb
 from .execution import example_inputs as derive_inputs
 from .linear import Chain, ResLoRALinear, link, scope_pass
 from .shortcuts import hands_on
-from .targets import find_targets, role_of
+from .targets import find_targets, role_of, stack_of
 
 
 @dataclass
@@ -118,17 +118,21 @@ def record_of(model: nn.Module) -> Record:
 
 
 def chains_of(executed: Sequence[Execution], layers: Mapping[str, nn.Linear]) -> list[tuple[str, list[str]]]:
-    """Chains as (name, layer names): one per role, feature sizes and token shape. A layer that did not run is alone."""
+    """Chains as (name, layer names): one per role, feature sizes, token shape and stack. A layer that did not run is alone.
+
+    An encoder and a decoder never share a chain: either may run without the other, as in generation.
+    """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tokens in executed:
         layer = layers[name]
-        groups.setdefault((role_of(name), layer.in_features, layer.out_features, tokens), []).append(name)
+        key = (role_of(name), layer.in_features, layer.out_features, tokens, stack_of(name))
+        groups.setdefault(key, []).append(name)
     ran = {execution.name for execution in executed}
     for name, layer in layers.items():
         if name not in ran:
             groups[role_of(name), layer.in_features, layer.out_features, name] = [name]
     named: dict[str, list[str]] = {}
-    for (role, k, n, _), members in groups.items():
+    for (role, k, n, *_), members in groups.items():
         alone = sum(key[0] == role for key in groups) == 1
         title = role if alone else f"{role} {k}->{n}"
         same = sum(other.split("#")[0] == title for other in named)

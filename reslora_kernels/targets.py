@@ -26,6 +26,11 @@ def role_of(name: str) -> str:
     return words[-1] if words else name
 
 
+def stack_of(name: str) -> str | None:
+    """ "encoder" or "decoder" where the module's name says that it is part of one, else None."""
+    return next((part for part in name.split(".") if part in ("encoder", "decoder")), None)
+
+
 def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     """Match ``config`` against the model's modules.
 

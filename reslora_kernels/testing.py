@@ -86,8 +86,8 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 def assert_close_to_truth(actual: Tensor, truth: Tensor, plain: Tensor, what: str = "result") -> None:
     """The one tolerance rule: at most twice the error that plain PyTorch makes in the same dtype.
 
-    Both the elementwise maximum and the relative norm must hold; one rounding of the largest value is allowed on top,
-    for cases that plain PyTorch happens to compute exactly.
+    Both the elementwise maximum and the relative norm must hold. On top, each of the two products that make a result
+    may round the largest value once more: the maximum over few elements is luck, and plain PyTorch can have it.
 
     Args:
         actual: what is tested, ``truth`` the same in float64, ``plain`` the same from plain PyTorch in actual's dtype.
@@ -104,8 +104,8 @@ def assert_close_to_truth(actual: Tensor, truth: Tensor, plain: Tensor, what: st
     step = torch.finfo(actual.dtype).eps
     largest = float(truth.abs().max())
     for name, error, allowed in (
-        ("largest error", max_error(actual, truth), 2 * max_error(plain, truth) + step * largest),
-        ("relative error", relative_error(actual, truth), 2 * relative_error(plain, truth) + step),
+        ("largest error", max_error(actual, truth), 2 * (max_error(plain, truth) + step * largest)),
+        ("relative error", relative_error(actual, truth), 2 * (relative_error(plain, truth) + step)),
     ):
         if not error <= allowed:
             raise AssertionError(f"{what}: {name} {error:.3e} is above {allowed:.3e}")
@@ -152,7 +152,7 @@ def reference_results(
     config: ResLoRAConfig, inputs: dict[str, list[Tensor]], dtype: torch.dtype = torch.float64
 ) -> dict[str, list[Tensor]]:
     """y, dx, dlora_A, dlora_B of the reference in ``dtype``, all layers differentiated together, every x a leaf."""
-    x, a, b = ([t.to(dtype).requires_grad_() for t in inputs[name]] for name in ("x", "lora_A", "lora_B"))
+    x, a, b = ([t.to(dtype, copy=True).requires_grad_() for t in inputs[name]] for name in ("x", "lora_A", "lora_B"))
     weights = [t.to(dtype) for t in inputs["weight"]]
     biases: list[Tensor | None] = [t.to(dtype) for t in inputs["bias"]] or [None] * len(x)
     y = reference.chain_forward(config.shortcut, config.pre_num, config.scaling, x, weights, biases, a, b)

@@ -1,4 +1,4 @@
-"""The tools agree: constraints, what is installed, pre-commit, the Makefile and CI name the same versions and commands."""
+"""Constraints, what is installed, pre-commit, the Makefile and CI agree on versions and commands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+import reslora_kernels
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["demo", "test", "test-fast", "bench", "gpu-check", "lint", "format", "typecheck", "clean"]
@@ -86,5 +88,5 @@ def test_make_target_exists(target: str) -> None:
 def test_version_stands_in_one_place() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" in project["project"]["dynamic"]
-    assert version("reslora_kernels") == __import__("reslora_kernels").__version__
+    assert version("reslora_kernels") == reslora_kernels.__version__
     assert f"## [{version('reslora_kernels')}]" in (ROOT / "CHANGELOG.md").read_text()

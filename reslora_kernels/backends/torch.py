@@ -88,8 +88,7 @@ def backward(
 
     dy is [M, N], dhanded [M, hand_stop - hand_start] or None; x, u are read only where their product is needed.
     """
-    nothing = dy.new_empty(0)
-    dx, da, db, dresidual = nothing, nothing.to(a_cat.dtype), nothing.to(b_cat.dtype), nothing
+    dx, dresidual, da, db = dy.new_empty(0), dy.new_empty(0), a_cat.new_empty(0), b_cat.new_empty(0)
     if need_db:
         db = (dy.T @ u).mul_(scaling).to(b_cat.dtype)
     if not (need_dx or need_da or need_dresidual):

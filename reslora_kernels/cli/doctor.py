@@ -188,7 +188,9 @@ def show(findings: dict[str, Any]) -> None:
     gpus = [
         (g["name"], f"compute capability {g['compute_capability']}, {g['memory_gib']} GiB") for g in findings["gpus"]
     ]
-    gpus = gpus or [("none", f"torch built for CUDA {findings['torch_cuda'] or '(none)'}")]
+    gpus = gpus or [
+        ("none", f"torch built for CUDA {cuda}" if (cuda := findings["torch_cuda"]) else "torch built without CUDA")
+    ]
     console.print(table("GPUs", [*gpus, ("driver", findings["driver"] or "none")]))
     compilers = [
         (row["name"], f"{row['version']} ({row['path']})" if row["path"] else "none") for row in findings["compilers"]
@@ -200,6 +202,8 @@ def show(findings: dict[str, Any]) -> None:
     console.print(table("Backends", [(t["backend"], verdicts[t["passed"]], t["detail"]) for t in findings["backends"]]))
     if findings["fixes"]:
         console.print(table("How to fix each gap", [(row["gap"], row["fix"]) for row in findings["fixes"]]))
+    else:
+        console.print("Nothing to fix.")
 
 
 def table(title: str, rows: list[Any]) -> Table:

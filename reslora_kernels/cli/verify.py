@@ -17,7 +17,7 @@ INPUTS = ("x", "weight", "bias", "lora_A", "lora_B", "dy")
 
 
 class Check(NamedTuple):
-    """One golden case through one backend. ``error`` is the largest over y, dx, dA, dB; ``failure`` None if it holds."""
+    """One golden case through one backend. ``error`` is the largest over y, dx, dA, dB; ``failure`` None if none."""
 
     case: str
     backend: str
@@ -96,16 +96,14 @@ def device() -> torch.device:
 
 
 def inputs_of(case: GoldenCase) -> dict[str, list[Tensor]]:
-    """x, weight, bias, lora_A, lora_B, dy, one tensor per layer; no bias, no tensors."""
-    return {name: case.series(name) for name in INPUTS if f"{name}.0" in case.tensors} | (
-        {} if "bias.0" in case.tensors else {"bias": []}
-    )
+    """x, weight, bias, lora_A, lora_B, dy, one tensor per layer; an empty list of biases where there are none."""
+    return {name: case.series(name) if f"{name}.0" in case.tensors else [] for name in INPUTS}
 
 
 def chain_results(case: GoldenCase, backend: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    """y, dx, dlora_A, dlora_B of linked layers, on the CPU; every x is a leaf and all layers are differentiated together."""
+    """y, dx, dlora_A, dlora_B of linked layers, on the CPU; every x is a leaf, all layers differentiated together."""
     config = case.config.replace(backend=backend)
-    inputs = {name: [t.to(device(), dtype) for t in tensors] for name, tensors in inputs_of(case).items()}
+    inputs = {name: [t.to(device(), dtype, copy=True) for t in tensors] for name, tensors in inputs_of(case).items()}
     layers = []
     for n, weight in enumerate(inputs["weight"]):
         out_features, in_features = weight.shape

@@ -1,0 +1,161 @@
+"""ResLoRALinear as a drop-in for nn.Linear, alone and in a chain linked by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reslora_kernels import ResLoRAConfig, ResLoRALinear, dropout, link, reference
+from reslora_kernels.testing import chain_inputs, max_error, reference_results
+
+SHORTCUTS = [("none", 0), ("input", 1), ("block", 1), ("block", -1), ("middle", 2), ("middle", -1)]
+
+
+def make_chain(config: ResLoRAConfig, inputs: dict[str, list[Tensor]], dtype: torch.dtype = torch.float64):
+    layers = []
+    for n, weight in enumerate(inputs["weight"]):
+        layer = ResLoRALinear(weight.shape[1], weight.shape[0], bool(inputs["bias"]), dtype=dtype, config=config)
+        for name in ("weight", "bias", "lora_A", "lora_B"):
+            if inputs[name]:
+                getattr(layer, name).data.copy_(inputs[name][n])
+        layers.append(layer)
+    return layers, link(layers, name="test")
+
+
+def test_looks_like_the_linear_it_replaces() -> None:
+    linear = nn.Linear(12, 5).eval()
+    seen = []
+    handle = linear.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    layer = ResLoRALinear.from_linear(linear, ResLoRAConfig(r=3, lora_alpha=6))
+    assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (12, 5)
+    assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
+    assert not layer.weight.requires_grad and not layer.bias.requires_grad
+    assert layer.lora_A.shape == (3, 12) and layer.lora_B.shape == (5, 3) and layer.scaling == 2.0
+    x = torch.randn(4, 12)
+    assert torch.equal(layer(x), linear(x)), "B is zero at the start"
+    assert seen == [ResLoRALinear, nn.Linear]
+    handle.remove()
+    layer(x)
+    assert len(seen) == 2
+
+
+def test_base_checkpoint_loads_unchanged_and_adapters_round_trip() -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    adapted = nn.Sequential(ResLoRALinear(4, 4), ResLoRALinear(4, 4))
+    before = adapted[0].lora_A.clone()
+    adapted.load_state_dict(base.state_dict(), strict=True)
+    assert torch.equal(adapted[1].weight, base[1].weight) and torch.equal(adapted[0].lora_A, before)
+    state = adapted.state_dict()
+    assert set(state) == {f"{i}.{n}" for i in (0, 1) for n in ("weight", "bias", "lora_A", "lora_B")}
+    del state["1.lora_A"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*1\.lora_A"):
+        adapted.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_adapters_of_half_precision_weights_are_float32(dtype: torch.dtype) -> None:
+    layer = ResLoRALinear(8, 8, dtype=dtype)
+    assert layer.lora_A.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert layer(torch.randn(2, 8, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
+def test_chain_equals_reference(shortcut: str, pre_num: int) -> None:
+    """Values and every gradient, six layers, all inputs leaves."""
+    config = ResLoRAConfig(r=3, lora_alpha=5, shortcut=shortcut, pre_num=pre_num)
+    inputs = chain_inputs(6, (2, 7), 10, 9, 3)
+    truth = reference_results(config, inputs)
+    layers, chain = make_chain(config, inputs)
+    xs = [x.clone().requires_grad_() for x in inputs["x"]]
+    with chain.forward_pass():
+        ys = [layer(x) for layer, x in zip(layers, xs, strict=True)]
+    torch.autograd.backward(ys, inputs["dy"])
+    for n, layer in enumerate(layers):
+        for name, actual in (
+            ("y", ys[n]), ("dx", xs[n].grad), ("dlora_A", layer.lora_A.grad), ("dlora_B", layer.lora_B.grad),
+        ):  # fmt: skip
+            assert max_error(actual, truth[name][n]) < 1e-12, f"{name}.{n}"
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
+def test_dropout_reuses_each_layers_own_mask(shortcut: str, pre_num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x_n is dropped once; later layers meet that same dropped x_n (math of the shortcut table)."""
+    config = ResLoRAConfig(r=3, lora_dropout=0.4, shortcut=shortcut, pre_num=pre_num)
+    inputs = chain_inputs(4, (6,), 10, 10, 3)
+    seeds = [torch.tensor(100 + n) for n in range(4)]
+    drawn = iter(seeds)
+    monkeypatch.setattr(dropout, "new_seed", lambda device: next(drawn))
+    layers, chain = make_chain(config, inputs)
+    xs = [x.clone().requires_grad_() for x in inputs["x"]]
+    with chain.forward_pass():
+        ys = [layer(x) for layer, x in zip(layers, xs, strict=True)]
+    torch.autograd.backward(ys, inputs["dy"])
+
+    def dropped(n: int, x: Tensor) -> Tensor:
+        return dropout.apply_mask(x, dropout.keep_mask(seeds[n], *x.shape, 0.4), 0.4)
+
+    leaves, a, b = ([t.clone().requires_grad_() for t in inputs[name]] for name in ("x", "lora_A", "lora_B"))
+    expected = reference.chain_forward(
+        shortcut, pre_num, config.scaling, leaves, inputs["weight"], inputs["bias"], a, b, dropped
+    )
+    torch.autograd.backward(expected, inputs["dy"])
+    for n, layer in enumerate(layers):
+        assert max_error(ys[n], expected[n]) < 1e-12
+        assert max_error(xs[n].grad, leaves[n].grad) < 1e-12
+        assert max_error(layer.lora_A.grad, a[n].grad) < 1e-12
+        assert max_error(layer.lora_B.grad, b[n].grad) < 1e-12
+
+
+def test_dropout_only_in_training() -> None:
+    layer = ResLoRALinear(64, 8, config=ResLoRAConfig(lora_dropout=0.5))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(16, 64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_trained_bias_and_unfrozen_weight_get_their_gradients() -> None:
+    """The frozen weight gets none; one that the user unfreezes is never silently left behind."""
+    layer, x = ResLoRALinear(6, 5, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    nn.init.normal_(layer.lora_B)
+    layer.requires_grad_(True)
+    layer(x).square().sum().backward()
+    y = nn.functional.linear(x, layer.weight, layer.bias) + layer.scaling * x @ layer.lora_A.T @ layer.lora_B.T
+    expected = torch.autograd.grad(y.square().sum(), [layer.weight, layer.bias, layer.lora_A, layer.lora_B])
+    for parameter, gradient in zip((layer.weight, layer.bias, layer.lora_A, layer.lora_B), expected, strict=True):
+        assert max_error(parameter.grad, gradient) < 1e-12
+
+
+def test_deepcopy_of_a_chain_is_a_chain_of_copies() -> None:
+    layers, _ = make_chain(ResLoRAConfig(r=2, shortcut="block"), chain_inputs(3, (1,), 4, 4, 2))
+    copies = copy.deepcopy(nn.ModuleList(layers))
+    assert copies[0].chain is not layers[0].chain
+    assert copies[0].chain.layers == list(copies)
+    assert [copy_.position for copy_ in copies] == [0, 1, 2]
+
+
+def test_root_opens_the_pass() -> None:
+    """link(layers, root=module): every call of the module is one pass."""
+    inputs = chain_inputs(3, (4,), 6, 6, 2)
+    config = ResLoRAConfig(r=2, lora_alpha=4, shortcut="input")
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(ResLoRALinear(6, 6, dtype=torch.float64, config=config) for _ in range(3))
+            link(list(self.layers), root=self)
+
+        def forward(self, xs: list[Tensor]) -> list[Tensor]:
+            return [layer(x) for layer, x in zip(self.layers, xs, strict=True)]
+
+    stack = Stack()
+    for n, layer in enumerate(stack.layers):
+        for name in ("weight", "bias", "lora_A", "lora_B"):
+            getattr(layer, name).data.copy_(inputs[name][n])
+    truth = reference_results(config, inputs)["y"]
+    for n, y in enumerate(stack(inputs["x"])):
+        assert max_error(y, truth[n]) < 1e-12

@@ -1,0 +1,222 @@
+"""Every merge against the reference's equations, the error that a merge reports, and weights restored bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reslora_kernels import ResLoRAConfig, apply_reslora, collect_statistics, merge_reslora, reference, unmerge_reslora
+from reslora_kernels.testing import max_error, relative_error
+
+WIDTH, RANK, DEPTH = 12, 3, 5
+INEXACT = [("input", 1), ("middle", 2), ("middle", -1)]
+METHODS = ["input", "weights", "least_squares"]
+
+
+class Residual(nn.Module):
+    """A pre-norm residual stack; returns every layer's input and output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        xs, ys = [], []
+        for layer in self.layers:
+            xs.append(nn.functional.layer_norm(x, (WIDTH,)))
+            ys.append(layer(xs[-1]))
+            x = x + torch.tanh(ys[-1])
+        return xs, ys
+
+
+def adapted(shortcut: str, pre_num: int, dtype: torch.dtype = torch.float64, **options) -> Residual:
+    torch.manual_seed(0)
+    model = Residual().to(dtype)
+    config = ResLoRAConfig(r=RANK, lora_alpha=RANK, shortcut=shortcut, pre_num=pre_num, **options)
+    apply_reslora(model, config, example_inputs=torch.zeros(1, WIDTH, dtype=dtype))
+    for layer in model.layers:
+        nn.init.normal_(layer.lora_B, std=0.3)
+    return model
+
+
+def batches(seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 9, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for _ in range(6)]
+
+
+def pieces(model: Residual) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return tuple(
+        [getattr(layer, name).detach().clone() for layer in model.layers] for name in ("weight", "lora_A", "lora_B")
+    )
+
+
+def reference_updates(model: Residual, shortcut: str, pre_num: int, method: str, data: list[Tensor]) -> list[Tensor]:
+    weights, a, b = pieces(model)
+    seen = [[x.detach() for x in model(batch)[0]] for batch in data]
+    x_norms = [float(torch.stack([batch[n].norm() for batch in seen]).mean()) for n in range(DEPTH)]
+    h_norms = [float(torch.stack([(batch[n] @ a[n].T).norm() for batch in seen]).mean()) for n in range(DEPTH)]
+    if method == "least_squares":
+        return reference.merge_least_squares(shortcut, pre_num, 1.0, seen, a, b)
+    if method == "input":
+        return reference.merge_input(shortcut, pre_num, 1.0, x_norms if shortcut == "input" else h_norms, a, b)
+    if shortcut == "input":
+        return reference.merge_weights_input(1.0, weights, a, b)
+    return reference.merge_weights_middle(pre_num, 1.0, x_norms, a, b)
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), INEXACT)
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_equals_the_table(shortcut: str, pre_num: int, method: str) -> None:
+    model, data = adapted(shortcut, pre_num), batches(1)
+    weights = pieces(model)[0]
+    expected = [w + u for w, u in zip(weights, reference_updates(model, shortcut, pre_num, method, data), strict=True)]
+    merge_reslora(model, method, calibration=data)
+    for layer, weight in zip(model.layers, expected, strict=True):
+        assert max_error(layer.weight, weight) < 1e-10
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), INEXACT)
+@pytest.mark.parametrize("method", METHODS)
+def test_reported_error_is_the_error_on_the_data(shortcut: str, pre_num: int, method: str) -> None:
+    """‖s (x A*ᵀ - u) Bᵀ‖ / ‖s u Bᵀ‖ from the second moments equals the one measured by running the layers."""
+    model, data = adapted(shortcut, pre_num), batches(2)
+    weights, a, b = pieces(model)
+    seen = [model(batch)[0] for batch in data]
+    report = merge_reslora(model, method, calibration=data)
+    for n, row in enumerate(report.rows):
+        unmerged = [reference.low_rank_term(shortcut, pre_num, 1.0, n, xs, a, b) for xs in seen]
+        merged = [xs[n] @ (model.layers[n].weight - weights[n]).T for xs in seen]
+        assert row.relative_error == pytest.approx(relative_error(torch.cat(merged), torch.cat(unmerged)), abs=1e-6)
+        assert row.rank == RANK
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), INEXACT)
+def test_least_squares_is_best_on_the_calibration_data(shortcut: str, pre_num: int) -> None:
+    """It minimises over all replacements of A, so no method of the paper can be better in any layer."""
+    errors = {}
+    for method in METHODS:
+        report = merge_reslora(adapted(shortcut, pre_num), method, calibration=batches(3))
+        errors[method] = [row.relative_error for row in report.rows]
+    for n in range(1, DEPTH):
+        assert errors["least_squares"][n] <= min(errors["input"][n], errors["weights"][n]) + 1e-6
+    assert errors["least_squares"][0] == errors["input"][0] == 0
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", -1)])
+def test_sequential_fits_each_layer_on_the_model_merged_before_it(shortcut: str, pre_num: int) -> None:
+    """Layer n's A* solves the normal equations of x from the merged model and v from the unmerged one."""
+    model, data = adapted(shortcut, pre_num), batches(4)
+    weights, a, b = pieces(model)
+    unmerged_xs = [[x.detach() for x in model(batch)[0]] for batch in data]
+    merge_reslora(model, calibration=data, sequential=True)
+    merged_xs = [[x.detach() for x in model(batch)[0]] for batch in data]  # x_n depends on layers before n only
+    for n in range(1, DEPTH):
+        x = torch.cat([xs[n].flatten(0, -2) for xs in merged_xs])
+        window = [1] if shortcut == "input" else range(1, n + 1)
+        parts = [
+            torch.cat([xs[n - k].flatten(0, -2) for xs in unmerged_xs]) @ a[n if shortcut == "input" else n - k].T
+            for k in window
+        ]
+        gram = x.T @ x
+        gram += 1e-6 * gram.diagonal().mean() * torch.eye(WIDTH, dtype=x.dtype)
+        fitted = a[n] + torch.linalg.solve(gram, x.T @ sum(parts)).T
+        assert max_error(model.layers[n].weight, weights[n] + b[n] @ fitted) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("shortcut", "pre_num"), [("none", 0), ("block", -1), ("input", 1), ("middle", 2)])
+def test_unmerge_restores_every_bit(shortcut: str, pre_num: int, dtype: torch.dtype) -> None:
+    model, data = adapted(shortcut, pre_num, dtype), batches(5, dtype)
+    before = [layer.weight.clone() for layer in model.layers]
+    outputs = model(data[0])[1]
+    merge_reslora(model, calibration=data)
+    assert all(not torch.equal(layer.weight, w) for layer, w in zip(model.layers, before, strict=True))
+    unmerge_reslora(model)
+    assert all(torch.equal(layer.weight, w) for layer, w in zip(model.layers, before, strict=True))
+    assert all(torch.equal(y, z) for y, z in zip(model(data[0])[1], outputs, strict=True))
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), [("none", 0), ("block", 1), ("block", -1), ("middle", 0)])
+def test_exact_merges_need_no_data_and_lose_nothing(shortcut: str, pre_num: int) -> None:
+    model, x = adapted(shortcut, pre_num), batches(6)[0]
+    expected = model(x)[1]
+    report = merge_reslora(model)
+    assert report.worst() == 0
+    for actual, truth in zip(model(x)[1], expected, strict=True):
+        assert max_error(actual, truth) < 1e-13
+
+
+def test_merging_rounds_once() -> None:
+    """bfloat16 weights: the float32 sum, rounded to bfloat16, and nothing in between."""
+    model = adapted("block", 1, torch.bfloat16)
+    weights, a, b = pieces(model)
+    merge_reslora(model)
+    for n, layer in enumerate(model.layers):
+        update = reference.exact_update("block", 1, 1.0, n, [t.double() for t in a], [t.double() for t in b])
+        exact = weights[n].double() + update
+        step = torch.finfo(torch.bfloat16).eps
+        assert ((layer.weight.double() - exact).abs() <= exact.abs() * step / 2 * 1.01 + 1e-7).all()
+
+
+def test_statistics_keep_the_last_batches_of_the_window() -> None:
+    model = adapted("input", 1, norm_window=2)
+    data = batches(7)
+    with collect_statistics(model, second_moments=False) as statistics:
+        for batch in data:
+            model(batch)
+    norms = [float(model(batch)[0][3].norm()) for batch in data]
+    assert statistics.calls == len(data)
+    assert statistics.layers["layers.3"].norm_of_x() == pytest.approx(sum(norms[-2:]) / 2)
+    with pytest.raises(ValueError, match="second moments"):
+        merge_reslora(model, "least_squares", statistics=statistics)
+    assert merge_reslora(model, "input", statistics=statistics).worst() == 0, "only layer 0's error is known"
+
+
+def test_statistics_do_not_change_a_training_step() -> None:
+    model, x = adapted("middle", -1, lora_dropout=0.2).train(), batches(8)[0]
+    results = []
+    for collecting in (False, True):
+        torch.manual_seed(1)
+        if collecting:
+            with collect_statistics(model):
+                loss = torch.stack(model(x)[1]).square().mean()
+        else:
+            loss = torch.stack(model(x)[1]).square().mean()
+        results.append(torch.autograd.grad(loss, [layer.lora_A for layer in model.layers]))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    assert all(layer.observer is None for layer in model.layers)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no data", "needs data: pass calibration"),
+        ("nan", "holds NaN or Inf"),
+        ("tied", "is shared with"),
+        ("empty", "no batch"),
+        ("generator", "re-iterable"),
+        ("merged", "merged already"),
+    ],
+)
+def test_a_refused_merge_changes_nothing(case: str, message: str) -> None:
+    model, arguments = adapted("input", 1), {"calibration": batches(9)}
+    if case == "no data":
+        arguments = {}
+    elif case == "nan":
+        model.layers[4].lora_B.data[0, 0] = float("nan")
+        arguments["method"] = "input"
+    elif case == "tied":
+        model.tied = nn.Linear(WIDTH, WIDTH)
+        model.tied.weight = model.layers[2].weight
+    elif case == "empty":
+        arguments = {"calibration": []}
+    elif case == "generator":
+        arguments = {"calibration": iter(batches(9)), "sequential": True}
+    elif case == "merged":
+        merge_reslora(model, **arguments)
+    before = [layer.weight.clone() for layer in model.layers]
+    with pytest.raises(ValueError, match=message):
+        merge_reslora(model, **arguments)
+    assert all(torch.equal(layer.weight, w) for layer, w in zip(model.layers, before, strict=True))
+    assert all(layer.merged == (case == "merged") for layer in model.layers)
