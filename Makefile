@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RESULT ?= benchmarks/results/latest.json
 REQUIREMENTS := pyproject.toml setup.py constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench gpu-check lint format typecheck clean
+.PHONY: help demo test test-fast bench gpu-check readme-tables lint format typecheck clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,7 +33,11 @@ test-fast: $(VENV)/.installed-dev ## The same without the tests marked slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 bench: $(VENV)/.installed-dev ## Time the layers against frozen linears, plain layers and PEFT
-	$(BIN)/python -m pytest benchmarks/kernels $(ARGS)
+	$(BIN)/python -m pytest benchmarks/kernels --benchmark-json=$(RESULT) $(ARGS)
+	$(BIN)/python -m benchmarks.tables $(RESULT)
+
+readme-tables: $(VENV)/.installed-dev ## Write the tables of README.md from the newest committed result
+	$(BIN)/python -m benchmarks.tables --readme README.md
 
 gpu-check: $(VENV)/.installed-dev ## On a CUDA GPU: the tests marked gpu, then the kernel benchmarks
 	@$(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())" \

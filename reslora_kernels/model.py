@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +84,9 @@ def adapt(
     """Swap ``targets``, freeze the rest, link ``chains`` (name, layer names); None reads them off the first forward."""
     _swap(model, targets, record.config, autocast_adapter_dtype)
     model.__dict__["_reslora"] = record
+    complete = _RefusePartial()
+    model.register_load_state_dict_pre_hook(complete.before)
+    model.register_load_state_dict_post_hook(complete.after)
     if chains is None:
         model.register_forward_pre_hook(_RecordFirstForward(), with_kwargs=True, prepend=True)
     else:
@@ -220,6 +224,39 @@ def _swap(model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRACon
                 parameter.requires_grad_(True)
 
 
+@contextmanager
+def _unobserved(layers: Iterable[ResLoRALinear]) -> Iterator[None]:
+    """A dry run is no batch: whoever gathers statistics must not see it."""
+    observers = [(layer, layer.observer) for layer in layers]
+    try:
+        for layer, _ in observers:
+            layer.observer = None
+        yield
+    finally:
+        for layer, observer in observers:
+            layer.observer = observer
+
+
+class _RefusePartial:
+    """Hooks of an adapted root around load_state_dict: adapters for some layers only are no base checkpoint.
+
+    A layer by itself takes a checkpoint without its adapters for one of the base model; only the root sees all keys.
+    """
+
+    def __init__(self) -> None:
+        self.absent: list[str] = []
+
+    def before(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        layers = [prefix + name for name, child in module.named_modules() if isinstance(child, ResLoRALinear)]
+        pairs = [(f"{name}.lora_A", f"{name}.lora_B") for name in layers]
+        known = any(key in state for pair in pairs for key in pair)
+        self.absent = [key for pair in pairs if not state.keys() & set(pair) for key in pair] if known else []
+
+    def after(self, module: nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys.extend(self.absent)
+        self.absent = []
+
+
 class _RecordFirstForward:
     """Pre-hook of a model whose order is not known: runs the forward once to read it off, then the real one follows."""
 
@@ -234,7 +271,7 @@ class _RecordFirstForward:
             )
         layers = adapted_layers(module)
         dry_args, dry_kwargs = replayable(args, kwargs)
-        with undisturbed(module):
+        with undisturbed(module), _unobserved(layers.values()):
             executed = record_order(layers, lambda: module.forward(*dry_args, **dry_kwargs))
         build_chains(module, chains_of(executed, layers))
         record.order = "first forward"

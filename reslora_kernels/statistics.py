@@ -38,6 +38,10 @@ class LayerStatistics:
     @torch.no_grad()
     def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
         """One batch: x [..., K] and what the shortcut adds to u [..., r] (None: the layer ran as layer 0)."""
+        with torch.autocast(x.device.type, enabled=False):  # moments are sums over many tokens: never in half precision
+            self._observe(x, lora_A, residual)
+
+    def _observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
         dtype = self._x_norms.dtype
         x = x.detach().reshape(-1, x.shape[-1]).to(dtype)
         slot = self.calls % len(self._x_norms)

@@ -189,14 +189,14 @@ def randomize(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def train(model: nn.Module, family: Family, steps: int, lr: float = 5e-3, seed: int = 100) -> list[float]:
-    """AdamW steps on fresh batches; the loss on one fixed batch before and after."""
-    fixed = family.batch(seed - 1)
+    """AdamW steps on four batches in turn; the loss on the first of them before and after."""
+    fixed = family.batch(seed)
     model.train()
     losses = [float(family.loss(model, fixed).detach())]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for step in range(steps):
         optimizer.zero_grad()
-        family.loss(model, family.batch(seed + step)).backward()
+        family.loss(model, family.batch(seed + step % 4)).backward()
         optimizer.step()
     losses.append(float(family.loss(model, fixed).detach()))
     model.eval()

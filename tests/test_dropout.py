@@ -41,7 +41,7 @@ def test_mask_is_the_documented_layout() -> None:
 
 
 def test_any_part_of_the_mask_is_drawn_alike() -> None:
-    """A kernel may draw any tile: a smaller mask is the corner of a larger one, also across the chunks of the CPU path."""
+    """A kernel may draw any tile: a smaller mask is the corner of a larger one, also across chunks of the CPU path."""
     seed = torch.tensor(7)
     large = dropout.keep_mask(seed, 1500, 203, 0.5)
     assert torch.equal(dropout.keep_mask(seed, 33, 50, 0.5), large[:33, :50])

@@ -1,4 +1,4 @@
-"""The functional core against plain PyTorch: exact on integers, within twice PyTorch's own error elsewhere, every gradient."""
+"""The functional core against plain PyTorch: exact on integers, else within twice PyTorch's own error; all gradients."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_only_what_needs_a_gradient_gets_one(needed: str) -> None:
 
 
 def test_mixed_dtypes_without_a_cast_copy_of_x() -> None:
-    """bfloat16 x and weight, float32 adapters: gradients arrive in each parameter's dtype, saved tensors stay bfloat16."""
+    """bfloat16 x and weight, float32 adapters: gradients in each parameter's dtype, saved tensors in bfloat16."""
     x = torch.randn(64, 96, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(48, 96, dtype=torch.bfloat16)
     a, b = torch.randn(8, 96, requires_grad=True), torch.randn(48, 8, requires_grad=True)

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from reslora_kernels.adapters import load_adapter
 from reslora_kernels.cli.loading import (
+    adapted_without_weights,
     load_model,
     load_model_config,
-    meta_model,
     model_class,
     read_adapter_config,
     torch_device,
@@ -78,7 +78,7 @@ def inspect(
         torch_device(device)
     model_config = load_model_config("MODEL", model, trust_remote_code)
     if device is None:
-        adapted = meta_model(model_config, config, trust_remote_code)
+        adapted = adapted_without_weights(model_config, config, trust_remote_code)
     else:
         cls = model_class(model_config)
         adapted = load_model(

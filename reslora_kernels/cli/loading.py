@@ -67,7 +67,10 @@ def load_model_config(option: str, source: str, trust_remote_code: bool = False)
     if folder is not None and not (folder / "config.json").is_file():
         hint = "; it is an adapter: give the base model" if (folder / CONFIG_NAME).is_file() else ""
         raise FileNotFoundError(f"{option} {source!r} holds no config.json: it is not a Transformers model{hint}")
-    return AutoConfig.from_pretrained(folder or source, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(folder or source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option} {source!r}: {error}") from error
 
 
 def model_class(config: Any) -> Any:
@@ -92,16 +95,20 @@ def load_model(
     return model.to(torch_device(device)).eval()
 
 
-def meta_model(config: Any, adapter: ResLoRAConfig, trust_remote_code: bool) -> nn.Module:
-    """The model without weights, on torch's meta device, with ``adapter`` applied: costs no memory at any size."""
-    cls = model_class(config)
-    dtype = getattr(config, "dtype", None) or torch.float32
+def model_without_weights(config: Any, cls: Any, trust_remote_code: bool) -> nn.Module:
+    """The model on torch's meta device, which costs no memory at any size."""
+    options = {"dtype": getattr(config, "dtype", None) or torch.float32, "attn_implementation": "eager"}
     with torch.device("meta"):  # eager attention, because the others look at the values of the mask
         if "AutoModel" in cls.__name__:
-            remote = {"trust_remote_code": trust_remote_code}
-            model: nn.Module = cls.from_config(config, dtype=dtype, attn_implementation="eager", **remote)
+            model: nn.Module = cls.from_config(config, trust_remote_code=trust_remote_code, **options)
         else:
-            model = cls._from_config(config, dtype=dtype, attn_implementation="eager")
+            model = cls._from_config(config, **options)
+    return model
+
+
+def adapted_without_weights(config: Any, adapter: ResLoRAConfig, trust_remote_code: bool) -> nn.Module:
+    """``model_without_weights`` with ``adapter`` applied."""
+    model = model_without_weights(config, model_class(config), trust_remote_code)
     inputs = example_inputs(model)
     if inputs is not None and "input_ids" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

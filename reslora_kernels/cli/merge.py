@@ -86,7 +86,7 @@ def merge(
 
 
 def tokenizer_source(adapter: str, base: str) -> tuple[str, str] | None:
-    """Where the tokenizer is: with the adapter, where ``reslora finetune`` puts it, else with the base model, if at all."""
+    """The tokenizer's place: with the adapter, as ``reslora finetune`` leaves it, else with the base model, or None."""
     if has_tokenizer(Path(adapter).expanduser()):
         return "adapter", str(Path(adapter).expanduser().absolute())
     folder = local_folder("--base", base)

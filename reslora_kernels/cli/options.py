@@ -47,13 +47,13 @@ CalibrationExamples = Annotated[
 ]
 MaxLength = Annotated[
     int | None,
-    typer.Option("--max-length", min=2, help="Tokens per example [default: 1024, or what the model allows]."),
+    typer.Option("--max-length", min=2, help="Tokens per example. Not given: 1024, or what the model allows."),
 ]
 Sequential = Annotated[
     bool, typer.Option("--sequential", help="Fit each layer on the model whose earlier layers are merged already.")
 ]
 Method = Annotated[
-    str | None, typer.Option("--method", help="input, weights or least_squares [default: the adapter's own].")
+    str | None, typer.Option("--method", help="input, weights or least_squares. Not given: the adapter's own.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in the output folder.")]
 

@@ -58,6 +58,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
+        _apply_umask(staging)
         if folder.exists():
             os.replace(folder, previous)
         os.replace(staging, folder)
@@ -68,3 +69,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
     if previous.exists():
         shutil.rmtree(previous)
+
+
+def _apply_umask(folder: Path) -> None:
+    """Give files the modes of any new file: some libraries write weights that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)

@@ -55,7 +55,7 @@ def finetune(
     ],
     output_dir: Annotated[Path, typer.Option("--output-dir", "--out", help="New folder for all results.")],
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Where the tokenizer is [default: MODEL].")
+        str | None, typer.Option("--tokenizer", help="Where the tokenizer is, if not with the model.")
     ] = None,
     split: Split = "train",
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Like --data, to evaluate on.")] = None,
@@ -94,8 +94,8 @@ def finetune(
     torch_dtype_name: DType = "auto",
     device: Device = "auto",
     logging_steps: Annotated[int, typer.Option("--logging-steps", min=1)] = 10,
-    eval_steps: Annotated[int | None, typer.Option("--eval-steps", min=1, help="[default: once per epoch]")] = None,
-    save_steps: Annotated[int | None, typer.Option("--save-steps", min=1, help="[default: once per epoch]")] = None,
+    eval_steps: Annotated[int | None, typer.Option("--eval-steps", min=1, help="Not given: once per epoch.")] = None,
+    save_steps: Annotated[int | None, typer.Option("--save-steps", min=1, help="Not given: once per epoch.")] = None,
     save_total_limit: Annotated[int, typer.Option("--save-total-limit", min=1, help="Checkpoints to keep.")] = 2,
     dataloader_num_workers: Annotated[int, typer.Option("--dataloader-num-workers", min=0)] = 0,
     merge: Annotated[bool, typer.Option("--merge", help="Also save the merged model, in OUTPUT_DIR/merged.")] = False,
@@ -143,7 +143,7 @@ def finetune(
     )  # fmt: skip
 
     prepared = prepare(
-        model, data, tokenizer=tokenizer, split=split, eval_data=eval_data, eval_fraction=eval_fraction,
+        model, data, config, tokenizer=tokenizer, split=split, eval_data=eval_data, eval_fraction=eval_fraction,
         max_length=max_length, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     settings = {

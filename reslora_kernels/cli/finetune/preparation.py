@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from reslora_kernels.cli.examples import Chat, read_examples
-from reslora_kernels.cli.loading import load_model_config, load_tokenizer
+from reslora_kernels.cli.loading import load_model_config, load_tokenizer, model_without_weights
 from reslora_kernels.cli.tokenization import PLAIN_CHAT_TEMPLATE, Encoded, Row, encode, max_length_for
+from reslora_kernels.config import ResLoRAConfig
+from reslora_kernels.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Prepared:
 def prepare(
     model: str,
     data: str,
+    adapter: ResLoRAConfig,
     *,
     tokenizer: str | None,
     split: str,
@@ -39,14 +42,17 @@ def prepare(
     seed: int,
     trust_remote_code: bool,
 ) -> Prepared:
-    """Read and encode the data.
+    """Read and encode the data, and see that ``adapter`` matches layers of the model.
 
     Raises:
-        OSError, ValueError: data, tokenizer or the model's configuration are missing, malformed, or do not fit together.
+        OSError, ValueError: data, tokenizer or the model's configuration is missing, malformed, or does not fit.
     """
+    from transformers import AutoModelForCausalLM
+
     examples = read_examples("--data", data, split)
     eval_examples = [] if eval_data is None else read_examples("--eval-data", eval_data, split)
     config = load_model_config("--model", model, trust_remote_code)
+    find_targets(model_without_weights(config, AutoModelForCausalLM, trust_remote_code), adapter)
     length = max_length_for(max_length, config)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     option, source = ("--model", model) if tokenizer is None else ("--tokenizer", tokenizer)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from reslora_kernels._version import __version__
 from reslora_kernels.adapters import CONFIG_NAME, write_durably
@@ -28,6 +28,16 @@ OUTPUTS = ("adapter", "merged", "peft", RECORD_NAME)
 
 class ResLoRATrainer(AdapterCheckpoints, Trainer):
     """Transformers' Trainer with checkpoints that hold the adapters alone."""
+
+
+class LogLastStep(TrainerCallback):
+    """Logs the last step's loss too, so that a short run has one."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+        return control
 
 
 def training_arguments(output_dir: Path, *, evaluate: bool, device: torch.device, **options: Any) -> TrainingArguments:
@@ -72,6 +82,7 @@ def make_trainer(
         train_dataset=train,
         eval_dataset=evaluation or None,
         data_collator=functools.partial(collate, pad=pad),
+        callbacks=[LogLastStep()],
     )
 
 

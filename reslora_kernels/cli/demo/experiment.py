@@ -1,0 +1,209 @@
+"""The demo's work from beginning to end, and everything it measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from reslora_kernels.adapters import save_adapter
+from reslora_kernels.cli.demo import data
+from reslora_kernels.cli.demo.merges import (
+    Merge,
+    PeftComparison,
+    compare_with_peft,
+    gather_statistics,
+    measure_merge,
+    methods_of,
+)
+from reslora_kernels.cli.demo.progress import Bars, Stage, show_bars
+from reslora_kernels.cli.demo.samples import generate
+from reslora_kernels.cli.demo.settings import BASELINE, TITLES, Settings
+from reslora_kernels.cli.demo.timing import StepTime, time_steps
+from reslora_kernels.cli.demo.training import (
+    EVALUATION_BATCH,
+    Curve,
+    adapted,
+    evaluate,
+    finetune,
+    new_model,
+    pretrain,
+    steps_to_reach,
+)
+from reslora_kernels.config import Shortcut
+from reslora_kernels.coverage import inspect
+
+PRETRAINING, MEASURING, MERGING, SAMPLING = "pre-training", "step times", "merging, PEFT", "generating"
+
+
+@dataclass
+class Run:
+    """One fine-tuning and what came of it."""
+
+    shortcut: Shortcut
+    trainable_parameters: int
+    chains: dict[str, int]  # name of the chain: how many layers
+    curve: Curve
+    steps_to_reach_lora: float | None
+    merges: list[Merge] = field(default_factory=list)
+    peft: PeftComparison | None = None
+    step_time: StepTime | None = None
+    samples: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.shortcut]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pre-trained model. Losses are nats per byte on held-out text; (before, after) pre-training for prose."""
+
+    parameters: int
+    prose_losses: tuple[float, float]
+    python_loss: float
+    samples: list[str]
+    step_milliseconds: float
+
+
+@dataclass(frozen=True)
+class Results:
+    settings: Settings
+    base: Base
+    runs: list[Run]
+    seconds: dict[str, float]  # by stage
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Batches, drawn before the first step. int64 [steps, sequences, bytes], held out: [sequences, bytes]."""
+
+    prose: Tensor
+    prose_held_out: Tensor
+    python: Tensor
+    python_held_out: Tensor
+    calibration: Tensor
+
+
+class _Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, bars: Bars) -> Iterator[None]:
+        bars.start(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run_experiment(settings: Settings, folder: Path, console: Console) -> Results:
+    """Train, merge, export and measure everything; models go to ``folder``, figures are returned."""
+    batches = _load(settings)
+    clock = _Clock()
+    with show_bars(_stages(settings), console) as bars:
+        with clock.stage(PRETRAINING, bars):
+            base = new_model(settings)
+            before = evaluate(base, batches.prose_held_out)
+            pretrain(base, batches.prose, settings, lambda loss: bars.advance(PRETRAINING, f"training loss {loss:.3f}"))
+            prose_losses = before, evaluate(base, batches.prose_held_out)
+        base.save_pretrained(folder / "base-model")  # type: ignore[operator]
+        models: dict[Shortcut, nn.Module] = {}
+        runs: list[Run] = []
+        for shortcut in settings.runs:
+            with clock.stage(_title(shortcut), bars):
+                models[shortcut] = adapted(base, shortcut, settings)
+                runs.append(_finetuned(models[shortcut], shortcut, batches, settings, bars, runs[0] if runs else None))
+        for run in runs:
+            with clock.stage(MERGING, bars):
+                _after_training(run, models[run.shortcut], base, batches, folder / "adapters" / run.title.lower(), bars)
+        with clock.stage(SAMPLING, bars):
+            written = [_samples(model, settings, bars) for model in (base, *models.values())]
+        with clock.stage(MEASURING, bars):
+            base_milliseconds, step_times = time_steps(
+                base, models, batches.python[0], settings.timing_rounds, lambda: bars.advance(MEASURING)
+            )
+    for run, samples in zip(runs, written[1:], strict=True):
+        run.samples, run.step_time = samples, step_times[run.shortcut]
+    return Results(
+        settings,
+        Base(
+            sum(parameter.numel() for parameter in base.parameters()),
+            prose_losses,
+            runs[0].curve.losses[0],
+            written[0],
+            base_milliseconds,
+        ),
+        runs,
+        clock.seconds,
+    )
+
+
+def _load(settings: Settings) -> _Data:
+    prose, python = data.prose(), data.python_source()
+    size, seed = (settings.batch, settings.sequence), settings.seed
+    return _Data(
+        data.random_batches(prose.train, settings.pretraining_steps, *size, seed),
+        data.spread_batch(prose.held_out, settings.evaluation_sequences, settings.sequence),
+        data.random_batches(python.train, settings.finetuning_steps, *size, seed + 1),
+        data.spread_batch(python.held_out, settings.evaluation_sequences, settings.sequence),
+        data.random_batches(python.train, settings.calibration_batches, EVALUATION_BATCH, settings.sequence, seed + 2),
+    )
+
+
+def _stages(settings: Settings) -> list[Stage]:
+    """Weights as measured on two CPU cores."""
+    evaluation = 0.6 * settings.evaluation_sequences / EVALUATION_BATCH
+    finetuning = 0.85 + evaluation * settings.evaluations / settings.finetuning_steps
+    statistics = 0.9 * settings.calibration_batches
+    return [
+        Stage(PRETRAINING, settings.pretraining_steps, 1.0),
+        *(Stage(_title(shortcut), settings.finetuning_steps, finetuning) for shortcut in settings.runs),
+        Stage(MERGING, len(settings.runs), statistics + 5 * evaluation),
+        Stage(SAMPLING, 1 + len(settings.runs), 0.08 * settings.sample_bytes),
+        Stage(MEASURING, settings.timing_rounds + 1, 0.9 * (1 + len(settings.runs))),
+    ]
+
+
+def _title(shortcut: Shortcut) -> str:
+    return TITLES[shortcut] if shortcut == BASELINE else f"shortcut {TITLES[shortcut]}"
+
+
+def _finetuned(
+    model: nn.Module, shortcut: Shortcut, batches: _Data, settings: Settings, bars: Bars, lora: Run | None
+) -> Run:
+    name = _title(shortcut)
+    curve = finetune(
+        model,
+        batches.python,
+        batches.python_held_out,
+        settings,
+        lambda loss: bars.advance(name, f"evaluation loss {loss:.3f}"),
+    )
+    coverage = inspect(model)
+    target = (lora.curve if lora is not None else curve).losses[-1]
+    chains = {row.chain: row.chain_length for row in coverage.layers}
+    return Run(shortcut, coverage.trainable_parameters, chains, curve, steps_to_reach(curve, target))
+
+
+def _after_training(run: Run, model: nn.Module, base: nn.Module, batches: _Data, folder: Path, bars: Bars) -> None:
+    statistics = gather_statistics(model, batches.calibration)
+    evaluation = batches.python_held_out
+    for method in methods_of(model):
+        run.merges.append(measure_merge(model, method, statistics, evaluation, run.curve.losses[-1]))
+    save_adapter(model, folder / "reslora")
+    run.peft = compare_with_peft(model, base, folder / "peft", statistics, evaluation)
+    bars.advance(MERGING, run.title)
+
+
+def _samples(model: nn.Module, settings: Settings, bars: Bars) -> list[str]:
+    written = generate(model, settings.sample_bytes, settings.sample_temperature, settings.seed)
+    bars.advance(SAMPLING)
+    return written

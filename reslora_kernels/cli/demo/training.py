@@ -1,0 +1,136 @@
+"""Pre-training the base model, fine-tuning adapters on it, and the losses of both."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reslora_kernels.cli.demo.settings import Settings
+from reslora_kernels.config import Shortcut
+from reslora_kernels.model import apply_reslora
+
+EVALUATION_BATCH = 16  # sequences in one forward
+
+
+class Curve(NamedTuple):
+    """Evaluation losses (nats per byte) over training steps, from step 0 to the last."""
+
+    steps: list[int]
+    losses: list[float]
+
+
+def new_model(settings: Settings) -> nn.Module:
+    """A LLaMA over bytes with random weights; the same for the same seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        max_position_embeddings=4 * settings.sequence,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(settings.seed)
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
+
+
+def pretrain(model: nn.Module, batches: Tensor, settings: Settings, each_step: Callable[[float], None]) -> None:
+    """Train every weight on ``batches`` [steps, sequences, bytes]; ``each_step`` is told the training loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), settings.pretraining_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    model.train()
+    for loss in training_steps(model, optimizer, batches, settings.warmup_steps):
+        each_step(loss)
+    model.eval().requires_grad_(False)
+
+
+def adapted(base: nn.Module, shortcut: Shortcut, settings: Settings) -> nn.Module:
+    """A copy of ``base`` with fresh adapters. The same seed gives every shortcut the same A."""
+    model = copy.deepcopy(base)
+    torch.manual_seed(settings.seed)
+    return apply_reslora(model, settings.adapter_config(shortcut))
+
+
+def finetune(
+    model: nn.Module, batches: Tensor, evaluation: Tensor, settings: Settings, each_step: Callable[[float], None]
+) -> Curve:
+    """Train the adapters on ``batches`` [steps, sequences, bytes] and evaluate at even distances.
+
+    ``each_step`` is told the latest evaluation loss. Returns the evaluation losses.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, settings.finetuning_rate, weight_decay=0.0)
+    curve = Curve([0], [evaluate(model, evaluation)])
+    marks = {round(len(batches) * i / settings.evaluations) for i in range(1, settings.evaluations + 1)}
+    model.train()
+    for step, _ in enumerate(training_steps(model, optimizer, batches, settings.warmup_steps), 1):
+        if step in marks:
+            curve.steps.append(step)
+            curve.losses.append(evaluate(model, evaluation))
+        each_step(curve.losses[-1])
+    model.eval()
+    return curve
+
+
+def training_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Tensor, warmup_steps: int
+) -> Iterable[float]:
+    """Take one step per batch, gradients clipped at norm 1, and yield its training loss.
+
+    The learning rate rises linearly over ``warmup_steps``, then falls as a cosine to 5 % of its peak.
+    """
+    clipped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup_steps, 0.525 + 0.475 * math.cos(math.pi * step / len(batches))),
+    )
+    for batch in batches:
+        loss = language_loss(model, batch)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(clipped, 1.0)
+        optimizer.step()
+        schedule.step()
+        yield loss.item()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, sequences: Tensor) -> float:
+    """Mean next-byte loss in nats over ``sequences`` [count, bytes], in evaluation mode."""
+    training = model.training
+    model.eval()
+    parts = [sequences[i : i + EVALUATION_BATCH] for i in range(0, len(sequences), EVALUATION_BATCH)]
+    total = sum(language_loss(model, part).item() * len(part) for part in parts)
+    model.train(training)
+    return total / len(sequences)
+
+
+def language_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean next-byte loss of ``batch`` [sequences, bytes]."""
+    loss: Tensor = model(**inputs(batch), labels=batch).loss
+    return loss
+
+
+def inputs(batch: Tensor) -> dict[str, Any]:
+    """The model's arguments for bytes [sequences, length]."""
+    return {"input_ids": batch, "use_cache": False}
+
+
+def steps_to_reach(curve: Curve, target: float) -> float | None:
+    """The first step at which the loss is ``target`` or below, interpolated between evaluations; None if never."""
+    for i, loss in enumerate(curve.losses):
+        if loss <= target:
+            if i == 0:
+                return 0.0
+            before, share = curve.losses[i - 1], curve.steps[i] - curve.steps[i - 1]
+            return curve.steps[i - 1] + share * (before - target) / (before - loss)
+    return None

@@ -1,0 +1,332 @@
+"""``reslora finetune`` on a small saved model: forms of data, exact resume, what is saved, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reslora_kernels import load_adapter
+from reslora_kernels.cli import loading, main
+from reslora_kernels.cli.finetune import command
+from reslora_kernels.cli.tokenization import PLAIN_CHAT_TEMPLATE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAST = ["--max-steps", "6", "--save-steps", "3", "--per-device-train-batch-size", "2", "--learning-rate", "0.01"]
+Finetune = Callable[..., int]
+
+
+def chat(i: int) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "system", "content": "Add."},
+            {"role": "user", "content": f"What is {i} plus {i}?"},
+            {"role": "assistant", "content": f"It is {2 * i}."},
+            {"role": "user", "content": "Thanks"},
+            {"role": "assistant", "content": "You are welcome."},
+        ]
+    }
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lines(tmp_path_factory.mktemp("data") / "chats.jsonl", [chat(i) for i in range(12)])
+
+
+@pytest.fixture
+def finetune(base: Path, chats: Path) -> Finetune:
+    """Run the command on the small model and the chats, unless the arguments say otherwise."""
+
+    def run(out: Path, *arguments: str, model: Path = base, data: Any = chats) -> int:
+        return main(
+            ["finetune", "--model", str(model), "--data", str(data), "--output-dir", str(out), *FAST, *arguments]
+        )
+
+    return run
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(2, 40).unsqueeze(0)).logits
+
+
+# --- the whole command -----------------------------------------------------------------------------------------------
+
+
+def test_trains_saves_merges_and_exports(
+    base: Path, tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "new" / "run"
+    more = ["--shortcut", "input", "--target-modules", "q_proj,v_proj", "--eval-fraction", "0.2", "--eval-steps", "3"]
+    assert finetune(out, *more, "--merge", "--export") == 0
+    printed = capsys.readouterr().out
+    assert "6 layers adapted in 2 chains" in printed
+    assert f"adapter: {out / 'adapter'}" in printed
+
+    record = json.loads((out / "finetune.json").read_text())
+    assert (record["status"], record["steps"], record["train_sequences"], record["eval_sequences"]) == (
+        "finished",
+        6,
+        9,
+        3,
+    )
+    assert record["losses"]["eval_last"] < record["losses"]["eval_first"]
+    assert record["losses"]["train_last"] < record["losses"]["train_first"]
+    assert record["losses"]["eval_merged"] == pytest.approx(record["losses"]["eval_last"], abs=0.01)
+    assert record["merge"]["methods"] == ["exact", "least_squares"]
+    assert record["peft"]["max_lora_rank"] == 8
+    assert record["settings"]["config"]["target_modules"] == ["q_proj", "v_proj"]
+    assert record["plain_chat_template"] is True
+
+    trained = load_adapter(AutoModelForCausalLM.from_pretrained(base), out / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "peft")
+    far = (logits(trained) - logits(plain)).norm()
+    assert (logits(merged) - logits(trained)).norm() < 0.5 * far
+    torch.testing.assert_close(logits(served), logits(merged), rtol=1e-4, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out / "merged").chat_template == PLAIN_CHAT_TEMPLATE
+    readable = (out / "finetune.json").stat().st_mode
+    assert {path.stat().st_mode for path in (out / "merged").iterdir()} == {readable}
+
+
+def test_checkpoint_holds_the_adapter_and_not_the_base_model(base: Path, tmp_path: Path, finetune: Finetune) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert finetune(tmp_path / "run") == 0
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        "optimizer.pt",
+        "reslora_config.json",
+        "reslora_model.safetensors",
+        "rng_state.pth",
+        "scheduler.pt",
+        "trainer_state.json",
+    ]
+    load_adapter(AutoModelForCausalLM.from_pretrained(base), checkpoint)
+    assert (checkpoint / "reslora_model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size
+
+
+def adapter_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "reslora_model.safetensors")
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    first, second = adapter_of(one), adapter_of(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
+def test_interrupted_and_resumed_equals_straight_through(shortcut: str, tmp_path: Path, finetune: Finetune) -> None:
+    """Bit for bit, with dropout, evaluation and a learning rate that falls: all of the state has to come back."""
+    options = ["--shortcut", shortcut, "--lora-dropout", "0.2", "--eval-fraction", "0.2", "--eval-steps", "2"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert finetune(straight, *options) == 0
+    shutil.copytree(straight, stopped)
+    shutil.rmtree(stopped / "adapter")
+    (stopped / "checkpoint-6" / "trainer_state.json").unlink()  # as if killed while it was written
+    assert finetune(stopped, *options, "--resume") == 0
+    assert json.loads((stopped / "finetune.json").read_text())["resumed_from"] == "checkpoint-3"
+    assert_same_adapter(straight, stopped)
+
+
+def test_three_steps_and_three_more_equal_six(tmp_path: Path, finetune: Finetune) -> None:
+    options = ["--lr-scheduler-type", "constant", "--lora-dropout", "0.2", "--shortcut", "middle", "--pre-num", "-1"]
+    assert finetune(tmp_path / "six", *options) == 0
+    assert finetune(tmp_path / "three", *options, "--max-steps", "3") == 0
+    before = adapter_of(tmp_path / "three")
+    assert finetune(tmp_path / "three", *options, "--max-steps", "6", "--resume") == 0
+    assert any(not torch.equal(before[key], tensor) for key, tensor in adapter_of(tmp_path / "three").items())
+    assert_same_adapter(tmp_path / "six", tmp_path / "three")
+
+
+def test_overwrite_removes_the_earlier_run_and_nothing_else(tmp_path: Path, finetune: Finetune) -> None:
+    out = tmp_path / "run"
+    assert finetune(out, "--max-steps", "3", "--export") == 0
+    assert finetune(out, "--max-steps", "1", "--overwrite") == 0
+    assert {path.name for path in out.iterdir()} == {"adapter", "checkpoint-1", "finetune.json"}
+    (out / "notes.txt").write_text("mine")
+    assert finetune(out, "--max-steps", "1", "--overwrite") == 2
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("form", ["completion", "text lines", "text file", "saved dataset", "saved splits"])
+def test_other_forms_of_data(form: str, tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
+    import datasets
+
+    completions = [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}", "id": i} for i in range(8)]
+    texts = [{"text": f"Two plus {i} is {i + 2}."} for i in range(8)]
+    path = tmp_path / "data.jsonl"
+    if form == "completion":
+        write_lines(path, completions)
+    elif form == "text lines":
+        write_lines(path, texts)
+    elif form == "text file":
+        path = tmp_path / "book.txt"
+        path.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    elif form == "saved dataset":
+        path = tmp_path / "saved"
+        datasets.Dataset.from_list(completions).save_to_disk(path)
+    else:
+        path = tmp_path / "splits"
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(texts)}).save_to_disk(path)
+        assert finetune(tmp_path / "none", "--split", "valid", data=path) == 2
+        assert "has no split 'valid'; it has train" in capsys.readouterr().err
+    evaluation = ["--eval-data", str(path)] if form == "completion" else ["--eval-fraction", "0.25"]
+    assert finetune(tmp_path / "run", "--max-steps", "1", "--max-length", "32", *evaluation, data=path) == 0
+    record = json.loads((tmp_path / "run" / "finetune.json").read_text())
+    assert record["eval_sequences"] > 0
+    assert record["plain_chat_template"] is False
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shortcut", "diagonal"], "shortcut must be one of 'none', 'input', 'block', 'middle', got 'diagonal'"),
+        (["--r", "0"], "r must be from 1 to 256, got 0"),
+        (["--lora-dropout", "1"], "lora_dropout must be"),
+        (["--target-modules", "(("], "target_modules must be a valid regular expression"),
+        (["--layers-to-transform", "one"], "--layers-to-transform must be numbers separated by commas, got 'one'"),
+        (["--merge-method", "average"], "merge must be one of"),
+        (["--backend", "rocm"], "backend must be one of"),
+        (["--torch-dtype", "int8"], "--torch-dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
+        (["--device", "tpu"], "--device must be one of auto, cpu, cuda, got 'tpu'"),
+        (["--device", "cpu", "--fp16"], "--fp16 needs a GPU"),
+        (["--bf16", "--fp16"], "--bf16 and --fp16 exclude each other"),
+        (["--lr-scheduler-type", "zigzag"], "zigzag"),
+        (["--optim", "magic"], "magic"),
+        (["--eval-fraction", "1"], "--eval-fraction must be at least 0 and below 1, got 1.0"),
+        (["--eval-steps", "5"], "--eval-steps needs --eval-data or --eval-fraction"),
+        (["--eval-data", "missing.jsonl"], "--eval-data 'missing.jsonl' does not exist"),
+        (["--max-length", "4096"], "--max-length must be at most 128, the positions of the model, got 4096"),
+        (["--resume"], "--resume: "),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--sequential", "--shortcut", "input", "--merge-method", "input"], "--sequential needs --merge-method least"),
+        (["--tokenizer", "./nowhere"], "--tokenizer './nowhere' does not exist"),
+    ],
+)
+def test_bad_options_are_refused_before_the_model_is_loaded(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    finetune: Finetune,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    assert finetune(tmp_path / "run", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("reslora: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_inputs_that_are_missing_or_do_not_fit(
+    base: Path, tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str], tokenizer: Any
+) -> None:
+    from transformers import AutoConfig
+
+    def refusal(*arguments: str, **replaced: Any) -> str:
+        assert finetune(tmp_path / "run", *arguments, **replaced) == 2
+        assert not (tmp_path / "run").exists()
+        captured = capsys.readouterr().err
+        assert captured.count("\n") == 1
+        return captured
+
+    assert "--data './missing.jsonl' does not exist" in refusal(data="./missing.jsonl")
+    assert "missing' does not exist" in refusal(model=tmp_path / "missing")
+    assert "holds no config.json: it is not a Transformers model" in refusal(model=tmp_path)
+    (tmp_path / "weights.bin").touch()
+    assert "is a file; give the model's folder" in refusal(model=tmp_path / "weights.bin")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(base / "config.json", bare)
+    assert "holds no tokenizer" in refusal(model=bare)
+    small = tmp_path / "small"
+    config = AutoConfig.from_pretrained(base)
+    config.vocab_size = 10
+    config.save_pretrained(small)
+    tokenizer.save_pretrained(small)
+    assert "but the model has only 10: they do not belong together" in refusal(model=small)
+    assert "target_modules=('c_attn',) matches no linear layer of the model; candidates" in refusal(
+        "--target-modules", "c_attn"
+    )
+
+
+def test_output_that_would_be_lost_or_cannot_be_written(
+    tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert finetune(tmp_path) == 2
+    assert "is not empty; give another folder, --resume to go on" in capsys.readouterr().err
+    assert finetune(tmp_path, "--overwrite") == 2
+    assert "is not overwritten: other files than a run's are in it" in capsys.readouterr().err
+    assert finetune(tmp_path / "notes.txt") == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
+    assert finetune(tmp_path / "notes.txt" / "run") == 2
+    assert "cannot be made" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_resume_with_other_settings_is_refused(
+    tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert finetune(out, "--max-steps", "3") == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = write_lines(tmp_path / "other.jsonl", [chat(i) for i in range(5)])
+    assert finetune(out, "--resume", "--seed", "7", "--shortcut", "none", data=other) == 2
+    error = capsys.readouterr().err
+    assert "seed was 42, is 7" in error
+    assert "'shortcut': 'block'" in error
+    assert "data_sha256" in error
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_missing_libraries_are_named_with_the_fix(
+    tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = loading.importlib.util.find_spec
+    absent = {"transformers", "accelerate"}
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name in absent else installed(name))
+    assert finetune(tmp_path / "run") == 2
+    assert capsys.readouterr().err == (
+        'reslora: error: transformers and accelerate are not installed; run: pip install "reslora_kernels[hf]"\n'
+    )
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert finetune(tmp_path / "run") == 2
+    assert "trains in one process" in capsys.readouterr().err
+
+
+def test_divergence_is_reported_and_no_adapter_is_saved(
+    tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(tmp_path / "run", "--learning-rate", "inf") == 2
+    assert "training diverged" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()

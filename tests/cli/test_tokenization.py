@@ -1,0 +1,111 @@
+"""What a fine-tuning run learns from: which tokens carry a label, how text is split, how batches are padded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from reslora_kernels.cli.examples import Chat, Completion, Example, Text
+from reslora_kernels.cli.finetune.preparation import split_rows
+from reslora_kernels.cli.tokenization import IGNORED, Encoded, Row, collate, encode
+
+
+def chat() -> tuple[dict[str, str], ...]:
+    return (
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": "What is 2 plus 2?"},
+        {"role": "assistant", "content": "It is 4."},
+        {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "You are welcome."},
+    )
+
+
+def learned(row: Row, tokenizer: Any) -> str:
+    """The text that the loss is on."""
+    assert row.labels[row.labels != IGNORED].tolist() == row.input_ids[row.labels != IGNORED].tolist()
+    return str(tokenizer.decode(row.labels[row.labels != IGNORED]))
+
+
+def encode_one(example: Example, tokenizer: Any, max_length: int = 128) -> list[Row]:
+    return encode([example], tokenizer, max_length, None).rows
+
+
+def test_completion_alone_is_learned(tokenizer: Any) -> None:
+    (row,) = encode_one(Completion("What is two plus two?", " Four. Größe 😀", "here"), tokenizer)
+    assert learned(row, tokenizer) == " Four. Größe 😀<eos>"
+    assert tokenizer.decode(row.input_ids) == "What is two plus two? Four. Größe 😀<eos>"
+
+
+def test_assistant_turns_alone_are_learned(tokenizer: Any) -> None:
+    (row,) = encode_one(Chat(chat(), "here"), tokenizer)
+    assert learned(row, tokenizer) == "It is 4.<eos>\n\nYou are welcome.<eos>\n\n"
+    text = tokenizer.decode(row.input_ids)
+    assert text.startswith("### System:\nAdd.\n\n### User:\nWhat is 2 plus 2?\n\n### Assistant:\nIt is 4.<eos>")
+
+
+def test_the_tokenizers_own_template_is_used(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    (row,) = encode_one(Chat(chat(), "here"), tokenizer)
+    assert learned(row, tokenizer) == "It is 4.<eos>You are welcome.<eos>"
+
+
+def test_template_that_rewrites_earlier_turns_gives_a_sequence_per_turn(tokenizer: Any) -> None:
+    """As templates of reasoning models do: what is generated last looks different from what is history."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{% if loop.last and m.role == 'assistant' %}(thought){% endif %}"
+        "{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant](think){% endif %}"
+    )
+    first, second = encode_one(Chat(chat(), "here"), tokenizer)
+    assert learned(first, tokenizer).endswith("ought)It is 4.<eos>")
+    assert learned(second, tokenizer).endswith("ought)You are welcome.<eos>")
+    assert "[assistant]It is 4.<eos>[user]Thanks" in tokenizer.decode(second.input_ids)
+
+
+def test_template_that_changes_the_history_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"data\.jsonl line 3: the chat template changes what came before"):
+        encode_one(Chat(chat(), "data.jsonl line 3"), tokenizer)
+
+
+def test_template_that_refuses_a_conversation_says_where(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match=r"data\.jsonl line 3: .*no system role"):
+        encode_one(Chat(chat(), "data.jsonl line 3"), tokenizer)
+
+
+def test_text_is_split_and_nothing_is_lost(tokenizer: Any) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 20
+    rows = encode_one(Text(text, "here"), tokenizer, max_length=16)
+    assert all(len(row.input_ids) == 16 and torch.equal(row.input_ids, row.labels) for row in rows[:-1])
+    assert tokenizer.decode(torch.cat([row.input_ids for row in rows])) == text + "<eos>"
+
+
+def test_completion_beyond_the_length_is_dropped_and_counted(tokenizer: Any) -> None:
+    encoded = encode(
+        [Completion("two plus two is " * 40, "four", "a"), Completion("two", " four", "b")], tokenizer, 16, None
+    )
+    assert (len(encoded.rows), encoded.dropped) == (1, 1)
+    with pytest.raises(ValueError, match="no example has a token to learn within --max-length 16"):
+        encode([Completion("two plus two is " * 40, "four", "a")], tokenizer, 16, None)
+
+
+def test_batch_is_padded_outside_the_loss() -> None:
+    rows = [Row(torch.tensor([5, 6, 7]), torch.tensor([-100, 6, 7])), Row(torch.tensor([8, 9]), torch.tensor([8, 9]))]
+    batch = collate(rows, pad=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, 9, -100]]
+
+
+def test_split_keeps_examples_whole_and_is_reproducible() -> None:
+    groups = tuple(tuple(Row(torch.tensor([i, j]), torch.tensor([i, j])) for j in range(3)) for i in range(10))
+    train, evaluation = split_rows(Encoded(groups, 0), 0.3, seed=1)
+    assert (len(train), len(evaluation)) == (21, 9)
+    assert not {int(row.input_ids[0]) for row in train} & {int(row.input_ids[0]) for row in evaluation}
+    again = split_rows(Encoded(groups, 0), 0.3, seed=1)[1]
+    assert [row.input_ids.tolist() for row in again] == [row.input_ids.tolist() for row in evaluation]
