@@ -28,6 +28,7 @@ CONFIG_NAME = "reslora_config.json"
 WEIGHTS_NAME = "reslora_model.safetensors"
 _PENDING_NAME = "reslora_model.pending.safetensors"
 _FORMAT_VERSION = 1
+_DTYPES = ("F64", "F32", "F16", "BF16")
 _MUST_AGREE = ("r", "lora_alpha", "use_rslora", "shortcut", "pre_num")
 
 Chains = list[tuple[str, list[str]]]
@@ -45,6 +46,16 @@ class _Saved:
     @property
     def layers(self) -> set[str]:
         return {key.rpartition(".")[0] for key in self.tensors.keys() - set(self.trained)}
+
+    def unwrapped(self) -> _Saved:
+        """Without the prefix that DDP puts before every name."""
+        plain = {name: name.removeprefix("module.") for name in (*self.tensors, *self.trained, *self.layers)}
+        return _Saved(
+            self.config,
+            self.chains and [(title, [name.removeprefix("module.") for name in names]) for title, names in self.chains],
+            [plain[name] for name in self.trained],
+            _renamed({plain[key]: tensor for key, tensor in self.tensors.items()}, len(self.tensors)),
+        )
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -65,11 +76,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     layers = adapted_layers(model)
     folder = _folder(path)
     record = record_of(model)
-    tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in _own_parameters(layers).items()}
-    others = {key: parameter.detach().cpu().contiguous() for key, parameter in _other_trained(model).items()}
-    if any(tensor.is_meta for tensor in (*tensors.values(), *others.values())):
+    others = _other_trained(model)
+    tensors = _own_parameters(layers) | others
+    if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError("model has parameters on the meta device: there are no values to save")
-    weights = save(tensors | others, metadata={"format": "pt"})
+    weights = save(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"}
+    )
     names = {id(layer): name for name, layer in layers.items()}
     config = {
         "format": "reslora",
@@ -85,9 +98,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     folder.mkdir(parents=True, exist_ok=True)
+    _finish_killed_save(folder)
     write_durably(folder / _PENDING_NAME, weights)
-    temporary = folder / f".{CONFIG_NAME}.{os.getpid()}.tmp"
+    temporary = folder / f".{CONFIG_NAME}.tmp"
     write_durably(temporary, (json.dumps(config, indent=2) + "\n").encode())
+    sync_folder(folder)
     os.replace(temporary, folder / CONFIG_NAME)  # the commit
     os.replace(folder / _PENDING_NAME, folder / WEIGHTS_NAME)
     sync_folder(folder)
@@ -109,15 +124,20 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     saved = _read(_folder(path))
-    if any(isinstance(module, ResLoRALinear) for module in model.modules()):
-        record = record_of(model)
-        layers: Mapping[str, nn.Linear] = adapted_layers(model)
-        _check_agreement(record, saved, {id(layer): name for name, layer in layers.items()})
+    adapted = any(isinstance(module, ResLoRALinear) for module in model.modules())
+    if adapted:
+        model_root = root_of(model)
+        record, layers = record_of(model), dict[str, nn.Linear](adapted_layers(model))
     else:
+        model_root = model
         targets = find_targets(model, saved.config)
-        record, layers = Record(saved.config, targets.unmatched), targets.matched
-    saved = _fitted(saved, model, layers)
-    if not any(isinstance(layer, ResLoRALinear) for layer in layers.values()):
+        record, layers = Record(saved.config, targets.unmatched), dict(targets.matched)
+    if not saved.layers & layers.keys():
+        saved = saved.unwrapped()
+    if adapted:
+        _check_agreement(record, saved, {id(layer): name for name, layer in layers.items()})
+    _check_fit(saved, model_root, layers)
+    if not adapted:
         chains = saved.chains
         if chains is None:
             chains = dry_run_chains(model, layers, None, record)
@@ -125,7 +145,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             record.order = "adapter file"
         adapt(model, layers, record, chains, autocast_adapter_dtype=True)
     elif saved.chains is not None and not record.chains:
-        build_chains(root_of(model), saved.chains)
+        build_chains(model_root, saved.chains)
         record.order = "adapter file"
     parameters = _parameters(model)
     with torch.no_grad():
@@ -134,6 +154,21 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             if key in saved.trained:
                 parameters[key].requires_grad_(True)
     return model
+
+
+def _finish_killed_save(folder: Path) -> None:
+    """Weights that a save killed after its commit left under their temporary name get their final one."""
+    pending, config = folder / _PENDING_NAME, folder / CONFIG_NAME
+    if not (pending.exists() and config.exists()):
+        return
+    if hashlib.sha256(pending.read_bytes()).hexdigest().encode() in config.read_bytes():
+        os.replace(pending, folder / WEIGHTS_NAME)
+        sync_folder(folder)
+
+
+def read_config(path: str | os.PathLike[str]) -> ResLoRAConfig:
+    """The configuration of a saved adapter; errors as for ``load_adapter``. Reads no weights."""
+    return _read_config(_config_file(_folder(path)))[0]
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -154,9 +189,9 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def plain_name(key: str) -> str:
-    """A parameter's name without the prefixes of torch.compile and DDP."""
-    return key.replace("_orig_mod.", "").removeprefix("module.")
+def _compiled(key: str) -> str:
+    """A parameter's name without the prefix of torch.compile."""
+    return key.replace("_orig_mod.", "")
 
 
 def _own_parameters(layers: Mapping[str, ResLoRALinear]) -> dict[str, Tensor]:
@@ -188,24 +223,26 @@ def _read(folder: Path) -> _Saved:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    if not (folder / CONFIG_NAME).exists():
-        raise FileNotFoundError(f"path {str(folder)!r} holds no {CONFIG_NAME}: it is not a ResLoRA adapter")
-    config, chains, trained, sha256 = _read_config(_regular(folder / CONFIG_NAME))
+    config, chains, trained, sha256 = _read_config(_config_file(folder))
     weights = _find_weights(folder, sha256)
-    _refuse_duplicates(weights)
+    _check_header(weights)
     try:
         tensors = load(weights)
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS_NAME} is damaged: {error}") from None
-    tensors = {plain_name(key): tensor for key, tensor in tensors.items()}
+    tensors = _renamed({_compiled(key): tensor for key, tensor in tensors.items()}, len(tensors))
     for key, tensor in tensors.items():
         if key not in trained and not key.endswith((".lora_A", ".lora_B")):
             raise ValueError(f"{WEIGHTS_NAME}: unexpected tensor {key!r}; adapters end in .lora_A or .lora_B")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{WEIGHTS_NAME}: tensor {key!r} must be floating-point, got {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{WEIGHTS_NAME}: tensor {key!r} holds NaN or Inf")
     return _Saved(config, chains, trained, tensors)
+
+
+def _config_file(folder: Path) -> Path:
+    if not (folder / CONFIG_NAME).exists():
+        raise FileNotFoundError(f"path {str(folder)!r} holds no {CONFIG_NAME}: it is not a ResLoRA adapter")
+    return _regular(folder / CONFIG_NAME)
 
 
 def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[str], str]:
@@ -243,10 +280,10 @@ def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[str], s
             for chain in chains
         ):
             raise ValueError(f'{where}: chains must be a list of {{"name": str, "layers": [names]}}, got {chains!r}')
-        chains = [(chain["name"], [plain_name(name) for name in chain["layers"]]) for chain in chains]
+        chains = [(chain["name"], [_compiled(name) for name in chain["layers"]]) for chain in chains]
     if not isinstance(values["weights_sha256"], str):
         raise ValueError(f"{where}: weights_sha256 must be a hexadecimal str, got {values['weights_sha256']!r}")
-    return config, chains, [plain_name(name) for name in trained], values["weights_sha256"]
+    return config, chains, [_compiled(name) for name in trained], values["weights_sha256"]
 
 
 def _find_weights(folder: Path, sha256: str) -> bytes:
@@ -267,13 +304,25 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _refuse_duplicates(weights: bytes) -> None:
-    """Refuse a header that names a tensor twice; the rest of the format is the library's to check."""
+def _check_header(weights: bytes) -> None:
+    """Refuse a header that names a tensor twice or a dtype no adapter has; the rest is the library's to check."""
     length = int.from_bytes(weights[:8], "little")
     try:
-        json.loads(weights[8 : 8 + length], object_pairs_hook=_unique)
+        header = json.loads(weights[8 : 8 + length], object_pairs_hook=_unique)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{WEIGHTS_NAME} is damaged: its header is not valid JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{WEIGHTS_NAME} is damaged: its header must be an object, got {header!r:.80}")
+    for key, about in header.items():
+        dtype = about.get("dtype") if isinstance(about, dict) else None
+        if key != "__metadata__" and dtype not in _DTYPES:
+            raise ValueError(f"{WEIGHTS_NAME}: tensor {key!r} must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+
+
+def _renamed(tensors: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    if len(tensors) != count:
+        raise ValueError(f"{WEIGHTS_NAME}: two tensors differ in name by a wrapper's prefix only")
+    return tensors
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -302,8 +351,8 @@ def _check_agreement(record: Record, saved: _Saved, names: Mapping[int, str]) ->
             raise ValueError("the saved adapter links other layers, or in another order, than the model does")
 
 
-def _fitted(saved: _Saved, model: nn.Module, layers: Mapping[str, nn.Linear]) -> _Saved:
-    """``saved`` checked against the model: same layers, sizes, chains that cover each layer once."""
+def _check_fit(saved: _Saved, root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuse an adapter that is not this model's: same layers, sizes, chains that cover each layer once."""
     missing, unexpected = sorted(layers.keys() - saved.layers), sorted(saved.layers - layers.keys())
     if missing or unexpected:
         raise ValueError(
@@ -315,7 +364,7 @@ def _fitted(saved: _Saved, model: nn.Module, layers: Mapping[str, nn.Linear]) ->
         if layer.weight.is_meta:
             raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
         shapes[f"{name}.lora_A"], shapes[f"{name}.lora_B"] = (r, layer.in_features), (layer.out_features, r)
-    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    parameters = {_compiled(name): parameter for name, parameter in root.named_parameters()}
     for name in saved.trained:
         if name not in parameters or name in shapes:
             raise ValueError(f"the adapter does not fit the model: there is no parameter {name!r}")
@@ -334,4 +383,3 @@ def _fitted(saved: _Saved, model: nn.Module, layers: Mapping[str, nn.Linear]) ->
             sizes = {(layers[name].in_features, layers[name].out_features) for name in names}
             if len(sizes) != 1:
                 raise ValueError(f"{CONFIG_NAME}: chain {title!r} links layers of different sizes {sorted(sizes)}")
-    return saved

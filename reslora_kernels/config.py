@@ -134,8 +134,12 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
 def _check_number(name: str, value: Any, allowed: str, holds: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    if not math.isfinite(value) or not holds(value):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        finite = False
+    if not finite or not holds(value):
+        raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -152,15 +156,15 @@ def _names(name: str, value: Any) -> str | tuple[str, ...]:
         if value != ALL_LINEAR:
             try:
                 re.compile(value)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{name} must be a valid regular expression, got {value!r}: {error}") from None
         return value
     if not isinstance(value, (Sequence, set, frozenset)) or isinstance(value, bytes):
         raise TypeError(f"{name} must be a str (regular expression) or a list of names, got {value!r}")
-    names = tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+    names = tuple(value)
     if not names or not all(isinstance(item, str) and item for item in names):
         raise ValueError(f"{name} must be a list of at least one non-empty str, got {value!r}")
-    return names
+    return tuple(sorted(names)) if isinstance(value, (set, frozenset)) else names
 
 
 def _layer_indices(value: Any) -> tuple[int, ...]:

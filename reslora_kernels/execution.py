@@ -104,6 +104,8 @@ def _transformers_inputs(model: Any, config: Any, parameter: Tensor) -> dict[str
     inputs: dict[str, Any] = {"input_ids": tokens}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = tokens[:, :5]
+    if "attention_mask" in accepted:  # left out, it would be made from values, which the meta device has not
+        inputs["attention_mask"] = torch.ones_like(tokens)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return inputs

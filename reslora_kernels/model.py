@@ -85,8 +85,8 @@ def adapt(
     _swap(model, targets, record.config, autocast_adapter_dtype)
     model.__dict__["_reslora"] = record
     complete = _RefusePartial()
-    model.register_load_state_dict_pre_hook(complete.before)
-    model.register_load_state_dict_post_hook(complete.after)
+    model.register_load_state_dict_pre_hook(complete.before)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_post_hook(complete.after)  # type: ignore[no-untyped-call]
     if chains is None:
         model.register_forward_pre_hook(_RecordFirstForward(), with_kwargs=True, prepend=True)
     else:
@@ -122,9 +122,9 @@ def record_of(model: nn.Module) -> Record:
 
 
 def chains_of(executed: Sequence[Execution], layers: Mapping[str, nn.Linear]) -> list[tuple[str, list[str]]]:
-    """Chains as (name, layer names): one per role, feature sizes, token shape and stack. A layer that did not run is alone.
+    """Chains as (name, layer names): one per role, feature sizes, token shape and stack.
 
-    An encoder and a decoder never share a chain: either may run without the other, as in generation.
+    A layer that did not run is alone. An encoder and a decoder never share a chain: either may run without the other.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tokens in executed:

@@ -1,4 +1,4 @@
-"""Tiny real models from a config, seeded, with batches to train and test them on. Libraries are imported when asked for."""
+"""Tiny real models from a config, seeded, with batches to train on. Libraries are imported when asked for."""
 
 from __future__ import annotations
 

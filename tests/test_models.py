@@ -117,7 +117,9 @@ class TestChains:
         expected = []
         for level in (outer, inner):
             expected.append([name for block in level for name in attention(block, "attn1.to_q", "attn2.to_q")])
-            expected += [[name for block in level for name in attention(block, key)] for key in ("attn1.to_k", "attn2.to_k")]
+            expected += [
+                [name for block in level for name in attention(block, key)] for key in ("attn1.to_k", "attn2.to_k")
+            ]
         assert sorted(chains_of(model)) == sorted(expected)
 
     def test_unet_time_embeddings_of_one_width_are_one_chain(self) -> None:
@@ -155,7 +157,7 @@ class TestChains:
     @pytest.mark.parametrize("name", FAMILIES)
     def test_chains_hold_every_layer_once(self, name: str) -> None:
         model = apply_reslora(FAMILIES[name].make(), config("input"))
-        assert sorted(sum(chains_of(model), [])) == sorted(adapted_layers(model))
+        assert sorted(name for names in chains_of(model) for name in names) == sorted(adapted_layers(model))
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
@@ -276,7 +278,9 @@ class TestState:
         assert not torch.equal(family.outputs(twin, batch), before)
         assert torch.equal(family.outputs(model, batch), before)
         del model, own  # the copy's hooks and chains are its own
-        merge_reslora(twin, "weights" if shortcut == "input" else None, calibration=None if shortcut == "input" else [batch])
+        merge_reslora(
+            twin, "weights" if shortcut == "input" else None, calibration=None if shortcut == "input" else [batch]
+        )
         assert nothing_open(twin)
 
     def test_two_models_in_two_threads(self, shortcut: str) -> None:
@@ -312,7 +316,9 @@ class TestState:
             barrier.wait()
 
         handles = [
-            layer.register_forward_hook(meet) for model in {id(m): m for m in models}.values() for layer in model.model.layers
+            layer.register_forward_hook(meet)
+            for model in {id(m): m for m in models}.values()
+            for layer in model.model.layers
         ]
 
         def work(i: int) -> None:
@@ -442,7 +448,9 @@ class TestCustomModule:
 
     @pytest.mark.parametrize("shortcut", ["input", "middle"])
     def test_calibration_on_the_first_forward_counts_each_batch_once(self, shortcut: str) -> None:
-        batches = [torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1, 2)]
+        batches = [
+            torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1, 2)
+        ]
         late, early = (randomize(apply_reslora(Scrambled(), config(shortcut))) for _ in range(2))
         early(batches[0])
         for model in (late, early):

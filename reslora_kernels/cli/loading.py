@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from reslora_kernels.adapters import CONFIG_NAME, load_adapter
+from reslora_kernels.adapters import CONFIG_NAME, load_adapter, read_config
 from reslora_kernels.cli.options import check_choice
 from reslora_kernels.config import ResLoRAConfig
-from reslora_kernels.execution import example_inputs
 from reslora_kernels.model import apply_reslora
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -108,14 +106,7 @@ def model_without_weights(config: Any, cls: Any, trust_remote_code: bool) -> nn.
 
 def adapted_without_weights(config: Any, adapter: ResLoRAConfig, trust_remote_code: bool) -> nn.Module:
     """``model_without_weights`` with ``adapter`` applied."""
-    model = model_without_weights(config, model_class(config), trust_remote_code)
-    inputs = example_inputs(model)
-    if inputs is not None and "input_ids" in inputs:
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    try:
-        return apply_reslora(model, adapter, example_inputs=inputs)
-    except (RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError):
-        return apply_reslora(model, adapter)  # which notes why the order of execution is not known
+    return apply_reslora(model_without_weights(config, model_class(config), trust_remote_code), adapter)
 
 
 def load_tokenizer(option: str, source: str, trust_remote_code: bool = False) -> Any:
@@ -151,13 +142,7 @@ def read_adapter_config(source: str) -> ResLoRAConfig:
     if not path.is_file():
         hint = " (it is a PEFT adapter)" if path.with_name("adapter_config.json").is_file() else ""
         raise FileNotFoundError(f"adapter {source!r} holds no {CONFIG_NAME}: it is not a ResLoRA adapter{hint}")
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
-        raise ValueError(f"{path} is not the config of a ResLoRA adapter")
-    return ResLoRAConfig.from_dict(values["config"])
+    return read_config(path.parent)
 
 
 def load_adapted(adapter: str, base: str, *, dtype: str, device: str, trust_remote_code: bool) -> Any:

@@ -96,15 +96,16 @@ def require_libraries() -> None:
 
 def introduction(settings: Settings) -> str:
     """What is about to happen, in a few lines."""
+    targets = settings.target_modules
     pre_num = ", ".join(
         f"{name} with pre_num={settings.adapter_config(name).pre_num}" if name != "input" else name
         for name in settings.shortcuts
     )
     return (
-        f"[bold]reslora demo[/bold] ({settings.name}, seed {settings.seed}): a LLaMA of {settings.layers} layers of width "
-        f"{settings.hidden_size} over bytes\n"
+        f"[bold]reslora demo[/bold] ({settings.name}, seed {settings.seed}): a LLaMA of {settings.layers} layers "
+        f"of width {settings.hidden_size} over bytes\n"
         f"1. pre-training on English prose (pydoc topics), {settings.pretraining_steps} steps\n"
         f"2. fine-tuning on Python source (standard library), {settings.finetuning_steps} steps, r={settings.r} on "
-        f"{', '.join(settings.target_modules)}: LoRA; shortcuts {pre_num}\n"
+        f"{targets if isinstance(targets, str) else ', '.join(targets)}: LoRA; shortcuts {pre_num}\n"
         "3. every merge, export to PEFT, step times, samples\n"
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ def run_experiment(settings: Settings, folder: Path, console: Console) -> Result
             before = evaluate(base, batches.prose_held_out)
             pretrain(base, batches.prose, settings, lambda loss: bars.advance(PRETRAINING, f"training loss {loss:.3f}"))
             prose_losses = before, evaluate(base, batches.prose_held_out)
-        base.save_pretrained(folder / "base-model")  # type: ignore[operator]
+        _save(base, folder / "base-model")
         models: dict[Shortcut, nn.Module] = {}
         runs: list[Run] = []
         for shortcut in settings.runs:
@@ -144,6 +145,20 @@ def run_experiment(settings: Settings, folder: Path, console: Console) -> Result
         runs,
         clock.seconds,
     )
+
+
+def _save(base: nn.Module, folder: Path) -> None:
+    """Save the model without the bar that Transformers would draw between ours."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        base.save_pretrained(folder)  # type: ignore[operator]
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load(settings: Settings) -> _Data:

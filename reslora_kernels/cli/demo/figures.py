@@ -6,6 +6,8 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
+from reslora_kernels.cli.demo.wording import added
+
 COLOURS = {"none": "#7f8794", "input": "#3b82f6", "block": "#f59e0b", "middle": "#10b981"}
 MARKERS = {"none": "o", "input": "s", "block": "^", "middle": "D"}
 
@@ -26,7 +28,7 @@ DARK = Theme("dark", "#161b22", "#e6e9ee", "#343c48")
 
 def loss_curves(report: dict[str, Any], theme: Theme) -> bytes:
     """Evaluation loss over steps, one line per run, with plain LoRA's last loss as a dashed line."""
-    figure, axes = _figure(theme, 4.4)
+    figure, axes = _figure(theme, 4.2)
     for run in report["runs"]:
         shortcut, curve = run["shortcut"], run["curve"]
         axes.plot(
@@ -56,7 +58,7 @@ def merge_costs(report: dict[str, Any], theme: Theme) -> bytes:
     for place, (run, merge) in enumerate(rows):
         axes.barh(place, merge["loss_added"], color=COLOURS[run["shortcut"]], height=0.66)
         axes.annotate(
-            f"{merge['loss_added']:+.4f}",
+            added(merge["loss_added"]),
             (max(merge["loss_added"], 0.0), place),
             xytext=(6, 0),
             textcoords="offset points",
@@ -78,7 +80,7 @@ def _figure(theme: Theme, height: float) -> tuple[Any, Any]:
     """A figure of its own, away from pyplot's global state, in the theme's colours."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, height), dpi=150, facecolor=theme.paper, layout="constrained")
+    figure = Figure(figsize=(6.4, height), dpi=170, facecolor=theme.paper, layout="constrained")
     axes = figure.add_subplot(facecolor=theme.paper)
     axes.tick_params(colors=theme.ink, labelsize=10)
     for spine in axes.spines.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -72,7 +73,9 @@ def compare_with_peft(
     from peft import PeftModel
 
     exported = export_peft(model, folder, statistics=statistics)
-    served = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that Transformers has renamed
+        served = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
     merge_reslora(model, statistics=statistics)
     with torch.no_grad():
         ours, theirs = model(**inputs(evaluation)).logits, served(**inputs(evaluation)).logits

@@ -27,12 +27,16 @@ class Bars:
         self._tasks = {
             stage.name: progress.add_task(stage.name, total=stage.steps, start=False, note="") for stage in stages
         }
-        work = sum(stage.steps * stage.weight for stage in stages)
-        self._everything = progress.add_task("[bold]everything", total=work, note="")
+        self._work = sum(stage.steps * stage.weight for stage in stages)
+        self._everything = progress.add_task("[bold]everything", total=self._work, note="")
 
     def start(self, name: str) -> None:
         """Start a stage's clock."""
         self._progress.start_task(self._tasks[name])
+
+    def finish(self) -> None:
+        """Everything is done, whatever the weights' rounding leaves."""
+        self._progress.update(self._everything, completed=self._work)
 
     def advance(self, name: str, note: str = "") -> None:
         """One step of a stage is done; ``note`` stands beside its bar."""
@@ -53,4 +57,6 @@ def show_bars(stages: Sequence[Stage], console: Console) -> Iterator[Bars]:
         TextColumn("[dim]{task.fields[note]}"),
     )
     with Progress(*columns, console=console, speed_estimate_period=20) as progress:
-        yield Bars(progress, stages)
+        bars = Bars(progress, stages)
+        yield bars
+        bars.finish()

@@ -20,17 +20,20 @@ from reslora_kernels.cli.demo.experiment import Results, Run
 from reslora_kernels.cli.demo.figures import DARK, LIGHT, loss_curves, merge_costs
 from reslora_kernels.cli.demo.settings import BASELINE
 from reslora_kernels.cli.demo.timing import DEFINITION
+from reslora_kernels.cli.demo.wording import added, findings
 
 REPORT_NAME = "report.json"
 HTML_NAME = "report.html"
 CURVES_NAME, MERGES_NAME = "loss_curves.png", "merging.png"
+WRITTEN = (HTML_NAME, REPORT_NAME, CURVES_NAME, MERGES_NAME)
+FORMAT = "reslora demo"
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 
 def as_dict(results: Results) -> dict[str, Any]:
     """Everything the report shows, as plain values. Losses are nats per byte."""
     return {
-        "format": "reslora demo",
+        "format": FORMAT,
         "reslora_kernels": __version__,
         "settings": {
             **dataclasses.asdict(results.settings),
@@ -46,8 +49,8 @@ def as_dict(results: Results) -> dict[str, Any]:
     }
 
 
-def write_report(report: dict[str, Any], folder: Path) -> list[str]:
-    """Write all files to ``folder`` and return their names, the report for reading first."""
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write the files ``WRITTEN`` to ``folder``."""
     from jinja2 import Environment
 
     figures = {}
@@ -57,44 +60,24 @@ def write_report(report: dict[str, Any], folder: Path) -> list[str]:
         (folder / name).write_bytes(figures[name, LIGHT.name])
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     source = files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["added"] = added
+    template = environment.from_string(source)
     embedded = {
         name: {theme.name: base64.b64encode(figures[name, theme.name]).decode() for theme in (LIGHT, DARK)}
         for name in (CURVES_NAME, MERGES_NAME)
     }
     html = template.render(report=report, curves=embedded[CURVES_NAME], merges=embedded[MERGES_NAME])
     (folder / HTML_NAME).write_text(html, encoding="utf-8")
-    return [HTML_NAME, REPORT_NAME, CURVES_NAME, MERGES_NAME]
 
 
-def findings(results: Results) -> list[str]:
-    """What happened, in sentences, in favour of nobody."""
-    lora, others = results.runs[0], results.runs[1:]
-    last = lora.curve.losses[-1]
-    ranking = sorted(results.runs, key=lambda run: run.curve.losses[-1])
-    said = [
-        "Last evaluation loss, lowest first: "
-        + ", ".join(f"{run.title} {run.curve.losses[-1]:.4f}" for run in ranking)
-        + f" (before fine-tuning: {results.base.python_loss:.4f})."
-    ]
-    for run in others:
-        difference = run.curve.losses[-1] - last
-        verdict = f"ended {abs(difference):.4f} {'below' if difference < 0 else 'above'} plain LoRA"
-        if run.steps_to_reach_lora is None:
-            said.append(f"{run.title} {verdict} and did not reach its last loss.")
-        else:
-            said.append(
-                f"{run.title} {verdict} and reached its last loss at step {run.steps_to_reach_lora:.0f} "
-                f"of {lora.curve.steps[-1]}."
-            )
-    for run in results.runs:
-        if len(run.merges) == 1:
-            said.append(f"Merging {run.title} is exact: it changed the loss by {run.merges[0].loss_added:+.1e}.")
-        elif run.merges:
-            costs = ", ".join(f"{merge.method} {merge.loss_added:+.4f}" for merge in run.merges)
-            said.append(f"Merging {run.title} added to the loss: {costs}.")
-    said.append("One seed on one small model: differences of a few thousandths are no ranking of the methods.")
-    return said
+def is_report(path: Path) -> bool:
+    """Whether a file is the report.json of a demo."""
+    try:
+        report = json.loads(path.read_bytes())
+    except (FileNotFoundError, IsADirectoryError, ValueError):
+        return False
+    return isinstance(report, dict) and report.get("format") == FORMAT
 
 
 def machine() -> dict[str, Any]:

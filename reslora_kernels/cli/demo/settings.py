@@ -35,7 +35,7 @@ class Settings:
     warmup_steps: int = 10
     r: int = 4
     lora_alpha: float = 8
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: str | tuple[str, ...] = "all-linear"
     pre_num: int = 2
     # measuring
     evaluations: int = 15

@@ -1,0 +1,570 @@
+"""Adapters on disk: round trips, damaged and hostile files, saves that are killed."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
+
+import reslora_kernels
+from reslora_kernels import (
+    ResLoRAConfig,
+    apply_reslora,
+    inspect,
+    load_adapter,
+    merge_reslora,
+    save_adapter,
+    unmerge_reslora,
+)
+from reslora_kernels.adapters import CONFIG_NAME, WEIGHTS_NAME
+
+from .models import Scrambled, llama, randomize, roberta, t5
+
+SHORTCUTS = ("none", "input", "block", "middle")
+TOKENS = torch.arange(3, 17).reshape(2, 7)
+X = torch.linspace(-1, 1, 36, dtype=torch.float64).reshape(3, 12)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(shortcut: str = "input", **changes: Any) -> ResLoRAConfig:
+    return ResLoRAConfig(**({"r": 3, "lora_alpha": 6, "shortcut": shortcut, "pre_num": 2} | changes))
+
+
+def adapted(seed: int = 1, **changes: Any) -> nn.Module:
+    return randomize(apply_reslora(Scrambled(), config(**changes), example_inputs=X), seed)
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything a failed load must leave alone."""
+    return {
+        "modules": [(name, type(module)) for name, module in model.named_modules()],
+        "training": [module.training for module in model.modules()],
+        "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "values": {name: value.clone() for name, value in model.state_dict().items()},
+        "coverage": inspect(model) if "_reslora" in vars(model) else None,
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    after = state(model)
+    values, expected = after.pop("values"), before["values"]
+    assert after == {key: value for key, value in before.items() if key != "values"}
+    assert values.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in values.items())
+
+
+def refused(folder: Path, message: str | None = None, error: type[Exception] = ValueError, **changes: Any) -> None:
+    """The folder is refused by a plain and by an adapted model, and both stay as they were."""
+    for model in (Scrambled(), adapted(seed=9, **changes)):
+        before = state(model)
+        with pytest.raises(error, match=message) as caught:
+            load_adapter(model, folder)
+        assert str(caught.value)
+        assert_unchanged(model, before)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the config as JSON."""
+    values = json.loads((folder / CONFIG_NAME).read_text())
+    change(values)
+    (folder / CONFIG_NAME).write_text(json.dumps(values))
+
+
+def put_weights(folder: Path, content: bytes) -> None:
+    """Other weights under a config that vouches for them."""
+    (folder / WEIGHTS_NAME).write_bytes(content)
+    rewrite(folder, lambda values: values.update(weights_sha256=hashlib.sha256(content).hexdigest()))
+
+
+def put_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS_NAME)
+    change(tensors)
+    put_weights(folder, save(tensors))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save_adapter(adapted(), tmp_path / "adapter")
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("shortcut", SHORTCUTS)
+    @pytest.mark.parametrize("make", [llama, t5, roberta], ids=["llama", "t5", "roberta"])
+    def test_logits_are_bit_equal(self, make: Callable[[], nn.Module], shortcut: str, tmp_path: Path) -> None:
+        def logits(model: nn.Module) -> Tensor:
+            decoder = {"decoder_input_ids": TOKENS[:, :4]} if make is t5 else {}
+            with torch.no_grad():
+                return model(TOKENS, **decoder).logits
+
+        model = randomize(apply_reslora(make(), config(shortcut)))
+        assert save_adapter(model, tmp_path) == tmp_path
+        plain = load_adapter(make(), tmp_path)
+        other = load_adapter(randomize(apply_reslora(make(), config(shortcut)), seed=7), str(tmp_path))
+        assert torch.equal(logits(plain), logits(model))
+        assert torch.equal(logits(other), logits(model))
+        assert inspect(plain).order == "adapter file"
+        assert inspect(plain).layers == inspect(model).layers
+        assert inspect(plain).trainable_parameters == inspect(model).trainable_parameters
+
+    @pytest.mark.parametrize("shortcut", SHORTCUTS)
+    def test_custom_module_needs_no_second_dry_run(self, shortcut: str, tmp_path: Path) -> None:
+        model = adapted(shortcut=shortcut)
+        again = load_adapter(Scrambled(), save_adapter(model, tmp_path))
+        assert torch.equal(again(X), model(X))
+
+    def test_saved_before_the_first_forward(self, tmp_path: Path) -> None:
+        model = randomize(apply_reslora(Scrambled(), config()))
+        save_adapter(model, tmp_path)
+        again = load_adapter(Scrambled(), tmp_path)
+        assert inspect(again).order == "not recorded yet"
+        assert torch.equal(again(X), model(X))
+
+    def test_chains_from_the_file_reach_a_model_that_has_not_run(self, saved: Path) -> None:
+        model = load_adapter(apply_reslora(Scrambled(), config()), saved)
+        assert inspect(model).order == "adapter file"
+        assert torch.equal(model(X), adapted()(X))
+
+    @pytest.mark.parametrize("bias", ["lora_only", "all"])
+    def test_biases(self, bias: str, tmp_path: Path) -> None:
+        model = randomize(apply_reslora(roberta(), config(bias=bias, target_modules=["query", "value"])))
+        with torch.no_grad():
+            biases = [p.add_(0.25) for p in model.parameters() if p.requires_grad and p.dim() == 1]
+        assert biases
+        save_adapter(model, tmp_path)
+        again = load_adapter(roberta(), tmp_path)
+        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert {name for name, p in again.named_parameters() if p.requires_grad} == trainable
+
+    def test_unfrozen_head(self, tmp_path: Path) -> None:
+        model = randomize(apply_reslora(roberta(), config(target_modules=["query", "value"])))
+        model.classifier.requires_grad_(True)
+        with torch.no_grad():
+            for parameter in model.classifier.parameters():
+                parameter.mul_(1.5)
+        save_adapter(model, tmp_path)
+        for again in (roberta(), apply_reslora(roberta(), config(target_modules=["query", "value"]))):
+            load_adapter(again, tmp_path)
+            assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+            assert all(p.requires_grad for p in again.classifier.parameters())
+
+    def test_merged_model_saves_its_adapters_and_takes_none(self, saved: Path, tmp_path: Path) -> None:
+        model = adapted()
+        merge_reslora(model, calibration=[X])
+        again = load_adapter(Scrambled(), save_adapter(model, tmp_path / "merged"))
+        before = state(model)
+        with pytest.raises(ValueError, match="unmerge_reslora"):
+            load_adapter(model, saved)
+        assert_unchanged(model, before)
+        assert torch.equal(again(X), unmerge_reslora(model)(X))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_half_precision_base(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        x = X.to(dtype)
+        model = randomize(apply_reslora(Scrambled(dtype=dtype), config(), example_inputs=x))
+        again = load_adapter(Scrambled(dtype=dtype), save_adapter(model, tmp_path))
+        assert again.out.lora_A.dtype == torch.float32
+        assert torch.equal(again(x), model(x))
+
+    def test_model_with_a_part_called_module(self, tmp_path: Path) -> None:
+        """A real name, not the prefix of a wrapper."""
+
+        class Holder(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.module = Scrambled()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.module(x)
+
+        model = randomize(apply_reslora(Holder(), config(bias="all"), example_inputs=X))
+        again = load_adapter(Holder(), save_adapter(model, tmp_path))
+        assert torch.equal(again(X), model(X))
+        assert torch.equal(load_adapter(again, tmp_path)(X), model(X))
+
+    def test_wrapped_model(self, tmp_path: Path) -> None:
+        class Wrapper(nn.Module):  # DDP's naming, without a process group
+            def __init__(self, module: nn.Module) -> None:
+                super().__init__()
+                self.module = module
+
+        model = adapted(bias="all")
+        save_adapter(Wrapper(model), tmp_path)
+        other = adapted(seed=3, bias="all")
+        load_adapter(Wrapper(other), tmp_path)
+        assert torch.equal(other(X), model(X))
+        assert torch.equal(load_adapter(Scrambled(), tmp_path)(X), model(X))
+
+    @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+    def test_prefixes_of_wrappers_in_a_file_are_stripped(self, prefix: str, tmp_path: Path) -> None:
+        folder = save_adapter(adapted(bias="lora_only"), tmp_path)
+
+        def rename(values: dict[str, Any]) -> None:
+            values["trained_parameters"] = [prefix + name for name in values["trained_parameters"]]
+            for chain in values["chains"]:
+                chain["layers"] = [prefix + name for name in chain["layers"]]
+
+        rewrite(folder, rename)
+        put_weights(folder, save({prefix + key: value for key, value in load_file(folder / WEIGHTS_NAME).items()}))
+        for model in (Scrambled(), adapted(seed=5, bias="lora_only")):
+            assert torch.equal(load_adapter(model, folder)(X), adapted()(X))
+
+
+class TestMismatch:
+    """The adapter is sound but not this model's: nothing changes."""
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"r": 5}, "r=5"),
+            ({"shortcut": "middle"}, "shortcut='middle'"),
+            ({"lora_alpha": 12}, "lora_alpha=12"),
+            ({"pre_num": 1}, "pre_num=1"),
+            ({"use_rslora": True}, "use_rslora=True"),
+            ({"target_modules": ["fc"]}, "other layers"),
+            ({"target_modules": ["out"]}, "other layers"),
+        ],
+        ids=lambda value: str(value)[:40],
+    )
+    def test_other_adapters(self, saved: Path, changes: dict[str, Any], message: str) -> None:
+        model = adapted(**changes)
+        before = state(model)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(model, saved)
+        assert_unchanged(model, before)
+
+    def test_other_model(self, saved: Path) -> None:
+        for model in (Scrambled(width=16), nn.Sequential(nn.Linear(4, 4))):
+            before = state(model)
+            with pytest.raises(ValueError, match=r"lora_A|layers missing"):
+                load_adapter(model, saved)
+            assert_unchanged(model, before)
+
+    def test_other_order(self, saved: Path) -> None:
+        rewrite(saved, lambda values: values["chains"][0]["layers"].reverse())
+        model = adapted()
+        before = state(model)
+        with pytest.raises(ValueError, match="another order"):
+            load_adapter(model, saved)
+        assert_unchanged(model, before)
+
+    def test_model_without_values(self, saved: Path) -> None:
+        with pytest.raises(ValueError, match="meta"):
+            load_adapter(Scrambled().to("meta"), saved)
+        with pytest.raises(ValueError, match="meta"):
+            save_adapter(adapted().to("meta"), saved)
+        assert torch.equal(load_adapter(Scrambled(), saved)(X), adapted()(X))
+
+
+def _set(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda values: values.update(changes)
+
+
+def _set_config(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda values: values["config"].update(changes)
+
+
+CONFIG_FAULTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "other format": _set(format="peft"),
+    "newer version": _set(format_version=2),
+    "unknown key": _set(extra=1),
+    "missing key": lambda values: values.pop("chains"),
+    "config is a list": _set(config=[1]),
+    "unknown field": _set_config(rank=4),
+    "wrong type of field": _set_config(r="3"),
+    "value out of range": _set_config(lora_dropout=1.5),
+    "huge alpha": _set_config(lora_alpha=10**400),
+    "bad regular expression": _set_config(target_modules="(q"),
+    "regular expression that overflows": _set_config(target_modules="a{99999999999999999999}"),
+    "backend that is a module name": _set_config(backend="os"),
+    "trained is a dict": _set(trained_parameters={"out.bias": 1}),
+    "trained holds numbers": _set(trained_parameters=[3]),
+    "trained with ..": _set(trained_parameters=["../out.bias"]),
+    "trained absolute": _set(trained_parameters=["/etc/passwd"]),
+    "trained without values": _set(trained_parameters=["out.bias"]),
+    "chains is a str": _set(chains="fc"),
+    "chains empty": _set(chains=[]),
+    "chain without layers": _set(chains=[{"name": "fc", "layers": []}]),
+    "chain with a stranger": lambda values: values["chains"][0]["layers"].append("../x"),
+    "chain with a layer twice": lambda values: values["chains"][0]["layers"].append("first.fc"),
+    "chain short of a layer": lambda values: values["chains"][0]["layers"].pop(),
+    "chain of unlike layers": _set(chains=[{"name": "all", "layers": ["out", "third.fc", "first.fc", "second.fc"]}]),
+    "hash is a number": _set(weights_sha256=5),
+    "hash of other weights": _set(weights_sha256="0" * 64),
+}  # fmt: skip
+
+
+class TestDamage:
+    @pytest.mark.parametrize("fault", CONFIG_FAULTS)
+    def test_config(self, saved: Path, fault: str) -> None:
+        rewrite(saved, CONFIG_FAULTS[fault])
+        refused(saved)
+
+    @pytest.mark.parametrize(
+        "text",
+        [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b'{"format": "reslora", "format": "reslora"}', b"[" * 100_000],
+        ids=["empty", "cut", "list", "null", "not UTF-8", "duplicate key", "deep"],
+    )
+    def test_config_that_is_no_object(self, saved: Path, text: bytes) -> None:
+        (saved / CONFIG_NAME).write_bytes(text)
+        refused(saved, CONFIG_NAME.replace(".", r"\.") if b"format" not in text else "given twice")
+
+    def test_duplicate_key_inside_the_config(self, saved: Path) -> None:
+        text = (saved / CONFIG_NAME).read_text()
+        (saved / CONFIG_NAME).write_text(text.replace('"r": 3,', '"r": 3, "r": 3,'))
+        refused(saved, "'r' is given twice")
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            (lambda t: t.pop("out.lora_A"), "out.lora_A"),
+            (lambda t: t.update({"first.fc.lora_C": torch.zeros(1)}), "first.fc.lora_C"),
+            (lambda t: t.update({"../../x.lora_A": torch.zeros(3, 12)}), "x"),
+            (lambda t: t.update({"/tmp/x.lora_A": torch.zeros(3, 12)}), "x"),
+            (lambda t: t.update({"out.weight": torch.zeros(5, 12)}), "out.weight"),
+            (lambda t: t.update({"out.lora_A": torch.zeros(12, 3)}), "out.lora_A"),
+            (lambda t: t.update({"out.lora_A": torch.zeros(3, 12, dtype=torch.int32)}), "out.lora_A"),
+            (lambda t: t.update({"out.lora_A": torch.zeros(3, 12, dtype=torch.bool)}), "out.lora_A"),
+            (lambda t: t.update({"out.lora_A": torch.zeros(3, 12).to(torch.float8_e4m3fn)}), "out.lora_A"),
+            (lambda t: t.update({"out.lora_A": torch.zeros(3, 12, dtype=torch.complex64)}), "out.lora_A"),
+            (lambda t: t["out.lora_A"].fill_(float("nan")), "NaN"),
+            (lambda t: t["out.lora_B"].fill_(float("inf")), "Inf"),
+            (lambda t: t.update({"_orig_mod.out.lora_A": t["out.lora_A"].clone()}), "prefix"),
+            (lambda t: t.clear(), "layers missing"),
+        ],
+        ids=["missing", "foreign kind", "..", "absolute", "base weight", "transposed", "int", "bool", "float8",
+             "complex", "NaN", "Inf", "prefix collision", "none at all"],
+    )  # fmt: skip
+    def test_tensors(self, saved: Path, fault: Callable[[dict[str, Tensor]], Any], message: str) -> None:
+        put_tensors(saved, fault)
+        refused(saved, re.escape(message))
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            b"", b"[]", b"3", b"{}", b'{"a": 1}', b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+            b'{"out.lora_A": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+            b'{"out.lora_A": {"dtype": "F32", "shape": [1], "data_offsets": [0, 99999999]}}',
+            b'{"out.lora_A": {"dtype": "F32"}}', b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}",
+        ],
+        ids=["empty", "list", "number", "no tensor", "not an object", "unknown dtype", "negative size",
+             "outside the file", "incomplete", "deep", "long number"],
+    )  # fmt: skip
+    def test_header(self, saved: Path, header: bytes) -> None:
+        put_weights(saved, len(header).to_bytes(8, "little") + header + bytes(4))
+        refused(saved)
+
+    def test_duplicate_tensor_in_the_header(self, saved: Path) -> None:
+        content = (saved / WEIGHTS_NAME).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = content[8 : 8 + length].rstrip()
+        first = next(key for key in json.loads(header) if key != "__metadata__")
+        entry = json.dumps({first: json.loads(header)[first]}).encode()
+        header = header[:-1] + b"," + entry[1:]
+        put_weights(saved, len(header).to_bytes(8, "little") + header + content[8 + length :])
+        refused(saved, "given twice")
+
+    @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+    def test_missing_file(self, saved: Path, name: str) -> None:
+        (saved / name).unlink()
+        refused(saved, name, FileNotFoundError)
+
+    @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+    @pytest.mark.parametrize("kind", ["link", "folder"])
+    def test_file_that_is_no_regular_file(self, saved: Path, tmp_path: Path, name: str, kind: str) -> None:
+        (saved / name).rename(tmp_path / "elsewhere")
+        if kind == "link":
+            (saved / name).symlink_to(tmp_path / "elsewhere")
+        else:
+            (saved / name).mkdir()
+        refused(saved, f"{name} must be a regular file")
+
+    def test_folder_that_is_none(self, saved: Path) -> None:
+        refused(saved / "nowhere", "nowhere", FileNotFoundError)
+        refused(saved / CONFIG_NAME, "must be a folder", NotADirectoryError)
+
+    @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data(), vouched=st.booleans(), name=st.sampled_from([CONFIG_NAME, WEIGHTS_NAME]))
+    def test_any_damage_is_a_clear_error_and_changes_nothing(
+        self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, vouched: bool, name: str
+    ) -> None:
+        folder = tmp_path_factory.mktemp("damaged")
+        save_adapter(adapted(), folder)
+        content = bytearray((folder / name).read_bytes())
+        if data.draw(st.booleans(), label="truncate"):
+            content = content[: data.draw(st.integers(0, len(content) - 1), label="length")]
+        else:
+            reach = len(content) - 1 if name == CONFIG_NAME else 600  # the header: any tensor value is a value
+            for at in data.draw(st.lists(st.integers(0, reach), min_size=1, max_size=4), label="at"):
+                content[at] = data.draw(st.integers(0, 255), label="byte")
+        model = Scrambled()
+        before = state(model)
+        if name == WEIGHTS_NAME and vouched:
+            put_weights(folder, bytes(content))
+        else:
+            (folder / name).write_bytes(content)
+        try:
+            load_adapter(model, folder)
+        except (ValueError, OSError) as error:
+            assert str(error)
+            assert_unchanged(model, before)
+        else:  # the damage made no difference to JSON, or to a field that only describes
+            model(X)
+        finally:
+            shutil.rmtree(folder)
+
+
+class TestSave:
+    def test_mode_follows_the_umask(self, tmp_path: Path) -> None:
+        for umask in (0o022, 0o077):
+            before = os.umask(umask)
+            try:
+                folder = save_adapter(adapted(), tmp_path / str(umask))
+            finally:
+                os.umask(before)
+            assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
+            assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+
+    def test_other_files_stay_and_nothing_is_left_over(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        for seed in (1, 2):
+            save_adapter(adapted(seed), tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", CONFIG_NAME, WEIGHTS_NAME}
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert torch.equal(load_adapter(Scrambled(), tmp_path)(X), adapted(2)(X))
+
+    def test_failed_write_keeps_the_previous_adapter(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="No space left"):
+                save_adapter(adapted(seed=2), saved)
+        assert torch.equal(load_adapter(Scrambled(), saved)(X), adapted()(X))
+
+    def test_two_saves_in_a_row_killed_after_the_commit(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The second must not write over the weights that the first left under their temporary name."""
+        real, calls = os.replace, []
+
+        def die_at(last: int) -> Callable[..., None]:
+            def replace(*paths: Any) -> None:
+                calls.append(paths)
+                if len(calls) == last:
+                    raise KeyboardInterrupt
+                real(*paths)
+
+            return replace
+
+        for seed, last in ((2, 2), (3, 2)):  # of a save: 1 is the commit, 2 gives the weights their final name
+            calls.clear()
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(os, "replace", die_at(last))
+                save_adapter(adapted(seed), saved)
+            assert torch.equal(load_adapter(Scrambled(), saved)(X), adapted(2)(X))
+        save_adapter(adapted(4), saved)
+        assert torch.equal(load_adapter(Scrambled(), saved)(X), adapted(4)(X))
+
+    @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+    def test_killed_at_any_moment(self, tmp_path: Path) -> None:
+        """kill -9 in the middle of saving versions 1, 2, ... over each other: one of them loads, whole."""
+        script = tmp_path / "saver.py"
+        script.write_text(
+            "import sys, torch\n"
+            "from torch import nn\n"
+            "from reslora_kernels import *\n"
+            "torch.set_num_threads(1)\n"
+            "model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))\n"
+            "config = ResLoRAConfig(r=64, shortcut='input')\n"
+            "apply_reslora(model, config, example_inputs=torch.zeros(1, 64))\n"
+            "version = int(sys.argv[2])\n"
+            "while True:\n"
+            "    version += 1\n"
+            "    for layer in model:\n"
+            "        nn.init.constant_(layer.lora_A, version)\n"
+            "        nn.init.constant_(layer.lora_B, -version)\n"
+            "    save_adapter(model, sys.argv[1])\n"
+            "    print(version, flush=True)\n"
+        )
+        folder, generator, last = tmp_path / "adapter", random.Random(0), 0
+        environment = os.environ | {"PYTHONPATH": str(Path(reslora_kernels.__file__).parents[1])}
+        for _ in range(4):
+            command = [sys.executable, str(script), str(folder), str(last)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+                assert process.stdout is not None
+                finished = int(process.stdout.readline())
+                time.sleep(generator.random() * 0.1)
+                process.send_signal(signal.SIGKILL)
+                finished = int(([str(finished), *process.stdout.read().split()])[-1])
+            model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+            load_adapter(model, folder)
+            values = {float(sign * value) for layer in model for sign, p in ((1, layer.lora_A), (-1, layer.lora_B))
+                      for value in p.detach().unique()}  # fmt: skip
+            assert len(values) == 1
+            (last,) = map(int, values)
+            assert last in (finished, finished + 1)
+
+
+def test_copy_of_a_loaded_model_saves_the_same_files(saved: Path, tmp_path: Path) -> None:
+    model = copy.deepcopy(load_adapter(Scrambled(), saved))
+    again = save_adapter(model, tmp_path / "again")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        assert (again / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_another_programs_tensors_of_another_dtype_are_converted(saved: Path) -> None:
+    tensors = {key: value.half() for key, value in load_file(saved / WEIGHTS_NAME).items()}
+    save_file(tensors, saved / WEIGHTS_NAME)
+    put_weights(saved, (saved / WEIGHTS_NAME).read_bytes())
+    model = load_adapter(Scrambled(), saved)
+    assert model.out.lora_A.dtype == torch.float64
+    assert torch.equal(model.out.lora_A, tensors["out.lora_A"].double())
+
+
+def test_package_never_unpickles() -> None:
+    source = Path(reslora_kernels.__file__).parent
+    modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                bad = bool(modules & {alias.name.split(".")[0] for alias in node.names})
+            elif isinstance(node, ast.ImportFrom):
+                bad = (node.module or "").split(".")[0] in modules
+            else:
+                bad = isinstance(node, ast.Call) and ast.unparse(node.func) in {
+                    "torch.load",
+                    "torch.save",
+                    "eval",
+                    "exec",
+                }
+            if bad:
+                found.append(f"{path.relative_to(source)}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []
