@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .adapters import load_adapter, save_adapter
+from .checkpointing import checkpoint_context
 from .config import ResLoRAConfig
 from .coverage import inspect
 from .linear import ResLoRALinear, link
@@ -15,6 +16,7 @@ __all__ = [
     "ResLoRALinear",
     "__version__",
     "apply_reslora",
+    "checkpoint_context",
     "collect_statistics",
     "export_peft",
     "inspect",

@@ -74,7 +74,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     from safetensors.torch import save
 
     layers = adapted_layers(model)
-    folder = _folder(path)
+    folder = checked_folder(path)
     record = record_of(model)
     others = _other_trained(model)
     tensors = _own_parameters(layers) | others
@@ -123,7 +123,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    saved = _read(_folder(path))
+    saved = _read(checked_folder(path))
     adapted = any(isinstance(module, ResLoRALinear) for module in model.modules())
     if adapted:
         model_root = root_of(model)
@@ -168,7 +168,7 @@ def _finish_killed_save(folder: Path) -> None:
 
 def read_config(path: str | os.PathLike[str]) -> ResLoRAConfig:
     """The configuration of a saved adapter; errors as for ``load_adapter``. Reads no weights."""
-    return _read_config(_config_file(_folder(path)))[0]
+    return _read_config(_config_file(checked_folder(path)))[0]
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -210,7 +210,8 @@ def _other_trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in _parameters(model).items() if p.requires_grad and id(p) not in own}
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
+def checked_folder(path: str | os.PathLike[str]) -> Path:
+    """``path`` as a Path; TypeError if it is none, NotADirectoryError if it is a file."""
     if not isinstance(path, (str, os.PathLike)) or isinstance(path, bytes):
         raise TypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
     folder = Path(path)

@@ -8,6 +8,8 @@ object, opaque to pytree (FSDP2 maps over dicts and dataclasses and copies them)
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,12 +18,24 @@ from torch import Tensor
 class ForwardState:
     """The tensors that the layers of one chain have handed on in one forward pass, by position."""
 
-    __slots__ = ("_handed", "_latest", "owner")
+    __slots__ = ("_backward", "_handed", "_latest", "owner")
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
+        self._backward = _running_backward()
         self._handed: dict[int, Tensor] = {}
         self._latest = -1
+
+    def copy(self) -> ForwardState:
+        """The same state, to go on from without changing this one."""
+        other = ForwardState(self.owner)
+        other._handed, other._latest = dict(self._handed), self._latest
+        return other
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a backward has started since: a layer that runs now is recomputed, and this is not its state."""
+        return self._backward != _running_backward()
 
     def enter(self, position: int) -> None:
         """A layer starts. One that is not later in the chain than the last one begins the chain anew."""
@@ -55,6 +69,19 @@ class Passes:
         if state is None or state.owner is owner:
             self._open[_thread()] = ForwardState(owner)
 
+    @contextmanager
+    def resumed(self, state: ForwardState) -> Iterator[None]:
+        """Go on from a copy of ``state``, then return to what was open."""
+        thread, before = _thread(), self.current()
+        self._open[thread] = state.copy()
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._open[thread]
+            else:
+                self._open[thread] = before
+
     def close(self, owner: object) -> None:
         """Close the pass if ``owner`` opened it."""
         state = self.current()
@@ -66,6 +93,11 @@ class Passes:
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
         return Passes, ()
+
+
+def _running_backward() -> int:
+    """The number of the backward pass that this thread is in the middle of; -1 outside, and in a compiled graph."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def _thread() -> int:

@@ -89,9 +89,16 @@ class ResLoRALinear(nn.Linear):
         *,
         config: ResLoRAConfig | None = None,
     ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an int, got {size!r}")
+            if size < 0:
+                raise ValueError(f"{name} must be 0 or more, got {size}")
+        _check_floating("dtype", dtype)
+        config = _checked(config if config is not None else ResLoRAConfig())
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.requires_grad_(False)
-        self._adapt(config if config is not None else ResLoRAConfig(), None)
+        self._adapt(config, None)
 
     @classmethod
     def from_linear(
@@ -107,6 +114,8 @@ class ResLoRALinear(nn.Linear):
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        _checked(config)
+        _check_floating("adapter_dtype", adapter_dtype)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -119,8 +128,6 @@ class ResLoRALinear(nn.Linear):
         return layer
 
     def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None) -> None:
-        if not isinstance(config, ResLoRAConfig):
-            raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
         half = self.weight.dtype in (torch.float16, torch.bfloat16)
         dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
         device = self.weight.device
@@ -193,7 +200,7 @@ class ResLoRALinear(nn.Linear):
             layers, position = chain.layers, self.position
             state = chain.passes.current() if x is not None else None
             if x is not None and len(layers) > 1 and hands_on(config.shortcut, config.pre_num):
-                if state is None:
+                if state is None or state.is_stale:
                     raise RuntimeError(_outside(config.shortcut, chain.name, position))
                 state.enter(position)
 
@@ -295,6 +302,19 @@ def _replaced(call: Plan, a: Tensor, b: Tensor) -> Plan:
     return Plan((a, handed), (b,), hand=(a.shape[0], a.shape[0] + handed.shape[0]))
 
 
+def _checked(config: ResLoRAConfig) -> ResLoRAConfig:
+    if not isinstance(config, ResLoRAConfig):
+        raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
+    return config
+
+
+def _check_floating(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {dtype!r}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"{name} must be a floating dtype, got {dtype}")
+
+
 def _signature(layer: ResLoRALinear) -> tuple[int, int, int, str, int]:
     config = layer.config
     return layer.in_features, layer.out_features, config.r, config.shortcut, config.pre_num
@@ -305,6 +325,6 @@ def _outside(shortcut: str, name: str, position: int) -> str:
     return (
         f"{where} with shortcut {shortcut!r} ran outside a forward pass, where no earlier layer's state exists. Call "
         "the model that apply_reslora or link(..., root=model) was given, or run the layers inside "
-        "`with chain.forward_pass():`. If this happened in backward, activation checkpointing is recomputing a layer: "
-        "turn it off or use shortcut='block', which needs no state."
+        "`with chain.forward_pass():`. If this happened in backward, activation checkpointing recomputes the layer: use "
+        "torch.utils.checkpoint with use_reentrant=False and context_fn=checkpoint_context(model)."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -92,6 +92,8 @@ def merge_reslora(
     """
     layers = adapted_layers(model)
     record = record_of(model)
+    if not isinstance(keep_original, bool):
+        raise TypeError(f"keep_original must be True or False, got {keep_original!r}")
     if record.merged is not None:
         raise ValueError("model is merged already; call unmerge_reslora(model) first")
     updates = compute_updates(
@@ -257,8 +259,12 @@ def _checked_method(
         raise TypeError(f"statistics must come from collect_statistics, got {type(statistics).__name__}")
     if statistics is not None and calibration is not None:
         raise ValueError("give statistics or calibration, not both")
-    if calibration is not None and not isinstance(calibration, Iterable):
+    if calibration is not None and (
+        not isinstance(calibration, Iterable) or isinstance(calibration, (Mapping, Tensor, str, bytes))
+    ):
         raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
+    if not isinstance(sequential, bool):
+        raise TypeError(f"sequential must be True or False, got {sequential!r}")
     if isinstance(regularization, bool) or not isinstance(regularization, (int, float)):
         raise TypeError(f"regularization must be a number of 0 or more, got {regularization!r}")
     if not (math.isfinite(regularization) and regularization >= 0):
@@ -286,6 +292,12 @@ def _check_statistics(statistics: Statistics | None, layers: dict[str, ResLoRALi
         return
     if statistics.layers.keys() != layers.keys():
         raise ValueError("statistics were collected from another model: their layers are not this model's")
+    for name, layer in layers.items():
+        if statistics.layers[name].sizes != tuple(layer.lora_A.shape):
+            raise ValueError(
+                f"statistics were collected from another model: lora_A of {name!r} was "
+                f"{list(statistics.layers[name].sizes)} there, it is {list(layer.lora_A.shape)} here"
+            )
     unseen = [name for name, seen in statistics.layers.items() if seen.calls == 0]
     if unseen:
         raise ValueError(f"statistics hold no batch for layer {unseen[0]!r}: run the model inside collect_statistics")

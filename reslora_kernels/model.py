@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .backends import select
+from .checkpointing import CarryThroughCheckpoints
 from .config import ResLoRAConfig
 from .execution import Execution, call_with, record_order, replayable, undisturbed
 from .execution import example_inputs as derive_inputs
@@ -159,6 +160,8 @@ def build_chains(model: nn.Module, chains: Iterable[tuple[str, Sequence[str]]]) 
         module = model.get_submodule(ancestor)
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             scope_pass(module, held)
+    if scopes:
+        model.register_forward_pre_hook(CarryThroughCheckpoints(record.chains))
 
 
 def hands_on_in(chain: Chain, config: ResLoRAConfig) -> bool:
@@ -189,7 +192,10 @@ def dry_run_chains(
             executed = record_order(targets, lambda: call_with(model, inputs))
     except Exception as error:
         if given is not None:
-            raise
+            raise ValueError(
+                f"example_inputs do not run through the model ({type(error).__name__}: {error}); they must be a dict "
+                "of keyword arguments, a tuple or list of positional ones, or one tensor"
+            ) from error
         record.note = f"dry run with derived inputs failed ({type(error).__name__}: {error})"
         return None
     record.order = "dry run"

@@ -175,9 +175,11 @@ def lora_linear(
         y [..., N] and the handed-on part of h [..., stop - start] (None when ``hand`` is None).
 
     Raises:
+        TypeError: an argument has the wrong type; the message names it.
         ValueError: a shape, dtype, device or scalar is not as above; the message names it.
         RuntimeError: ``backend`` cannot run on this machine or cannot serve this call.
     """
+    _check_types(x, weight, bias, a_stack, b_stack, residual, scaling, c, p, seed, hand, backend)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -217,6 +219,40 @@ def _columns(stack: Sequence[Tensor]) -> Tensor:
 
 def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _check_types(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    a_stack: Any,
+    b_stack: Any,
+    residual: Any,
+    scaling: Any,
+    c: Any,
+    p: Any,
+    seed: Any,
+    hand: Any,
+    backend: Any,
+) -> None:
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    for name, tensor in (("bias", bias), ("residual", residual), ("seed", seed)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor or None, got {type(tensor).__name__}")
+    for name, stack in (("a_stack", a_stack), ("b_stack", b_stack)):
+        if not isinstance(stack, (list, tuple)) or not all(isinstance(matrix, Tensor) for matrix in stack):
+            raise TypeError(f"{name} must be a list or tuple of Tensors, got {type(stack).__name__}")
+    for name, number in (("scaling", scaling), ("c", c), ("p", p)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a number, got {number!r}")
+    if hand is not None and not (
+        isinstance(hand, (list, tuple)) and len(hand) == 2 and all(isinstance(at, int) for at in hand)
+    ):
+        raise TypeError(f"hand must be two ints (start, stop) or None, got {hand!r}")
+    if backend not in ("auto", *select.PREFERENCE):
+        raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, select.PREFERENCE))}, got {backend!r}")
 
 
 def _check(

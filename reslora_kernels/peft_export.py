@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import sync_folder, write_durably
+from .adapters import checked_folder, sync_folder, write_durably
 from .config import MergeMethod
 from .merging import compute_updates
 from .model import adapted_layers, record_of, root_of
@@ -71,9 +72,9 @@ def export_peft(
     from safetensors.torch import save
 
     layers = adapted_layers(model)
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"path must be a folder, got the file {str(folder)!r}")
+    folder = checked_folder(path)
+    if not isinstance(pattern, bool):
+        raise TypeError(f"pattern must be True or False, got {pattern!r}")
     merged = record_of(model).merged
     if merged is not None:
         if method is not None or statistics is not None or calibration is not None:
@@ -135,14 +136,23 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
     }
 
 
-def _target_modules(root: nn.Module, names: list[str]) -> list[str]:
-    """Last name components, as people write them, where they mean adapted modules only; full names elsewhere."""
+def _target_modules(root: nn.Module, names: list[str]) -> list[str] | str:
+    """Last name components, as people write them, where they mean adapted modules only; full names elsewhere.
+
+    PEFT takes an entry for the ending of names. Where even a full name is the ending of a module that is not adapted,
+    one regular expression names them all.
+    """
     every = [name for name, _ in root.named_modules()]
     wanted, chosen = set(names), set()
+
+    def means_others(ending: str) -> bool:
+        return any(other == ending or other.endswith("." + ending) for other in every if other not in wanted)
+
     for name in names:
         ending = name.rpartition(".")[2]
-        meant = {other for other in every if other == ending or other.endswith("." + ending)}
-        chosen.add(ending if meant <= wanted and not ending.isdecimal() else name)
+        chosen.add(name if means_others(ending) or ending.isdecimal() else ending)
+    if any(means_others(name) for name in chosen):
+        return "|".join(re.escape(name) for name in sorted(names))
     return sorted(chosen)
 
 

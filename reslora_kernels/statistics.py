@@ -27,6 +27,7 @@ class LayerStatistics:
         r, k = lora_A.shape
         device, dtype = lora_A.device, torch.promote_types(lora_A.dtype, torch.float32)
         self.calls = 0
+        self.sizes = (r, k)
         self._shortcut = config.shortcut
         self._x_norms = torch.zeros(config.norm_window, device=device, dtype=dtype)  # ring buffers
         self._h_norms = torch.zeros(config.norm_window, device=device, dtype=dtype)

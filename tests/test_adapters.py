@@ -470,24 +470,25 @@ class TestSave:
                 save_adapter(adapted(seed=2), saved)
         assert torch.equal(load_adapter(Scrambled(), saved)(X), adapted()(X))
 
-    def test_two_saves_in_a_row_killed_after_the_commit(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_save_killed_after_one_that_was_killed_too(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The second must not write over the weights that the first left under their temporary name."""
-        real, calls = os.replace, []
+        real = os.replace
 
-        def die_at(last: int) -> Callable[..., None]:
-            def replace(*paths: Any) -> None:
-                calls.append(paths)
-                if len(calls) == last:
+        def die_before(name: str) -> Callable[..., None]:
+            def replace(source: Path, target: Path) -> None:
+                if Path(target).name == name:
                     raise KeyboardInterrupt
-                real(*paths)
+                real(source, target)
 
             return replace
 
-        for seed, last in ((2, 2), (3, 2)):  # of a save: 1 is the commit, 2 gives the weights their final name
-            calls.clear()
+        for seed, name in ((2, WEIGHTS_NAME), (3, CONFIG_NAME)):  # after the commit, then before it
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(os, "replace", die_at(last))
+                patch.setattr(os, "replace", die_before(name))
                 save_adapter(adapted(seed), saved)
+            if seed == 3:  # what a killed process had written of its weights
+                pending = saved / "reslora_model.pending.safetensors"
+                pending.write_bytes(pending.read_bytes()[:100])
             assert torch.equal(load_adapter(Scrambled(), saved)(X), adapted(2)(X))
         save_adapter(adapted(4), saved)
         assert torch.equal(load_adapter(Scrambled(), saved)(X), adapted(4)(X))

@@ -27,6 +27,7 @@ LAYERS = {
     "targets": 5,
     "execution": 5,
     "coverage": 5,
+    "checkpointing": 5,
     "model": 5,
     "updates": 5,
     "merging": 5,

@@ -10,13 +10,14 @@ import typer
 from rich.console import Console
 
 from reslora_kernels.cli.demo.experiment import run_experiment
-from reslora_kernels.cli.demo.report import REPORT_NAME, as_dict, write_report
+from reslora_kernels.cli.demo.report import REPORT_NAME, WRITTEN, as_dict, is_report, write_report
 from reslora_kernels.cli.demo.settings import BASELINE, FULL, QUICK, TITLES, Settings
 from reslora_kernels.cli.demo.tables import show_results
 from reslora_kernels.cli.options import check_choice
-from reslora_kernels.cli.output import check_replaceable, whole_folder
+from reslora_kernels.cli.output import check_writable, whole_folder
 from reslora_kernels.config import Shortcut
 
+MODELS = ("adapters", "base-model")  # folders
 LIBRARIES = ("transformers", "peft", "matplotlib", "jinja2")
 
 
@@ -55,14 +56,13 @@ def run_demo(settings: Settings, out: Path) -> None:
     try:
         with whole_folder(out) as folder:
             results = run_experiment(settings, folder, Console(stderr=True))
-            files = write_report(as_dict(results), folder)
+            write_report(as_dict(results), folder)
     except KeyboardInterrupt:
         typer.echo(f"reslora: stopped; nothing was written to {out}", err=True)
         raise typer.Exit(130) from None
     show_results(results, console)
-    console.print(
-        "Written:", *(str(out / file) for file in (*files, "adapters", "base-model")), sep="\n  ", soft_wrap=True
-    )
+    written = [str(out / name) for name in (*WRITTEN, *MODELS)]
+    console.print("Written:", *written, sep="\n  ", soft_wrap=True, highlight=False)
 
 
 def chosen(shortcuts: list[str] | None) -> tuple[Shortcut, ...]:
@@ -81,7 +81,15 @@ def check_folder(out: Path) -> None:
     """Refuse, before any work, a folder whose replacement would fail or lose files that no demo wrote."""
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise ValueError(f"--out must not be the folder you are in, or one above it, got {str(out)!r}")
-    check_replaceable(out, True, REPORT_NAME, ())
+    check_writable("--out", out)
+    check_writable("--out", out.absolute().parent)  # a finished folder is put in place there
+    found = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    if found and not is_report(out / REPORT_NAME):
+        raise FileExistsError(f"--out {str(out)!r} is not empty and not an earlier demo's folder; give another one")
+    if others := sorted(found.difference(WRITTEN, MODELS)):
+        raise FileExistsError(
+            f"--out {str(out)!r} holds an earlier demo, and {others[0]!r}, which replacing would lose"
+        )
 
 
 def require_libraries() -> None:

@@ -1,0 +1,219 @@
+"""Activation checkpointing changes no gradient: by hand, in wrappers, in Transformers, diffusers; not reentrant."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+
+from reslora_kernels import ResLoRAConfig, apply_reslora, checkpoint_context
+from reslora_kernels.forward_state import ForwardState
+
+from .models import FAMILIES
+
+SHORTCUTS = [("none", 0), ("input", 1), ("block", 2), ("middle", 2), ("middle", -1)]
+HANDING = [("input", 1), ("middle", -1)]
+WIDTH = 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Stack(nn.Module):
+    """``around`` says how a block is called, so that a test can put a checkpoint there."""
+
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.around: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda block, x: block(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.around(block, x)
+        return x
+
+
+def adapted(shortcut: str, pre_num: int, p: float = 0.0) -> Stack:
+    torch.manual_seed(0)
+    model = Stack().double()
+    config = ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num, lora_dropout=p)
+    apply_reslora(model, config, example_inputs=torch.zeros(1, WIDTH, dtype=torch.float64))
+    randomise(model)
+    return model
+
+
+def randomise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
+    """Of two forwards before one backward, from the same random state."""
+    torch.manual_seed(2)
+    total = loss() - 0.5 * loss()
+    return list(torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad]))
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert all(torch.equal(one, two) for one, two in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
+def test_by_hand_around_each_block(shortcut: str, pre_num: int, p: float) -> None:
+    """Bit-equal gradients with two forwards before one backward, dropout masks included."""
+    model, x = adapted(shortcut, pre_num, p), torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+    expected = gradients(model, lambda: model(x).square().mean())
+    context = checkpoint_context(model)
+    model.around = lambda block, x: checkpoint(block, x, use_reentrant=False, context_fn=context)
+    assert_same(gradients(model, lambda: model(x).square().mean()), expected)
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), HANDING)
+def test_around_several_blocks_and_around_the_whole_model(shortcut: str, pre_num: int) -> None:
+    """Within one region a layer meets what the recomputation hands on; the whole model opens its own pass again."""
+    model, x = adapted(shortcut, pre_num, 0.3), torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+    expected = gradients(model, lambda: model(x).square().mean())
+    whole = gradients(model, lambda: checkpoint(model, x, use_reentrant=False).square().mean())
+    assert_same(whole, expected)
+    first, second = nn.Sequential(*model.blocks[:1]), nn.Sequential(*model.blocks[1:])
+    context = checkpoint_context(model)
+
+    def halves(x: Tensor) -> Tensor:
+        return checkpoint(second, first(x), use_reentrant=False, context_fn=context)
+
+    model.forward = halves
+    assert_same(gradients(model, lambda: model(x).square().mean()), expected)
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), HANDING)
+def test_checkpoint_wrapper(shortcut: str, pre_num: int) -> None:
+    """torch.distributed's wrapper, as FSDP users apply it."""
+    model, x = adapted(shortcut, pre_num), torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+    expected = gradients(model, lambda: model(x).square().mean())
+    context = checkpoint_context(model)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(block, context_fn=context)
+    assert_same(gradients(model, lambda: model(x).square().mean()), expected)
+
+
+def test_backward_twice_through_the_same_graph() -> None:
+    model, x = adapted("input", 1), torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+    context = checkpoint_context(model)
+    model.around = lambda block, x: checkpoint(block, x, use_reentrant=False, context_fn=context)
+    loss, parameters = model(x).square().mean(), [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    assert_same(list(torch.autograd.grad(loss, parameters)), list(first))
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), HANDING)
+def test_a_checkpoint_without_the_context_is_an_error(shortcut: str, pre_num: int) -> None:
+    """Also when the pass is still open, where a layer could meet another forward's state unnoticed."""
+    model, x = adapted(shortcut, pre_num), torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+    model.around = lambda block, x: checkpoint(block, x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"context_fn=checkpoint_context\(model\)"):
+        model(x).sum().backward()
+    chains = {block.up.chain for block in model.blocks} | {block.down.chain for block in model.blocks}
+    up, down = chains
+    with up.forward_pass(), down.forward_pass(), pytest.raises(RuntimeError, match=r"checkpoint_context"):
+        model(x).sum().backward()
+
+
+def test_only_rank_sized_tensors_wait_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """M r values for each layer that hands on: the memory that a checkpointed chain adds."""
+    seen: list[weakref.ref[Tensor]] = []
+    hand_on = ForwardState.hand_on
+    monkeypatch.setattr(ForwardState, "hand_on", lambda self, n, h: (seen.append(weakref.ref(h)), hand_on(self, n, h)))
+    model, x = adapted("input", 1), torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+    context = checkpoint_context(model)
+    model.around = lambda block, x: checkpoint(block, x, use_reentrant=False, context_fn=context)
+    loss = model(x).sum()
+    alive = [ref() for ref in seen]
+    assert sum(h.numel() for h in alive if h is not None) == 2 * 3 * 3 * 2  # two chains, three of four layers, M x r
+    del alive
+    loss.backward()
+    del loss
+    assert all(ref() is None for ref in seen)
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=3, **sizes)).double().train()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("enabled", ["before", "after"])
+@pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
+def test_transformers(shortcut: str, pre_num: int, enabled: str) -> None:
+    """gradient_checkpointing_enable, whichever of it and apply_reslora comes first; a deep copy keeps working."""
+    ids = torch.randint(0, 32, (2, 9))
+    config = ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num, lora_dropout=0.2)
+    plain, model = llama(), llama()
+    enable = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if enabled == "before":
+        model.gradient_checkpointing_enable(**enable)
+    for one in (plain, model):
+        apply_reslora(one, config)
+        randomise(one)
+    if enabled == "after":
+        model.gradient_checkpointing_enable(**enable)
+    expected = gradients(plain, lambda: plain(ids, labels=ids, use_cache=False).loss)
+    assert_same(gradients(model, lambda: model(ids, labels=ids, use_cache=False).loss), expected)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    assert_same(gradients(twin, lambda: twin(ids, labels=ids, use_cache=False).loss), expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("shortcut", "pre_num"), HANDING)
+def test_reentrant_is_refused(shortcut: str, pre_num: int) -> None:
+    ids, model = torch.randint(0, 32, (2, 9)), llama()
+    apply_reslora(model, ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match=r'"use_reentrant": False'):
+        model(ids, labels=ids, use_cache=False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    with torch.no_grad():
+        model(ids, labels=ids, use_cache=False)
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), HANDING)
+def test_diffusers_unet(shortcut: str, pre_num: int) -> None:
+    family = FAMILIES["unet"]
+    plain, model = family.make().double().train(), family.make().double().train()
+    inputs = {name: v.double() if v.is_floating_point() else v for name, v in family.batch(0).items()}
+    config = ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num, target_modules=["to_q", "to_v"])
+    for one in (plain, model):
+        apply_reslora(one, config, example_inputs=inputs)
+        randomise(one)
+    model.enable_gradient_checkpointing()
+    expected = gradients(plain, lambda: plain(**inputs).sample.square().mean())
+    for one, two in zip(gradients(model, lambda: model(**inputs).sample.square().mean()), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match="model must be an nn.Module"):
+        checkpoint_context("model")
+    with pytest.raises(ValueError, match="no ResLoRALinear"):
+        checkpoint_context(nn.Linear(2, 2))
