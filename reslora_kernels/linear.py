@@ -110,7 +110,9 @@ class ResLoRALinear(nn.Linear):
             adapter_dtype: dtype of lora_A and lora_B; None gives float32 for a half-precision weight, else its dtype.
 
         Raises:
-            TypeError: ``linear`` is not exactly an ``nn.Linear`` (a quantised subclass, say).
+            TypeError: ``linear`` is not exactly an ``nn.Linear`` (a quantised subclass, say), or another argument has
+                the wrong type. ``linear`` is as it was then.
+            ValueError: ``adapter_dtype`` is no floating dtype.
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
@@ -165,8 +167,7 @@ class ResLoRALinear(nn.Linear):
         if self.merged:
             return nn.functional.linear(x, self.weight, self.bias)
         call = self._plan(x)
-        if self.observer is not None:
-            self.observer.observe(x, self.lora_A, call.residual)
+        residual = call.residual
         if self.replacement is not None:
             call = _replaced(call, *self.replacement)
         p = self.config.lora_dropout if self.training else 0.0
@@ -184,6 +185,8 @@ class ResLoRALinear(nn.Linear):
             hand=call.hand,
             backend=self.config.backend,
         )
+        if self.observer is not None:
+            self.observer.observe(x, self.lora_A, residual)
         if handed is not None and self.chain is not None:
             state = self.chain.passes.current()
             if state is not None:
@@ -325,6 +328,6 @@ def _outside(shortcut: str, name: str, position: int) -> str:
     return (
         f"{where} with shortcut {shortcut!r} ran outside a forward pass, where no earlier layer's state exists. Call "
         "the model that apply_reslora or link(..., root=model) was given, or run the layers inside "
-        "`with chain.forward_pass():`. If this happened in backward, activation checkpointing recomputes the layer: use "
-        "torch.utils.checkpoint with use_reentrant=False and context_fn=checkpoint_context(model)."
+        "`with chain.forward_pass():`. If this happened in backward, activation checkpointing recomputes the layer: "
+        "use torch.utils.checkpoint with use_reentrant=False and context_fn=checkpoint_context(model)."
     )

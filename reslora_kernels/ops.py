@@ -218,7 +218,9 @@ def _columns(stack: Sequence[Tensor]) -> Tensor:
 
 
 def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+    if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
 
 
 def _check_types(

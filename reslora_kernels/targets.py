@@ -103,6 +103,8 @@ def _refuse_adapted(model: nn.Module) -> None:
 
 
 def _nothing_matched(model: nn.Module, config: ResLoRAConfig) -> str:
+    if isinstance(model, nn.Linear):
+        return "model is itself a linear layer and has no parent to swap it in: use ResLoRALinear.from_linear"
     roles: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -137,7 +137,7 @@ class TestConfig:
             {},
             optional={
                 "r": st.integers(1, 256),
-                "lora_alpha": st.one_of(st.integers(1, 10**9), st.floats(0, 1e9, exclude_min=True, allow_nan=False)),
+                "lora_alpha": st.one_of(st.integers(1, 10**9), st.floats(1e-6, 1e9)),
                 "lora_dropout": st.floats(0, 1, exclude_max=True),
                 "target_modules": st.one_of(
                     names, names.map(tuple), st.sampled_from(["all-linear", r".*\.(q|v)_proj"])

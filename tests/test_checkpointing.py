@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from reslora_kernels import ResLoRAConfig, apply_reslora, checkpoint_context
 from reslora_kernels.forward_state import ForwardState
 
-from .models import FAMILIES
+from .models import FAMILIES, randomize
 
 SHORTCUTS = [("none", 0), ("input", 1), ("block", 2), ("middle", 2), ("middle", -1)]
 HANDING = [("input", 1), ("middle", -1)]
@@ -50,15 +50,8 @@ def adapted(shortcut: str, pre_num: int, p: float = 0.0) -> Stack:
     model = Stack().double()
     config = ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num, lora_dropout=p)
     apply_reslora(model, config, example_inputs=torch.zeros(1, WIDTH, dtype=torch.float64))
-    randomise(model)
+    randomize(model)
     return model
-
-
-def randomise(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
@@ -171,7 +164,7 @@ def test_transformers(shortcut: str, pre_num: int, enabled: str) -> None:
         model.gradient_checkpointing_enable(**enable)
     for one in (plain, model):
         apply_reslora(one, config)
-        randomise(one)
+        randomize(one)
     if enabled == "after":
         model.gradient_checkpointing_enable(**enable)
     expected = gradients(plain, lambda: plain(ids, labels=ids, use_cache=False).loss)
@@ -205,7 +198,7 @@ def test_diffusers_unet(shortcut: str, pre_num: int) -> None:
     config = ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num, target_modules=["to_q", "to_v"])
     for one in (plain, model):
         apply_reslora(one, config, example_inputs=inputs)
-        randomise(one)
+        randomize(one)
     model.enable_gradient_checkpointing()
     expected = gradients(plain, lambda: plain(**inputs).sample.square().mean())
     for one, two in zip(gradients(model, lambda: model(**inputs).sample.square().mean()), expected, strict=True):
@@ -213,7 +206,7 @@ def test_diffusers_unet(shortcut: str, pre_num: int) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(TypeError, match="model must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be an nn.Module"):
         checkpoint_context("model")
     with pytest.raises(ValueError, match="no ResLoRALinear"):
         checkpoint_context(nn.Linear(2, 2))
