@@ -30,7 +30,7 @@ def table(path: Path) -> str:
     """One row per shortcut; the machine, versions and commit under it."""
     result: dict[str, Any] = json.loads(path.read_text())
     rows = [
-        "| shortcut | time / frozen linears | speed-up over plain layers | speed-up over PEFT LoRA | 20-80 % of rounds |",
+        "| shortcut | time / frozen linears | speed-up over plain layers | over PEFT LoRA | 20-80 % of rounds |",
         "|---|---|---|---|---|",
     ]
     for benchmark in result["benchmarks"]:

@@ -5,6 +5,7 @@ from .adapters import load_adapter, save_adapter
 from .checkpointing import checkpoint_context
 from .config import ResLoRAConfig
 from .coverage import inspect
+from .distributed import shard_reslora
 from .linear import ResLoRALinear, link
 from .merging import merge_reslora, unmerge_reslora
 from .model import apply_reslora
@@ -24,5 +25,6 @@ __all__ = [
     "load_adapter",
     "merge_reslora",
     "save_adapter",
+    "shard_reslora",
     "unmerge_reslora",
 ]

@@ -22,6 +22,7 @@ from ._version import __version__
 from .config import ResLoRAConfig
 from .linear import ResLoRALinear
 from .model import Record, adapt, adapted_layers, build_chains, dry_run_chains, record_of, root_of
+from .sharding import fill, gathered, is_sharded, one_writer, refuse_flat, reshard
 from .targets import find_targets
 
 CONFIG_NAME = "reslora_config.json"
@@ -62,7 +63,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Save the adapters, and every other trained parameter of the model, to the folder ``path``.
 
     The folder is made if need be; other files in it are left alone. A crash at any moment leaves the previous adapter
-    or the new one, whole. File modes follow the umask.
+    or the new one, whole. File modes follow the umask. With a model sharded over processes all of them call this: the
+    adapters are gathered, the first process writes them under their usual names, and all return when it has.
 
     Returns:
         the folder.
@@ -70,20 +72,28 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Raises:
         TypeError, ValueError: ``model`` is not adapted, or its parameters are on the meta device.
         NotADirectoryError: ``path`` is a file.
+        RuntimeError: the process that writes failed.
     """
-    from safetensors.torch import save
-
     layers = adapted_layers(model)
-    folder = checked_folder(path)
-    record = record_of(model)
+    refuse_flat(model)
+    reshard(model)
     others = _other_trained(model)
     tensors = _own_parameters(layers) | others
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError("model has parameters on the meta device: there are no values to save")
-    weights = save(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"}
-    )
-    names = {id(layer): name for name, layer in layers.items()}
+    whole, mesh = gathered(tensors)
+    with one_writer(mesh) as writes:
+        if writes:
+            _write(model, checked_folder(path), whole, sorted(others))
+    return Path(path)
+
+
+def _write(model: nn.Module, folder: Path, tensors: dict[str, Tensor], others: list[str]) -> None:
+    from safetensors.torch import save
+
+    record = record_of(model)
+    weights = save(tensors, metadata={"format": "pt"})
+    names = {id(layer): name for name, layer in adapted_layers(model).items()}
     config = {
         "format": "reslora",
         "format_version": _FORMAT_VERSION,
@@ -93,7 +103,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             {"name": chain.name, "layers": [names[id(layer)] for layer in chain.layers]} for chain in record.chains
         ]
         or None,
-        "trained_parameters": sorted(others),
+        "trained_parameters": others,
         "base_model_name_or_path": getattr(getattr(root_of(model), "config", None), "_name_or_path", None) or None,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
@@ -106,13 +116,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     os.replace(temporary, folder / CONFIG_NAME)  # the commit
     os.replace(folder / _PENDING_NAME, folder / WEIGHTS_NAME)
     sync_folder(folder)
-    return folder
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load what ``save_adapter`` wrote: adapt a plain model as it was adapted then, or fill the adapters it has.
 
-    Everything is checked before the model is touched: file types, the hash, keys, shapes, dtypes and values.
+    Everything is checked before the model is touched: file types, the hash, keys, shapes, dtypes and values. Every
+    process of a sharded model must call this.
 
     Returns:
         ``model``.
@@ -125,6 +135,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     saved = _read(checked_folder(path))
     adapted = any(isinstance(module, ResLoRALinear) for module in model.modules())
+    refuse_flat(model)
+    if not adapted and is_sharded(model):
+        raise ValueError("model is sharded over processes: load the adapter first, then call shard_reslora")
     if adapted:
         model_root = root_of(model)
         record, layers = record_of(model), dict[str, nn.Linear](adapted_layers(model))
@@ -147,10 +160,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     elif saved.chains is not None and not record.chains:
         build_chains(model_root, saved.chains)
         record.order = "adapter file"
+    reshard(model)
     parameters = _parameters(model)
     with torch.no_grad():
         for key, tensor in saved.tensors.items():
-            parameters[key].copy_(tensor)
+            fill(parameters[key], tensor)
             if key in saved.trained:
                 parameters[key].requires_grad_(True)
     return model

@@ -16,6 +16,7 @@ from .coverage import table
 from .execution import call_with, undisturbed
 from .linear import Chain, ResLoRALinear
 from .model import Record, adapted_layers, record_of, root_of
+from .sharding import refuse_sharded
 from .shortcuts import hands_on
 from .statistics import LayerStatistics, Statistics, collect_statistics
 from .updates import LowRankUpdate, least_squares, relative_error, updates_of_chain
@@ -87,8 +88,8 @@ def merge_reslora(
         the method, rank and relative error of every layer.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, data is missing, an update holds NaN or Inf, or a weight
-            is shared with another module. The model is unchanged then.
+        TypeError, ValueError: an argument is not as above, data is missing, an update holds NaN or Inf, a weight is
+            shared with another module, or the model is sharded over processes. The model is unchanged then.
     """
     layers = adapted_layers(model)
     record = record_of(model)
@@ -121,9 +122,10 @@ def unmerge_reslora(model: nn.Module) -> nn.Module:
     """Restore the weights from before ``merge_reslora``, bit for bit, and let the adapters run again.
 
     Raises:
-        ValueError: the model is not merged, or was merged with ``keep_original=False``.
+        ValueError: the model is not merged, was merged with ``keep_original=False``, or is sharded over processes.
     """
     layers = adapted_layers(model)
+    refuse_sharded(model, "unmerged", "unmerge it before it is sharded")
     record = record_of(model)
     if record.merged is None:
         raise ValueError("model is not merged: there is nothing to restore")
@@ -147,6 +149,7 @@ def compute_updates(
 ) -> dict[str, LowRankUpdate]:
     """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``."""
     layers = adapted_layers(model)
+    refuse_sharded(model, "merged or exported", "save_adapter(model, path), then load and merge it in one process")
     record = record_of(model)
     config = record.config
     method = _checked_method(config, method, statistics, calibration, sequential, regularization)

@@ -16,6 +16,7 @@ from .config import ResLoRAConfig
 from .execution import Execution, call_with, record_order, replayable, undisturbed
 from .execution import example_inputs as derive_inputs
 from .linear import Chain, ResLoRALinear, link, scope_pass
+from .sharding import refuse_sharded
 from .shortcuts import hands_on
 from .targets import find_targets, role_of, stack_of
 
@@ -57,8 +58,8 @@ def apply_reslora(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: nothing matches, a match is no plain ``nn.Linear``, or the model is adapted already. The message
-            lists the candidates.
+        ValueError: nothing matches, a match is no plain ``nn.Linear``, or the model is adapted or sharded over
+            processes already. The message lists the candidates.
         RuntimeError: ``config.backend`` cannot run on this machine. In every case the model is left as it was.
     """
     if not isinstance(model, nn.Module):
@@ -67,6 +68,7 @@ def apply_reslora(
         raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
     if not isinstance(autocast_adapter_dtype, bool):
         raise TypeError(f"autocast_adapter_dtype must be True or False, got {autocast_adapter_dtype!r}")
+    refuse_sharded(model, "adapted", "call apply_reslora first, then shard_reslora")
     select.check(config.backend)
     targets = find_targets(model, config)
     record = Record(config, targets.unmatched)
@@ -218,6 +220,8 @@ def _swap(model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRACon
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in new:
                 parent._modules[name] = new[id(child)]
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    parent.activation_relu_or_gelu = 0  # no fused inference: it reads linear1.weight past the adapter
     model.requires_grad_(False)
     for layer in new.values():
         layer.lora_A.requires_grad_(True)

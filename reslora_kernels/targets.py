@@ -27,7 +27,7 @@ def role_of(name: str) -> str:
 
 
 def stack_of(name: str) -> str | None:
-    """ "encoder" or "decoder" where the module's name says that it is part of one, else None."""
+    """Whether a module's name says that it is part of an "encoder" or of a "decoder"; None where it says neither."""
     return next((part for part in name.split(".") if part in ("encoder", "decoder")), None)
 
 

@@ -110,7 +110,9 @@ def _input_by_weights(layers: list[ResLoRALinear], a: list[Tensor], b: list[Tens
 
 
 def least_squares(statistics: LayerStatistics, regularization: float, where: str) -> Tensor:
-    """T (G + λI)⁻¹ [r, K], solved in float64. λ is ``regularization`` * mean(diag G), at least G's rounding error.
+    """T (G + λI)⁻¹ [r, K], solved in float64. λ is ``regularization`` * mean(diag G).
+
+    Moments summed in float32 over few tokens may not be positive with that λ; then it is the size of their rounding.
 
     Raises:
         ValueError: G holds NaN or Inf, or is singular to working precision.
@@ -118,22 +120,22 @@ def least_squares(statistics: LayerStatistics, regularization: float, where: str
     gram, cross = statistics.gram, statistics.cross
     if gram is None or cross is None:
         raise ValueError(f"{where}: statistics hold no second moments; collect them with second_moments=True")
-    noise = 4 * torch.finfo(gram.dtype).eps  # of the sums: float32 moments of few tokens are not quite positive
+    rounding = 4 * torch.finfo(gram.dtype).eps
     gram, cross = gram.double(), cross.double()
     scale = gram.diagonal().mean()
     if not torch.isfinite(scale):
         raise ValueError(f"{where}: the layer's inputs hold NaN or Inf, so no merge can be fitted to them")
     if scale == 0:
         return torch.zeros_like(cross)  # the layer only ever saw zeros
-    strength = torch.maximum(regularization * scale, noise * gram.norm()) if regularization > 0 else 0.0
-    damped = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:
-        raise ValueError(
-            f"{where}: regularization={regularization} leaves the calibration moments singular; "
-            "use more calibration tokens or a larger regularization"
-        )
-    return torch.cholesky_solve(cross.T, factor).T
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for strength in (regularization * scale, rounding * gram.norm() if regularization > 0 else 0.0):
+        factor, failed = torch.linalg.cholesky_ex(gram + strength * identity)
+        if not failed:
+            return torch.cholesky_solve(cross.T, factor).T
+    raise ValueError(
+        f"{where}: regularization={regularization} leaves the calibration moments singular; "
+        "use more calibration tokens or a larger regularization"
+    )
 
 
 def relative_error(statistics: LayerStatistics, a: Tensor, merged_a: Tensor, b: Tensor) -> float | None:

@@ -493,6 +493,7 @@ class TestSave:
         save_adapter(adapted(4), saved)
         assert torch.equal(load_adapter(Scrambled(), saved)(X), adapted(4)(X))
 
+    @pytest.mark.slow
     @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
     def test_killed_at_any_moment(self, tmp_path: Path) -> None:
         """kill -9 in the middle of saving versions 1, 2, ... over each other: one of them loads, whole."""

@@ -24,6 +24,7 @@ LAYERS = {
     "shortcuts": 3,
     "forward_state": 3,
     "linear": 4,
+    "sharding": 5,
     "targets": 5,
     "execution": 5,
     "coverage": 5,
@@ -35,6 +36,7 @@ LAYERS = {
     "adapters": 5,
     "peft_export": 5,
     "training": 5,
+    "distributed": 5,
     "": 5,  # the package itself: its public names
     "cli": 6,
     "__main__": 6,

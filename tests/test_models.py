@@ -466,6 +466,17 @@ class TestCustomModule:
         model(torch.zeros(2, 12, dtype=torch.float64))
         assert chains_of(model)[0] == list(self.ORDER)
 
+    @pytest.mark.parametrize("shortcut", SHORTCUTS)
+    def test_fused_inference_of_torchs_encoder_does_not_pass_the_adapters_by(self, shortcut: str) -> None:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+        model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+        x = torch.linspace(-1, 1, 120, dtype=torch.float64).reshape(2, 5, 12)
+        randomize(apply_reslora(model, config(shortcut), example_inputs=x))
+        with torch.no_grad():
+            inference = model(x)
+        assert_same(inference, model(x.clone().requires_grad_()).detach())
+
     def test_statistics_under_autocast(self) -> None:
         model = randomize(apply_reslora(Scrambled(dtype=torch.float32), config("input")))
         batches = [torch.randn(40, 12) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The functional core against plain PyTorch: exact on integers, else within twice PyTorch's own error; all gradients."""
+"""The functional core against plain PyTorch: exact on integers, else within twice its own error; all gradients."""
 
 from __future__ import annotations
 

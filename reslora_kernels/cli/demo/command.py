@@ -30,7 +30,7 @@ def demo(
         list[str] | None,
         typer.Option("--shortcut", help="Only this one: input, block or middle. May be repeated; LoRA always runs."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of all random numbers.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32, help="Of all random numbers.")] = 0,
 ) -> None:
     """Pre-train a small byte-level LLaMA on English prose, fine-tune it on Python source with plain LoRA and every
     shortcut, merge each in every way, export to PEFT, and report what happened as a table, HTML, PNG and JSON.
@@ -87,9 +87,7 @@ def check_folder(out: Path) -> None:
     if found and not is_report(out / REPORT_NAME):
         raise FileExistsError(f"--out {str(out)!r} is not empty and not an earlier demo's folder; give another one")
     if others := sorted(found.difference(WRITTEN, MODELS)):
-        raise FileExistsError(
-            f"--out {str(out)!r} holds an earlier demo, and {others[0]!r}, which replacing would lose"
-        )
+        raise FileExistsError(f"--out {str(out)!r} holds an earlier demo and {others[0]!r}, which would be lost")
 
 
 def require_libraries() -> None:

@@ -19,6 +19,8 @@ from reslora_kernels.peft_export import export_peft
 from reslora_kernels.shortcuts import hands_on
 from reslora_kernels.statistics import Statistics, collect_statistics
 
+EXACT = (None,)  # in place of a list of methods
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -45,11 +47,13 @@ class PeftComparison:
 def methods_of(model: nn.Module) -> tuple[MergeMethod | None, ...]:
     """Every merge method of a model; None alone where the merge is exact and there is nothing to choose."""
     config = record_of(model).config
-    return get_args(MergeMethod) if hands_on(config.shortcut, config.pre_num) else (None,)
+    return get_args(MergeMethod) if hands_on(config.shortcut, config.pre_num) else EXACT
 
 
-def gather_statistics(model: nn.Module, batches: Tensor) -> Statistics:
-    """Statistics of ``batches`` [count, sequences, bytes] in evaluation mode."""
+def gather_statistics(model: nn.Module, batches: Tensor) -> Statistics | None:
+    """Statistics of ``batches`` [count, sequences, bytes] in evaluation mode; None where merging needs none."""
+    if methods_of(model) == EXACT:
+        return None
     with torch.no_grad(), collect_statistics(model) as statistics:
         for batch in batches:
             model(**inputs(batch))
@@ -57,7 +61,7 @@ def gather_statistics(model: nn.Module, batches: Tensor) -> Statistics:
 
 
 def measure_merge(
-    model: nn.Module, method: MergeMethod | None, statistics: Statistics, evaluation: Tensor, loss: float
+    model: nn.Module, method: MergeMethod | None, statistics: Statistics | None, evaluation: Tensor, loss: float
 ) -> Merge:
     """Merge, evaluate, and restore the model. ``loss`` is the unmerged model's."""
     report = merge_reslora(model, method, statistics=statistics)
@@ -67,7 +71,7 @@ def measure_merge(
 
 
 def compare_with_peft(
-    model: nn.Module, base: nn.Module, folder: Path, statistics: Statistics, evaluation: Tensor
+    model: nn.Module, base: nn.Module, folder: Path, statistics: Statistics | None, evaluation: Tensor
 ) -> PeftComparison:
     """Export to ``folder`` with the configured merge, load that onto a copy of ``base`` with PEFT, and compare."""
     from peft import PeftModel

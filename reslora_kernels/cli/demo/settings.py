@@ -27,7 +27,7 @@ class Settings:
     sequence: int = 128
     # pre-training on English prose
     batch: int = 8
-    pretraining_steps: int = 480
+    pretraining_steps: int = 420
     pretraining_rate: float = 4e-3
     # fine-tuning on Python source
     finetuning_steps: int = 150
@@ -38,10 +38,10 @@ class Settings:
     target_modules: str | tuple[str, ...] = "all-linear"
     pre_num: int = 2
     # measuring
-    evaluations: int = 15
+    evaluations: int = 10
     evaluation_sequences: int = 64
     calibration_batches: int = 16
-    timing_rounds: int = 15
+    timing_rounds: int = 9
     sample_bytes: int = 120
     sample_temperature: float = 0.5
 
@@ -76,6 +76,6 @@ QUICK = Settings(
     evaluations=5,
     evaluation_sequences=32,
     calibration_batches=8,
-    timing_rounds=7,
+    timing_rounds=5,
     sample_bytes=80,
 )

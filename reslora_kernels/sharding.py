@@ -1,0 +1,114 @@
+"""Parameters that are spread over processes (DTensors): told apart, gathered whole, filled from whole values.
+
+torch.distributed's parts are imported where processes were started only: they cost most of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def initialised() -> bool:
+    """Whether this process belongs to a group; else nothing can be sharded."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a parameter of ``model`` is a DTensor, or a module of it is managed by FSDP2 (also while gathered)."""
+    if not initialised():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters()) or any(
+        isinstance(module, FSDPModule) for module in model.modules()
+    )
+
+
+def refuse_sharded(model: nn.Module, action: str, alternative: str) -> None:
+    """ValueError if ``model`` is sharded over processes: by FSDP2, tensor parallelism or FSDP1."""
+    refuse_flat(model)
+    if is_sharded(model):
+        raise ValueError(f"model is sharded over processes and cannot be {action}: {alternative}")
+
+
+def refuse_flat(model: nn.Module) -> None:
+    """ValueError for a model in FSDP1's wrapper, whose parameters are views into one flat one, or empty."""
+    if not initialised():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError("FullyShardedDataParallel (FSDP1) is not supported: use shard_reslora(model, blocks)")
+
+
+def reshard(model: nn.Module) -> None:
+    """Make FSDP2's sharded parameters the registered ones. Gathered ones are copies, in the policy's dtype."""
+    if not initialised():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+    """Every tensor whole, in main memory, and the device mesh that they were sharded over (None if none was).
+
+    With a mesh, all its processes must call this together and the result is the same in all of them.
+    """
+    if not initialised():
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, None
+    from torch.distributed.tensor import DTensor
+
+    whole: dict[str, Tensor] = {}
+    mesh = None
+    for name, tensor in tensors.items():
+        plain = tensor.detach()
+        if isinstance(plain, DTensor):
+            mesh = plain.device_mesh
+            plain = plain.full_tensor()
+        whole[name] = plain.cpu().contiguous()
+    return whole, mesh
+
+
+@contextmanager
+def one_writer(mesh: Any) -> Iterator[bool]:
+    """True in the one process of ``mesh`` that is to write files; the others wait until it has.
+
+    Raises:
+        RuntimeError: in the others, when the writer failed. Nobody is left waiting.
+    """
+    if mesh is None:
+        yield True
+        return
+    writes = not any(mesh.get_coordinate())
+    failed = torch.zeros(1, device=mesh.device_type)
+    try:
+        yield writes
+    except BaseException:
+        failed += 1
+        raise
+    finally:
+        for dim in range(mesh.ndim):
+            torch.distributed.all_reduce(failed, group=mesh.get_group(dim))
+    if failed.item():
+        raise RuntimeError("the process that writes the files failed; see its error")
+
+
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy whole ``values``, the same in all processes, into a parameter, which may be sharded. No communication."""
+    if initialised():
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            values = values.to(mesh.device_type, parameter.dtype)
+            values = distribute_tensor(values, mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(values)
