@@ -57,7 +57,7 @@ class CarryThroughCheckpoints:
         for child in module.modules():
             function = child.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, _CarriedCheckpoint):
-                child._gradient_checkpointing_func = _CarriedCheckpoint(function, self.chains)
+                child.__dict__["_gradient_checkpointing_func"] = _CarriedCheckpoint(function, self.chains)
 
 
 class _CarriedCheckpoint:

@@ -51,7 +51,7 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
         counter = (group.expand(len(row), groups), row[:, None] & _LOW, (row[:, None] >> 32) & _LOW, 0)
         words = philox(counter, (seed.reshape(()) & _LOW, (seed.reshape(()) >> 32) & _LOW))
         halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-        bits = torch.stack(torch.broadcast_tensors(*halves), dim=-1)
+        bits = torch.stack(halves, dim=-1)
         mask[start : start + len(row)] = (bits >= threshold(p)).flatten(1)
     return mask[:, :columns]
 

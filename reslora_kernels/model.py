@@ -127,24 +127,22 @@ def record_of(model: nn.Module) -> Record:
 def chains_of(executed: Sequence[Execution], layers: Mapping[str, nn.Linear]) -> list[tuple[str, list[str]]]:
     """Chains as (name, layer names): one per role, feature sizes, token shape and stack.
 
-    A layer that did not run is alone. An encoder and a decoder never share a chain: either may run without the other.
+    A layer that did not run is alone, under a name that says so. An encoder and a decoder never share a chain: either
+    may run without the other.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tokens in executed:
         layer = layers[name]
         key = (role_of(name), layer.in_features, layer.out_features, tokens, stack_of(name))
         groups.setdefault(key, []).append(name)
-    ran = {execution.name for execution in executed}
-    for name, layer in layers.items():
-        if name not in ran:
-            groups[role_of(name), layer.in_features, layer.out_features, name] = [name]
     named: dict[str, list[str]] = {}
     for (role, k, n, *_), members in groups.items():
         alone = sum(key[0] == role for key in groups) == 1
         title = role if alone else f"{role} {k}->{n}"
         same = sum(other.split("#")[0] == title for other in named)
         named[title if not same else f"{title}#{same + 1}"] = members
-    return list(named.items())
+    ran = {execution.name for execution in executed}
+    return [*named.items(), *((f"{name} (did not run)", [name]) for name in layers if name not in ran)]
 
 
 def build_chains(model: nn.Module, chains: Iterable[tuple[str, Sequence[str]]]) -> None:

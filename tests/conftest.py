@@ -1,11 +1,11 @@
-"""Shared by all tests: few threads, and tests marked gpu only where torch can use one."""
+"""Shared by all tests: one thread, which tiny models run fastest on, and tests marked gpu only where there is one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

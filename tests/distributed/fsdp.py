@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from reslora_kernels import (
     apply_reslora,
@@ -126,8 +127,20 @@ def resharding(folder: Path) -> dict[str, Any]:
     }
 
 
+class InBfloat16(nn.Module):
+    """What the mixed precision policy computes, in one process: bf16 copies of float32 parameters and inputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        copies = {name: parameter.to(torch.bfloat16) for name, parameter in self.model.named_parameters()}
+        return functional_call(self.model, copies, (x.to(torch.bfloat16),))
+
+
 def mixed_precision(shortcut: str, folder: Path) -> dict[str, Any]:
-    """bf16 compute over float32 adapters: near one process's float32; saved adapters are the float32 ones."""
+    """bf16 compute over float32 adapters, which stay float32 on disk too."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(residual(shortcut, dtype=torch.float32), mp_policy=policy)
     dtypes: set[str] = set()
@@ -135,7 +148,7 @@ def mixed_precision(shortcut: str, folder: Path) -> dict[str, Any]:
         lambda m, args: dtypes.update({str(args[0].dtype), str(m.lora_A.dtype)})
     )
     losses = train(model, lambda step: share(batch(step, torch.float32)))
-    expected = train(residual(shortcut, dtype=torch.float32), lambda step: batch(step, torch.float32))
+    expected = train(InBfloat16(residual(shortcut, dtype=torch.float32)), lambda step: batch(step, torch.float32))
     trained = adapters(model)
     with torch.no_grad():
         model(share(batch(0, torch.float32))[0])  # leaves the root's parameters gathered, in bf16
@@ -196,7 +209,9 @@ def refusals(folder: Path) -> dict[str, Any]:
         fully_shard(block)
     merged = residual("block")
     merge_reslora(merged)
-    flat = FullyShardedDataParallel(residual("block"), use_orig_params=True)
+    flat = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its __init__ wants an accelerator
+    nn.Module.__init__(flat)
+    flat._modules["_fsdp_wrapped_module"] = residual("block")
     return {
         "merge": refused(lambda: merge_reslora(model)),
         "export": refused(lambda: export_peft(model, folder / "peft")),
@@ -223,12 +238,14 @@ def gathered_up_front(shortcut: str, folder: Path) -> dict[str, Any]:
     for block in model.blocks:
         fully_shard(block, reshard_after_forward=False)
     fully_shard(model, reshard_after_forward=False)
+    model.set_reshard_after_backward(False)  # else a neighbour's backward reads freed memory
 
-    def gather_all(module: nn.Module, args: Any) -> None:
-        for block in model.blocks:
-            block.unshard()
+    def gather_again(module: nn.Module, args: Any) -> None:
+        for group in (*model.blocks, model):
+            group.reshard()  # the optimizer has stepped
+            group.unshard()
 
-    model.register_forward_pre_hook(gather_all, prepend=True)
+    model.register_forward_pre_hook(gather_again, prepend=True)
     losses = train(model, shared_data)
     return {"difference": difference(losses, model, in_one_process(shortcut))}
 
@@ -267,5 +284,5 @@ SCENARIOS: dict[str, Scenario] = {
     "fsdp refusals": refusals,
     "fsdp calibrated": calibrated,
     **{f"fsdp naive {shortcut}": partial(naive, shortcut) for shortcut in ("input", "block")},
-    **{f"fsdp gathered up front {shortcut}": partial(gathered_up_front, shortcut) for shortcut in ("input", "block")},
+    **{f"fsdp gathered up front {shortcut}": partial(gathered_up_front, shortcut) for shortcut in SHORTCUTS},
 }

@@ -38,7 +38,7 @@ def run_processes(module: str, folder: Path, count: int = 2, timeout: float = 15
             process.kill()
             process.wait()
     if any(process.returncode for process in processes):
-        raise AssertionError("\n".join(f"{log.name}: {log.read_text()[-4000:]}" for log in logs))
+        raise AssertionError([p.returncode for p in processes], *(log.read_text()[-4000:] for log in logs))
     return [json.loads((folder / f"report.{rank}.json").read_text()) for rank in range(count)]
 
 

@@ -112,12 +112,13 @@ FORMS: dict[str, Form] = {"plain": plain, "two_forwards": two_forwards, "accumul
 
 def train(model: nn.Module, data: Callable[[int], Batch], form: str = "plain", sync: Sync | None = None) -> list[float]:
     """Three AdamW steps with clipped gradients; the losses."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
         losses.append(float(FORMS[form](model, data, step, sync or (lambda last: nullcontext()))))
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
+        nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
     return losses
 

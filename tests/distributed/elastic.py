@@ -1,0 +1,98 @@
+"""Run by torchrun: DDP training that survives the death of a rank. One rank kills itself in the middle of a step.
+
+After the restart the training goes on from the last checkpoint to its end. Then the same processes train once more from
+the start, undisturbed, and compare bit for bit.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from reslora_kernels import load_adapter, save_adapter
+
+from .residual import adapters, loss_of, residual, shared_data
+
+STEPS, EVERY, KILLED_AT = 8, 3, 4
+
+
+def train(folder: Path, *, kill: bool) -> tuple[int, nn.Module, list[float]]:
+    """To the end, from the newest checkpoint in ``folder`` if there is one; (first step, model, losses)."""
+    rank = dist.get_rank()
+    base = residual("middle", lora_dropout=0.1).train()
+    checkpoints = sorted(folder.glob("step-*"))
+    start = 0
+    if checkpoints:
+        load_adapter(base, checkpoints[-1])
+    model = DistributedDataParallel(base)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    torch.manual_seed(100 + rank)
+    if checkpoints:
+        state = torch.load(checkpoints[-1] / "trainer.pt", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"][rank])
+        start = state["step"]
+    losses = []
+    for step in range(start, STEPS):
+        loss = loss_of(model, shared_data(step))
+        if kill and step == KILLED_AT and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) % EVERY == 0:
+            save(folder, model, optimizer, step + 1)
+    return start, model, losses
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """A checkpoint under its final name is whole: it is written under another one and renamed."""
+    own = torch.get_rng_state()
+    random: list[Tensor] = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(random, own)
+    if dist.get_rank() == 0:
+        temporary = folder / f"writing-{step}"
+        save_adapter(model, temporary)
+        state = {"optimizer": optimizer.state_dict(), "step": step, "random": random}
+        torch.save(state, temporary / "trainer.pt")
+        os.replace(temporary, folder / f"step-{step:03}")
+    dist.barrier()
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / f'rendezvous-{attempt}'}",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=datetime.timedelta(seconds=30),
+    )
+    start, model, losses = train(folder, kill=attempt == 0)
+    undisturbed = folder / f"undisturbed-{dist.get_rank()}"
+    undisturbed.mkdir()
+    _, expected, all_losses = train(undisturbed, kill=False)
+    own, other = adapters(model), adapters(expected)
+    report = {
+        "attempt": attempt,
+        "resumed_from": start,
+        "equal": all(torch.equal(own[name], value) for name, value in other.items()),
+        "losses_equal": losses == all_losses[start:],
+    }
+    (folder / f"report.{dist.get_rank()}.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
