@@ -10,83 +10,113 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class ForwardState:
-    """The tensors that the layers of one chain have handed on in one forward pass, by position."""
+class Member(Protocol):
+    """A layer of a chain."""
 
-    __slots__ = ("_backward", "_handed", "_latest", "owner")
+    @property
+    def position(self) -> int: ...
+
+
+class ForwardState:
+    """What the latest layer of one chain to run has handed on in one forward pass, for the layer right after it."""
+
+    __slots__ = ("_backward", "_handed", "_latest", "owner", "thread")
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
+        self.thread = _thread()
         self._backward = _running_backward()
-        self._handed: dict[int, Tensor] = {}
-        self._latest = -1
+        self._handed: tuple[Tensor, ...] = ()
+        self._latest: Member | None = None
 
     def copy(self) -> ForwardState:
         """The same state, to go on from without changing this one."""
         other = ForwardState(self.owner)
-        other._handed, other._latest = dict(self._handed), self._latest
+        other._handed, other._latest = self._handed, self._latest
         return other
 
     @property
     def is_stale(self) -> bool:
-        """Whether a backward has started since: a layer that runs now is recomputed, and this is not its state."""
-        return self._backward != _running_backward()
+        """Whether a backward has started since: a layer that runs now is recomputed, and this is not its state.
 
-    def enter(self, position: int) -> None:
-        """A layer starts. One that is not later in the chain than the last one begins the chain anew."""
-        if position <= self._latest:
-            self._handed.clear()
-        self._latest = position
+        Not known in compiled code.
+        """
+        return not torch.compiler.is_compiling() and self._backward != _running_backward()
 
-    def hand_on(self, position: int, h: Tensor) -> None:
-        self._handed[position] = h
+    def enter(self, layer: Member, predecessor: Member | None, leading: torch.Size) -> tuple[Tensor, ...]:
+        """A layer starts on tokens of shape ``leading``: what is handed to it, nearest first.
 
-    def handed_by(self, position: int, leading: torch.Size) -> Tensor | None:
-        """What the layer at ``position`` handed on; None if it did not run or saw tokens of another shape."""
-        h = self._handed.get(position)
-        return h if h is not None and h.shape[:-1] == leading else None
+        Nothing is when its predecessor is not the latest layer that ran, or where the shape of the tokens changes.
+        """
+        latest, handed = self._latest, self._handed
+        self._latest, self._handed = layer, ()
+        if predecessor is None or latest is None:
+            return ()
+        # torch.compile guards that two objects are one, but not that they differ; it does guard numbers.
+        if latest is not predecessor and latest.position != predecessor.position:
+            return ()
+        return tuple(takewhile(lambda h: h.shape[:-1] == leading, handed))
+
+    def hand_on(self, earlier: tuple[Tensor, ...], h: Tensor) -> None:
+        """The layer that entered last hands on h, and of what came to it ``earlier``."""
+        self._handed = (h, *earlier)
 
 
 class Passes:
-    """The open forward pass of one chain, per thread."""
+    """The open forward passes of one chain, one per thread."""
 
     __slots__ = ("_open",)
 
     def __init__(self) -> None:
-        self._open: dict[int, ForwardState] = {}
+        self._open: list[ForwardState] = []
 
     def current(self) -> ForwardState | None:
-        return self._open.get(_thread())
+        """The pass that the running thread has open. Compiled code knows no threads: there it must be the only one.
+
+        Raises:
+            RuntimeError: while compiling, with passes open in several threads.
+        """
+        if torch.compiler.is_compiling():
+            if len(self._open) > 1:
+                raise RuntimeError(
+                    "layers compiled one by one ran in several threads at once: compile the whole model instead"
+                )
+            return self._open[0] if self._open else None
+        thread = _thread()
+        return next((state for state in tuple(self._open) if state.thread == thread), None)
 
     def open(self, owner: object) -> None:
         """Open a pass, unless a module around ``owner`` has one open. A pass that ``owner`` left behind is dropped."""
-        state = self.current()
-        if state is None or state.owner is owner:
-            self._open[_thread()] = ForwardState(owner)
+        self.close(owner)
+        if self.current() is None:
+            self._open.append(ForwardState(owner))
 
     @contextmanager
     def resumed(self, state: ForwardState) -> Iterator[None]:
         """Go on from a copy of ``state``, then return to what was open."""
-        thread, before = _thread(), self.current()
-        self._open[thread] = state.copy()
+        before, resumed = self.current(), state.copy()
+        if before is not None:
+            self._open.remove(before)
+        self._open.append(resumed)
         try:
             yield
         finally:
-            if before is None:
-                del self._open[thread]
-            else:
-                self._open[thread] = before
+            self._open.remove(resumed)
+            if before is not None:
+                self._open.append(before)
 
     def close(self, owner: object) -> None:
         """Close the pass if ``owner`` opened it."""
         state = self.current()
         if state is not None and state.owner is owner:
-            del self._open[_thread()]
+            self._open.remove(state)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Passes:
         return Passes()
@@ -95,11 +125,16 @@ class Passes:
         return Passes, ()
 
 
+def recomputing() -> bool:
+    """Whether this thread is in the middle of a backward pass, where activation checkpointing runs a forward again."""
+    return _running_backward() != -1
+
+
 def _running_backward() -> int:
     """The number of the backward pass that this thread is in the middle of; -1 outside, and in a compiled graph."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def _thread() -> int:
-    """The running thread; one fixed key inside a compiled graph, where threads do not exist."""
+    """The running thread; 0 inside a compiled graph, where threads do not exist."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()

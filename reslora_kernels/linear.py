@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import dropout
 from .config import ResLoRAConfig
-from .forward_state import Passes
+from .forward_state import ForwardState, Passes, recomputing
 from .ops import lora_linear
-from .shortcuts import Plan, hands_on, plan
+from .shortcuts import Plan, carried, hands_on, plan, reach
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = (
@@ -29,6 +29,17 @@ class Observer(Protocol):
     def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None: ...
 
 
+class Neighbours(NamedTuple):
+    """The layers around one in its chain that its shortcut reads: those before it, nearest first, and the next."""
+
+    earlier: tuple[ResLoRALinear, ...] = ()
+    following: ResLoRALinear | None = None
+
+    @property
+    def predecessor(self) -> ResLoRALinear | None:
+        return self.earlier[0] if self.earlier else None
+
+
 class Chain:
     """Layers of one role in the order in which they execute, with equal sizes and ranks. Not a module: it owns nothing.
 
@@ -41,9 +52,21 @@ class Chain:
         self.layers = list(layers)
         self.name = name
         self.passes = Passes()
+        self.reach = (0, 0)
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def introduce(self, reach: tuple[int, int]) -> None:
+        """Tell every layer its neighbours within ``reach``: so many before it, and whether the next."""
+        self.reach = before, after = reach
+        for n, layer in enumerate(self.layers):
+            earlier, following = self.layers[max(0, n - before) : n], self.layers[n + 1 : n + 1 + after]
+            layer.__dict__["neighbours"] = Neighbours(tuple(reversed(earlier)), *following)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.introduce(self.reach)
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
@@ -78,6 +101,7 @@ class ResLoRALinear(nn.Linear):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    neighbours = Neighbours()
 
     def __init__(
         self,
@@ -155,7 +179,7 @@ class ResLoRALinear(nn.Linear):
     @property
     def rank_of_call(self) -> int:
         """R_a, the rows of A that one forward of this layer multiplies by."""
-        return sum(a.shape[0] for a in self._plan(None).a_stack)
+        return sum(a.shape[0] for a in self._plan(()).a_stack)
 
     def reset_lora_parameters(self) -> None:
         """Start afresh: A Kaiming-uniform, B zero, so that the layer computes what the frozen one does."""
@@ -166,7 +190,9 @@ class ResLoRALinear(nn.Linear):
         """x [..., in_features] to y [..., out_features]."""
         if self.merged:
             return nn.functional.linear(x, self.weight, self.bias)
-        call = self._plan(x)
+        state = self._open_pass()
+        received = () if state is None else state.enter(self, self.neighbours.predecessor, x.shape[:-1])
+        call = self._plan(received)
         residual = call.residual
         if self.replacement is not None:
             call = _replaced(call, *self.replacement)
@@ -185,41 +211,29 @@ class ResLoRALinear(nn.Linear):
             hand=call.hand,
             backend=self.config.backend,
         )
-        if self.observer is not None:
+        if self.observer is not None and not recomputing():
             self.observer.observe(x, self.lora_A, residual)
-        if handed is not None and self.chain is not None:
-            state = self.chain.passes.current()
-            if state is not None:
-                state.hand_on(self.position, handed)
+        if handed is not None and state is not None:
+            state.hand_on(*carried(self.config.shortcut, self.config.pre_num, received, handed))
         return y
 
-    def _plan(self, x: Tensor | None) -> Plan:
-        """The layer's part in its chain; without x, what it would be if no earlier layer had run."""
-        config, chain, device = self.config, self.chain, self.weight.device
-        if chain is None:
-            layers: Sequence[ResLoRALinear] = (self,)
-            position, state = 0, None
-        else:
-            layers, position = chain.layers, self.position
-            state = chain.passes.current() if x is not None else None
-            if x is not None and len(layers) > 1 and hands_on(config.shortcut, config.pre_num):
-                if state is None or state.is_stale:
-                    raise RuntimeError(_outside(config.shortcut, chain.name, position))
-                state.enter(position)
+    def _open_pass(self) -> ForwardState | None:
+        """The forward pass that the layer takes from and hands on to; None if it does neither."""
+        chain, (earlier, following) = self.chain, self.neighbours
+        if chain is None or not (earlier or following) or not hands_on(self.config.shortcut, self.config.pre_num):
+            return None
+        state = chain.passes.current()
+        if state is None or state.is_stale:
+            raise RuntimeError(_outside(self.config.shortcut, chain.name, self.position))
+        return state
 
-        def handed_by(j: int) -> Tensor | None:
-            h = state.handed_by(j, x.shape[:-1]) if state is not None and x is not None else None
-            return h if h is None else h.to(device)
+    def _plan(self, received: tuple[Tensor, ...]) -> Plan:
+        """The layer's part in its chain, given what was handed to it."""
+        return plan(self.config.shortcut, self.config.pre_num, self, *self.neighbours, received)
 
-        return plan(
-            config.shortcut,
-            config.pre_num,
-            position,
-            len(layers),
-            lambda j: layers[j].lora_A.to(device),  # neighbours may sit on another GPU
-            lambda j: layers[j].lora_B.to(device),
-            handed_by,
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the neighbours, whose chain introduces them again: a copy would recurse from layer to layer."""
+        return {name: value for name, value in self.__dict__.items() if name != "neighbours"}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint without this layer's adapter is a base checkpoint: it leaves lora_A and lora_B as they are."""
@@ -271,6 +285,8 @@ def link(layers: Sequence[ResLoRALinear], root: nn.Module | None = None, *, name
     chain = Chain(layers, name)
     for position, layer in enumerate(layers):
         layer.chain, layer.position = chain, position
+    config = layers[0].config
+    chain.introduce(reach(config.shortcut, config.pre_num, len(layers)))
     if root is not None:
         scope_pass(root, [chain])
     return chain

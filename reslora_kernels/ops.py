@@ -83,21 +83,9 @@ class _LoRALinear(torch.autograd.Function):
     """Saves x and u only where a gradient needs them, and the stacks as the parameters they are, not as copies."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        seed: Tensor | None,
-        c: float,
-        scaling: float,
-        p: float,
-        hand: tuple[int, int],
-        backend: str,
-        depth: int,
-        *stacks: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        # One starred parameter: without gradients torch.compile tells by their number whether there is a ctx.
+        x, weight, bias, residual, seed, c, scaling, p, hand, backend, depth, *stacks = arguments
         a_stack, b_stack = stacks[:depth], stacks[depth:]
         y, handed, u = torch.ops.reslora_kernels.lora_linear_forward(
             x, weight, bias, _rows(a_stack), _columns(b_stack), residual, seed, c, scaling, p, *hand, backend

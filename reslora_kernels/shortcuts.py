@@ -6,12 +6,20 @@ passes on D(x_n) A_{n+1}ᵀ [M, r] and no layer keeps or re-reads an earlier lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from .reference import earlier
+
+class Adapter(Protocol):
+    """A layer of a chain: lora_A [r, K] and lora_B [N, r]."""
+
+    @property
+    def lora_A(self) -> Tensor: ...
+    @property
+    def lora_B(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -28,43 +36,60 @@ class Plan:
 def plan(
     shortcut: str,
     pre_num: int,
-    n: int,
-    length: int,
-    a: Callable[[int], Tensor],
-    b: Callable[[int], Tensor],
-    handed_by: Callable[[int], Tensor | None],
+    layer: Adapter,
+    earlier: Sequence[Adapter],
+    following: Adapter | None,
+    handed: Sequence[Tensor],
 ) -> Plan:
-    """What layer n of a chain of ``length`` layers computes.
+    """What a layer of a chain computes.
 
     Args:
-        a: lora_A [r, K] of a layer of the chain by position; ``b`` likewise lora_B [N, r].
-        handed_by: what layer j < n handed on in this forward [..., r], None when it did not run. A layer whose
-            predecessor did not run is treated as layer 0 of its chain.
+        earlier: the layers before it within ``reach``, nearest first; ``following`` the one after it. Places in the
+            chain are relative, so that torch.compile needs no graph per place.
+        handed: what the layers before it handed on in this forward [..., r], nearest first (see ``carried``). Empty
+            when its predecessor did not run: the layer is then treated as layer 0 of its chain.
     """
+    own, device = layer.lora_A, layer.lora_A.device  # neighbours may sit on another GPU
     if shortcut == "none":
-        return Plan((a(n),), (b(n),))
+        return Plan((own,), (layer.lora_B,))
     if shortcut == "block":
-        window = range(earlier(pre_num, n) + 1)
-        return Plan(tuple(a(n - k) for k in window), tuple(b(n - k) for k in window))
+        window = (layer, *earlier)
+        return Plan(tuple(n.lora_A.to(device) for n in window), tuple(n.lora_B.to(device) for n in window))
     if shortcut == "input":
-        own, before = a(n), handed_by(n - 1) if n else None
+        before = handed[0].to(device) if handed else None
         c = 2.0 if before is None else 1.0
-        if n == length - 1:
-            return Plan((own,), (b(n),), c, before)
-        ahead, r = a(n + 1), own.shape[0]
-        return Plan((own, ahead), (b(n),), c, before, hand=(r, r + ahead.shape[0]))
+        if following is None:
+            return Plan((own,), (layer.lora_B,), c, before)
+        ahead, r = following.lora_A.to(device), own.shape[0]
+        return Plan((own, ahead), (layer.lora_B,), c, before, hand=(r, r + ahead.shape[0]))
     if shortcut == "middle":
-        own, total = a(n), None
-        for k in range(1, earlier(pre_num, n) + 1):
-            h = handed_by(n - k)
-            if h is None:
-                break
-            total = h if total is None else total + h
-        needed_later = n < length - 1 and pre_num != 0
-        return Plan((own,), (b(n),), residual=total, hand=(0, own.shape[0]) if needed_later else None)
+        total = None
+        for h in handed:
+            total = h.to(device) if total is None else total + h.to(device)
+        needed_later = following is not None and pre_num != 0
+        return Plan((own,), (layer.lora_B,), residual=total, hand=(0, own.shape[0]) if needed_later else None)
     raise ValueError(f"shortcut must be 'none', 'input', 'block' or 'middle', got {shortcut!r}")
+
+
+def reach(shortcut: str, pre_num: int, length: int) -> tuple[int, int]:
+    """How many layers before it and after it a layer of a chain of ``length`` must know."""
+    if shortcut == "block":
+        return (length if pre_num == -1 else pre_num), 0
+    return (1, 1) if hands_on(shortcut, pre_num) else (0, 0)
 
 
 def hands_on(shortcut: str, pre_num: int) -> bool:
     """Whether layers pass an [M, r] tensor to later ones, so that a chain needs an open forward pass."""
     return shortcut == "input" or (shortcut == "middle" and pre_num != 0)
+
+
+def carried(shortcut: str, pre_num: int, handed: tuple[Tensor, ...], h: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What goes to the next layer, farther ones first: of what came from before, and of the layer's own h [..., r].
+
+    ``middle`` over all earlier blocks hands their sum on: one tensor, however long the chain.
+    """
+    if shortcut == "input":
+        return (), h
+    if pre_num == -1:
+        return (), h + handed[0].to(h.device) if handed else h
+    return handed[: pre_num - 1], h

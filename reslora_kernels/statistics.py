@@ -26,7 +26,7 @@ class LayerStatistics:
     def __init__(self, config: ResLoRAConfig, lora_A: Tensor, second_moments: bool) -> None:
         r, k = lora_A.shape
         device, dtype = lora_A.device, torch.promote_types(lora_A.dtype, torch.float32)
-        self.calls = 0
+        self._calls = torch.zeros((), dtype=torch.int64, device=device)  # a tensor: no graph of torch.compile per value
         self.sizes = (r, k)
         self._shortcut = config.shortcut
         self._x_norms = torch.zeros(config.norm_window, device=device, dtype=dtype)  # ring buffers
@@ -35,6 +35,31 @@ class LayerStatistics:
         self.gram = torch.zeros(k, k, device=device, dtype=dtype) if needed else None
         self.cross = torch.zeros(r, k, device=device, dtype=dtype) if needed else None
         self.shortcut_gram = torch.zeros(r, r, device=device, dtype=dtype) if needed else None
+
+    @property
+    def calls(self) -> int:
+        return int(self._calls)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything gathered so far, by name; the tensors themselves, not copies."""
+        state = {
+            "calls": self._calls, "x_norms": self._x_norms, "h_norms": self._h_norms,
+            "gram": self.gram, "cross": self.cross, "shortcut_gram": self.shortcut_gram,
+        }  # fmt: skip
+        return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state_dict`` gave.
+
+        Raises:
+            ValueError: other names, shapes or dtypes than this layer's. Nothing is changed then.
+        """
+        own = self.state_dict()
+        expected, found = ({k: (list(t.shape), t.dtype) for k, t in tensors.items()} for tensors in (own, state))
+        if expected != found:
+            raise ValueError(f"state must hold {expected}, got {found}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
     @torch.no_grad()
     def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
@@ -45,11 +70,11 @@ class LayerStatistics:
     def _observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
         dtype = self._x_norms.dtype
         x = x.detach().reshape(-1, x.shape[-1]).to(dtype)
-        slot = self.calls % len(self._x_norms)
-        self.calls += 1
-        self._x_norms[slot] = torch.linalg.vector_norm(x)
+        slot = self._calls.remainder(len(self._x_norms)).reshape(1)
+        self._calls += 1
+        self._x_norms.index_copy_(0, slot, torch.linalg.vector_norm(x).reshape(1))
         if self._shortcut == "middle":
-            self._h_norms[slot] = torch.linalg.vector_norm(x @ lora_A.to(dtype).T)
+            self._h_norms.index_copy_(0, slot, torch.linalg.vector_norm(x @ lora_A.to(dtype).T).reshape(1))
         if self.gram is None or self.cross is None or self.shortcut_gram is None:
             return
         self.gram.addmm_(x.T, x)
@@ -84,6 +109,26 @@ class Statistics:
     def calls(self) -> int:
         """The fewest batches that any layer saw."""
         return min((layer.calls for layer in self.layers.values()), default=0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything gathered so far, as ``layer/quantity``, to go on from in another process."""
+        return {
+            f"{name}/{key}": tensor for name, layer in self.layers.items() for key, tensor in layer.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state_dict`` gave for a model with the same layers; ValueError if it does not fit."""
+        by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
+        for key, tensor in state.items():
+            name, _, quantity = key.rpartition("/")
+            if name not in by_layer:
+                raise ValueError(f"state is of another model: {name!r} is no adapted layer of this one")
+            by_layer[name][quantity] = tensor
+        for name, layer in self.layers.items():
+            try:
+                layer.load_state_dict(by_layer[name])
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from None
 
 
 @contextmanager

@@ -316,14 +316,6 @@ def test_missing_libraries_are_named_with_the_fix(
     )
 
 
-def test_several_processes_are_refused(
-    tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert finetune(tmp_path / "run") == 2
-    assert "trains in one process" in capsys.readouterr().err
-
-
 def test_divergence_is_reported_and_no_adapter_is_saved(
     tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,21 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
     dist.barrier()
 
 
+def compared(folder: Path, attempt: int) -> dict[str, Any]:
+    """Train to the end, then once more from the start, undisturbed."""
+    start, model, losses = train(folder, kill=attempt == 0)
+    undisturbed = folder / f"undisturbed-{dist.get_rank()}"
+    undisturbed.mkdir()
+    _, expected, all_losses = train(undisturbed, kill=False)
+    own, other = adapters(model), adapters(expected)
+    return {
+        "attempt": attempt,
+        "resumed_from": start,
+        "equal": all(torch.equal(own[name], value) for name, value in other.items()),
+        "losses_equal": losses == all_losses[start:],
+    }
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -79,18 +95,9 @@ def main(folder: Path) -> None:
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=datetime.timedelta(seconds=30),
     )
-    start, model, losses = train(folder, kill=attempt == 0)
-    undisturbed = folder / f"undisturbed-{dist.get_rank()}"
-    undisturbed.mkdir()
-    _, expected, all_losses = train(undisturbed, kill=False)
-    own, other = adapters(model), adapters(expected)
-    report = {
-        "attempt": attempt,
-        "resumed_from": start,
-        "equal": all(torch.equal(own[name], value) for name, value in other.items()),
-        "losses_equal": losses == all_losses[start:],
-    }
+    report = compared(folder, attempt)
     (folder / f"report.{dist.get_rank()}.json").write_text(json.dumps(report))
+    dist.barrier()  # else one process closes connections that the other is still reading
     dist.destroy_process_group()
 
 

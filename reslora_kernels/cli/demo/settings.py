@@ -27,10 +27,10 @@ class Settings:
     sequence: int = 128
     # pre-training on English prose
     batch: int = 8
-    pretraining_steps: int = 420
+    pretraining_steps: int = 400
     pretraining_rate: float = 4e-3
     # fine-tuning on Python source
-    finetuning_steps: int = 150
+    finetuning_steps: int = 120
     finetuning_rate: float = 1e-2  # the best for plain LoRA of 3e-3, 5e-3, 1e-2 and 2e-2
     warmup_steps: int = 10
     r: int = 4

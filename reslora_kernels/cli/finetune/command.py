@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,10 +112,9 @@ def finetune(
     The loss is on completions and on what the assistant says; a tokenizer without a chat template gets a plain one
     ("### User:" and so on). OUTPUT_DIR/adapter holds the result, OUTPUT_DIR/finetune.json a record of the run, and
     OUTPUT_DIR/checkpoint-N what --resume needs to go on exactly. Options have the names of PEFT and Transformers.
+    Several GPUs: torchrun --nproc-per-node N -m reslora_kernels finetune ...; a batch is then N times as large.
     """
     require("transformers", "accelerate")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RuntimeError("reslora finetune trains in one process; run it without torchrun (WORLD_SIZE is above 1)")
     config = make_config(
         r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=target_modules,
         exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, use_rslora=use_rslora, bias=bias,
@@ -155,6 +153,7 @@ def finetune(
         "learning_rate": learning_rate,
         "per_device_train_batch_size": per_device_train_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
+        "processes": arguments.world_size,
         "lr_scheduler_type": lr_scheduler_type,
         "warmup_steps": warmup_steps,
         "weight_decay": weight_decay,
@@ -178,24 +177,28 @@ def finetune(
     trainer = training.make_trainer(
         network, arguments, prepared.train, prepared.evaluation, pad_token(prepared.tokenizer)
     )
-    typer.echo(
+    first = arguments.process_index == 0  # it alone writes and talks; all processes train
+    say = typer.echo if first else _say_nothing
+    say(
         f"{len(coverage.layers)} layers adapted in {len({row.chain for row in coverage.layers})} chains, "
         f"{coverage.trainable_parameters:,} trainable parameters; {len(prepared.train)} training and "
         f"{len(prepared.evaluation)} evaluation sequences of at most {prepared.max_length} tokens"
     )
     if prepared.dropped:
-        typer.echo(
+        say(
             f"left out {prepared.dropped} of {prepared.examples} examples: no token to learn within --max-length "
             f"{prepared.max_length}"
         )
     record: dict[str, Any] = {"status": "started", "settings": settings, "versions": training.versions()}
-    if not resume:
+    training.wait_for_all()  # each has looked at the folder before it is changed
+    if not resume and first:
         if output_dir.exists():
             training.remove_earlier_run(output_dir)
         training.write_record(output_dir, record)
+    training.wait_for_all()
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    results.save_trained(network, prepared.tokenizer, output_dir / "adapter")
+    results.save_trained(network, prepared.tokenizer, output_dir / "adapter" if first else None)
     record |= {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
@@ -214,18 +217,26 @@ def finetune(
         batches = results.calibration_for(config, prepared.train, calibration_examples, seed, network.device)
         options = {"calibration": batches, "sequential": sequential and batches is not None}
         network.eval()
-        if export:
+        if export and first:
             record["peft"] = results.export_trained(network, prepared.tokenizer, output_dir / "peft", options)
             record["outputs"]["peft"] = str(output_dir / "peft")
         if merge:
-            record["merge"] = results.merge_trained(network, prepared.tokenizer, output_dir / "merged", options)
+            record["merge"] = results.merge_trained(
+                network, prepared.tokenizer, output_dir / "merged" if first else None, options
+            )
             record["outputs"]["merged"] = str(output_dir / "merged")
             if prepared.evaluation:
                 record["losses"]["eval_merged"] = trainer.evaluate()["eval_loss"]
     record |= {"status": "finished", "log": trainer.state.log_history}
+    if not first:
+        return
     training.write_record(output_dir, record)
     for line in results.summary(record):
         typer.echo(line)
+
+
+def _say_nothing(message: str) -> None:
+    """For all processes but the first."""
 
 
 def _check_evaluation(eval_data: str | None, eval_fraction: float) -> None:

@@ -20,8 +20,8 @@ from reslora_kernels.model import adapted_layers
 from reslora_kernels.peft_export import export_peft
 
 
-def save_trained(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save the adapter, with the tokenizer beside it.
+def save_trained(model: Any, tokenizer: Any, folder: Path | None) -> None:
+    """Save the adapter, with the tokenizer beside it; without a folder, only see that it can be.
 
     Raises:
         RuntimeError: training has diverged. Nothing is written then.
@@ -32,6 +32,8 @@ def save_trained(model: Any, tokenizer: Any, folder: Path) -> None:
                 f"training diverged: the adapter of {name!r} holds NaN or Inf; lower --learning-rate, or use --bf16 "
                 "in place of --fp16"
             )
+    if folder is None:
+        return
     save_adapter(model, folder)
     tokenizer.save_pretrained(folder)
 
@@ -54,11 +56,12 @@ def export_trained(model: Any, tokenizer: Any, folder: Path, options: dict[str, 
     return {"max_lora_rank": report.max_lora_rank, "relative_error": report.relative_error}
 
 
-def merge_trained(model: Any, tokenizer: Any, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Merge the model, for good, and save it. Returns what the record says of it."""
+def merge_trained(model: Any, tokenizer: Any, folder: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Merge the model, for good, and save it if a folder is given. Returns what the record says of it."""
     report = merge_reslora(model, keep_original=False, **options)
-    with whole_folder(folder) as staging:
-        save_merged(model, tokenizer, staging)
+    if folder is not None:
+        with whole_folder(folder) as staging:
+            save_merged(model, tokenizer, staging)
     return {"methods": sorted({row.method for row in report.rows}), "worst_relative_error": report.worst()}
 
 

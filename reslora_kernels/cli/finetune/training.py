@@ -86,6 +86,12 @@ def make_trainer(
     )
 
 
+def wait_for_all() -> None:
+    """Wait until every process of the run is here; at once where there is only one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def last_checkpoint(output_dir: Path) -> Path:
     """The newest checkpoint that was written to its end; a killed run may leave an incomplete one after it.
 

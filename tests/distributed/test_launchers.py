@@ -1,0 +1,56 @@
+"""torchrun and accelerate launch: the README's examples, accelerate's two modes, a rank that is killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..models import llama
+from .launch import run_command
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2"]
+ACCELERATE += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+
+pytestmark = [pytest.mark.slow]
+needs_accelerate = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("accelerate", "transformers")),
+    reason="needs accelerate and transformers",
+)
+
+
+def test_killed_rank_ends_bit_exact(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--max-restarts", "1", "--monitor-interval", "0.1", "-m", "tests.distributed.elastic"]
+    output = run_command([*command, str(tmp_path)])
+    assert "exitcode: -9" in output
+    for rank in (0, 1):
+        report = json.loads((tmp_path / f"report.{rank}.json").read_text())
+        assert report == {"attempt": 1, "resumed_from": 3, "equal": True, "losses_equal": True}
+
+
+@needs_accelerate
+def test_accelerate_equals_one_process(tmp_path: Path) -> None:
+    """LLaMA computes norms, rotations and the loss in float32, whatever its weights are."""
+    run_command([*ACCELERATE, "-m", "tests.distributed.accelerated", str(tmp_path)], ACCELERATE_USE_CPU="true")
+    for rank in (0, 1):
+        report = json.loads((tmp_path / f"report.{rank}.json").read_text())
+        for shortcut in ("input", "block"):
+            ddp, fsdp = report[f"DDP {shortcut}"], report[f"FSDP2 {shortcut}"]
+            assert ddp["kind"] == "DistributedDataParallel"
+            assert fsdp["kind"] == "FSDPLlamaForCausalLM"
+            assert ddp["difference"] < 1e-6
+            assert fsdp["difference"] < 1e-6
+            assert fsdp["equal"]
+        assert "mixed torch.Tensor and DTensor" in report["its own wrap policy"]["error"]
+
+
+@needs_accelerate
+@pytest.mark.parametrize("example", ["train_ddp", "train_fsdp2"])
+def test_example(tmp_path: Path, example: str) -> None:
+    llama(layers=2).save_pretrained(tmp_path / "model")
+    run_command([*TORCHRUN, "-m", "tests.distributed.example", example, str(tmp_path)])
+    assert json.loads((tmp_path / "report.json").read_text()) == {"trained": True, "layers": 14}

@@ -1,0 +1,166 @@
+"""Transformers' Trainer with ResLoRACallback: exact resume, statistics that survive it, merged evaluation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reslora_kernels import ResLoRAConfig, apply_reslora, collect_statistics, load_adapter, merge_reslora
+from reslora_kernels.model import adapted_layers
+from reslora_kernels.training import STATISTICS_NAME, AdapterCheckpoints, ResLoRACallback
+
+from .models import FAMILIES, llama
+
+SETTINGS = {"norm_window": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 16}
+
+
+def rows(count: int = 12) -> list[dict[str, Tensor]]:
+    batch = FAMILIES["llama"].batch(5)["input_ids"]
+    return [{"input_ids": row, "labels": row} for row in batch.repeat(2, 1)[:count]]
+
+
+def trainer(folder: Path, shortcut: str, callback: Any, **arguments: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    class ResLoRATrainer(AdapterCheckpoints, Trainer):
+        pass
+
+    model = llama()
+    torch.manual_seed(3)
+    apply_reslora(model, ResLoRAConfig(r=2, shortcut=shortcut, pre_num=1, merge="input", **SETTINGS))
+    options = {
+        "max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.02, "use_cpu": True,
+        "report_to": "none", "disable_tqdm": True, "logging_steps": 1, **arguments,
+    }  # fmt: skip
+    return ResLoRATrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **options),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        callbacks=[callback],
+    )
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("shortcut", "moments"), [("input", False), ("middle", True)])
+def test_resumes_exactly(shortcut: str, moments: bool, tmp_path: Path) -> None:
+    """Adapters, optimizer, learning rate, dropout masks and what the merge will use: bit for bit."""
+    one, two = (ResLoRACallback(second_moments=moments) for _ in range(2))
+    straight = trainer(tmp_path / "run", shortcut, one, gradient_accumulation_steps=2)
+    straight.train()
+    resumed = trainer(tmp_path / "run", shortcut, two, gradient_accumulation_steps=2)
+    (tmp_path / "run" / "checkpoint-3").rename(tmp_path / "elsewhere")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+    assert_same(trained(straight.model), trained(resumed.model))
+    assert_same(one.statistics.state_dict(), two.statistics.state_dict())
+    assert one.statistics.calls == 12  # a batch each, evaluation not among them
+    assert all(layer.observer is None for layer in adapted_layers(straight.model).values())
+
+
+def test_without_the_mixin_it_finds_the_checkpoint_by_its_step(tmp_path: Path) -> None:
+    callback = ResLoRACallback()
+    first = trainer(tmp_path, "input", callback, max_steps=3)
+    first.train()
+    second = trainer(tmp_path, "input", other := ResLoRACallback(), max_steps=3)
+    first.state.global_step = 3
+    other.on_train_begin(second.args, first.state, second.control, model=second.model)
+    assert_same(other.statistics.state_dict(), callback.statistics.state_dict())
+    (tmp_path / "checkpoint-3" / STATISTICS_NAME).unlink()
+    with pytest.raises(FileNotFoundError, match="saved without a ResLoRACallback"):
+        other.on_train_begin(second.args, first.state, second.control, model=second.model)
+    (tmp_path / "checkpoint-3" / STATISTICS_NAME).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is damaged"):
+        other.on_train_begin(second.args, first.state, second.control, model=second.model)
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_merged_evaluation(shortcut: str, tmp_path: Path) -> None:
+    """The evaluation sees what a merge by hand gives; training goes on as if there had been none."""
+    evaluations = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "save_strategy": "no"}
+    callback = ResLoRACallback(evaluate="merged")
+    merged = trainer(tmp_path / "merged", shortcut, callback, **evaluations)
+    before = {name: t.clone() for name, t in merged.model.state_dict().items() if "lora" not in name}
+    merged.train()
+    plain = trainer(tmp_path / "plain", shortcut, ResLoRACallback(), **evaluations)
+    plain.train()
+    assert_same(trained(merged.model), trained(plain.model))
+    assert_same(before, {name: t for name, t in merged.model.state_dict().items() if "lora" not in name})
+    seen, unmerged = ([e["eval_loss"] for e in t.state.log_history if "eval_loss" in e] for t in (merged, plain))
+    assert seen[0] == unmerged[0] and all(a != b for a, b in zip(seen[1:], unmerged[1:], strict=True))
+    assert merged.evaluate()["eval_loss"] == unmerged[-1]
+    merge_reslora(merged.model, statistics=callback.statistics)
+    assert merged.evaluate()["eval_loss"] == seen[-1]
+
+
+def test_merged_evaluation_with_calibration_at_epochs_and_after_an_error(tmp_path: Path) -> None:
+    """Calibration in place of statistics; an evaluation that fails leaves nothing merged for the next training."""
+    batches = [{"input_ids": row["input_ids"][None]} for row in rows(3)]
+    callback = ResLoRACallback(evaluate="merged", method="least_squares", calibration=batches)
+    run = trainer(tmp_path, "input", callback, max_steps=-1, num_train_epochs=1, eval_strategy="epoch")
+    evaluate = run.evaluate
+    run.evaluate = lambda *_, **__: (_ for _ in ()).throw(ArithmeticError("planted"))
+    with pytest.raises(ArithmeticError):
+        run.train()
+    assert all(layer.merged for layer in adapted_layers(run.model).values())
+    run.evaluate = evaluate
+    run.train()
+    assert not any(layer.merged for layer in adapted_layers(run.model).values())
+    run.eval_dataset = {"one": rows(2), "two": rows(4)}
+    with pytest.raises(ValueError, match="one evaluation data set"):
+        run.train()
+    assert not any(layer.merged for layer in adapted_layers(run.model).values())
+
+
+def test_state_of_statistics_is_checked() -> None:
+    model, other = llama(), llama()
+    apply_reslora(model, ResLoRAConfig(r=2, shortcut="middle", target_modules=["q_proj"]))
+    apply_reslora(other, ResLoRAConfig(r=3, shortcut="middle", target_modules=["v_proj"]))
+    with collect_statistics(model) as statistics:
+        model(**FAMILIES["llama"].batch(0))
+    with collect_statistics(model) as fresh:
+        pass
+    fresh.load_state_dict(statistics.state_dict())
+    assert_same(fresh.state_dict(), statistics.state_dict())
+    with collect_statistics(other) as foreign, pytest.raises(ValueError, match="no adapted layer"):
+        foreign.load_state_dict(statistics.state_dict())
+    state = statistics.state_dict()
+    name = next(key for key in state if key.endswith("/gram"))
+    with pytest.raises(ValueError, match="state must hold"):
+        fresh.load_state_dict({**state, name: state[name][:1]})
+    del state[name]
+    with pytest.raises(ValueError, match="state must hold"):
+        fresh.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"evaluate": "both"}, {"method": "average"}, {"calibration": iter([])}], ids=lambda a: next(iter(a))
+)
+def test_bad_arguments(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        ResLoRACallback(**arguments)
+
+
+def test_importing_it_needs_no_transformers() -> None:
+    code = "import sys, reslora_kernels.training; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_checkpoint_is_an_adapter(tmp_path: Path) -> None:
+    run = trainer(tmp_path, "input", ResLoRACallback(), max_steps=3)
+    run.train()
+    model = load_adapter(llama(), tmp_path / "checkpoint-3")
+    assert_same(trained(model), trained(run.model))
