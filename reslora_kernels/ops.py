@@ -88,15 +88,18 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, bias, residual, seed, c, scaling, p, hand, backend, depth, *stacks = arguments
         a_stack, b_stack = stacks[:depth], stacks[depth:]
         y, handed, u = torch.ops.reslora_kernels.lora_linear_forward(
-            x, weight, bias, _rows(a_stack), _columns(b_stack), residual, seed, c, scaling, p, *hand, backend
-        )
+            _tokens(x), weight, bias, _rows(a_stack), _columns(b_stack),
+            None if residual is None else _tokens(residual), seed, c, scaling, p, *hand, backend,
+        )  # fmt: skip
         needs = ctx.needs_input_grad[-len(stacks) :]
         ctx.need_da, ctx.need_db = any(needs[:depth]), any(needs[depth:])
         kept_x = x if ctx.need_da or ctx.needs_input_grad[1] else None
         ctx.save_for_backward(kept_x, weight, u if ctx.need_db else None, seed, *stacks)
         ctx.set_materialize_grads(False)
+        ctx.leading = x.shape[:-1]
         ctx.scalars, ctx.hand_start, ctx.backend, ctx.depth = (c, scaling, p), hand[0], backend, depth
-        return y, handed
+        # y is shaped here and not by a view afterwards, on which FSDP2 could not count for its hooks.
+        return y.view(*x.shape[:-1], y.shape[1]), handed
 
     @staticmethod
     @once_differentiable
@@ -106,21 +109,22 @@ class _LoRALinear(torch.autograd.Function):
         if dy is None:
             if dhanded is None:
                 return (None,) * len(ctx.needs_input_grad)
-            dy = dhanded.new_zeros(dhanded.shape[0], weight.shape[0])
+            dy = dhanded.new_zeros(*ctx.leading, weight.shape[0])
+        dy, leading = _tokens(dy), ctx.leading
+        x = dy.new_empty(0) if x is None else _tokens(x)
         need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad[:4]
-        absent = dy.new_empty(0)
         dx, da_cat, db_cat, dresidual = torch.ops.reslora_kernels.lora_linear_backward(
-            dy, dhanded, absent if x is None else x, weight, _rows(a_stack), _columns(b_stack),
-            absent if u is None else u, seed, *ctx.scalars, ctx.hand_start,
+            dy, dhanded, x, weight, _rows(a_stack), _columns(b_stack),
+            dy.new_empty(0) if u is None else u, seed, *ctx.scalars, ctx.hand_start,
             need_dx, ctx.need_da, ctx.need_db, need_dresidual, ctx.backend,
         )  # fmt: skip
         das = da_cat.split([a.shape[0] for a in a_stack]) if ctx.need_da else [None] * len(a_stack)
         dbs = db_cat.split([b.shape[1] for b in b_stack], dim=1) if ctx.need_db else [None] * len(b_stack)
         return (
-            dx if need_dx else None,
+            dx.view(*leading, dx.shape[1]) if need_dx else None,
             dy.T @ x if need_dweight else None,
             dy.sum(0) if need_dbias else None,
-            dresidual if need_dresidual else None,
+            dresidual.view(*leading, dresidual.shape[1]) if need_dresidual else None,
             *(None,) * 7,
             *das,
             *dbs,
@@ -178,12 +182,11 @@ def lora_linear(
                 scaling=scaling, c=c, p=p, seed=seed, hand=hand, backend=backend,
             )  # fmt: skip
     _check(x, weight, bias, a_stack, b_stack, residual, p, seed, hand)
-    leading = x.shape[:-1]
     y, handed = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x,
+        x,
         weight,
         bias,
-        residual.reshape(-1, residual.shape[-1]) if residual is not None else None,
+        residual,
         seed if p > 0 else None,
         float(c),
         float(scaling),
@@ -194,7 +197,12 @@ def lora_linear(
         *a_stack,
         *b_stack,
     )
-    return y.reshape(*leading, y.shape[-1]), handed.reshape(*leading, handed.shape[-1]) if hand else None
+    return y, handed.reshape(*x.shape[:-1], handed.shape[1]) if hand else None
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[..., K] as [M, K]; reshape cannot tell M of an empty tensor."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _rows(stack: Sequence[Tensor]) -> Tensor:

@@ -137,7 +137,7 @@ def test_whole_language_model(shortcut: str, pre_num: int) -> None:
             assert_same(gradients(model, loss_of, compiled, length), expected)
 
 
-@pytest.mark.parametrize(("shortcut", "pre_num"), [*SHORTCUTS, ("block", -1), ("middle", 2)])
+@pytest.mark.parametrize(("shortcut", "pre_num"), [*SHORTCUTS, ("block", -1)])
 def test_whole_stack_of_any_length(shortcut: str, pre_num: int) -> None:
     model = stack(shortcut, pre_num)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -189,7 +189,7 @@ def test_merged_model_and_statistics() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shortcut", "pre_num"), HANDING[::2])
+@pytest.mark.parametrize(("shortcut", "pre_num"), HANDING[:1])
 def test_layers_of_a_language_model(shortcut: str, pre_num: int) -> None:
     """The root opens the pass eagerly; every compiled layer finds it. A second graph serves all other lengths."""
     model = language_model(shortcut, pre_num, p=0.2)
@@ -218,17 +218,17 @@ def test_graphs_do_not_grow_with_the_layers(shortcut: str, pre_num: int, graphs:
 
 def test_block_over_all_earlier_layers_needs_a_graph_each() -> None:
     """Every layer multiplies by another number of matrices. Past PyTorch's limit it says so; the limit is a setting."""
-    model = stack("block", -1, depth=12)
+    model = stack("block", -1, depth=10)
     expected = gradients(model, square, model, x_of())
     counter = compile_each(model.blocks)
     with pytest.raises(FailOnRecompileLimitHit):
         model(x_of())
     with dynamo.patch(recompile_limit=16):
         assert_same(gradients(model, square, model, x_of()), expected)
-    assert counter.frame_count == 12
+    assert counter.frame_count == 10
 
 
-@pytest.mark.parametrize(("shortcut", "pre_num"), HANDING)
+@pytest.mark.parametrize(("shortcut", "pre_num"), HANDING[::2])
 def test_skipped_layers_and_another_shape(shortcut: str, pre_num: int) -> None:
     """A graph made for one situation is never taken for another, in whichever order they come."""
     model, compiled = stack(shortcut, pre_num, depth=6), stack(shortcut, pre_num, depth=6)

@@ -228,11 +228,11 @@ def finetune(
             if prepared.evaluation:
                 record["losses"]["eval_merged"] = trainer.evaluate()["eval_loss"]
     record |= {"status": "finished", "log": trainer.state.log_history}
-    if not first:
-        return
-    training.write_record(output_dir, record)
-    for line in results.summary(record):
-        typer.echo(line)
+    if first:
+        training.write_record(output_dir, record)
+        for line in results.summary(record):
+            typer.echo(line)
+    training.part()
 
 
 def _say_nothing(message: str) -> None:

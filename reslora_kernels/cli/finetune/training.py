@@ -92,6 +92,13 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
+def part() -> None:
+    """End the run of several processes when all are done; one that just exits can take the others with it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def last_checkpoint(output_dir: Path) -> Path:
     """The newest checkpoint that was written to its end; a killed run may leave an incomplete one after it.
 
