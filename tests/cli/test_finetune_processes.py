@@ -54,7 +54,7 @@ def test_two_processes_train_what_one_does_with_the_same_batches(base: Path, sum
     assert main([*one, "--per-device-train-batch-size", "4"]) == 0
     two += ["--per-device-train-batch-size", "2"]
     done = subprocess.run(
-        [*TORCHRUN, "-m", "reslora_kernels", *two], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+        [*TORCHRUN, "-m", "reslora_kernels", *two], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("layers adapted in") == 1
