@@ -12,7 +12,7 @@ from .adapters import load_adapter, save_adapter, write_durably
 from .config import MergeMethod
 from .merging import merge_reslora, unmerge_reslora
 from .model import adapted_layers
-from .sharding import initialised
+from .sharding import initialised, is_sharded
 from .statistics import Statistics, collect_statistics
 
 STATISTICS_NAME = "reslora_statistics.safetensors"
@@ -32,6 +32,13 @@ class AdapterCheckpoints:
     model: Any
     state: Any
     callback_handler: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's. A sharded model is gathered from all processes, which all come here."""
+        if is_sharded(self.model):
+            save_adapter(self.model, output_dir if output_dir is not None else self.args.output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
