@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from reslora_kernels import ResLoRAConfig, ResLoRALinear, link, reference
+from reslora_kernels import ResLoRAConfig, ResLoRALinear, link
 
 SHORTCUTS = ("none", "input", "block", "middle")
 
@@ -64,15 +64,30 @@ def frozen(case: Case) -> Provider:
 
 
 def plain(case: Case) -> Provider:
-    """The equations of the paper written plainly; autograd does the backward."""
+    """Eqs. 1 to 4 in the form of the paper's released layers, scaling last; autograd does the backward."""
     layers = linears(case)
     a, b = ([t.requires_grad_() for t in group] for group in adapters(case))
+
+    scaling, earlier = case.config.scaling, case.layers if case.pre_num == -1 else case.pre_num
 
     def run(x: Tensor) -> Tensor:
         xs: list[Tensor] = []
         for n, layer in enumerate(layers):
             xs.append(x)
-            x = layer(x) + reference.low_rank_term(case.shortcut, case.pre_num, 1.0, n, xs, a, b)
+            y = layer(x)
+            if case.shortcut == "none":
+                y = y + (x @ a[n].T @ b[n].T) * scaling
+            elif case.shortcut == "input":
+                y = y + ((x + xs[max(n - 1, 0)]) @ a[n].T @ b[n].T) * scaling
+            elif case.shortcut == "block":
+                for k in range(min(earlier, n) + 1):
+                    y = y + (x @ a[n - k].T @ b[n - k].T) * scaling
+            else:
+                h = x @ a[n].T
+                for k in range(1, min(earlier, n) + 1):
+                    h = h + xs[n - k] @ a[n - k].T
+                y = y + (h @ b[n].T) * scaling
+            x = y
         return x
 
     return Provider("plain", "the paper's layers written plainly in PyTorch", run, [*a, *b])
