@@ -90,7 +90,7 @@ def backward(
     """
     dx, dresidual, da, db = dy.new_empty(0), dy.new_empty(0), a_cat.new_empty(0), b_cat.new_empty(0)
     if need_db:
-        db = (u.T @ dy).mul_(scaling).T.to(b_cat.dtype, memory_format=torch.contiguous_format)  # faster than dyᵀ u
+        db = (u.T @ dy).mul_(scaling).T.to(b_cat.dtype).contiguous()  # faster than dyᵀ u
     if not (need_dx or need_da or need_dresidual):
         return dx, da, db, dresidual
     du = (dy @ b_cat.to(dy.dtype)).mul_(scaling)
