@@ -63,8 +63,8 @@ def demo_table(path: Path) -> str:
         f"\nByte-level LLaMA, {settings['layers']} layers of width {settings['hidden_size']}, r = {settings['r']} on "
         f"{settings['target_modules']}, {settings['finetuning_steps']} steps from English prose to Python source, loss "
         f"in nats per byte on held-out modules ({result['runs'][0]['first_loss']:.4f} before), one seed: "
-        f"differences of a few thousandths are no ranking. {machine['processor']}, {machine['torch_threads']} threads, torch "
-        f"{machine['torch']}, commit {result['commit'][:10]} ([{path.name}](benchmarks/results/{path.name}))."
+        f"differences of a few thousandths are no ranking. {machine['processor']}, {machine['torch_threads']} threads, "
+        f"torch {machine['torch']}, commit {result['commit'][:10]} ([{path.name}](benchmarks/results/{path.name}))."
     )
     return "\n".join(rows)
 
