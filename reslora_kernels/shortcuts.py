@@ -66,8 +66,7 @@ def plan(
         total = None
         for h in handed:
             total = h.to(device) if total is None else total + h.to(device)
-        needed_later = following is not None and pre_num != 0
-        return Plan((own,), (layer.lora_B,), residual=total, hand=(0, own.shape[0]) if needed_later else None)
+        return Plan((own,), (layer.lora_B,), residual=total, hand=None if following is None else (0, own.shape[0]))
     raise ValueError(f"shortcut must be 'none', 'input', 'block' or 'middle', got {shortcut!r}")
 
 
