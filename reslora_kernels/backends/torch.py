@@ -62,8 +62,7 @@ def forward(
     if residual is not None:
         u = u + residual.to(x.dtype)
     handed = h[:, hand_start:hand_stop].clone(memory_format=torch.contiguous_format)
-    y = (u @ b_cat.T).mul_(scaling) if bias is None else torch.addmm(bias, u, b_cat.T, alpha=scaling)
-    return y.addmm_(x, weight.T), handed, u.contiguous()
+    return product_then_matmul(u, b_cat.T, scaling, bias, x, weight.T), handed, u.contiguous()
 
 
 def backward(
@@ -102,11 +101,20 @@ def backward(
         if need_da:
             da = (dh.T @ (x if mask is None else dropout.apply_mask(x, mask, p))).to(a_cat.dtype)
         if need_dx:
-            dx = dh @ a_cat.to(dy.dtype)
-            if mask is not None:
-                dx = dropout.apply_mask(dx, mask, p)
-            dx.addmm_(dy, weight)
+            if mask is None:
+                dx = product_then_matmul(dh, a_cat.to(dy.dtype), 1.0, None, dy, weight)
+            else:
+                dx = dropout.apply_mask(dh @ a_cat.to(dy.dtype), mask, p).addmm_(dy, weight)
     return dx, da, db, dresidual
+
+
+def product_then_matmul(t: Tensor, b: Tensor, scale: float, bias: Tensor | None, x: Tensor, w: Tensor) -> Tensor:
+    """scale t b + bias + x w: the low-rank product [M, R] [R, N] first, the matmul [M, K] [K, N] on top of it in place."""
+    if bias is not None:
+        y = torch.addmm(bias, t, b, alpha=scale)
+    else:
+        y = t @ b if scale == 1 else (t @ b).mul_(scale)
+    return y.addmm_(x, w)
 
 
 def _gradient_of_h(du: Tensor, dhanded: Tensor | None, rank: int, c: float, hand_start: int) -> Tensor:

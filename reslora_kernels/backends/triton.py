@@ -1,0 +1,229 @@
+"""Triton kernels: one or two launches for the forward pass, three for the backward pass.
+
+Importing this module does not import Triton; the kernels are loaded by the first call that they serve.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import dropout
+from . import torch as library
+
+if TYPE_CHECKING:
+    from ..kernels.tiles import Choice
+
+MIN_TRITON = (3, 4)
+MIN_CAPABILITY = (8, 0)
+ONE_PASS_RANK = 64
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def describe() -> str:
+    where = "CPU interpreter" if _interpreted() else torch.cuda.get_device_name()
+    return f"Triton {version('triton')} kernels on {where}"
+
+
+@cache
+def unavailable_reason() -> str | None:
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        return "Triton is not installed (pip install triton, on Linux; CUDA builds of torch bring it along)"
+    if tuple(int(part) for part in installed.split(".")[:2]) < MIN_TRITON:
+        return f"Triton {installed} is too old, {'.'.join(map(str, MIN_TRITON))} is needed (torch 2.8 brings it along)"
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.cuda and capability < MIN_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere)"
+    return _compile_failure()
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in its CPU interpreter: a debugging aid, thousands of times slower."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _compile_failure() -> str | None:
+    """Why a small kernel cannot be compiled and run, None when it can. The message is Triton's own."""
+    from ..kernels import low_rank_grads
+    from ..kernels.launch import Sum
+
+    ones = torch.ones(1, 16, device="cuda")
+    try:
+        low_rank_grads.finish(Sum(ones, torch.empty_like(ones[0]), 1.0), None, processors=1).run()
+    except Exception as error:  # whatever the compiler or the driver raises, the torch backend serves instead
+        return f"Triton cannot compile kernels on this machine: {str(error).strip().splitlines()[-1]}"
+    return None
+
+
+def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
+    from ..kernels.tiles import MAX_RANK
+
+    device = "cpu" if _interpreted() else "cuda"
+    if x.device.type != device:
+        return f"x must be on a {device} device, got {x.device}"
+    if x.dtype not in DTYPES:
+        return f"x must be float32, float16 or bfloat16, got {x.dtype}"
+    if rank > MAX_RANK:
+        return f"a_stack's total rank must be at most {MAX_RANK}, got {rank}"
+    return None
+
+
+def explain(x: Tensor, weight: Tensor, rank: int) -> str:
+    """How a forward pass without dropout would be computed, and why."""
+    return _forward_choice(x, weight, rank, None, 1.0).reason
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a_cat: Tensor,
+    b_cat: Tensor,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    c: float,
+    scaling: float,
+    p: float,
+    hand_start: int,
+    hand_stop: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``backends.torch.forward``; products are accumulated in float32 and rounded once, at the store."""
+    if 0 in (*x.shape, weight.shape[0]):
+        return library.forward(
+            x, weight, bias, a_cat, b_cat, residual, seed, c, scaling, p, hand_start, hand_stop
+        )  # fmt: skip
+    from ..kernels.augmented_matmul import OnePass, augmented_matmul
+    from ..kernels.project import project
+    from ..kernels.tiles import gpu_of, project_tile
+
+    gpu, (m, k), n, rank = gpu_of(x.device), x.shape, weight.shape[0], a_cat.shape[0]
+    choice = _forward_choice(x, weight, rank, seed, scaling)
+    u = x.new_empty(m, b_cat.shape[1])
+    handed = x.new_empty(m, hand_stop - hand_start)
+    to_hand = handed if handed.numel() else None
+    with _device(x):
+        if choice.form == "one_pass":
+            y = x.new_empty(m, n)
+            one_pass = OnePass(a_cat, c, residual, u, to_hand, hand_start)
+            augmented_matmul(
+                x, weight.T, bias, one_pass, b_cat.T, y, scale=scaling, gpu=gpu, tile=choice.tile
+            ).run()  # fmt: skip
+            return y, handed, u
+        for launch in project(
+            x, a_cat, residual, seed, u, to_hand, hand_start, c=c, threshold=dropout.threshold(p),
+            keep_scale=_keep_scale(seed, p), tile=project_tile(gpu, m, k, rank, x.dtype),
+        ):  # fmt: skip
+            launch.run()
+        if choice.form == "library":
+            return library.product_then_matmul(u, b_cat.T.to(x.dtype), scaling, bias, x, weight.T), handed, u
+        y = x.new_empty(m, n)
+        augmented_matmul(x, weight.T, bias, u, b_cat.T, y, scale=scaling, gpu=gpu, tile=choice.tile).run()
+        return y, handed, u
+
+
+def backward(
+    dy: Tensor,
+    dhanded: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    a_cat: Tensor,
+    b_cat: Tensor,
+    u: Tensor,
+    seed: Tensor | None,
+    c: float,
+    scaling: float,
+    p: float,
+    hand_start: int,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    need_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``backends.torch.backward``."""
+    (m, n), k, (rank, rank_b) = dy.shape, weight.shape[1], (a_cat.shape[0], b_cat.shape[1])
+    if 0 in (m, n, k):
+        return library.backward(
+            dy, dhanded, x, weight, a_cat, b_cat, u, seed, c, scaling, p, hand_start,
+            need_dx, need_da, need_db, need_dresidual,
+        )  # fmt: skip
+    from ..kernels import low_rank_grads
+    from ..kernels.augmented_matmul import augmented_matmul
+    from ..kernels.launch import precision
+    from ..kernels.tiles import choose, gpu_of, grads_tile
+
+    gpu = gpu_of(dy.device)
+    da = torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else None
+    db = torch.empty_like(b_cat, memory_format=torch.contiguous_format) if need_db else None
+    dresidual = dy.new_empty(m, rank_b) if need_dresidual else None
+    dx, keep_scale = None, _keep_scale(seed, p)
+    need_du = need_dx or need_da or need_dresidual
+    da_left = db_left = None
+    with _device(dy):
+        if need_du or need_db:
+            launch, du, db_left = low_rank_grads.pass_over_dy(
+                dy, b_cat, u if need_db else None, db, scaling=scaling, need_du=need_du,
+                tile=grads_tile(gpu, m, n, rank_b, dy.dtype),
+            )  # fmt: skip
+            launch.run()
+        if need_du:
+            dh = dy.new_empty(m, rank) if need_dx else None
+            masked = seed if need_dx or need_da else None
+            bits = dy.new_empty(m, -(-k // 32), dtype=torch.int32) if need_dx and seed is not None else None
+            launch, da_left = low_rank_grads.pass_over_x(
+                x, masked, du, dhanded, dh, dresidual, da, None if bits is None else bits.view(torch.uint8),
+                shape=(m, k), rank=rank, hand_start=hand_start, c=c, scaling=scaling,
+                threshold=dropout.threshold(p), keep_scale=keep_scale, tile=grads_tile(gpu, m, k, rank, dy.dtype),
+            )  # fmt: skip
+            launch.run()
+        if need_dx:
+            forms = ("two_pass", "library") if bits is None else ("two_pass",)
+            choice = choose(gpu, m, k, n, rank, dy.dtype, precision(dy.dtype), forms)
+            if choice.form == "two_pass":
+                dx = dy.new_empty(m, k)
+                augmented_matmul(
+                    dy, weight, None, dh, a_cat, dx, scale=keep_scale, gpu=gpu, tile=choice.tile, bits=bits,
+                    sums=(da_left, db_left),
+                ).run()  # fmt: skip
+                da_left = db_left = None
+            else:
+                dx = library.product_then_matmul(dh, a_cat.to(dy.dtype), 1.0, None, dy, weight)
+        if da_left or db_left:
+            low_rank_grads.finish(da_left, db_left, processors=gpu.processors).run()
+    return (
+        dy.new_empty(0) if dx is None else dx,
+        a_cat.new_empty(0) if da is None else da,
+        b_cat.new_empty(0) if db is None else db,
+        dy.new_empty(0) if dresidual is None else dresidual,
+    )
+
+
+def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, scaling: float) -> Choice:
+    from ..kernels.launch import precision
+    from ..kernels.tiles import choose, gpu_of
+
+    # One pass rounds s u to x's dtype before its product, which float16 may not hold.
+    one_pass = seed is None and rank <= ONE_PASS_RANK and (x.dtype != torch.float16 or abs(scaling) <= 1)
+    forms = ("one_pass", "two_pass", "library") if one_pass else ("two_pass", "library")
+    (m, k), n = x.shape, weight.shape[0]
+    return choose(gpu_of(x.device), m, n, k, rank, x.dtype, precision(x.dtype), forms)
+
+
+def _keep_scale(seed: Tensor | None, p: float) -> float:
+    return 1.0 if seed is None else 1.0 / (1.0 - p)
+
+
+def _device(tensor: Tensor) -> Any:
+    """Kernels run on the tensor's GPU, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

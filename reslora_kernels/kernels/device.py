@@ -1,0 +1,163 @@
+"""Device functions that the Triton kernels share: block loads, the dropout mask, the side channel's epilogue."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@triton.jit
+def load_block(
+    source,
+    row,
+    column,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TMA: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
+):
+    """source[row : row + ROWS, column : column + COLUMNS] of a [rows, columns] matrix, zeros outside it.
+
+    ``source`` is a tensor descriptor (TMA) or a pointer. WHOLE_COLUMNS: no block reaches past the last column.
+    """
+    if TMA:
+        block = source.load([row, column])
+    else:
+        i = row + tl.arange(0, ROWS)
+        j = column + tl.arange(0, COLUMNS)
+        at = source + i[:, None].to(tl.int64) * row_stride + j[None, :].to(tl.int64) * column_stride
+        inside = (i < rows)[:, None]
+        if not WHOLE_COLUMNS:
+            inside = inside & (j < columns)[None, :]
+        block = tl.load(at, mask=inside, other=0.0)
+    return block
+
+
+@triton.jit
+def grouped_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of a tile, in an order that walks GROUP_M tile rows at a time, so that both operands stay in L2."""
+    per_group = GROUP_M * tiles_n
+    first = (tile // per_group) * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    return first + (tile % per_group) % height, (tile % per_group) // height
+
+
+@triton.jit
+def keep_bytes(seed, row, group, threshold):
+    """int32 [len(row), len(group)]: bit i of an entry says whether column 8 * group + i of that row is kept.
+
+    Philox 4x32-7 with counter (group, row, 0, 0) and the seed as key, 16 bits an element: see ``dropout``.
+    """
+    c0 = (group[None, :] + tl.zeros_like(row)[:, None]).to(tl.uint32)
+    c1 = (row[:, None] + tl.zeros_like(group)[None, :]).to(tl.uint32)
+    c2 = tl.zeros_like(c0)
+    c3 = tl.zeros_like(c0)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(7):
+        high0 = tl.umulhi(c0, 0xD2511F53)
+        high2 = tl.umulhi(c2, 0xCD9E8D57)
+        low0 = tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
+        low2 = tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    keep = _two_bits(c0, threshold)
+    keep |= _two_bits(c1, threshold) << 2
+    keep |= _two_bits(c2, threshold) << 4
+    keep |= _two_bits(c3, threshold) << 6
+    return keep
+
+
+@triton.jit
+def _two_bits(word, threshold):
+    low = ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
+    return low | (((word >> 16).to(tl.int32) >= threshold).to(tl.int32) << 1)
+
+
+@triton.jit
+def unpack_bits(words, ROWS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr):
+    """bool [ROWS, WORDS * BITS] from int32 [ROWS, WORDS], lowest bit first."""
+    bits = (words[:, :, None] >> tl.arange(0, BITS)[None, None, :]) & 1
+    return tl.reshape(bits, (ROWS, WORDS * BITS)) != 0
+
+
+@triton.jit
+def side_channel(
+    product,
+    row,
+    column,
+    m,
+    factor,
+    extra,
+    extra_row,
+    extra_column,
+    extra_start,
+    extra_stop,
+    inner,
+    inner_stop,
+    raw,
+    raw_factor,
+    raw_start,
+    raw_stop,
+    store,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """What becomes of a rank-r product, in float32: returns factor * product + extra, stores it and raw_factor * product.
+
+    Forward: product is x A_catᵀ, the result u, extra the residual, raw what is handed on. Backward: product is
+    dy B_cat, the result dh, extra the gradient of what was handed on, raw the gradient of the residual.
+    ``product`` covers columns column.. of the rank; each of extra, inner and raw covers its own [start, stop) of it and
+    may be None. ``inner`` and ``raw`` are contiguous. The result is zero from ``inner_stop`` on.
+    """
+    i = row + tl.arange(0, ROWS)
+    j = column + tl.arange(0, COLUMNS)
+    rows = i.to(tl.int64)[:, None]
+    value = product * factor
+    if extra is not None:
+        inside = (i < m)[:, None] & ((j >= extra_start) & (j < extra_stop))[None, :]
+        at = extra + rows * extra_row + (j - extra_start)[None, :].to(tl.int64) * extra_column
+        value += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where((j < inner_stop)[None, :], value, 0.0)
+    if inner is not None:
+        inside = (i < m)[:, None] & (j < inner_stop)[None, :] & store
+        tl.store(inner + rows * inner_stop + j[None, :], value.to(inner.dtype.element_ty), mask=inside)
+    if raw is not None:
+        inside = (i < m)[:, None] & ((j >= raw_start) & (j < raw_stop))[None, :] & store
+        at = raw + rows * (raw_stop - raw_start) + (j - raw_start)[None, :]
+        tl.store(at, (product * raw_factor).to(raw.dtype.element_ty), mask=inside)
+    return value
+
+
+@triton.jit
+def add_partials(block, partial, out, parts, size, scale, BLOCK: tl.constexpr):
+    """out[e] = scale * (partial[0, e] + partial[1, e] + ...) for the BLOCK elements e of ``block``, in that order."""
+    e = (block + tl.zeros((), tl.int64)) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(parts):
+        total += tl.load(partial + e, mask=inside, other=0.0)
+        partial += size
+    tl.store(out + e, (total * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_products(partial, row, column, m, rank, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows row.. and columns column.. of partial[0] + partial[1] + ..., each float32 [m, rank], in that order."""
+    i = row + tl.arange(0, ROWS)
+    j = column + tl.arange(0, COLUMNS)
+    inside = (i < m)[:, None] & (j < rank)[None, :]
+    at = partial + i[:, None].to(tl.int64) * rank + j[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in range(parts):
+        total += tl.load(at, mask=inside, other=0.0)
+        at += (rank + tl.zeros((), tl.int64)) * m
+    return total

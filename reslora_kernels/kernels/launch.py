@@ -1,0 +1,103 @@
+"""A kernel launch as a value: what runs, on what, with which configuration. It can be run, counted or compiled offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_recordings: list[Recording] = []
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. ``arguments`` and ``options`` go to the kernel by name; ``options`` are Triton's own."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the kernel reads or writes, those behind descriptors included."""
+        bases = (getattr(value, "base", value) for value in self.arguments.values())
+        return [value for value in bases if isinstance(value, Tensor)]
+
+    def bytes_moved(self) -> int:
+        """Bytes of the tensors, each read or written once: what the launch asks of memory when caches hold the rest."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def run(self) -> None:
+        """Run on the device of the tensors, in its current stream; a failure names the kernel and its configuration."""
+        for recording in _recordings:
+            recording.launches.append(self)
+        if any(not recording.execute for recording in _recordings):
+            return
+        try:
+            self.kernel[self.grid](**self.arguments, **self.options)
+        except Exception as error:
+            raise RuntimeError(f"Triton kernel {self} failed: {error}") from error
+
+    def __str__(self) -> str:
+        constants = {name: value for name, value in self.arguments.items() if name.isupper()}
+        settings = ", ".join(f"{name}={value}" for name, value in (constants | self.options).items())
+        return f"{self.name}[grid {self.grid}; {settings}]"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The launches of a ``recording`` block, in order."""
+
+    execute: bool
+    launches: list[Launch]
+
+
+@contextmanager
+def recording(*, execute: bool = True) -> Iterator[list[Launch]]:
+    """Collect the launches of this block; with ``execute=False`` none of them runs, so that no GPU is needed."""
+    entry = Recording(execute, [])
+    _recordings.append(entry)
+    try:
+        yield entry.launches
+    finally:
+        _recordings.remove(entry)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """out = scale * (partial[0] + partial[1] + ...), what is left to add up after a pass in several parts."""
+
+    partial: Tensor  # float32 [parts, *out.shape]
+    out: Tensor
+    scale: float
+
+
+def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
+    """A TMA descriptor for blocks [rows, columns] of a contiguous-row matrix, made on the host."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def fits_tma(matrix: Tensor) -> bool:
+    """Whether a descriptor can express it: contiguous rows, base and row stride multiples of 16 bytes, int32 sizes."""
+    return (
+        matrix.dim() == 2
+        and matrix.numel() > 0
+        and matrix.stride(1) == 1
+        and matrix.stride(0) >= matrix.shape[1]
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+        and max(matrix.shape) < 2**31
+    )
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of products: float32 as torch is set, TF32 only where torch's own setting allows it."""
+    allowed = torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

@@ -1,0 +1,340 @@
+"""Which blocks a kernel works in: frozen configurations for each GPU generation, one validity predicate, one cost model.
+
+Nothing is tuned at run time: processes of one job must choose alike, and a choice must hold inside a captured graph.
+The rates below only rank candidates. They are data-sheet figures times what large matmuls commonly reach, except for
+sm_90, whose rates were measured on an H200.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from math import ceil
+
+import torch
+
+MAX_RANK = 1024
+LAUNCH_SECONDS = 3e-6  # from one kernel to a dependent next one, its ramp-up included
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice of tiles needs to know of a GPU. Rates are per second: 16-bit FLOP of a matmul, bytes copied."""
+
+    generation: str
+    processors: int
+    shared_bytes: int  # one program may use
+    tma: bool
+    flops: float
+    bandwidth: float
+    share: float  # of the vendor library's matmul rate that a Triton matmul is taken to reach
+
+    def rate(self, dtype: torch.dtype, precision: str) -> float:
+        """FLOP per second of a library matmul in this dtype."""
+        if dtype == torch.float32:
+            return self.flops / (2 if precision == "tf32" else 12)
+        return self.flops
+
+
+GENERATIONS = {
+    "sm_80": Gpu("sm_80", 108, 166_912, False, 250e12, 1.7e12, 0.95),
+    "sm_89": Gpu("sm_89", 128, 101_376, False, 150e12, 0.9e12, 0.95),
+    "sm_90": Gpu("sm_90", 132, 232_448, True, 790e12, 4.3e12, 0.88),
+    "sm_100": Gpu("sm_100", 148, 232_448, True, 1500e12, 7.0e12, 0.88),
+    "sm_120": Gpu("sm_120", 170, 101_376, True, 200e12, 1.6e12, 0.92),
+    "gfx942": Gpu("gfx942", 304, 65_536, False, 700e12, 4.0e12, 0.85),
+    "default": Gpu("default", 64, 65_536, False, 100e12, 0.5e12, 0.85),
+    "interpreter": Gpu("interpreter", 4, 232_448, True, 1e9, 1e8, 1.0),
+}
+_SIMILAR = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120", "gfx940": "gfx942"}
+FORMS = ("one_pass", "two_pass", "library")
+_assumed: list[tuple[Gpu, tuple[str, ...]]] = []
+
+
+@contextmanager
+def assume(gpu: Gpu, forms: tuple[str, ...] = FORMS) -> Iterator[None]:
+    """Choose for ``gpu``, and among ``forms`` where one of them is possible, whatever this machine has.
+
+    For compiling without a GPU, for tests and for measuring one form against another.
+    """
+    _assumed.append((gpu, forms))
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU as the choice of tiles sees it; Triton's CPU interpreter for a CPU device."""
+    if _assumed:
+        return _assumed[-1][0]
+    return GENERATIONS["interpreter"] if device.type == "cpu" else _probe(device.index or 0)
+
+
+@cache
+def _probe(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name = str(properties.gcnArchName).split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    generation = GENERATIONS.get(_SIMILAR.get(name, name), GENERATIONS["default"])
+    return replace(generation, processors=properties.multi_processor_count)
+
+
+@dataclass(frozen=True)
+class MatmulTile:
+    """Blocks of the augmented matmul. ``halves``: the epilogue stores a tile in that many column blocks."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    halves: int = 1
+    block_r: int = 16
+    group_m: int = 8
+    persistent: bool = False
+    tma: bool = False
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def shared_bytes(self, itemsize: int, one_pass: bool = False) -> int:
+        """Operand stages, and the epilogue's staging where the store goes through TMA."""
+        columns = self.block_m + self.block_n + (self.block_r if one_pass else 0)
+        staging = self.block_m * self.block_n // self.halves if self.tma else 0
+        return (self.num_stages * columns * self.block_k + staging) * itemsize
+
+    def accumulators(self, one_pass: bool = False) -> int:
+        """Float32 accumulators of each thread."""
+        return self.block_m * (self.block_n + (self.block_r if one_pass else 0)) // (32 * self.num_warps)
+
+
+@dataclass(frozen=True)
+class ProjectTile:
+    """Blocks of the projection; K is reduced in at most ``splits`` parts."""
+
+    block_m: int
+    block_k: int
+    block_r: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def split_k(self, k: int) -> int:
+        """Length of a part, a multiple of ``block_k``."""
+        return max(1, ceil(k / (self.splits * self.block_k))) * self.block_k
+
+    def parts(self, k: int) -> int:
+        return max(1, ceil(k / self.split_k(k)))
+
+
+@dataclass(frozen=True)
+class GradsTile:
+    """Blocks of the two gradient passes: ``block_m`` rows stay with a program, blocks of ``block_c`` columns stream by."""
+
+    block_m: int
+    block_c: int
+    block_r: int
+    chunks: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def chunk(self, columns: int) -> int:
+        """Columns of a program, a multiple of ``block_c``."""
+        return max(1, ceil(columns / (self.chunks * self.block_c))) * self.block_c
+
+    def parts(self, columns: int) -> int:
+        return max(1, ceil(columns / self.chunk(columns)))
+
+
+_LARGE = {
+    "sm_80": (
+        MatmulTile(128, 256, 32, 8, 4),
+        MatmulTile(128, 128, 32, 4, 4),
+        MatmulTile(64, 128, 64, 4, 3),
+        MatmulTile(64, 64, 64, 4, 4),
+    ),
+    "sm_89": (MatmulTile(128, 128, 32, 4, 4), MatmulTile(64, 128, 32, 4, 4), MatmulTile(64, 64, 64, 4, 4)),
+    "sm_90": (
+        MatmulTile(128, 256, 64, 8, 3, halves=2, persistent=True, tma=True),
+        MatmulTile(128, 128, 64, 8, 4, persistent=True, tma=True),
+        MatmulTile(64, 128, 64, 4, 4, tma=True),
+        MatmulTile(64, 64, 128, 4, 4, tma=True),
+    ),
+    "sm_100": (
+        MatmulTile(128, 256, 64, 8, 3, halves=2, persistent=True, tma=True),
+        MatmulTile(128, 128, 64, 8, 4, persistent=True, tma=True),
+        MatmulTile(64, 128, 64, 4, 4, tma=True),
+    ),
+    "sm_120": (
+        MatmulTile(128, 128, 32, 8, 3, halves=2, tma=True),
+        MatmulTile(64, 128, 32, 4, 4, tma=True),
+        MatmulTile(64, 64, 64, 4, 4, tma=True),
+    ),
+    "gfx942": (MatmulTile(128, 128, 64, 8, 2), MatmulTile(64, 128, 64, 4, 2), MatmulTile(64, 64, 64, 4, 2)),
+    "default": (MatmulTile(64, 64, 32, 4, 2),),
+    "interpreter": (MatmulTile(32, 64, 32, 4, 2, halves=2, group_m=2, persistent=True, tma=True),),
+}
+_SMALL = {  # at most 64 rows: bound by reading the weight
+    "sm_80": (MatmulTile(16, 64, 128, 4, 5), MatmulTile(32, 64, 128, 4, 4), MatmulTile(16, 32, 256, 4, 4)),
+    "sm_89": (MatmulTile(16, 64, 128, 4, 4), MatmulTile(32, 64, 128, 4, 3), MatmulTile(16, 32, 128, 4, 5)),
+    "sm_90": (
+        MatmulTile(16, 64, 128, 4, 5, tma=True),
+        MatmulTile(32, 64, 128, 4, 5, tma=True),
+        MatmulTile(16, 32, 256, 4, 5, tma=True),
+    ),
+    "sm_100": (MatmulTile(16, 64, 128, 4, 5, tma=True), MatmulTile(32, 64, 128, 4, 5, tma=True)),
+    "sm_120": (MatmulTile(16, 64, 128, 4, 4, tma=True), MatmulTile(32, 64, 128, 4, 3, tma=True)),
+    "gfx942": (MatmulTile(16, 64, 128, 4, 2), MatmulTile(32, 64, 128, 4, 2)),
+    "default": (MatmulTile(16, 64, 64, 4, 2),),
+    "interpreter": (MatmulTile(16, 32, 32, 4, 2, tma=True),),
+}
+
+
+def rank_block(rank: int, limit: int) -> int:
+    """The smallest power of two from 16 that holds ``rank``, at most ``limit``."""
+    return min(limit, max(16, 1 << (rank - 1).bit_length()))
+
+
+def fits(tile: MatmulTile, gpu: Gpu, itemsize: int, one_pass: bool = False) -> bool:
+    """Whether the tile's stages fit the shared memory and its accumulators the registers."""
+    return tile.shared_bytes(itemsize, one_pass) <= gpu.shared_bytes and tile.accumulators(one_pass) <= 160
+
+
+def matmul_tiles(gpu: Gpu, m: int, rank: int, dtype: torch.dtype, precision: str, one_pass: bool) -> list[MatmulTile]:
+    """The candidates for m rows, fitted to dtype and rank; never empty."""
+    table = _SMALL if m <= 64 else _LARGE
+    block_r = rank_block(rank, 64)
+    fitted = []
+    for tile in table[gpu.generation]:
+        tile = replace(tile, block_r=block_r, tma=tile.tma and gpu.tma)
+        if dtype == torch.float32:
+            block_k = min(tile.block_k, 32) if precision == "tf32" else 16
+            tile = replace(tile, block_k=block_k)
+            if precision == "ieee":  # products on the scalar units, operands in registers
+                tile = replace(tile, block_m=min(tile.block_m, 64), block_n=min(tile.block_n, 64), halves=1)
+        while not fits(tile, gpu, dtype.itemsize, one_pass) and (tile.num_stages > 2 or tile.block_k > 16):
+            stages = tile.num_stages - 1 if tile.num_stages > 2 else tile.num_stages
+            block_k = tile.block_k if tile.num_stages > 2 else tile.block_k // 2
+            tile = replace(tile, num_stages=stages, block_k=block_k)
+        if fits(tile, gpu, dtype.itemsize, one_pass):
+            fitted.append(tile)
+    return fitted
+
+
+def project_tile(gpu: Gpu, m: int, k: int, rank: int, dtype: torch.dtype) -> ProjectTile:
+    """64 rows a program, fewer where there are fewer; K split until every processor has a program."""
+    small = gpu.generation == "interpreter"
+    block_r = rank_block(rank, 128)
+    block_m = 16 if m <= 16 or small else 32 if m <= 32 else 64
+    block_k = 32 if small else (64 if block_r > 64 else 128) * 2 // dtype.itemsize
+    if gpu.shared_bytes < 100_000:
+        block_k //= 2
+    programs = ceil(m / block_m) * ceil(rank / block_r)
+    splits = max(1, min(16, gpu.processors // max(1, programs), k // (4 * block_k)))
+    warps = 8 if block_r > 64 else 4
+    return ProjectTile(block_m, block_k, block_r, splits, warps, 2 if gpu.generation == "gfx942" else 4, gpu.tma)
+
+
+def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype) -> GradsTile:
+    """Up to 256 rows a program, fewer at high rank; columns in as many chunks as keep every processor busy, at most 16."""
+    small = gpu.generation == "interpreter"
+    block_r = rank_block(rank, 128)
+    held = 32 if small else (256 if gpu.shared_bytes > 100_000 else 128) * 2 // dtype.itemsize
+    block_m = min(held if block_r <= 64 else held // 2, max(16, 1 << (max(1, m) - 1).bit_length()))
+    block_c = 32 if small else 64
+    row_chunks = ceil(m / block_m) * ceil(rank / block_r)
+    chunks = max(1, min(16, gpu.processors // max(1, row_chunks), ceil(columns / block_c)))
+    stages = 2 if gpu.generation == "gfx942" else 3
+    return GradsTile(block_m, block_c, block_r, chunks, 8 if block_m >= 128 else 4, stages, gpu.tma)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How an augmented matmul is computed: ``form`` and tile, what it is expected to take, and why."""
+
+    form: str  # "one_pass", "two_pass" or "library"
+    tile: MatmulTile | None
+    seconds: float
+    reason: str
+
+
+def matmul_seconds(
+    gpu: Gpu, tile: MatmulTile, m: int, n: int, k: int, dtype: torch.dtype, precision: str, one_pass: bool
+) -> float:
+    """Whole waves of tiles at the tile's share of the matmul rate, or the bytes of the operands, whichever is longer.
+
+    A tile of 128 x 256 is taken to reach ``gpu.share`` of the library's rate, a smaller one the square root of its
+    arithmetic intensity's share of that tile's. One pass multiplies ``block_r`` more columns.
+    """
+    intensity = tile.block_m * tile.block_n / (tile.block_m + tile.block_n)
+    efficiency = gpu.share * min(1.0, intensity / (128 * 256 / 384)) ** 0.5
+    waves = ceil(ceil(m / tile.block_m) * ceil(n / tile.block_n) / gpu.processors)
+    columns = tile.block_n + (tile.block_r if one_pass else 0)
+    flops = 2.0 * tile.block_m * columns * k * waves * gpu.processors
+    size = dtype.itemsize * (m * k + k * n + m * n)
+    return max(flops / (gpu.rate(dtype, precision) * efficiency), size / gpu.bandwidth) + LAUNCH_SECONDS
+
+
+def library_seconds(gpu: Gpu, m: int, n: int, k: int, rank: int, dtype: torch.dtype, precision: str) -> float:
+    """The low-rank product written first, then the library's matmul on top of it, which reads it under cover."""
+    size = dtype.itemsize * (m * k + k * n + m * n)
+    product = max(2.0 * m * n * k / gpu.rate(dtype, precision), size / gpu.bandwidth)
+    return product + m * n * dtype.itemsize / gpu.bandwidth + 2 * LAUNCH_SECONDS
+
+
+def choose(
+    gpu: Gpu, m: int, n: int, k: int, rank: int, dtype: torch.dtype, precision: str, forms: tuple[str, ...]
+) -> Choice:
+    """The form and tile with the shortest expected time.
+
+    Args:
+        forms: what is possible. "one_pass": x A_catᵀ is computed in the main loop, and the other forms cost a pass over
+            x beside it. Without it their t is there already. "library": the vendor library's matmul on top of the
+            low-rank product.
+    """
+    assumed = _assumed[-1][1] if _assumed else FORMS
+    return _choose(gpu, m, n, k, rank, dtype, precision, forms, tuple(f for f in forms if f in assumed) or forms)
+
+
+@lru_cache(maxsize=4096)
+def _choose(
+    gpu: Gpu,
+    m: int,
+    n: int,
+    k: int,
+    rank: int,
+    dtype: torch.dtype,
+    precision: str,
+    possible: tuple[str, ...],
+    forms: tuple[str, ...],
+) -> Choice:
+    pass_over_x = dtype.itemsize * m * k / gpu.bandwidth + LAUNCH_SECONDS if "one_pass" in possible else 0.0
+    candidates = []
+    for form in forms:
+        before = 0.0 if form == "one_pass" else pass_over_x
+        if form == "library":
+            seconds = library_seconds(gpu, m, n, k, rank, dtype, precision)
+            candidates.append(Choice(form, None, before + seconds, ""))
+            continue
+        for tile in matmul_tiles(gpu, m, rank, dtype, precision, form == "one_pass"):
+            seconds = matmul_seconds(gpu, tile, m, n, k, dtype, precision, form == "one_pass")
+            candidates.append(Choice(form, tile, before + seconds, ""))
+    ranked = sorted(candidates, key=lambda choice: choice.seconds)
+    best = ranked[0]
+    others = {choice.form: choice for choice in reversed(ranked) if choice.form != best.form}
+    against = ", ".join(f"{form} {choice.seconds * 1e6:.1f}" for form, choice in others.items())
+    reason = f"{best.form} by the cost model of {gpu.generation}: {best.seconds * 1e6:.1f} us"
+    return replace(best, reason=f"{reason} against {against}" if against else reason)
