@@ -11,6 +11,8 @@ from .backends import select
 from .linear import ResLoRALinear
 from .model import adapted_layers, record_of, root_of
 
+NOMINAL_TOKENS = 4096  # for which the choice of a backend is shown
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -104,7 +106,7 @@ def table(header: tuple[str, ...], rows: Any) -> str:
 
 
 def _row(name: str, layer: ResLoRALinear) -> LayerRow:
-    x = layer.weight.new_empty(0, layer.in_features)
+    x = layer.weight.new_empty(1, layer.in_features).expand(NOMINAL_TOKENS, -1)
     choice = select.explain(layer.config.backend, x, layer.weight, layer.rank_of_call)
     return LayerRow(
         name=name,

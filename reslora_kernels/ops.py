@@ -168,8 +168,9 @@ def lora_linear(
 
     Raises:
         TypeError: an argument has the wrong type; the message names it.
-        ValueError: a shape, dtype, device or scalar is not as above; the message names it.
-        RuntimeError: ``backend`` cannot run on this machine or cannot serve this call.
+        ValueError: a shape, dtype, device or scalar is not as above, or not one that ``backend`` serves; the message
+            names it.
+        RuntimeError: ``backend`` cannot run on this machine.
     """
     _check_types(x, weight, bias, a_stack, b_stack, residual, scaling, c, p, seed, hand, backend)
     device_type = x.device.type

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import warnings
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
 
-PREFERENCE = ("cuda", "triton", "torch")  # "auto" takes the first that can serve the call
+from ..kernels.measured import nearest
+
+PREFERENCE = ("triton", "cuda", "torch")  # "auto" takes the first that can serve the call, unless another was faster
+OVERRIDE = "RESLORA_BACKEND"
+MOST_KINDS = 10_000  # of calls that are remembered
+_chosen: dict[tuple[object, ...], ModuleType] = {}
 
 
 class Status(NamedTuple):
@@ -55,8 +62,17 @@ def status() -> list[Status]:
     return rows
 
 
+def override() -> str | None:
+    """The backend that the environment asks for whatever the code says; None when it leaves the choice."""
+    name = os.environ.get(OVERRIDE, "auto")
+    if name not in ("auto", *PREFERENCE):
+        raise ValueError(f"{OVERRIDE} must be one of 'auto', {', '.join(map(repr, PREFERENCE))}, got {name!r}")
+    return None if name == "auto" else name
+
+
 def check(backend: str) -> None:
-    """Raise a RuntimeError unless ``backend`` is "auto" or can run on this machine."""
+    """Raise a RuntimeError unless ``backend``, or what the environment puts in its place, can run on this machine."""
+    backend = override() or backend
     if backend != "auto" and (reason := unavailable_reason(backend)):
         usable = ", ".join(
             repr(name) for name in ("auto", *PREFERENCE) if name == "auto" or not unavailable_reason(name)
@@ -65,28 +81,68 @@ def check(backend: str) -> None:
 
 
 def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> Choice:
-    """The backend that serves x [M, K] with weight [N, K] and ``rank`` rows of A, with the reason."""
-    if backend != "auto":
-        check(backend)
-        reason = _require(backend).unsupported_reason(x, weight, rank)
-        if reason:
-            raise RuntimeError(f"backend {backend!r} cannot serve this call: {reason}; use backend='auto' or 'torch'")
-        return Choice(backend, "asked for")
+    """The backend that serves x [M, K] with weight [N, K] and ``rank`` rows of A, with the reason.
+
+    Raises:
+        RuntimeError: the backend asked for cannot run on this machine.
+        ValueError: it can, but not with these arguments.
+    """
+    asked = override()
+    if asked or backend != "auto":
+        name = asked or backend
+        check(name)
+        module = _require(name)
+        if reason := module.unsupported_reason(x, weight, rank):
+            raise ValueError(f"backend {name!r}: {reason}; use backend='auto' or 'torch'")
+        why = f"{OVERRIDE}={name}" if asked else "asked for"
+        return Choice(name, f"{why}; {module.explain(x, weight, rank)}")
+    if x.device.type == "cpu":
+        return Choice("torch", f"x is on the CPU; {_require('torch').explain(x, weight, rank)}")
     passed_over: list[str] = []
+    able: list[str] = []
     for name in PREFERENCE:
-        module = _load(name)
-        if module is None:
-            continue
-        reason = unavailable_reason(name) or module.unsupported_reason(x, weight, rank)
+        if reason := unavailable_reason(name):
+            _warn_of_missing(name, reason)
+        else:
+            reason = _require(name).unsupported_reason(x, weight, rank)
         if reason is None:
-            return Choice(name, "; ".join(passed_over) or "fastest backend of this release")
-        passed_over.append(f"{name}: {reason}")
-    raise RuntimeError(f"no backend can serve this call: {'; '.join(passed_over)}")
+            able.append(name)
+        else:
+            passed_over.append(f"{name}: {reason}")
+    name, why = _fastest(able, x, weight, rank)
+    return Choice(name, "; ".join([why, _require(name).explain(x, weight, rank), *passed_over]))
 
 
 def choose(backend: str, x: Tensor, weight: Tensor, rank: int) -> ModuleType:
-    """The module whose ``forward`` and ``backward`` serve this call."""
-    return _require(explain(backend, x, weight, rank).name)
+    """The module whose ``forward`` and ``backward`` serve this call; found once for each kind of call."""
+    kind = (backend, os.environ.get(OVERRIDE), x.device, x.dtype, x.shape, weight.shape, rank)
+    module = _chosen.get(kind)
+    if module is None:
+        module = _require(explain(backend, x, weight, rank).name)
+        if len(_chosen) >= MOST_KINDS:
+            _chosen.clear()
+        _chosen[kind] = module
+    return module
+
+
+def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int) -> tuple[str, str]:
+    """The first backend by preference, unless the committed table knows a faster one near this shape."""
+    if "triton" in able and x.numel() and weight.numel():
+        generation = _require("triton").generation(x.device)
+        sizes = {"m": x.shape[0], "n": weight.shape[0], "k": weight.shape[1], "rank": rank}
+        row = nearest(generation, "calls", sizes, {"dtype": str(x.dtype)})
+        times = {name: row["microseconds"][name] for name in able if name in row["microseconds"]} if row else {}
+        if times:
+            name = min(times, key=times.__getitem__)
+            return name, f"measured fastest near this shape ({times[name]:.0f} us)"
+    return able[0], "first choice"
+
+
+@cache
+def _warn_of_missing(name: str, reason: str) -> None:
+    """Once, where a GPU is in use: the fused kernels are not."""
+    if name == "triton":
+        warnings.warn(f"reslora_kernels runs without its Triton kernels: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _require(name: str) -> ModuleType:

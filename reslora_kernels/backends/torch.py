@@ -24,6 +24,10 @@ def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
     return None
 
 
+def explain(x: Tensor, weight: Tensor, rank: int) -> str:
+    return "the low-rank product first, the frozen matmul on top of it in place"
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -109,11 +113,10 @@ def backward(
 
 
 def product_then_matmul(t: Tensor, b: Tensor, scale: float, bias: Tensor | None, x: Tensor, w: Tensor) -> Tensor:
-    """scale t b + bias + x w: the low-rank product [M, R] [R, N] first, the matmul [M, K] [K, N] on top of it in place."""
-    if bias is not None:
-        y = torch.addmm(bias, t, b, alpha=scale)
-    else:
-        y = t @ b if scale == 1 else (t @ b).mul_(scale)
+    """scale t b + bias + x w: the low-rank product [M, R] [R, N], then the matmul [M, K] [K, N] on it in place."""
+    if scale == 1 and bias is None:
+        return (t @ b).addmm_(x, w)
+    y = (t @ b).mul_(scale) if bias is None else torch.addmm(bias, t, b, alpha=scale)
     return y.addmm_(x, w)
 
 

@@ -27,8 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def describe() -> str:
-    where = "CPU interpreter" if _interpreted() else torch.cuda.get_device_name()
-    return f"Triton {version('triton')} kernels on {where}"
+    return f"Triton {version('triton')} kernels"
 
 
 @cache
@@ -40,7 +39,7 @@ def unavailable_reason() -> str | None:
     if tuple(int(part) for part in installed.split(".")[:2]) < MIN_TRITON:
         return f"Triton {installed} is too old, {'.'.join(map(str, MIN_TRITON))} is needed (torch 2.8 brings it along)"
     if _interpreted():
-        return None
+        return "TRITON_INTERPRET is set, and Triton's CPU interpreter is for tests of the kernels only"
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
     capability = torch.cuda.get_device_capability()
@@ -50,7 +49,7 @@ def unavailable_reason() -> str | None:
 
 
 def _interpreted() -> bool:
-    """Whether Triton runs its kernels in its CPU interpreter: a debugging aid, thousands of times slower."""
+    """Whether Triton runs its kernels in its CPU interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -78,6 +77,13 @@ def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
     if rank > MAX_RANK:
         return f"a_stack's total rank must be at most {MAX_RANK}, got {rank}"
     return None
+
+
+def generation(device: torch.device) -> str:
+    """The GPU generation under which measurements of this device are filed."""
+    from ..kernels.tiles import gpu_of
+
+    return gpu_of(device).generation
 
 
 def explain(x: Tensor, weight: Tensor, rank: int) -> str:
@@ -113,23 +119,20 @@ def forward(
     u = x.new_empty(m, b_cat.shape[1])
     handed = x.new_empty(m, hand_stop - hand_start)
     to_hand = handed if handed.numel() else None
+    t: Tensor | OnePass = u
     with _device(x):
         if choice.form == "one_pass":
-            y = x.new_empty(m, n)
-            one_pass = OnePass(a_cat, c, residual, u, to_hand, hand_start)
-            augmented_matmul(
-                x, weight.T, bias, one_pass, b_cat.T, y, scale=scaling, gpu=gpu, tile=choice.tile
-            ).run()  # fmt: skip
-            return y, handed, u
-        for launch in project(
-            x, a_cat, residual, seed, u, to_hand, hand_start, c=c, threshold=dropout.threshold(p),
-            keep_scale=_keep_scale(seed, p), tile=project_tile(gpu, m, k, rank, x.dtype),
-        ):  # fmt: skip
-            launch.run()
-        if choice.form == "library":
+            t = OnePass(a_cat, c, residual, u, to_hand, hand_start)
+        else:
+            for launch in project(
+                x, a_cat, residual, seed, u, to_hand, hand_start, c=c, threshold=dropout.threshold(p),
+                keep_scale=_keep_scale(seed, p), tile=project_tile(gpu, m, k, rank, x.dtype),
+            ):  # fmt: skip
+                launch.run()
+        if choice.tile is None:
             return library.product_then_matmul(u, b_cat.T.to(x.dtype), scaling, bias, x, weight.T), handed, u
         y = x.new_empty(m, n)
-        augmented_matmul(x, weight.T, bias, u, b_cat.T, y, scale=scaling, gpu=gpu, tile=choice.tile).run()
+        augmented_matmul(x, weight.T, bias, t, b_cat.T, y, scale=scaling, gpu=gpu, tile=choice.tile).run()
         return y, handed, u
 
 
@@ -167,9 +170,9 @@ def backward(
     da = torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else None
     db = torch.empty_like(b_cat, memory_format=torch.contiguous_format) if need_db else None
     dresidual = dy.new_empty(m, rank_b) if need_dresidual else None
-    dx, keep_scale = None, _keep_scale(seed, p)
-    need_du = need_dx or need_da or need_dresidual
-    da_left = db_left = None
+    dh = dy.new_empty(m, rank) if need_dx else None
+    dx, du, da_left, db_left = None, None, None, None
+    keep_scale, need_du = _keep_scale(seed, p), need_dx or need_da or need_dresidual
     with _device(dy):
         if need_du or need_db:
             launch, du, db_left = low_rank_grads.pass_over_dy(
@@ -177,8 +180,7 @@ def backward(
                 tile=grads_tile(gpu, m, n, rank_b, dy.dtype),
             )  # fmt: skip
             launch.run()
-        if need_du:
-            dh = dy.new_empty(m, rank) if need_dx else None
+        if du is not None:
             masked = seed if need_dx or need_da else None
             bits = dy.new_empty(m, -(-k // 32), dtype=torch.int32) if need_dx and seed is not None else None
             launch, da_left = low_rank_grads.pass_over_x(
@@ -187,10 +189,10 @@ def backward(
                 threshold=dropout.threshold(p), keep_scale=keep_scale, tile=grads_tile(gpu, m, k, rank, dy.dtype),
             )  # fmt: skip
             launch.run()
-        if need_dx:
+        if dh is not None:
             forms = ("two_pass", "library") if bits is None else ("two_pass",)
             choice = choose(gpu, m, k, n, rank, dy.dtype, precision(dy.dtype), forms)
-            if choice.form == "two_pass":
+            if choice.tile is not None:
                 dx = dy.new_empty(m, k)
                 augmented_matmul(
                     dy, weight, None, dh, a_cat, dx, scale=keep_scale, gpu=gpu, tile=choice.tile, bits=bits,

@@ -6,8 +6,6 @@ import importlib
 import json
 import os
 import platform
-import shutil
-import subprocess
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import Annotated, Any, NamedTuple
@@ -19,7 +17,18 @@ from rich.table import Table
 
 from reslora_kernels._version import __version__
 from reslora_kernels.backends import select
-from reslora_kernels.cli.toolchain import compiler_version, find_cxx, find_nvcc
+from reslora_kernels.cli.toolchain import (
+    OLDEST_ARCHITECTURE,
+    OLDEST_NVCC,
+    Driver,
+    compiler_version,
+    find_cxx,
+    find_driver,
+    find_nvcc,
+    number,
+    runs_on,
+    version_number,
+)
 from reslora_kernels.cli.verify import cases, check_case
 
 CORE = ("torch", "safetensors", "typer", "rich")
@@ -28,6 +37,7 @@ EXTRAS = {
     "diffusion": ("diffusers",),
     "plots": ("matplotlib", "jinja2"),
 }
+BUILD = "`RESLORA_CUDA=1 pip install --force-reinstall --no-deps .` in the source folder"
 
 
 class Library(NamedTuple):
@@ -73,11 +83,12 @@ def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print JSON 
 def examine() -> dict[str, Any]:
     """Everything doctor reports, as plain values ready for JSON."""
     libraries, compilers, build = find_libraries(), find_compilers(), build_record()
-    gpus, driver = find_gpus(), driver_version()
+    gpus, driver = find_gpus(), find_driver()
     smoke_tests = [smoke_test(status) for status in select.status()]
     gaps = {f"{library.name} is not installed": library.fix for library in libraries if library.fix}
-    if driver and not gpus:
+    if driver and driver.capabilities and not gpus:
         gaps["torch cannot use the GPU of this machine"] = gpu_fix()
+    gaps |= extension_gaps(build, driver)
     gaps |= {
         f"the {test.backend} backend fails its smoke test": "report it with the output of `reslora doctor --json`"
         for test in smoke_tests
@@ -90,7 +101,7 @@ def examine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "libraries": [row._asdict() for row in libraries],
         "gpus": [gpu._asdict() for gpu in gpus],
-        "driver": driver,
+        "driver": driver and driver._asdict(),
         "torch_cuda": torch.version.cuda,
         "compilers": [row._asdict() for row in compilers],
         "build": build,
@@ -130,19 +141,6 @@ def find_gpus() -> list[Gpu]:
     return gpus
 
 
-def driver_version() -> str | None:
-    """The NVIDIA driver's version as nvidia-smi tells it; None without a driver."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return None
-    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        finished = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return finished.stdout.split()[0] if finished.returncode == 0 and finished.stdout.strip() else None
-
-
 def gpu_fix() -> str:
     if torch.version.cuda is None:
         return "install a CUDA build of torch (https://pytorch.org/get-started/locally)"
@@ -156,13 +154,48 @@ def build_record() -> dict[str, Any]:
     try:
         record = importlib.import_module("reslora_kernels._build_info")
     except ModuleNotFoundError:
-        return {"cuda_built": False, "reason": "running from a source tree, not built", "nvcc": None, "python": None}
+        reason = "running from a source tree, not built"
+        return {"cuda_built": False, "reason": reason, "architectures": [], "nvcc": None, "python": None}
     return {
         "cuda_built": record.CUDA_BUILT,
         "reason": record.CUDA_REASON,
+        "architectures": list(record.CUDA_ARCHS),
         "nvcc": record.NVCC,
         "python": record.PYTHON,
     }
+
+
+def extension_gaps(build: dict[str, Any], driver: Driver | None) -> dict[str, str]:
+    """What keeps the CUDA extension from the GPUs that the driver shows, each with its fix."""
+    capabilities = [name for name in driver.capabilities if number(name) >= OLDEST_ARCHITECTURE] if driver else []
+    if not driver or not capabilities or build["reason"].startswith("RESLORA_CUDA=0"):
+        return {}
+    if not build["cuda_built"]:
+        toolkit = f"CUDA toolkit {'.'.join(map(str, OLDEST_NVCC))} or newer"
+        first = "see to that, then" if find_nvcc() else f"install the {toolkit} (or point CUDA_HOME at it), then"
+        return {f"the CUDA extension is not built: {build['reason']}": f"{first} {BUILD}"}
+    served, needed = version_number(driver.cuda), version_number(build["nvcc"])
+    update = f"update the NVIDIA driver to one for CUDA {build['nvcc']} or newer"
+    if served[0] < needed[0]:
+        gap = f"the driver serves CUDA up to {driver.cuda}, the CUDA extension was built with {build['nvcc']}"
+        return {gap: f"{update}, or point CUDA_HOME at a CUDA {served[0]} toolkit and run {BUILD}"}
+    gaps = {}
+    for capability in capabilities:
+        if any(runs_on(name, capability) for name in build["architectures"]):
+            continue
+        through_ptx = any(
+            name.endswith("+PTX") and number(name) <= number(capability) for name in build["architectures"]
+        )
+        if not through_ptx:
+            built_for = ", ".join(build["architectures"])
+            gap = f"the CUDA extension was built for {built_for}, not for this GPU's compute capability {capability}"
+            gaps[gap] = f"run {BUILD} on this machine"
+        elif served < needed:
+            gap = (
+                f"the driver, of CUDA {driver.cuda}, cannot compile the extension's PTX of {build['nvcc']} for this GPU"
+            )
+            gaps[gap] = f"{update}, or run {BUILD} on this machine"
+    return gaps
 
 
 def smoke_test(status: select.Status) -> SmokeTest:
@@ -191,12 +224,14 @@ def show(findings: dict[str, Any]) -> None:
     gpus = gpus or [
         ("none", f"torch built for CUDA {cuda}" if (cuda := findings["torch_cuda"]) else "torch built without CUDA")
     ]
-    console.print(table("GPUs", [*gpus, ("driver", findings["driver"] or "none")]))
+    driver = findings["driver"]
+    console.print(table("GPUs", [*gpus, ("driver", f"serves CUDA up to {driver['cuda']}" if driver else "none")]))
     compilers = [
         (row["name"], f"{row['version']} ({row['path']})" if row["path"] else "none") for row in findings["compilers"]
     ]
     build = findings["build"]
-    built = "built" if build["cuda_built"] else f"not built: {build['reason']}"
+    built = f"built by nvcc {build['nvcc']} for {', '.join(build['architectures'])}"
+    built = built if build["cuda_built"] else f"not built: {build['reason']}"
     console.print(table("Compilers", [*compilers, ("CUDA extension", built)]))
     verdicts = {True: "works", False: "FAILS", None: "not here"}
     console.print(table("Backends", [(t["backend"], verdicts[t["passed"]], t["detail"]) for t in findings["backends"]]))

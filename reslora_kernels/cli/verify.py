@@ -86,7 +86,7 @@ def served_dtype(case: GoldenCase, backend: str) -> torch.dtype:
     x, weight = case.series("x")[0].flatten(0, -2), case.series("weight")[0]
     try:
         select.explain(backend, x.to(device()), weight.to(device()), case.config.r)
-    except RuntimeError:
+    except ValueError:
         return torch.float32
     return torch.float64
 

@@ -202,7 +202,7 @@ def augmented_matmul(
         sums: two sums that the programs finish after their tiles.
     """
     (m, k), n = x.shape, w.shape[1]
-    one_pass = t if isinstance(t, OnePass) else None
+    one_pass, given = (t, None) if isinstance(t, OnePass) else (None, t)
     k_major = w.stride(0) == 1
     stored = w.T if k_major else w  # the way the rows are contiguous
     w_block = (tile.block_n, tile.block_k) if k_major else (tile.block_k, tile.block_n)
@@ -220,7 +220,7 @@ def augmented_matmul(
             "x": descriptor(x, tile.block_m, tile.block_k) if x_tma else x,
             "w": descriptor(stored, *w_block) if w_tma else w,
             "bias": bias,
-            "t": None if one_pass else t,
+            "t": given,
             "a": one_pass.a if one_pass else None,
             "b": b,
             "bits": bits,
@@ -242,7 +242,7 @@ def augmented_matmul(
             "x_column": x.stride(1),
             "w_k": w.stride(0),
             "w_n": w.stride(1),
-            "t_row": 0 if one_pass else t.stride(0),
+            "t_row": 0 if given is None else given.stride(0),
             "a_row": one_pass.a.stride(0) if one_pass else 0,
             "a_column": one_pass.a.stride(1) if one_pass else 0,
             "b_row": b.stride(0),

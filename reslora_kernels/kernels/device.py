@@ -111,7 +111,7 @@ def side_channel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """What becomes of a rank-r product, in float32: returns factor * product + extra, stores it and raw_factor * product.
+    """Returns factor * product + extra of a rank-r product, in float32; stores it, and raw_factor * product.
 
     Forward: product is x A_catᵀ, the result u, extra the residual, raw what is handed on. Backward: product is
     dy B_cat, the result dh, extra the gradient of what was handed on, raw the gradient of the residual.

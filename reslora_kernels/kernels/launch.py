@@ -1,4 +1,4 @@
-"""A kernel launch as a value: what runs, on what, with which configuration. It can be run, counted or compiled offline."""
+"""A kernel launch as a value: what runs, on what, in which configuration. To be run, counted or compiled offline."""
 
 from __future__ import annotations
 

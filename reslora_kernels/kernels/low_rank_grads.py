@@ -1,7 +1,7 @@
 """dh, dA_cat and dB_cat: one pass over dy, one over x, both tall reductions over tokens.
 
-A program holds BLOCK_M rows of the rank-r operand and lets its chunk of the columns of dy (or x) stream by: every block
-gives a block of the outer product, and dy's also adds to du = dy B_cat of those rows. Products over one part of the rows
+A program holds BLOCK_M rows of the rank-r operand and lets its chunk of the columns of dy (or x) stream by: each block
+gives a block of the outer product, and dy's also adds to du = dy B_cat of those rows. Products over a part of the rows
 or columns go to float32 workspaces; whoever needs a sum adds the parts in order. No atomics.
 
 The pass over x draws the dropout mask of x once more and leaves it as packed bits for the matmul that makes dx.

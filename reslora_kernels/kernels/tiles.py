@@ -1,4 +1,4 @@
-"""Which blocks a kernel works in: frozen configurations for each GPU generation, one validity predicate, one cost model.
+"""Which blocks a kernel works in: frozen configurations for each GPU generation, a validity predicate, a cost model.
 
 Nothing is tuned at run time: processes of one job must choose alike, and a choice must hold inside a captured graph.
 The rates below only rank candidates. They are data-sheet figures times what large matmuls commonly reach, except for
@@ -14,6 +14,8 @@ from functools import cache, lru_cache
 from math import ceil
 
 import torch
+
+from .measured import nearest
 
 MAX_RANK = 1024
 LAUNCH_SECONDS = 3e-6  # from one kernel to a dependent next one, its ramp-up included
@@ -50,16 +52,16 @@ GENERATIONS = {
 }
 _SIMILAR = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120", "gfx940": "gfx942"}
 FORMS = ("one_pass", "two_pass", "library")
-_assumed: list[tuple[Gpu, tuple[str, ...]]] = []
+_assumed: list[tuple[Gpu, tuple[str, ...], MatmulTile | None]] = []
 
 
 @contextmanager
-def assume(gpu: Gpu, forms: tuple[str, ...] = FORMS) -> Iterator[None]:
-    """Choose for ``gpu``, and among ``forms`` where one of them is possible, whatever this machine has.
+def assume(gpu: Gpu, forms: tuple[str, ...] = FORMS, tile: MatmulTile | None = None) -> Iterator[None]:
+    """Choose for ``gpu``, among ``forms`` where one of them is possible, and this tile, whatever is known of speeds.
 
-    For compiling without a GPU, for tests and for measuring one form against another.
+    For compiling without a GPU, for tests and for measuring one form or tile against another.
     """
-    _assumed.append((gpu, forms))
+    _assumed.append((gpu, forms, tile))
     try:
         yield
     finally:
@@ -138,7 +140,7 @@ class ProjectTile:
 
 @dataclass(frozen=True)
 class GradsTile:
-    """Blocks of the two gradient passes: ``block_m`` rows stay with a program, blocks of ``block_c`` columns stream by."""
+    """Blocks of the gradient passes: ``block_m`` rows stay with a program, blocks of ``block_c`` columns stream by."""
 
     block_m: int
     block_c: int
@@ -235,10 +237,10 @@ def matmul_tiles(gpu: Gpu, m: int, rank: int, dtype: torch.dtype, precision: str
 
 
 def project_tile(gpu: Gpu, m: int, k: int, rank: int, dtype: torch.dtype) -> ProjectTile:
-    """64 rows a program, fewer where there are fewer; K split until every processor has a program."""
+    """64 rows a program, 32 or 16 where those leave processors idle; then K is split until every one has a program."""
     small = gpu.generation == "interpreter"
     block_r = rank_block(rank, 128)
-    block_m = 16 if m <= 16 or small else 32 if m <= 32 else 64
+    block_m = 16 if small else next((rows for rows in (64, 32) if ceil(m / rows) >= 0.75 * gpu.processors), 16)
     block_k = 32 if small else (64 if block_r > 64 else 128) * 2 // dtype.itemsize
     if gpu.shared_bytes < 100_000:
         block_k //= 2
@@ -249,7 +251,7 @@ def project_tile(gpu: Gpu, m: int, k: int, rank: int, dtype: torch.dtype) -> Pro
 
 
 def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype) -> GradsTile:
-    """Up to 256 rows a program, fewer at high rank; columns in as many chunks as keep every processor busy, at most 16."""
+    """Up to 256 rows a program, fewer at high rank; at most 16 chunks of columns, to keep every processor busy."""
     small = gpu.generation == "interpreter"
     block_r = rank_block(rank, 128)
     held = 32 if small else (256 if gpu.shared_bytes > 100_000 else 128) * 2 // dtype.itemsize
@@ -285,7 +287,7 @@ def matmul_seconds(
     columns = tile.block_n + (tile.block_r if one_pass else 0)
     flops = 2.0 * tile.block_m * columns * k * waves * gpu.processors
     size = dtype.itemsize * (m * k + k * n + m * n)
-    return max(flops / (gpu.rate(dtype, precision) * efficiency), size / gpu.bandwidth) + LAUNCH_SECONDS
+    return float(max(flops / (gpu.rate(dtype, precision) * efficiency), size / gpu.bandwidth) + LAUNCH_SECONDS)
 
 
 def library_seconds(gpu: Gpu, m: int, n: int, k: int, rank: int, dtype: torch.dtype, precision: str) -> float:
@@ -298,15 +300,16 @@ def library_seconds(gpu: Gpu, m: int, n: int, k: int, rank: int, dtype: torch.dt
 def choose(
     gpu: Gpu, m: int, n: int, k: int, rank: int, dtype: torch.dtype, precision: str, forms: tuple[str, ...]
 ) -> Choice:
-    """The form and tile with the shortest expected time.
+    """The form and tile that were fastest where this was measured, else those with the shortest expected time.
 
     Args:
         forms: what is possible. "one_pass": x A_catᵀ is computed in the main loop, and the other forms cost a pass over
             x beside it. Without it their t is there already. "library": the vendor library's matmul on top of the
             low-rank product.
     """
-    assumed = _assumed[-1][1] if _assumed else FORMS
-    return _choose(gpu, m, n, k, rank, dtype, precision, forms, tuple(f for f in forms if f in assumed) or forms)
+    _, wanted, tile = _assumed[-1] if _assumed else (gpu, FORMS, None)
+    narrowed = tuple(form for form in forms if form in wanted) or forms
+    return _choose(gpu, m, n, k, rank, dtype, precision, forms, narrowed, tile)
 
 
 @lru_cache(maxsize=4096)
@@ -320,7 +323,16 @@ def _choose(
     precision: str,
     possible: tuple[str, ...],
     forms: tuple[str, ...],
+    wanted_tile: MatmulTile | None,
 ) -> Choice:
+    if forms == possible and wanted_tile is None:
+        sizes = {"m": m, "n": n, "k": k, "rank": rank}
+        row = nearest(gpu.generation, "matmuls", sizes, {"dtype": str(dtype), "one_pass": "one_pass" in possible})
+        if row and row["form"] in possible:
+            tile = MatmulTile(**row["tile"]) if row["tile"] else None
+            if tile is not None:
+                tile = replace(tile, block_r=rank_block(rank, 64))
+            return Choice(row["form"], tile, row["seconds"], f"{row['form']}, measured fastest near this shape")
     pass_over_x = dtype.itemsize * m * k / gpu.bandwidth + LAUNCH_SECONDS if "one_pass" in possible else 0.0
     candidates = []
     for form in forms:
@@ -329,7 +341,8 @@ def _choose(
             seconds = library_seconds(gpu, m, n, k, rank, dtype, precision)
             candidates.append(Choice(form, None, before + seconds, ""))
             continue
-        for tile in matmul_tiles(gpu, m, rank, dtype, precision, form == "one_pass"):
+        tiles = matmul_tiles(gpu, m, rank, dtype, precision, form == "one_pass")
+        for tile in [replace(wanted_tile, block_r=rank_block(rank, 64))] if wanted_tile else tiles:
             seconds = matmul_seconds(gpu, tile, m, n, k, dtype, precision, form == "one_pass")
             candidates.append(Choice(form, tile, before + seconds, ""))
     ranked = sorted(candidates, key=lambda choice: choice.seconds)
