@@ -174,7 +174,7 @@ def lora_linear(
     """
     _check_types(x, weight, bias, a_stack, b_stack, residual, scaling, c, p, seed, hand, backend)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, bias, residual = (_autocast(t, dtype) for t in (x, weight, bias, residual))  # type: ignore[assignment]
         with torch.autocast(device_type, enabled=False):

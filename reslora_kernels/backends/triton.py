@@ -191,7 +191,7 @@ def backward(
             launch.run()
         if dh is not None:
             forms = ("two_pass", "library") if bits is None else ("two_pass",)
-            choice = choose(gpu, m, k, n, rank, dy.dtype, precision(dy.dtype), forms)
+            choice = choose(gpu, m, k, n, rank, dy.dtype, precision(dy.dtype), forms, _aligned(dy, weight))
             if choice.tile is not None:
                 dx = dy.new_empty(m, k)
                 augmented_matmul(
@@ -219,7 +219,14 @@ def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, s
     one_pass = seed is None and rank <= ONE_PASS_RANK and (x.dtype != torch.float16 or abs(scaling) <= 1)
     forms = ("one_pass", "two_pass", "library") if one_pass else ("two_pass", "library")
     (m, k), n = x.shape, weight.shape[0]
-    return choose(gpu_of(x.device), m, n, k, rank, x.dtype, precision(x.dtype), forms)
+    return choose(gpu_of(x.device), m, n, k, rank, x.dtype, precision(x.dtype), forms, _aligned(x, weight))
+
+
+def _aligned(*operands: Tensor) -> bool:
+    """Whether 16 bytes at a time can be loaded from every operand, along its rows or its columns."""
+    from ..kernels.launch import fits_tma
+
+    return all(fits_tma(operand) or fits_tma(operand.T) for operand in operands)
 
 
 def _keep_scale(seed: Tensor | None, p: float) -> float:

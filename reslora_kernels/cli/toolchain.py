@@ -16,6 +16,7 @@ OLDEST_NVCC = (12, 0)  # the first that knows 90a
 OLDEST_ARCHITECTURE = 80  # Ampere: mma.sync on bf16 and tf32, cp.async
 USUAL_ARCHITECTURES = ("80", "89", "90a", "100", "120")
 WITH_SUFFIX = {"90": "90a"}  # chips whose own instructions need the architecture-specific target
+USUAL_NVCC_FOLDER = "/usr/local/cuda/bin"
 LIBCUDA = "libcuda.so.1"
 
 
@@ -31,7 +32,7 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which("nvcc", path=str(Path(home) / "bin"))
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=USUAL_NVCC_FOLDER)
 
 
 def find_cxx() -> str | None:

@@ -20,6 +20,32 @@ from .tiles import GradsTile
 
 
 @triton.jit
+def outer_product(stream, held, STREAM_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """streamᵀ held [BLOCK_C, BLOCK_R], or its transpose.
+
+    Hopper and Blackwell multiply straight from shared memory, 64 rows at least: the stream comes first. Others load the
+    second operand more cheaply, and 16 rows are enough.
+    """
+    if STREAM_FIRST:
+        product = tl.dot(tl.trans(stream), held, input_precision=PRECISION)
+    else:
+        product = tl.dot(tl.trans(held), stream, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def store_product(out, product, c, j, columns, rank, column_stride, rank_stride, STREAM_FIRST: tl.constexpr):
+    """Put the product of columns c and ranks j where they belong."""
+    value = product.to(out.dtype.element_ty)
+    if STREAM_FIRST:
+        at = out + c[:, None].to(tl.int64) * column_stride + j[None, :].to(tl.int64) * rank_stride
+        tl.store(at, value, mask=(c < columns)[:, None] & (j < rank)[None, :])
+    else:
+        at = out + c[None, :].to(tl.int64) * column_stride + j[:, None].to(tl.int64) * rank_stride
+        tl.store(at, value, mask=(c < columns)[None, :] & (j < rank)[:, None])
+
+
+@triton.jit
 def pass_over_dy_kernel(
     dy,
     b,
@@ -40,6 +66,7 @@ def pass_over_dy_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TMA: tl.constexpr,
+    STREAM_FIRST: tl.constexpr,
     WHOLE_N: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -58,10 +85,9 @@ def pass_over_dy_kernel(
             b_block = load_block(b, start, column, n, rank, b_row, b_column, BLOCK_C, BLOCK_R, False, False)
             du = tl.dot(dy_block, b_block.to(DTYPE), du, input_precision=PRECISION)
         if db_partial is not None:
-            db = tl.dot(tl.trans(dy_block), u_block, input_precision=PRECISION) * db_scale
             c = start + tl.arange(0, BLOCK_C)
-            at = db_rows + c[:, None].to(tl.int64) * rank + j[None, :]
-            tl.store(at, db.to(db_partial.dtype.element_ty), mask=(c < n)[:, None] & (j < rank)[None, :])
+            db = outer_product(dy_block, u_block, STREAM_FIRST, PRECISION) * db_scale
+            store_product(db_rows, db, c, j, n, rank, rank, 1, STREAM_FIRST)
     if du_partial is not None:
         i = row + tl.arange(0, BLOCK_M)
         at = du_partial + (part.to(tl.int64) * m + i[:, None]) * rank + j[None, :]
@@ -99,6 +125,7 @@ def pass_over_x_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TMA: tl.constexpr,
+    STREAM_FIRST: tl.constexpr,
     WHOLE_K: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -117,6 +144,8 @@ def pass_over_x_kernel(
         seed_value = tl.load(seed)
     if (da_partial is not None) or (seed is not None):
         t_block = value.to(DTYPE)
+        if da_partial is not None:
+            da_rows = da_partial + tl.program_id(0).to(tl.int64) * k * rank
         for start in range(part * chunk, min(k, (part + 1) * chunk), BLOCK_C):
             if da_partial is not None:
                 x_block = load_block(x, row, start, m, k, x_row, x_column, BLOCK_M, BLOCK_C, TMA, WHOLE_K)
@@ -130,10 +159,9 @@ def pass_over_x_kernel(
                 if da_partial is not None:
                     x_block = tl.where(unpack_bits(keep, BLOCK_M, BLOCK_C // 8, 8), x_block, 0.0)
             if da_partial is not None:
-                da = tl.dot(tl.trans(x_block), t_block, input_precision=PRECISION) * da_scale
                 c = start + tl.arange(0, BLOCK_C)
-                at = da_partial + (tl.program_id(0).to(tl.int64) * rank + j[None, :]) * k + c[:, None]
-                tl.store(at, da.to(da_partial.dtype.element_ty), mask=(c < k)[:, None] & (j < rank)[None, :])
+                da = outer_product(x_block, t_block, STREAM_FIRST, PRECISION) * da_scale
+                store_product(da_rows, da, c, j, k, rank, 1, k, STREAM_FIRST)
 
 
 @triton.jit
@@ -185,6 +213,7 @@ def pass_over_dy(
             "BLOCK_C": tile.block_c,
             "BLOCK_R": tile.block_r,
             "TMA": tma,
+            "STREAM_FIRST": tile.stream_first,
             "WHOLE_N": n % tile.block_c == 0,
             "PRECISION": precision(dy.dtype),
             "DTYPE": TRITON_DTYPE[dy.dtype],
@@ -265,6 +294,7 @@ def pass_over_x(
             "BLOCK_C": tile.block_c,
             "BLOCK_R": tile.block_r,
             "TMA": tma,
+            "STREAM_FIRST": tile.stream_first,
             "WHOLE_K": k % tile.block_c == 0,
             "PRECISION": precision(x.dtype),
             "DTYPE": TRITON_DTYPE[x.dtype],

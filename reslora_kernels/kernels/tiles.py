@@ -29,6 +29,7 @@ class Gpu:
     processors: int
     shared_bytes: int  # one program may use
     tma: bool
+    shared_operands: bool  # the matrix unit reads shared memory itself; elsewhere operands pass through registers
     flops: float
     bandwidth: float
     share: float  # of the vendor library's matmul rate that a Triton matmul is taken to reach
@@ -41,23 +42,22 @@ class Gpu:
 
 
 GENERATIONS = {
-    "sm_80": Gpu("sm_80", 108, 166_912, False, 250e12, 1.7e12, 0.95),
-    "sm_89": Gpu("sm_89", 128, 101_376, False, 150e12, 0.9e12, 0.95),
-    "sm_90": Gpu("sm_90", 132, 232_448, True, 790e12, 4.3e12, 0.88),
-    "sm_100": Gpu("sm_100", 148, 232_448, True, 1500e12, 7.0e12, 0.88),
-    "sm_120": Gpu("sm_120", 170, 101_376, True, 200e12, 1.6e12, 0.92),
-    "gfx942": Gpu("gfx942", 304, 65_536, False, 700e12, 4.0e12, 0.85),
-    "default": Gpu("default", 64, 65_536, False, 100e12, 0.5e12, 0.85),
-    "interpreter": Gpu("interpreter", 4, 232_448, True, 1e9, 1e8, 1.0),
+    "sm_80": Gpu("sm_80", 108, 166_912, False, False, 250e12, 1.7e12, 0.95),
+    "sm_89": Gpu("sm_89", 128, 101_376, False, False, 150e12, 0.9e12, 0.95),
+    "sm_90": Gpu("sm_90", 132, 232_448, True, True, 790e12, 4.3e12, 0.88),
+    "sm_100": Gpu("sm_100", 148, 232_448, True, True, 1500e12, 7.0e12, 0.88),
+    "sm_120": Gpu("sm_120", 170, 101_376, True, False, 200e12, 1.6e12, 0.92),
+    "gfx942": Gpu("gfx942", 304, 65_536, False, False, 700e12, 4.0e12, 0.85),
+    "default": Gpu("default", 64, 65_536, False, False, 100e12, 0.5e12, 0.85),
+    "interpreter": Gpu("interpreter", 4, 232_448, True, True, 1e9, 1e8, 1.0),
 }
 _SIMILAR = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120", "gfx940": "gfx942"}
-FORMS = ("one_pass", "two_pass", "library")
 _assumed: list[tuple[Gpu, tuple[str, ...], MatmulTile | None]] = []
 
 
 @contextmanager
-def assume(gpu: Gpu, forms: tuple[str, ...] = FORMS, tile: MatmulTile | None = None) -> Iterator[None]:
-    """Choose for ``gpu``, among ``forms`` where one of them is possible, and this tile, whatever is known of speeds.
+def assume(gpu: Gpu, forms: tuple[str, ...] = (), tile: MatmulTile | None = None) -> Iterator[None]:
+    """Choose for ``gpu``, the first of ``forms`` that is possible, and this tile, whatever is known of speeds.
 
     For compiling without a GPU, for tests and for measuring one form or tile against another.
     """
@@ -149,6 +149,7 @@ class GradsTile:
     num_warps: int
     num_stages: int
     tma: bool = False
+    stream_first: bool = False
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -205,28 +206,45 @@ _SMALL = {  # at most 64 rows: bound by reading the weight
 }
 
 
+def next_power_of_two(size: int) -> int:
+    """The smallest power of two from 16 on that is at least ``size``."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def rank_block(rank: int, limit: int) -> int:
-    """The smallest power of two from 16 that holds ``rank``, at most ``limit``."""
-    return min(limit, max(16, 1 << (rank - 1).bit_length()))
+    """Ranks in a block, at most ``limit``."""
+    return min(limit, next_power_of_two(rank))
+
+
+def with_rank(tile: MatmulTile, gpu: Gpu, rank: int, one_pass: bool) -> MatmulTile:
+    """The tile with blocks for this rank: all of it in one pass, 16 at a time where registers are full already."""
+    full = tile.accumulators() >= 128 and not gpu.shared_operands and not one_pass
+    return replace(tile, block_r=rank_block(rank, 16 if full else 64))
 
 
 def fits(tile: MatmulTile, gpu: Gpu, itemsize: int, one_pass: bool = False) -> bool:
-    """Whether the tile's stages fit the shared memory and its accumulators the registers."""
-    return tile.shared_bytes(itemsize, one_pass) <= gpu.shared_bytes and tile.accumulators(one_pass) <= 160
+    """Whether the tile's stages fit the shared memory and its accumulators the registers, beside the operands."""
+    registers = 160 if gpu.shared_operands else 136
+    return tile.shared_bytes(itemsize, one_pass) <= gpu.shared_bytes and tile.accumulators(one_pass) <= registers
 
 
-def matmul_tiles(gpu: Gpu, m: int, rank: int, dtype: torch.dtype, precision: str, one_pass: bool) -> list[MatmulTile]:
-    """The candidates for m rows, fitted to dtype and rank; never empty."""
+def matmul_tiles(
+    gpu: Gpu, m: int, rank: int, dtype: torch.dtype, precision: str, one_pass: bool, aligned: bool = True
+) -> list[MatmulTile]:
+    """The candidates for m rows, fitted to dtype and rank; never empty.
+
+    ``aligned``: rows start at multiples of 16 bytes. Others are loaded element by element through registers.
+    """
     table = _SMALL if m <= 64 else _LARGE
-    block_r = rank_block(rank, 64)
     fitted = []
     for tile in table[gpu.generation]:
-        tile = replace(tile, block_r=block_r, tma=tile.tma and gpu.tma)
+        tile = replace(with_rank(tile, gpu, rank, one_pass), tma=tile.tma and gpu.tma)
         if dtype == torch.float32:
             block_k = min(tile.block_k, 32) if precision == "tf32" else 16
             tile = replace(tile, block_k=block_k)
-            if precision == "ieee":  # products on the scalar units, operands in registers
-                tile = replace(tile, block_m=min(tile.block_m, 64), block_n=min(tile.block_n, 64), halves=1)
+        if not aligned or (dtype == torch.float32 and precision == "ieee"):  # operands in registers
+            small = (min(tile.block_m, 64), min(tile.block_n, 64), min(tile.block_k, 32))
+            tile = replace(tile, block_m=small[0], block_n=small[1], block_k=small[2], num_warps=4, halves=1)
         while not fits(tile, gpu, dtype.itemsize, one_pass) and (tile.num_stages > 2 or tile.block_k > 16):
             stages = tile.num_stages - 1 if tile.num_stages > 2 else tile.num_stages
             block_k = tile.block_k if tile.num_stages > 2 else tile.block_k // 2
@@ -254,13 +272,14 @@ def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype) ->
     """Up to 256 rows a program, fewer at high rank; at most 16 chunks of columns, to keep every processor busy."""
     small = gpu.generation == "interpreter"
     block_r = rank_block(rank, 128)
-    held = 32 if small else (256 if gpu.shared_bytes > 100_000 else 128) * 2 // dtype.itemsize
-    block_m = min(held if block_r <= 64 else held // 2, max(16, 1 << (max(1, m) - 1).bit_length()))
-    block_c = 32 if small else 64
+    held = 32 if small else 64 if dtype.itemsize == 4 else 256 if gpu.shared_operands else 128
+    block_m = min(held if block_r <= 32 or gpu.shared_operands and block_r <= 64 else held // 2, next_power_of_two(m))
+    block_c = 32 if small or dtype.itemsize == 4 else 64
     row_chunks = ceil(m / block_m) * ceil(rank / block_r)
     chunks = max(1, min(16, gpu.processors // max(1, row_chunks), ceil(columns / block_c)))
     stages = 2 if gpu.generation == "gfx942" else 3
-    return GradsTile(block_m, block_c, block_r, chunks, 8 if block_m >= 128 else 4, stages, gpu.tma)
+    warps = 8 if block_m >= 128 else 4
+    return GradsTile(block_m, block_c, block_r, chunks, warps, stages, gpu.tma, gpu.shared_operands)
 
 
 @dataclass(frozen=True)
@@ -298,7 +317,15 @@ def library_seconds(gpu: Gpu, m: int, n: int, k: int, rank: int, dtype: torch.dt
 
 
 def choose(
-    gpu: Gpu, m: int, n: int, k: int, rank: int, dtype: torch.dtype, precision: str, forms: tuple[str, ...]
+    gpu: Gpu,
+    m: int,
+    n: int,
+    k: int,
+    rank: int,
+    dtype: torch.dtype,
+    precision: str,
+    forms: tuple[str, ...],
+    aligned: bool = True,
 ) -> Choice:
     """The form and tile that were fastest where this was measured, else those with the shortest expected time.
 
@@ -307,9 +334,9 @@ def choose(
             x beside it. Without it their t is there already. "library": the vendor library's matmul on top of the
             low-rank product.
     """
-    _, wanted, tile = _assumed[-1] if _assumed else (gpu, FORMS, None)
-    narrowed = tuple(form for form in forms if form in wanted) or forms
-    return _choose(gpu, m, n, k, rank, dtype, precision, forms, narrowed, tile)
+    _, wanted, tile = _assumed[-1] if _assumed else (gpu, (), None)
+    narrowed = tuple(form for form in wanted if form in forms)[:1] or forms
+    return _choose(gpu, m, n, k, rank, dtype, precision, forms, aligned, narrowed, tile)
 
 
 @lru_cache(maxsize=4096)
@@ -322,16 +349,17 @@ def _choose(
     dtype: torch.dtype,
     precision: str,
     possible: tuple[str, ...],
+    aligned: bool,
     forms: tuple[str, ...],
     wanted_tile: MatmulTile | None,
 ) -> Choice:
-    if forms == possible and wanted_tile is None:
+    if forms == possible and wanted_tile is None and aligned:
         sizes = {"m": m, "n": n, "k": k, "rank": rank}
         row = nearest(gpu.generation, "matmuls", sizes, {"dtype": str(dtype), "one_pass": "one_pass" in possible})
         if row and row["form"] in possible:
             tile = MatmulTile(**row["tile"]) if row["tile"] else None
             if tile is not None:
-                tile = replace(tile, block_r=rank_block(rank, 64))
+                tile = with_rank(tile, gpu, rank, row["form"] == "one_pass")
             return Choice(row["form"], tile, row["seconds"], f"{row['form']}, measured fastest near this shape")
     pass_over_x = dtype.itemsize * m * k / gpu.bandwidth + LAUNCH_SECONDS if "one_pass" in possible else 0.0
     candidates = []
@@ -341,8 +369,8 @@ def _choose(
             seconds = library_seconds(gpu, m, n, k, rank, dtype, precision)
             candidates.append(Choice(form, None, before + seconds, ""))
             continue
-        tiles = matmul_tiles(gpu, m, rank, dtype, precision, form == "one_pass")
-        for tile in [replace(wanted_tile, block_r=rank_block(rank, 64))] if wanted_tile else tiles:
+        tiles = matmul_tiles(gpu, m, rank, dtype, precision, form == "one_pass", aligned)
+        for tile in [with_rank(wanted_tile, gpu, rank, form == "one_pass")] if wanted_tile else tiles:
             seconds = matmul_seconds(gpu, tile, m, n, k, dtype, precision, form == "one_pass")
             candidates.append(Choice(form, tile, before + seconds, ""))
     ranked = sorted(candidates, key=lambda choice: choice.seconds)

@@ -1,0 +1,35 @@
+"""Kernels run on the GPU where there is one, in the patched interpreter elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+from reslora_kernels.backends import select, triton
+
+
+@pytest.fixture(autouse=True)
+def interpreted(triton_interpreter: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether this test's kernels run in the interpreter; its programs run in the same order each time it is run."""
+    if triton_interpreter:
+        monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+    select.unavailable_reason.cache_clear()
+    yield triton_interpreter
+    select.unavailable_reason.cache_clear()
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that an element which no kernel wrote cannot pass."""
+    assert deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,73 @@
+"""What a call costs, counted without a GPU: launches, bytes moved, memory kept for backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.shipped_launches import STANDARD, Call, record
+from reslora_kernels.backends import triton
+from reslora_kernels.kernels import launch, tiles
+from reslora_kernels.kernels.launch import Launch
+
+HOPPER = tiles.GENERATIONS["sm_90"]
+
+
+def split(launches: list[Launch]) -> tuple[list[Launch], list[Launch]]:
+    """Those of the forward and those of the backward pass."""
+    first = next(n for n, entry in enumerate(launches) if entry.name == "pass_over_dy")
+    return launches[:first], launches[first:]
+
+
+@pytest.mark.parametrize("form", ["one_pass", "two_pass"])
+@pytest.mark.parametrize(
+    "call", [STANDARD[0], Call(16, 4096, 4096), Call(512, 768, 768), Call(8192, 4096, 1024, 64)], ids=str
+)
+def test_launches(call: Call, form: str) -> None:
+    forward, backward = split(record(call, HOPPER, (form, "two_pass")))
+    parts = sum(entry.name == "finish_projection" for entry in forward)  # few rows: K in parts, added up at the end
+    assert len(forward) == (1 if form == "one_pass" else 2 + parts)
+    assert not (parts and call.m == 8192)
+    assert [entry.name for entry in backward] == ["pass_over_dy", "pass_over_x", "augmented_matmul"]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("call", STANDARD, ids=str)
+def test_bytes_moved(call: Call, p: float) -> None:
+    """Against what any implementation must move, and the one operand that each direction reads twice."""
+    m, k, n, r = call.m, call.k, call.n, call.rank
+    with_dropout = Call(m, k, n, r, p=p)
+    forward, backward = (
+        sum(e.bytes_moved() for e in part) for part in split(record(with_dropout, HOPPER, ("two_pass",)))
+    )
+    forward_floor = 2 * (m * k + n * k + m * n + r * k + r * n)
+    backward_floor = 2 * (m * n + n * k + 2 * m * k + m * r + 2 * r * (k + n))
+    assert forward <= 1.10 * (forward_floor + 2 * m * k)
+    mask = 2 * m * k // 8 if p else 0  # packed bits, written by one pass and read by the matmul
+    assert backward <= 1.15 * (backward_floor + 2 * m * n + mask)
+
+
+def test_nothing_the_size_of_x_is_allocated_between_the_passes() -> None:
+    """Workspaces stay below a tenth of x, the mask's packed bits included."""
+    call = Call(8192, 4096, 4096, 16, p=0.1, hand=8)
+    forward, _ = split(record(call, HOPPER, ("two_pass",)))
+    project, matmul = forward
+    sizes = {name: t.numel() for name, t in project.arguments.items() if isinstance(t, torch.Tensor)}
+    assert max(size for name, size in sizes.items() if name != "x") <= call.m * call.rank
+    bits = record(call, HOPPER, ("two_pass",))[-1].arguments["bits"]
+    assert bits.numel() * bits.element_size() == call.m * call.k // 8
+
+
+def test_recording_runs_nothing_when_told_so(device: torch.device) -> None:
+    x, weight = torch.ones(16, 32, device=device), torch.ones(8, 32, device=device)
+    a, b = torch.ones(4, 32, device=device), torch.ones(8, 4, device=device)
+    arguments = (x, weight, None, a, b, None, None, 1.0, 1.0, 0.0, 0, 0)
+    forms = ("two_pass",)
+    with tiles.assume(tiles.gpu_of(device), forms), launch.recording() as executed:
+        y, _, u = triton.forward(*arguments)
+    assert y.unique().tolist() == [32 + 4 * 32]
+    assert u.unique().tolist() == [32]
+    with tiles.assume(tiles.gpu_of(device), forms), launch.recording(execute=False) as planned:
+        triton.forward(*arguments)
+    assert [entry.name for entry in planned] == [entry.name for entry in executed] == ["project", "augmented_matmul"]
+    assert "BLOCK_M=" in str(planned[1])

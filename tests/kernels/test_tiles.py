@@ -1,0 +1,112 @@
+"""The choice of form and tile: always one that fits, explained in words; measured rows come before the cost model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reslora_kernels.backends import select, triton
+from reslora_kernels.kernels import measured, tiles
+from reslora_kernels.kernels.tiles import GENERATIONS, choose, fits, matmul_tiles
+
+BF16 = torch.bfloat16
+FORMS = ("one_pass", "two_pass", "library")
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize(("dtype", "precision"), [(BF16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")])
+@pytest.mark.parametrize("m", [1, 64, 65, 8192])
+@pytest.mark.parametrize("rank", [1, 16, 64])
+def test_candidates_fit(generation: str, one_pass: bool, dtype: torch.dtype, precision: str, m: int, rank: int) -> None:
+    gpu = GENERATIONS[generation]
+    found = matmul_tiles(gpu, m, rank, dtype, precision, one_pass)
+    assert found
+    assert all(fits(tile, gpu, dtype.itemsize, one_pass) for tile in found)
+    assert not one_pass or all(tile.block_r >= rank for tile in found)
+
+
+def test_the_cost_model_explains_itself() -> None:
+    """Few tokens: one launch. Many on a wide layer: a pass over x is cheap, and a Triton matmul is below cuBLAS."""
+    hopper = GENERATIONS["sm_90"]
+    few = choose(hopper, 16, 4096, 4096, 16, BF16, "ieee", FORMS)
+    many = choose(hopper, 8192, 4096, 4096, 16, BF16, "ieee", FORMS)
+    assert (few.form, many.form) == ("one_pass", "library")
+    assert few.reason.startswith("one_pass by the cost model of sm_90:")
+    assert "against" in few.reason and "two_pass" in few.reason
+    assert choose(hopper, 16, 4096, 4096, 80, BF16, "ieee", ("two_pass", "library")).form in ("two_pass", "library")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_can_be_assumed(form: str) -> None:
+    gpu = GENERATIONS["sm_80"]
+    with tiles.assume(gpu, (form,)):
+        choice = choose(gpu, 4096, 4096, 4096, 16, BF16, "ieee", FORMS)
+        assert choice.form == form
+        assert choose(gpu, 4096, 4096, 4096, 16, BF16, "ieee", ("two_pass",)).form == "two_pass"
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One measured shape, contrary to the cost model."""
+    shape = {"dtype": "torch.bfloat16", "m": 8192, "n": 4096, "k": 4096, "rank": 16}
+    tile = {"block_m": 128, "block_n": 256, "block_k": 64, "num_warps": 8, "num_stages": 4}
+    matmul = shape | {"one_pass": True, "form": "one_pass", "tile": tile, "seconds": 4e-4}
+    call = shape | {"microseconds": {"torch": 700.0, "triton": 900.0}}
+    content = {"interpreter": {"matmuls": [matmul], "calls": [call]}}
+    monkeypatch.setattr(measured, "table", lambda: content)
+    tiles._choose.cache_clear()
+    yield
+    tiles._choose.cache_clear()
+
+
+def test_measured_rows_come_first(table: None) -> None:
+    gpu = GENERATIONS["interpreter"]
+    near = choose(gpu, 6000, 4096, 4096, 16, BF16, "ieee", FORMS)
+    assert (near.form, near.tile.num_stages, near.reason) == (
+        "one_pass",
+        4,
+        "one_pass, measured fastest near this shape",
+    )
+    far = choose(gpu, 512, 4096, 4096, 16, BF16, "ieee", FORMS)
+    assert "cost model" in far.reason
+    assert "cost model" in choose(gpu, 8192, 4096, 4096, 16, torch.float16, "ieee", FORMS).reason
+
+
+def test_auto_never_takes_a_backend_that_was_measured_slower(table: None) -> None:
+    x, weight = torch.empty(8192, 4096, dtype=BF16), torch.empty(4096, 4096, dtype=BF16)
+    name, reason = select._fastest(["triton", "torch"], x, weight, 16)
+    assert (name, reason) == ("torch", "measured fastest near this shape (700 us)")
+    assert select._fastest(["triton", "torch"], x[:100], weight, 16) == ("triton", "first choice")
+
+
+def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.ones(8, 16), torch.ones(4, 16)
+    assert select.explain("auto", x, weight, 2).name == "torch"
+    monkeypatch.setenv("RESLORA_BACKEND", "torch")
+    assert select.choose("triton", x, weight, 2).__name__.endswith("torch")
+    assert select.explain("triton", x, weight, 2).reason.startswith("RESLORA_BACKEND=torch; ")
+    monkeypatch.setenv("RESLORA_BACKEND", "cublas")
+    with pytest.raises(ValueError, match="RESLORA_BACKEND must be one of 'auto', 'triton', .*, got 'cublas'"):
+        select.choose("auto", x, weight, 2)
+
+
+def test_a_machine_without_triton_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    select._warn_of_missing.cache_clear()
+    with pytest.warns(RuntimeWarning, match="without its Triton kernels: Triton is not installed"):
+        select._warn_of_missing("triton", "Triton is not installed")
+    select._warn_of_missing("triton", "Triton is not installed")
+
+
+def test_why_triton_cannot_run_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the fixture of this folder lets the interpreter serve
+    reason = triton.unavailable_reason()
+    if not torch.cuda.is_available():
+        assert reason == "TRITON_INTERPRET is set, and Triton's CPU interpreter is for tests of the kernels only"
+        monkeypatch.setattr(triton, "_interpreted", lambda: False)
+        triton.unavailable_reason.cache_clear()
+        assert triton.unavailable_reason() == "no GPU that torch can use"
+    monkeypatch.setattr(triton, "version", lambda name: "3.1.0")
+    triton.unavailable_reason.cache_clear()
+    assert "Triton 3.1.0 is too old, 3.4 is needed" in str(triton.unavailable_reason())
+    triton.unavailable_reason.cache_clear()

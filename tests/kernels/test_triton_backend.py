@@ -1,0 +1,180 @@
+"""The Triton backend against float64: exact on integers, else within twice PyTorch's own error; every result of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reslora_kernels import ResLoRAConfig, ResLoRALinear, link
+from reslora_kernels.backends import triton
+from reslora_kernels.cli.verify import check_case
+from reslora_kernels.kernels import launch
+from reslora_kernels.ops import lora_linear
+from reslora_kernels.testing import GoldenCase, assert_close_to_truth, golden_cases
+
+from .calls import Call, draw, run, truth
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CALLS = [
+    Call("one token, as in generation", 1, 257, 100, 16, 8, BF16, FP32, "one_pass", hand=(8, 16), residual=True),
+    Call("everything one", 3, 1, 1, 1, 1, FP32, form="one_pass"),
+    Call("rank over a block, several tiles", 100, 100, 257, 34, 17, BF16, BF16, hand=(17, 34), residual=True, c=2.0),
+    Call("the same in one pass", 100, 100, 257, 34, 17, BF16, BF16, "one_pass", hand=(17, 34), residual=True, c=2.0),
+    Call("dropout, columns not a multiple of 8", 70, 100, 72, 8, 8, FP32, FP32, p=0.5, hand=(0, 8)),
+    Call("dropout in every pass, sliced", 40, 257, 64, 24, 8, BF16, FP32, p=0.5, residual=True, layout="sliced"),
+    Call("most dropped", 17, 24, 64, 3, 3, FP16, FP16, p=0.9, bias=False),
+    Call("rank above width", 17, 8, 24, 64, 64, FP32, BF16, hand=(0, 64), form="one_pass"),
+    Call("stack beyond a block of ranks", 20, 40, 48, 255, 255, FP16, FP32),
+    Call("more rank than one product holds", 20, 24, 40, 300, 300, FP32, FP32, p=0.5),
+    Call("column-major operands", 33, 72, 40, 16, 16, BF16, FP32, layout="transposed", residual=True),
+    Call("transposed weight", 33, 72, 40, 16, 16, FP32, FP32, layout="transposed weight", hand=(0, 16)),
+    Call("few rows, long reduction: K in parts", 3, 520, 40, 80, 80, BF16, FP32, p=0.5),
+    Call("Hopper's tiles", 300, 130, 520, 32, 16, BF16, BF16, generation="sm_90", hand=(16, 32), residual=True),
+    Call("Hopper's tiles with dropout", 140, 520, 130, 16, 16, BF16, FP32, generation="sm_90", p=0.1),
+    Call("Hopper's tiles, one pass", 300, 136, 264, 16, 16, FP16, FP16, "one_pass", "sm_90", scaling=0.5),
+    Call("Ampere's tiles", 140, 128, 264, 16, 16, FP32, FP32, generation="sm_80"),
+    Call("tiles of a small GPU", 70, 128, 72, 16, 16, BF16, BF16, generation="default", p=0.1),
+    Call("AMD's tiles", 140, 72, 136, 16, 16, BF16, BF16, "one_pass", "gfx942", hand=(0, 16)),
+]
+EXACT = [call for call in CALLS if call.p in (0.0, 0.5)]  # 1 / (1 - p) is a power of two
+
+
+def name_of(value: object) -> str | None:
+    return value.why if isinstance(value, Call) else None
+
+
+@pytest.mark.parametrize("call", EXACT, ids=name_of)
+def test_integers_come_out_bit_for_bit(call: Call, device: torch.device, poisoned: None) -> None:
+    values = draw(call, device, integers=True)
+    expected, plain = truth(call, values), run(call, values)
+    for name, result in run(call, values, triton).items():
+        assert result.dtype == plain[name].dtype
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+
+
+@pytest.mark.parametrize("call", CALLS, ids=name_of)
+def test_error_at_most_twice_plain_pytorchs(call: Call, device: torch.device, poisoned: None) -> None:
+    values = draw(call, device, integers=False)
+    expected, plain = truth(call, values), run(call, values)
+    for name, result in run(call, values, triton).items():
+        assert_close_to_truth(result, expected[name], plain[name], name)
+
+
+@pytest.mark.parametrize("call", [CALLS[2], CALLS[5], CALLS[12]], ids=name_of)
+def test_same_bits_in_any_order_of_programs(call: Call, device: torch.device, interpreted: bool) -> None:
+    values = draw(call, device, integers=False)
+    first = run(call, values, triton)
+    for attempt in range(3 if interpreted else 250):
+        if interpreted:
+            from ..triton_interpreter import set_program_order
+
+            set_program_order(attempt)
+        again = run(call, values, triton)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_what_is_not_finite_comes_out_in_its_row_only(value: float, form: str, device: torch.device) -> None:
+    call = Call("", 40, 100, 72, 24, 8, BF16, FP32, form, hand=(8, 24), residual=True)
+    values = draw(call, device, integers=False)
+    values["x"][7, 99] = values["dy"][5, 71] = value
+    results = run(call, values, triton)
+    for name, row in (("y", 7), ("u", 7), ("handed", 7), ("dx", 5), ("dresidual", 5)):
+        broken = ~results[name].isfinite().all(1)
+        assert broken.nonzero().flatten().tolist() == [row], name
+
+
+def test_large_float16_stays_finite(device: torch.device) -> None:
+    """s u is beyond float16 where y is not: the factor belongs to the float32 accumulator."""
+    call = Call("", 20, 16, 16, 8, 8, FP16, FP32, "one_pass", scaling=64.0, bias=False)
+    values = draw(call, device, integers=False)
+    values["x"].fill_(4000.0)
+    values["a_cat"].fill_(0.25)
+    values["b_cat"].fill_(1e-3)
+    values["weight"].zero_()
+    result = run(call, values, triton)["y"]
+    assert torch.equal(result, truth(call, values)["y"].to(FP16))
+
+
+@pytest.mark.parametrize("wanted", ["dx", "da_cat", "db_cat", "dresidual"])
+def test_only_what_is_asked_for(wanted: str, device: torch.device, poisoned: None) -> None:
+    call = Call("", 40, 72, 100, 24, 8, FP32, FP32, p=0.5, hand=(8, 24), residual=True)
+    values = draw(call, device, integers=True)
+    everything = run(call, values, triton)
+    needs = [name == wanted for name in ("dx", "da_cat", "db_cat", "dresidual")]
+    seed = torch.tensor(1234567890123456789, device=device)
+    gradients = triton.backward(
+        values["dy"], values["dhanded"], values["x"] if wanted == "da_cat" else values["dy"].new_empty(0),
+        values["weight"], values["a_cat"], values["b_cat"],
+        everything["u"] if wanted == "db_cat" else values["dy"].new_empty(0),
+        seed, call.c, call.scaling, call.p, call.hand[0], *needs,
+    )  # fmt: skip
+    for name, gradient in zip(("dx", "da_cat", "db_cat", "dresidual"), gradients, strict=True):
+        if name == wanted:
+            assert torch.equal(gradient, everything[name])
+        else:
+            assert gradient.numel() == 0
+
+
+@pytest.mark.parametrize("empty", ["m", "n"])
+def test_nothing_to_compute(empty: str, device: torch.device) -> None:
+    call = replace(Call("", 8, 16, 24, 4, 4, FP32, FP32, residual=True), **{empty: 0})
+    values = draw(call, device, integers=False)
+    expected = run(call, values)
+    for name, result in run(call, values, triton).items():
+        assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case.name)
+def test_golden_vectors(case: GoldenCase) -> None:
+    check = check_case(case, "triton")
+    assert check.dtype == "float32"
+    assert check.failure is None
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), [("none", 0), ("input", 1), ("block", 2), ("middle", -1)])
+def test_layers_with_dropout_draw_the_masks_of_the_torch_backend(
+    shortcut: str, pre_num: int, device: torch.device
+) -> None:
+    """Through autograd, three layers deep, 3-dimensional input."""
+    results = {}
+    for name, backend, dtype in (
+        ("truth", "torch", torch.float64), ("plain", "torch", FP32), ("triton", "triton", FP32)
+    ):  # fmt: skip
+        torch.manual_seed(3)
+        config = ResLoRAConfig(r=4, shortcut=shortcut, pre_num=pre_num, lora_dropout=0.25, backend=backend)
+        layers = [ResLoRALinear(24, 24, device=device, dtype=FP32, config=config).to(dtype) for _ in range(3)]
+        for layer in layers:
+            torch.nn.init.normal_(layer.lora_B)
+        stack = torch.nn.Sequential(*layers)
+        link(layers, root=stack)
+        x = torch.randn(2, 9, 24, device=device).to(dtype).requires_grad_()
+        torch.manual_seed(4)
+        y = stack(x)
+        y.square().mean().backward()
+        adapters = {f"{n}.{part}": getattr(layers[n], part).grad for n in range(3) for part in ("lora_A", "lora_B")}
+        results[name] = {"y": y.detach(), "dx": x.grad, **adapters}
+    for name, result in results["triton"].items():
+        assert_close_to_truth(result, results["truth"][name], results["plain"][name], name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 8, dtype=torch.float64), "weight": torch.zeros(4, 8, dtype=torch.float64)}, "x must be"),
+        ({"a_stack": [torch.zeros(1025, 8)], "b_stack": [torch.zeros(4, 1025)]}, "a_stack's total rank must be"),
+        ({"x": torch.zeros(2, 8, device="meta")}, "weight must be on x's device"),
+    ],
+    ids=["float64", "rank beyond the limit", "another device"],
+)
+def test_bad_input_is_refused_before_any_launch(change: dict, message: str, device: torch.device) -> None:
+    arguments = {
+        "x": torch.zeros(2, 8), "weight": torch.zeros(4, 8), "bias": None,
+        "a_stack": [torch.zeros(2, 8)], "b_stack": [torch.zeros(4, 2)],
+    }  # fmt: skip
+    with launch.recording() as launches, pytest.raises(ValueError, match=message):
+        lora_linear(**(arguments | change), scaling=1.0, backend="triton")
+    assert launches == []
