@@ -273,7 +273,9 @@ def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype) ->
     small = gpu.generation == "interpreter"
     block_r = rank_block(rank, 128)
     held = 32 if small else 64 if dtype.itemsize == 4 else 256 if gpu.shared_operands else 128
-    block_m = min(held if block_r <= 32 or gpu.shared_operands and block_r <= 64 else held // 2, next_power_of_two(m))
+    if block_r > (64 if gpu.shared_operands else 32):
+        held //= 2
+    block_m = min(held, next_power_of_two(m))
     block_c = 32 if small or dtype.itemsize == 4 else 64
     row_chunks = ceil(m / block_m) * ceil(rank / block_r)
     chunks = max(1, min(16, gpu.processors // max(1, row_chunks), ceil(columns / block_c)))

@@ -87,7 +87,7 @@ def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select.choose("triton", x, weight, 2).__name__.endswith("torch")
     assert select.explain("triton", x, weight, 2).reason.startswith("RESLORA_BACKEND=torch; ")
     monkeypatch.setenv("RESLORA_BACKEND", "cublas")
-    with pytest.raises(ValueError, match="RESLORA_BACKEND must be one of 'auto', 'triton', .*, got 'cublas'"):
+    with pytest.raises(ValueError, match=r"RESLORA_BACKEND must be one of 'auto', 'triton', .*, got 'cublas'"):
         select.choose("auto", x, weight, 2)
 
 
