@@ -127,7 +127,7 @@ def test_reference_needs_torch_only() -> None:
         ("backends/torch.py", "from .. import linear", "layer 2 imports"),
         ("model.py", "import reslora_kernels.cli.app", "layer 5 imports"),
         ("testing.py", "from .kernels import project", "rests on layer 0"),
-        ("kernels/project.py", "from . import augmented_matmul", "share nothing but tiles"),
+        ("kernels/project.py", "from . import augmented_matmul", "share nothing but"),
         ("linear.py", "def f():\n    import triton", "triton is for"),
         ("adapters.py", "from safetensors.torch import save_file", "with torch alone"),
         ("helpers.py", "", "has no layer"),

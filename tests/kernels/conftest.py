@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch.utils import deterministic
 
 from reslora_kernels.backends import select, triton
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need, see ``poisoned``
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,7 @@ CALLS = [
     Call("Hopper's tiles, one pass", 300, 136, 264, 16, 16, FP16, FP16, "one_pass", "sm_90", scaling=0.5),
     Call("Ampere's tiles", 140, 128, 264, 16, 16, FP32, FP32, generation="sm_80"),
     Call("tiles of a small GPU", 70, 128, 72, 16, 16, BF16, BF16, generation="default", p=0.1),
+    Call("the library's matmul on the product", 40, 72, 100, 24, 8, BF16, FP32, "library", hand=(8, 24), residual=True),
     Call("AMD's tiles", 140, 72, 136, 16, 16, BF16, BF16, "one_pass", "gfx942", hand=(0, 16)),
 ]
 EXACT = [call for call in CALLS if call.p in (0.0, 0.5)]  # 1 / (1 - p) is a power of two
