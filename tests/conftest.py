@@ -1,11 +1,21 @@
-"""Shared by all tests: one thread, which tiny models run fastest on, and tests marked gpu only where there is one."""
+"""Shared by all tests: one thread, which tiny models run fastest on, tests marked gpu only where there is one.
+
+Without a GPU, Triton kernels run in its CPU interpreter. Triton reads the variable when it is first imported, so it is
+set here; the interpreter itself is patched when the first test asks for it.
+"""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,3 +24,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def patched_interpreter() -> Iterator[bool]:
+    """Triton's interpreter as ``tests/triton_interpreter.py`` makes it, to the end of the run; False on a GPU."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield False
+        return
+    from .triton_interpreter import install, uninstall
+
+    install()
+    yield True
+    uninstall()
+
+
+@pytest.fixture
+def triton_interpreter(patched_interpreter: bool) -> bool:
+    """Whether kernels of this test run in the interpreter; programs run in the same random order in every run of it."""
+    if patched_interpreter:
+        from .triton_interpreter import set_program_order
+
+        set_program_order(0)
+    return patched_interpreter

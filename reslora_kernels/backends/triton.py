@@ -215,11 +215,14 @@ def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, s
     from ..kernels.launch import precision
     from ..kernels.tiles import choose, gpu_of
 
-    # One pass rounds s u to x's dtype before its product, which float16 may not hold.
-    one_pass = seed is None and rank <= ONE_PASS_RANK and (x.dtype != torch.float16 or abs(scaling) <= 1)
+    (m, k), n, products = x.shape, weight.shape[0], precision(x.dtype)
+    one_pass = seed is None and rank <= ONE_PASS_RANK
+    if x.dtype == torch.float16 and abs(scaling) > 1:
+        one_pass = False  # it rounds s u to x's dtype before its product, which float16 may not hold
+    if x.dtype == torch.float32 and products == "ieee":
+        one_pass = False  # no matrix unit for two products at once
     forms = ("one_pass", "two_pass", "library") if one_pass else ("two_pass", "library")
-    (m, k), n = x.shape, weight.shape[0]
-    return choose(gpu_of(x.device), m, n, k, rank, x.dtype, precision(x.dtype), forms, _aligned(x, weight))
+    return choose(gpu_of(x.device), m, n, k, rank, x.dtype, products, forms, _aligned(x, weight))
 
 
 def _aligned(*operands: Tensor) -> bool:

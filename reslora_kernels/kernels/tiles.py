@@ -217,13 +217,15 @@ def rank_block(rank: int, limit: int) -> int:
 
 
 def with_rank(tile: MatmulTile, gpu: Gpu, rank: int, one_pass: bool) -> MatmulTile:
-    """The tile with blocks for this rank: all of it in one pass, 16 at a time where registers are full already."""
-    full = tile.accumulators() >= 128 and not gpu.shared_operands and not one_pass
-    return replace(tile, block_r=rank_block(rank, 16 if full else 64))
+    """The tile with blocks for this rank: all of it in one pass, fewer at a time where operands take registers."""
+    limit = 64 if one_pass or gpu.shared_operands else 16 if tile.accumulators() >= 128 else 32
+    return replace(tile, block_r=rank_block(rank, limit))
 
 
 def fits(tile: MatmulTile, gpu: Gpu, itemsize: int, one_pass: bool = False) -> bool:
     """Whether the tile's stages fit the shared memory and its accumulators the registers, beside the operands."""
+    if gpu.generation == "sm_100" and one_pass and tile.block_n > 128:
+        return False  # its two accumulators leave no tensor memory
     registers = 160 if gpu.shared_operands else 136
     return tile.shared_bytes(itemsize, one_pass) <= gpu.shared_bytes and tile.accumulators(one_pass) <= registers
 
@@ -236,14 +238,15 @@ def matmul_tiles(
     ``aligned``: rows start at multiples of 16 bytes. Others are loaded element by element through registers.
     """
     table = _SMALL if m <= 64 else _LARGE
+    scalar = dtype == torch.float32 and precision == "ieee"  # no matrix unit does that
     fitted = []
     for tile in table[gpu.generation]:
         tile = replace(with_rank(tile, gpu, rank, one_pass), tma=tile.tma and gpu.tma)
         if dtype == torch.float32:
             block_k = min(tile.block_k, 32) if precision == "tf32" else 16
             tile = replace(tile, block_k=block_k)
-        if not aligned or (dtype == torch.float32 and precision == "ieee"):  # operands in registers
-            small = (min(tile.block_m, 64), min(tile.block_n, 64), min(tile.block_k, 32))
+        if not aligned or scalar:  # operands pass through registers
+            small = (min(tile.block_m, 64), min(tile.block_n, 32 if scalar else 64), min(tile.block_k, 32))
             tile = replace(tile, block_m=small[0], block_n=small[1], block_k=small[2], num_warps=4, halves=1)
         while not fits(tile, gpu, dtype.itemsize, one_pass) and (tile.num_stages > 2 or tile.block_k > 16):
             stages = tile.num_stages - 1 if tile.num_stages > 2 else tile.num_stages
@@ -280,7 +283,7 @@ def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype) ->
     row_chunks = ceil(m / block_m) * ceil(rank / block_r)
     chunks = max(1, min(16, gpu.processors // max(1, row_chunks), ceil(columns / block_c)))
     stages = 2 if gpu.generation == "gfx942" else 3
-    warps = 8 if block_m >= 128 else 4
+    warps = 8 if block_m >= 128 or block_r >= 128 else 4
     return GradsTile(block_m, block_c, block_r, chunks, warps, stages, gpu.tma, gpu.shared_operands)
 
 

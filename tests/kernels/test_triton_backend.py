@@ -10,7 +10,8 @@ import torch
 from reslora_kernels import ResLoRAConfig, ResLoRALinear, link
 from reslora_kernels.backends import triton
 from reslora_kernels.cli.verify import check_case
-from reslora_kernels.kernels import launch
+from reslora_kernels.kernels import launch, tiles
+from reslora_kernels.kernels.project import project
 from reslora_kernels.ops import lora_linear
 from reslora_kernels.testing import GoldenCase, assert_close_to_truth, golden_cases
 
@@ -19,13 +20,13 @@ from .calls import Call, draw, run, truth
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CALLS = [
     Call("one token, as in generation", 1, 257, 100, 16, 8, BF16, FP32, "one_pass", hand=(8, 16), residual=True),
-    Call("everything one", 3, 1, 1, 1, 1, FP32, form="one_pass"),
+    Call("everything one", 3, 1, 1, 1, 1, BF16, form="one_pass"),
     Call("rank over a block, several tiles", 100, 100, 257, 34, 17, BF16, BF16, hand=(17, 34), residual=True, c=2.0),
     Call("the same in one pass", 100, 100, 257, 34, 17, BF16, BF16, "one_pass", hand=(17, 34), residual=True, c=2.0),
     Call("dropout, columns not a multiple of 8", 70, 100, 72, 8, 8, FP32, FP32, p=0.5, hand=(0, 8)),
     Call("dropout in every pass, sliced", 40, 257, 64, 24, 8, BF16, FP32, p=0.5, residual=True, layout="sliced"),
     Call("most dropped", 17, 24, 64, 3, 3, FP16, FP16, p=0.9, bias=False),
-    Call("rank above width", 17, 8, 24, 64, 64, FP32, BF16, hand=(0, 64), form="one_pass"),
+    Call("rank above width", 17, 8, 24, 64, 64, BF16, BF16, hand=(0, 64), form="one_pass"),
     Call("stack beyond a block of ranks", 20, 40, 48, 255, 255, FP16, FP32),
     Call("more rank than one product holds", 20, 24, 40, 300, 300, FP32, FP32, p=0.5),
     Call("column-major operands", 33, 72, 40, 16, 16, BF16, FP32, layout="transposed", residual=True),
@@ -179,3 +180,20 @@ def test_bad_input_is_refused_before_any_launch(change: dict, message: str, devi
     with launch.recording() as launches, pytest.raises(ValueError, match=message):
         lora_linear(**(arguments | change), scaling=1.0, backend="triton")
     assert launches == []
+
+
+@pytest.mark.parametrize(("m", "k"), [(40, 100), (3, 520)], ids=["whole reduction", "reduction in parts"])
+def test_projection_gives_the_norms_of_its_input_along(m: int, k: int, device: torch.device) -> None:
+    """Squared norms of the rows of x, dropped elements counted: what merging needs, at no further read of x."""
+    call = Call("", m, k, 8, 80, 80, BF16, FP32, p=0.5)
+    values = draw(call, device, integers=True)
+    gpu = tiles.gpu_of(device)
+    tile = tiles.project_tile(gpu, m, k, 80, BF16)
+    squares = torch.full((tile.parts(k), m), float("nan"), device=device)
+    launches = project(
+        values["x"], values["a_cat"], None, torch.tensor(1, device=device), values["x"].new_empty(m, 80), None, 0,
+        threshold=32768, keep_scale=2.0, c=1.0, tile=tile, squares=squares,
+    )  # fmt: skip
+    for entry in launches:
+        entry.run()
+    assert torch.equal(squares.sum(0), values["x"].float().square().sum(1))
