@@ -9,7 +9,7 @@ import os
 from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from .. import dropout
 from . import torch as library
 
 if TYPE_CHECKING:
-    from ..kernels.tiles import Choice
+    from ..kernels.launch import Sum
+    from ..kernels.tiles import Choice, Gpu
 
 MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (8, 0)
@@ -161,54 +162,138 @@ def backward(
             dy, dhanded, x, weight, a_cat, b_cat, u, seed, c, scaling, p, hand_start,
             need_dx, need_da, need_db, need_dresidual,
         )  # fmt: skip
-    from ..kernels import low_rank_grads
     from ..kernels.augmented_matmul import augmented_matmul
     from ..kernels.launch import precision
-    from ..kernels.tiles import choose, gpu_of, grads_tile
+    from ..kernels.low_rank_grads import finish
+    from ..kernels.tiles import choose, gpu_of, reads_dy_once
 
     gpu = gpu_of(dy.device)
-    da = torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else None
-    db = torch.empty_like(b_cat, memory_format=torch.contiguous_format) if need_db else None
-    dresidual = dy.new_empty(m, rank_b) if need_dresidual else None
-    dh = dy.new_empty(m, rank) if need_dx else None
-    dx, du, da_left, db_left = None, None, None, None
-    keep_scale, need_du = _keep_scale(seed, p), need_dx or need_da or need_dresidual
+    wanted = _Wanted(
+        da=torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else None,
+        db=torch.empty_like(b_cat, memory_format=torch.contiguous_format) if need_db else None,
+        dh=dy.new_empty(m, rank) if need_dx or need_da else None,
+        dresidual=dy.new_empty(m, rank_b) if need_dresidual else None,
+        bits=dy.new_empty(m, -(-k // 32), dtype=torch.int32) if need_dx and seed is not None else None,
+    )
+    dx, dropping = None, _Dropout(seed if need_dx or need_da else None, dropout.threshold(p), _keep_scale(seed, p))
     with _device(dy):
-        if need_du or need_db:
-            launch, du, db_left = low_rank_grads.pass_over_dy(
-                dy, b_cat, u if need_db else None, db, scaling=scaling, need_du=need_du,
-                tile=grads_tile(gpu, m, n, rank_b, dy.dtype),
-            )  # fmt: skip
-            launch.run()
-        if du is not None:
-            masked = seed if need_dx or need_da else None
-            bits = dy.new_empty(m, -(-k // 32), dtype=torch.int32) if need_dx and seed is not None else None
-            launch, da_left = low_rank_grads.pass_over_x(
-                x, masked, du, dhanded, dh, dresidual, da, None if bits is None else bits.view(torch.uint8),
-                shape=(m, k), rank=rank, hand_start=hand_start, c=c, scaling=scaling,
-                threshold=dropout.threshold(p), keep_scale=keep_scale, tile=grads_tile(gpu, m, k, rank, dy.dtype),
-            )  # fmt: skip
-            launch.run()
-        if dh is not None:
-            forms = ("two_pass", "library") if bits is None else ("two_pass",)
+        gradients = (
+            _two_reads if wanted.can_split() and not reads_dy_once(gpu, m, n, k, rank, rank_b, dy.dtype) else _one_read
+        )
+        left = gradients(gpu, wanted, dy, dhanded, x, k, b_cat, u, dropping, c, scaling, hand_start)
+        if need_dx and wanted.dh is not None:
+            forms = ("two_pass", "library") if wanted.bits is None else ("two_pass",)
             choice = choose(gpu, m, k, n, rank, dy.dtype, precision(dy.dtype), forms, _aligned(dy, weight))
-            if choice.tile is not None:
+            if choice.tile is None:
+                dx = library.product_then_matmul(wanted.dh, a_cat.to(dy.dtype), 1.0, None, dy, weight)
+            else:
                 dx = dy.new_empty(m, k)
                 augmented_matmul(
-                    dy, weight, None, dh, a_cat, dx, scale=keep_scale, gpu=gpu, tile=choice.tile, bits=bits,
-                    sums=(da_left, db_left),
+                    dy, weight, None, wanted.dh, a_cat, dx, scale=dropping.scale, gpu=gpu, tile=choice.tile,
+                    bits=wanted.bits, sums=left,
                 ).run()  # fmt: skip
-                da_left = db_left = None
-            else:
-                dx = library.product_then_matmul(dh, a_cat.to(dy.dtype), 1.0, None, dy, weight)
-        if da_left or db_left:
-            low_rank_grads.finish(da_left, db_left, processors=gpu.processors).run()
-    return (
-        dy.new_empty(0) if dx is None else dx,
-        a_cat.new_empty(0) if da is None else da,
-        b_cat.new_empty(0) if db is None else db,
-        dy.new_empty(0) if dresidual is None else dresidual,
-    )
+                left = (None, None)
+        if any(left):
+            finish(*left, processors=gpu.processors).run()
+    results = ((dx, dy), (wanted.da, a_cat), (wanted.db, b_cat), (wanted.dresidual, dy))
+    dx, da, db, dresidual = (like.new_empty(0) if result is None else result for result, like in results)
+    return dx, da, db, dresidual
+
+
+class _Wanted(NamedTuple):
+    """What the passes over dy and x fill; None what is not needed."""
+
+    da: Tensor | None
+    db: Tensor | None
+    dh: Tensor | None
+    dresidual: Tensor | None
+    bits: Tensor | None
+
+    def can_split(self) -> bool:
+        """Whether dh can be had before the outer products: they leave the keep bits only where they read x."""
+        return self.dh is not None and not (self.da is None and (self.db is None or self.bits is not None))
+
+    def mask_bytes(self) -> Tensor | None:
+        return None if self.bits is None else self.bits.view(torch.uint8)
+
+
+class _Dropout(NamedTuple):
+    seed: Tensor | None
+    threshold: int
+    scale: float
+
+
+def _one_read(
+    gpu: Gpu,
+    wanted: _Wanted,
+    dy: Tensor,
+    dhanded: Tensor | None,
+    x: Tensor,
+    k: int,
+    b_cat: Tensor,
+    u: Tensor,
+    dropping: _Dropout,
+    c: float,
+    scaling: float,
+    hand_start: int,
+) -> tuple[Sum | None, Sum | None]:
+    """du and dB from one pass over dy, dh and dA from one over x; returns what is left to add up for dA and dB."""
+    from ..kernels.low_rank_grads import pass_over_dy, pass_over_x
+    from ..kernels.tiles import grads_tile
+
+    da_left = db_left = du = None
+    m, n = dy.shape
+    need_du = wanted.dh is not None or wanted.dresidual is not None
+    if need_du or wanted.db is not None:
+        launch, du, db_left = pass_over_dy(
+            dy, b_cat, None if wanted.db is None else u, wanted.db, scaling=scaling, need_du=need_du,
+            tile=grads_tile(gpu, m, n, b_cat.shape[1], dy.dtype),
+        )  # fmt: skip
+        launch.run()
+    if du is not None:
+        rank = b_cat.shape[1] if wanted.dh is None else wanted.dh.shape[1]
+        launch, da_left = pass_over_x(
+            x, dropping.seed, du, dhanded, wanted.dh, wanted.dresidual, wanted.da, wanted.mask_bytes(),
+            shape=(m, k), rank=rank, hand_start=hand_start, c=c, scaling=scaling, threshold=dropping.threshold,
+            keep_scale=dropping.scale, tile=grads_tile(gpu, m, k, rank, dy.dtype),
+        )  # fmt: skip
+        launch.run()
+    return da_left, db_left
+
+
+def _two_reads(
+    gpu: Gpu,
+    wanted: _Wanted,
+    dy: Tensor,
+    dhanded: Tensor | None,
+    x: Tensor,
+    k: int,
+    b_cat: Tensor,
+    u: Tensor,
+    dropping: _Dropout,
+    c: float,
+    scaling: float,
+    hand_start: int,
+) -> tuple[Sum | None, Sum | None]:
+    """dh from one pass over dy, then dA and dB from one over x and another over dy; returns as ``_one_read``."""
+    from ..kernels.outer_products import outer_products
+    from ..kernels.project import project
+    from ..kernels.tiles import outer_tile, project_tile
+
+    assert wanted.dh is not None
+    m, n = dy.shape
+    rank = wanted.dh.shape[1]
+    for launch in project(
+        dy, b_cat.T, dhanded, None, wanted.dh, wanted.dresidual, 0, threshold=0, keep_scale=scaling, c=c,
+        residual_start=hand_start, tile=project_tile(gpu, m, n, rank, dy.dtype),
+    ):  # fmt: skip
+        launch.run()
+    launch, da_left, db_left = outer_products(
+        x, wanted.dh, wanted.da, dropping.seed, wanted.mask_bytes(), dy, u, wanted.db, threshold=dropping.threshold,
+        keep_scale=dropping.scale, scaling=scaling, tile=outer_tile(gpu, m, n + k, rank, dy.dtype),
+    )  # fmt: skip
+    launch.run()
+    return da_left, db_left
 
 
 def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, scaling: float) -> Choice:

@@ -161,3 +161,29 @@ def sum_products(partial, row, column, m, rank, parts, ROWS: tl.constexpr, COLUM
         total += tl.load(at, mask=inside, other=0.0)
         at += (rank + tl.zeros((), tl.int64)) * m
     return total
+
+
+@triton.jit
+def outer_product(stream, held, acc, STREAM_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + streamᵀ held [columns of stream, columns of held], or the transpose of that; acc may be None.
+
+    Hopper and Blackwell multiply straight from shared memory, 64 rows at least: the stream comes first. Others load the
+    second operand more cheaply, and 16 rows are enough.
+    """
+    if STREAM_FIRST:
+        product = tl.dot(tl.trans(stream), held, acc, input_precision=PRECISION)
+    else:
+        product = tl.dot(tl.trans(held), stream, acc, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def store_product(out, product, c, j, columns, rank, column_stride, rank_stride, STREAM_FIRST: tl.constexpr):
+    """Put the product of columns c and ranks j where they belong."""
+    value = product.to(out.dtype.element_ty)
+    if STREAM_FIRST:
+        at = out + c[:, None].to(tl.int64) * column_stride + j[None, :].to(tl.int64) * rank_stride
+        tl.store(at, value, mask=(c < columns)[:, None] & (j < rank)[None, :])
+    else:
+        at = out + c[None, :].to(tl.int64) * column_stride + j[:, None].to(tl.int64) * rank_stride
+        tl.store(at, value, mask=(c < columns)[None, :] & (j < rank)[:, None])

@@ -14,35 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import TRITON_DTYPE, add_partials, keep_bytes, load_block, side_channel, sum_products, unpack_bits
+from .device import (
+    TRITON_DTYPE,
+    add_partials,
+    keep_bytes,
+    load_block,
+    outer_product,
+    side_channel,
+    store_product,
+    sum_products,
+    unpack_bits,
+)
 from .launch import Launch, Sum, descriptor, fits_tma, precision
 from .tiles import GradsTile
-
-
-@triton.jit
-def outer_product(stream, held, STREAM_FIRST: tl.constexpr, PRECISION: tl.constexpr):
-    """streamᵀ held [BLOCK_C, BLOCK_R], or its transpose.
-
-    Hopper and Blackwell multiply straight from shared memory, 64 rows at least: the stream comes first. Others load the
-    second operand more cheaply, and 16 rows are enough.
-    """
-    if STREAM_FIRST:
-        product = tl.dot(tl.trans(stream), held, input_precision=PRECISION)
-    else:
-        product = tl.dot(tl.trans(held), stream, input_precision=PRECISION)
-    return product
-
-
-@triton.jit
-def store_product(out, product, c, j, columns, rank, column_stride, rank_stride, STREAM_FIRST: tl.constexpr):
-    """Put the product of columns c and ranks j where they belong."""
-    value = product.to(out.dtype.element_ty)
-    if STREAM_FIRST:
-        at = out + c[:, None].to(tl.int64) * column_stride + j[None, :].to(tl.int64) * rank_stride
-        tl.store(at, value, mask=(c < columns)[:, None] & (j < rank)[None, :])
-    else:
-        at = out + c[None, :].to(tl.int64) * column_stride + j[:, None].to(tl.int64) * rank_stride
-        tl.store(at, value, mask=(c < columns)[None, :] & (j < rank)[:, None])
 
 
 @triton.jit
@@ -86,7 +70,7 @@ def pass_over_dy_kernel(
             du = tl.dot(dy_block, b_block.to(DTYPE), du, input_precision=PRECISION)
         if db_partial is not None:
             c = start + tl.arange(0, BLOCK_C)
-            db = outer_product(dy_block, u_block, STREAM_FIRST, PRECISION) * db_scale
+            db = outer_product(dy_block, u_block, None, STREAM_FIRST, PRECISION) * db_scale
             store_product(db_rows, db, c, j, n, rank, rank, 1, STREAM_FIRST)
     if du_partial is not None:
         i = row + tl.arange(0, BLOCK_M)
@@ -160,7 +144,7 @@ def pass_over_x_kernel(
                     x_block = tl.where(unpack_bits(keep, BLOCK_M, BLOCK_C // 8, 8), x_block, 0.0)
             if da_partial is not None:
                 c = start + tl.arange(0, BLOCK_C)
-                da = outer_product(x_block, t_block, STREAM_FIRST, PRECISION) * da_scale
+                da = outer_product(x_block, t_block, None, STREAM_FIRST, PRECISION) * da_scale
                 store_product(da_rows, da, c, j, k, rank, 1, k, STREAM_FIRST)
 
 

@@ -37,6 +37,8 @@ def project_kernel(
     a_column,
     residual_row,
     residual_column,
+    residual_start,
+    residual_stop,
     u_rank,
     hand_start,
     hand_stop,
@@ -79,8 +81,8 @@ def project_kernel(
         tl.store(at, h, mask=(i < m)[:, None] & (j < rank)[None, :])
     else:
         side_channel(
-            h, row, column, m, factor * keep_scale, residual, residual_row, residual_column, 0, u_rank,
-            u, u_rank, handed, keep_scale, hand_start, hand_stop, True, BLOCK_M, BLOCK_R,
+            h, row, column, m, factor * keep_scale, residual, residual_row, residual_column, residual_start,
+            residual_stop, u, u_rank, handed, keep_scale, hand_start, hand_stop, True, BLOCK_M, BLOCK_R,
         )  # fmt: skip
 
 
@@ -95,6 +97,8 @@ def finish_projection_kernel(
     parts,
     residual_row,
     residual_column,
+    residual_start,
+    residual_stop,
     u_rank,
     hand_start,
     hand_stop,
@@ -107,8 +111,8 @@ def finish_projection_kernel(
     column = tl.program_id(1) * BLOCK_R
     h = sum_products(partial, row, column, m, rank, parts, BLOCK_M, BLOCK_R)
     side_channel(
-        h, row, column, m, factor * keep_scale, residual, residual_row, residual_column, 0, u_rank,
-        u, u_rank, handed, keep_scale, hand_start, hand_stop, True, BLOCK_M, BLOCK_R,
+        h, row, column, m, factor * keep_scale, residual, residual_row, residual_column, residual_start,
+        residual_stop, u, u_rank, handed, keep_scale, hand_start, hand_stop, True, BLOCK_M, BLOCK_R,
     )  # fmt: skip
 
 
@@ -125,14 +129,18 @@ def project(
     keep_scale: float,
     c: float,
     tile: ProjectTile,
+    residual_start: int = 0,
     squares: Tensor | None = None,
 ) -> Iterator[Launch]:
     """The launches that fill u [M, R_b] and handed [M, hand_stop - hand_start].
 
+    The backward pass projects too: dh = c s dy B_cat + dh_out. There ``x`` is dy, ``a`` is B_catᵀ, ``u`` is dh, maybe
+    wider than B_cat, and ``handed`` is the gradient of the residual, s dy B_cat.
+
     Args:
         x: [M, K], any strides.
         a: A_cat [R_a, K], any floating dtype and strides.
-        residual: [M, R_b] or None.
+        residual: added to the columns of u from ``residual_start`` on, [M, R_b], or None.
         seed: int64, one element, or None for no dropout. An element is kept iff its 16 bits are at least
             ``threshold``, and counts ``keep_scale`` times.
         tile: blocks, and into how many parts K is split.
@@ -150,13 +158,15 @@ def project(
         "rank": rank,
         "residual_row": 0 if residual is None else residual.stride(0),
         "residual_column": 0 if residual is None else residual.stride(1),
+        "residual_start": residual_start,
+        "residual_stop": residual_start + (0 if residual is None else residual.shape[1]),
         "u_rank": u.shape[1],
         "hand_start": hand_start,
         "hand_stop": hand_start + (0 if handed is None else handed.shape[1]),
         "factor": c,
         "keep_scale": keep_scale,
     }
-    grid = (triton.cdiv(m, tile.block_m), triton.cdiv(rank, tile.block_r))
+    grid = (triton.cdiv(m, tile.block_m), triton.cdiv(max(rank, u.shape[1]), tile.block_r))
     yield Launch(
         "project",
         project_kernel,

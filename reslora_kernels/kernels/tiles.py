@@ -162,6 +162,30 @@ class GradsTile:
         return max(1, ceil(columns / self.chunk(columns)))
 
 
+@dataclass(frozen=True)
+class OuterTile:
+    """Blocks of the outer products: ``block_c`` columns stay with a program, the rows come in ``splits`` parts."""
+
+    block_m: int
+    block_c: int
+    block_r: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    stream_first: bool = False
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def rows(self, m: int) -> int:
+        """Rows of a part, a multiple of ``block_m``."""
+        return max(1, ceil(m / (self.splits * self.block_m))) * self.block_m
+
+    def parts(self, m: int) -> int:
+        return max(1, ceil(m / self.rows(m)))
+
+
 _LARGE = {
     "sm_80": (
         MatmulTile(128, 256, 32, 8, 4),
@@ -285,6 +309,33 @@ def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype) ->
     stages = 2 if gpu.generation == "gfx942" else 3
     warps = 8 if block_m >= 128 or block_r >= 128 else 4
     return GradsTile(block_m, block_c, block_r, chunks, warps, stages, gpu.tma, gpu.shared_operands)
+
+
+def outer_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype) -> OuterTile:
+    """128 columns a program, ``columns`` those of x and dy together; rows in as many parts as fill the processors."""
+    small = gpu.generation == "interpreter"
+    block_r = rank_block(rank, 256 if gpu.shared_operands and dtype.itemsize == 2 else 128)
+    block_c = 32 if small or dtype.itemsize == 4 else 128 if block_r <= 64 and gpu.shared_operands else 64
+    block_m = min(
+        32 if small else 64 if gpu.shared_bytes < 110_000 or dtype.itemsize == 4 else 128, next_power_of_two(m)
+    )
+    splits = max(1, gpu.processors // max(1, ceil(columns / block_c)))
+    warps = 8 if block_r >= 128 or block_c >= 128 else 4
+    stages = 2 if gpu.generation == "gfx942" else 3
+    return OuterTile(block_m, block_c, block_r, splits, warps, stages, gpu.tma, gpu.shared_operands)
+
+
+def reads_dy_once(gpu: Gpu, m: int, n: int, k: int, rank: int, own: int, dtype: torch.dtype) -> bool:
+    """Whether du, dB and dA cost fewer bytes with one read of dy and all the parts that this leaves to add up.
+
+    One read: du in parts by column, dB and dA in parts of few rows. Two reads: du is whole, dB and dA have few parts.
+    """
+    over_dy, over_x = grads_tile(gpu, m, n, own, dtype), grads_tile(gpu, m, k, rank, dtype)
+    row_parts = [0 if m <= tile.block_m else ceil(m / tile.block_m) for tile in (over_dy, over_x)]
+    once = over_dy.parts(n) * m * own + row_parts[0] * n * own + row_parts[1] * k * rank
+    parts = outer_tile(gpu, m, n + k, rank, dtype).parts(m)
+    twice = (parts if parts > 1 else 0) * (n * own + k * rank)
+    return 8 * once <= 8 * twice + dtype.itemsize * m * n
 
 
 @dataclass(frozen=True)

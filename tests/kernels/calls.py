@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Call:
     residual: bool = False
     bias: bool = True
     layout: str = "contiguous"
+    reads_of_dy: int = 1
 
     def with_truth_dtype(self) -> Call:
         return replace(self, dtype=torch.float64, adapter=torch.float64)
@@ -93,7 +95,8 @@ def run(call: Call, values: dict[str, Tensor | None], backend=library) -> dict[s
     seed = torch.tensor(SEED, device=v["x"].device) if call.p else None
     scalars = (call.c, call.scaling, call.p, call.hand[0])
     stacks = (v["a_cat"], v["b_cat"])
-    with tiles.assume(tiles.GENERATIONS[call.generation], (call.form,)):
+    once = mock.patch.object(tiles, "reads_dy_once", lambda *_: call.reads_of_dy == 1)
+    with tiles.assume(tiles.GENERATIONS[call.generation], (call.form,)), once:
         y, handed, u = backend.forward(
             v["x"], v["weight"], v["bias"], *stacks, v["residual"], seed, *scalars, call.hand[1]
         )

@@ -37,6 +37,10 @@ CALLS = [
     Call("Hopper's tiles, one pass", 300, 136, 264, 16, 16, FP16, FP16, "one_pass", "sm_90", scaling=0.5),
     Call("Ampere's tiles", 140, 128, 264, 16, 16, FP32, FP32, generation="sm_80"),
     Call("tiles of a small GPU", 70, 128, 72, 16, 16, BF16, BF16, generation="default", p=0.1),
+    Call("dy read twice", 100, 100, 257, 34, 17, BF16, FP32, hand=(17, 34), residual=True, c=2.0, reads_of_dy=2),
+    Call("the same with dropout", 70, 100, 72, 24, 8, FP32, BF16, p=0.5, hand=(8, 24), residual=True, reads_of_dy=2),
+    Call("the same on Hopper", 300, 264, 136, 64, 64, BF16, BF16, generation="sm_90", reads_of_dy=2, residual=True),
+    Call("the same on Ampere", 40, 72, 136, 130, 130, BF16, FP32, generation="sm_80", p=0.1, reads_of_dy=2),
     Call("the library's matmul on the product", 40, 72, 100, 24, 8, BF16, FP32, "library", hand=(8, 24), residual=True),
     Call("AMD's tiles", 140, 72, 136, 16, 16, BF16, BF16, "one_pass", "gfx942", hand=(0, 16)),
 ]
@@ -197,3 +201,14 @@ def test_projection_gives_the_norms_of_its_input_along(m: int, k: int, device: t
     for entry in launches:
         entry.run()
     assert torch.equal(squares.sum(0), values["x"].float().square().sum(1))
+
+
+def test_the_op_passes_opcheck(device: torch.device) -> None:
+    call = Call("", 5, 24, 16, 6, 3, FP32, FP32, p=0.5, hand=(3, 6), residual=True, layout="sliced")
+    v, seed = draw(call, device, integers=False), torch.tensor(1, device=device)
+    for values in (v, {**v, "x": v["x"][:0], "residual": v["residual"][:0]}):
+        torch.library.opcheck(
+            torch.ops.reslora_kernels.lora_linear_forward.default,
+            (values["x"], v["weight"], v["bias"], v["a_cat"], v["b_cat"], values["residual"], seed,
+             1.0, 2.0, 0.5, 3, 6, "triton"),
+        )  # fmt: skip
