@@ -41,7 +41,7 @@ LAYERS = {
     "cli": 6,
     "__main__": 6,
 }
-SHARED_BY_KERNELS = ("device", "launch", "measured", "tiles")
+SHARED_BY_KERNELS = ("choice", "device", "launch", "measured", "tiles")
 
 
 class Import(NamedTuple):

@@ -18,8 +18,9 @@ from .. import dropout
 from . import torch as library
 
 if TYPE_CHECKING:
+    from ..kernels.choice import Choice
     from ..kernels.launch import Sum
-    from ..kernels.tiles import Choice, Gpu
+    from ..kernels.tiles import Gpu
 
 MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (8, 0)
@@ -163,9 +164,10 @@ def backward(
             need_dx, need_da, need_db, need_dresidual,
         )  # fmt: skip
     from ..kernels.augmented_matmul import augmented_matmul
+    from ..kernels.choice import choose, reads_dy_once
     from ..kernels.launch import precision
     from ..kernels.low_rank_grads import finish
-    from ..kernels.tiles import choose, gpu_of, reads_dy_once
+    from ..kernels.tiles import gpu_of
 
     gpu = gpu_of(dy.device)
     wanted = _Wanted(
@@ -247,7 +249,7 @@ def _one_read(
     if need_du or wanted.db is not None:
         launch, du, db_left = pass_over_dy(
             dy, b_cat, None if wanted.db is None else u, wanted.db, scaling=scaling, need_du=need_du,
-            tile=grads_tile(gpu, m, n, b_cat.shape[1], dy.dtype),
+            tile=grads_tile(gpu, m, n, b_cat.shape[1], dy.dtype, _aligned(dy)),
         )  # fmt: skip
         launch.run()
     if du is not None:
@@ -255,7 +257,7 @@ def _one_read(
         launch, da_left = pass_over_x(
             x, dropping.seed, du, dhanded, wanted.dh, wanted.dresidual, wanted.da, wanted.mask_bytes(),
             shape=(m, k), rank=rank, hand_start=hand_start, c=c, scaling=scaling, threshold=dropping.threshold,
-            keep_scale=dropping.scale, tile=grads_tile(gpu, m, k, rank, dy.dtype),
+            keep_scale=dropping.scale, tile=grads_tile(gpu, m, k, rank, dy.dtype, wanted.da is None or _aligned(x)),
         )  # fmt: skip
         launch.run()
     return da_left, db_left
@@ -288,17 +290,19 @@ def _two_reads(
         residual_start=hand_start, tile=project_tile(gpu, m, n, rank, dy.dtype),
     ):  # fmt: skip
         launch.run()
+    streams = [stream for stream, out in ((x, wanted.da), (dy, wanted.db)) if out is not None]
     launch, da_left, db_left = outer_products(
         x, wanted.dh, wanted.da, dropping.seed, wanted.mask_bytes(), dy, u, wanted.db, threshold=dropping.threshold,
-        keep_scale=dropping.scale, scaling=scaling, tile=outer_tile(gpu, m, n + k, rank, dy.dtype),
+        keep_scale=dropping.scale, scaling=scaling, tile=outer_tile(gpu, m, n + k, rank, dy.dtype, _aligned(*streams)),
     )  # fmt: skip
     launch.run()
     return da_left, db_left
 
 
 def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, scaling: float) -> Choice:
+    from ..kernels.choice import choose
     from ..kernels.launch import precision
-    from ..kernels.tiles import choose, gpu_of
+    from ..kernels.tiles import gpu_of
 
     (m, k), n, products = x.shape, weight.shape[0], precision(x.dtype)
     one_pass = seed is None and rank <= ONE_PASS_RANK

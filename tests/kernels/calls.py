@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reslora_kernels.backends import torch as library
-from reslora_kernels.kernels import tiles
+from reslora_kernels.kernels import choice, tiles
 
 SEED = 1234567890123456789
 RESULTS = ("y", "handed", "u", "dx", "da_cat", "db_cat", "dresidual")
@@ -95,7 +95,7 @@ def run(call: Call, values: dict[str, Tensor | None], backend=library) -> dict[s
     seed = torch.tensor(SEED, device=v["x"].device) if call.p else None
     scalars = (call.c, call.scaling, call.p, call.hand[0])
     stacks = (v["a_cat"], v["b_cat"])
-    once = mock.patch.object(tiles, "reads_dy_once", lambda *_: call.reads_of_dy == 1)
+    once = mock.patch.object(choice, "reads_dy_once", lambda *_: call.reads_of_dy == 1)
     with tiles.assume(tiles.GENERATIONS[call.generation], (call.form,)), once:
         y, handed, u = backend.forward(
             v["x"], v["weight"], v["bias"], *stacks, v["residual"], seed, *scalars, call.hand[1]
