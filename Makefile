@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RESULT ?= benchmarks/results/latest.json
-REQUIREMENTS := pyproject.toml setup.py constraints.txt
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# The CUDA extension takes minutes to compile: .venv gets it where there is a GPU to run it or RESLORA_CUDA asks for it.
+BUILD_CUDA := $(or $(RESLORA_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,0))
+REQUIREMENTS := pyproject.toml setup.py build_cuda.py constraints.txt
+REQUIREMENTS += $(if $(filter-out 0,$(BUILD_CUDA)),$(wildcard csrc/*.*))
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast bench gpu-check readme-tables lint format typecheck clean
@@ -57,6 +61,6 @@ typecheck: $(VENV)/.installed-dev ## mypy, strict on the package
 	$(BIN)/mypy
 
 clean: ## Remove .venv and everything that was generated
-	rm -rf $(VENV) build dist *.egg-info reslora_kernels/_build_info.py
+	rm -rf $(VENV) build dist *.egg-info reslora_kernels/_build_info.py reslora_kernels/_cuda*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

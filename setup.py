@@ -1,48 +1,86 @@
-"""Build hook: decides what RESLORA_CUDA asks for and records the outcome in reslora_kernels/_build_info.py."""
+"""Builds the CUDA extension as RESLORA_CUDA says and records the outcome in reslora_kernels/_build_info.py."""
 
 from __future__ import annotations
 
 import os
 import platform
 import runpy
+import shutil
+import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-TOOLCHAIN = runpy.run_path(str(ROOT / "reslora_kernels/cli/toolchain.py"))
-NO_SOURCES = "this release has no CUDA sources (no .cu file in csrc/)"
+CUDA = SimpleNamespace(**runpy.run_path(str(ROOT / "build_cuda.py")))
 
 
-def cuda_outcome(request: str) -> str:
-    """Why there is no CUDA extension, for RESLORA_CUDA = ``request``; stops the build where one was insisted on."""
+def build_cuda(folder: Path) -> tuple[str, ...]:
+    """Compiles the extension in ``folder`` for the architectures that it returns; RuntimeError says why it did not."""
+    request = os.environ.get("RESLORA_CUDA") or "auto"
     if request not in ("auto", "1", "0"):
         raise SystemExit(f"RESLORA_CUDA must be 'auto', '1' or '0', got {request!r}")
-    if request == "1":
-        raise SystemExit(f"RESLORA_CUDA=1 asks for the CUDA extension, but {NO_SOURCES}; use RESLORA_CUDA=auto or 0")
-    return "RESLORA_CUDA=0 at build time" if request == "0" else NO_SOURCES
+    if request == "0":
+        raise RuntimeError("RESLORA_CUDA=0 at build time")
+    try:
+        requested = CUDA.TOOLCHAIN.requested_architectures(os.environ.get("RESLORA_CUDA_ARCHS", ""))
+        return CUDA.compile_extension(folder, requested, CUDA.job_limit(os.environ.get("MAX_JOBS", "")))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    except RuntimeError as error:
+        if request == "1":
+            raise SystemExit(f"RESLORA_CUDA=1 asks for the CUDA extension, but {error}") from None
+        print(f"warning: no CUDA extension in this build: {error}", file=sys.stderr)
+        raise
 
 
-class BuildWithRecord(build_py):
-    """Copies the package, then adds the record: to the build folder, or in place for an editable install."""
+class PlatformWheel(Distribution):
+    """A wheel is for this platform once it holds an extension, which is known only after the build."""
+
+    cuda_built = False
+
+    def has_ext_modules(self) -> bool:
+        return self.cuda_built
+
+
+class BuildWithExtension(build_py):
+    """Copies the package, then adds extension and record: to the build folder, or in place for an editable install."""
 
     def run(self) -> None:
-        nvcc = TOOLCHAIN["find_nvcc"]()
+        super().run()
+        package = (ROOT if self.editable_mode else Path(self.build_lib)) / "reslora_kernels"
+        for stale in (*package.glob("_cuda*.so"), *package.glob("_build_info.py")):
+            stale.unlink()
+        architectures, reason = (), "built"
+        with tempfile.TemporaryDirectory(prefix="reslora_cuda_") as folder:
+            try:
+                architectures = build_cuda(Path(folder))
+                shutil.copy(Path(folder, CUDA.MODULE), package)
+            except RuntimeError as error:
+                reason = str(error)
+        if architectures and not self.editable_mode:
+            self.distribution.cuda_built = True
+            self.get_finalized_command("bdist_wheel").root_is_pure = False
+        nvcc = CUDA.TOOLCHAIN.find_nvcc()
         record = {
-            "CUDA_BUILT": False,
-            "CUDA_REASON": cuda_outcome(os.environ.get("RESLORA_CUDA", "auto")),
-            "NVCC": nvcc and TOOLCHAIN["compiler_version"](nvcc),
+            "CUDA_BUILT": bool(architectures),
+            "CUDA_REASON": reason,
+            "CUDA_ARCHS": architectures,
+            "NVCC": nvcc and CUDA.TOOLCHAIN.compiler_version(nvcc),
             "PYTHON": platform.python_version(),
         }
-        super().run()
-        root = ROOT if self.editable_mode else Path(self.build_lib)
         lines = ['"""Written by setup.py when the package was built."""', ""]
         lines += [f"{name} = {value!r}" for name, value in record.items()]
-        (root / "reslora_kernels/_build_info.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (package / "_build_info.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # A fresh build folder each time: a left-over one would ship files that the source no longer has.
 with tempfile.TemporaryDirectory(prefix="reslora_kernels_") as build_base:
-    setup(cmdclass={"build_py": BuildWithRecord}, options={"build": {"build_base": build_base}})
+    setup(
+        distclass=PlatformWheel,
+        cmdclass={"build_py": BuildWithExtension},
+        options={"build": {"build_base": build_base}},
+    )

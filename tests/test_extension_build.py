@@ -146,7 +146,7 @@ def test_jobs_limit_the_compilers(place: Place, jobs: int) -> None:
 
 
 def test_wheel_with_the_extension_is_for_this_platform(place: Place) -> None:
-    record = place.record(RESLORA_CUDA="auto", RESLORA_CUDA_ARCHS="80, 90a;80", MAX_JOBS="5")
+    record = place.record(RESLORA_CUDA="auto", RESLORA_CUDA_ARCHS="80, 90a;80", MAX_JOBS="6")
     assert (record["CUDA_BUILT"], record["CUDA_ARCHS"], record["NVCC"]) == (True, ("80", "90a"), "13.0")
     assert "--threads=2" in place.commands()["project.cu"]
     wheel = built_wheel(place.source)
