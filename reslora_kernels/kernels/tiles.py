@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
+from typing import TypeVar
 
 import torch
 
@@ -132,6 +133,10 @@ class ProjectTile:
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    def shared_bytes(self, itemsize: int) -> int:
+        """Operand stages, and one more of them where masked operands wait for their product."""
+        return (self.num_stages + 1) * (self.block_m + self.block_r) * self.block_k * itemsize
+
     def split_k(self, k: int) -> int:
         """Length of a part, a multiple of ``block_k``."""
         return max(1, ceil(k / (self.splits * self.block_k))) * self.block_k
@@ -156,6 +161,11 @@ class GradsTile:
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    def shared_bytes(self, itemsize: int) -> int:
+        """Stages of the stream and of B, and what stays."""
+        stream = self.num_stages * (self.block_m + self.block_r) * self.block_c
+        return (stream + 2 * self.block_m * self.block_r) * itemsize
+
     def chunk(self, columns: int) -> int:
         """Columns of a program, a multiple of ``block_c``."""
         return max(1, ceil(columns / (self.chunks * self.block_c))) * self.block_c
@@ -179,6 +189,11 @@ class OuterTile:
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Operand stages, and one more of the stream where it is masked."""
+        stages = self.num_stages * (self.block_c + self.block_r) + self.block_c
+        return stages * self.block_m * itemsize
 
     def rows(self, m: int) -> int:
         """Rows of a part, a multiple of ``block_m``."""
@@ -205,7 +220,7 @@ _LARGE = {
     "sm_100": (
         MatmulTile(128, 256, 64, 8, 3, halves=2, persistent=True, tma=True),
         MatmulTile(128, 128, 64, 8, 4, persistent=True, tma=True),
-        MatmulTile(64, 128, 64, 4, 4, tma=True),
+        MatmulTile(64, 128, 64, 4, 3, tma=True),
     ),
     "sm_120": (
         MatmulTile(128, 128, 32, 8, 3, halves=2, tma=True),
@@ -274,6 +289,7 @@ def matmul_tiles(
         if not aligned or scalar:  # operands pass through registers
             small = (min(tile.block_m, 64), min(tile.block_n, 32 if scalar else 64), min(tile.block_k, 32))
             tile = replace(tile, block_m=small[0], block_n=small[1], block_k=small[2], num_warps=4, halves=1)
+            tile = replace(tile, num_stages=min(tile.num_stages, 3))
         while not fits(tile, gpu, dtype.itemsize, one_pass) and (tile.num_stages > 2 or tile.block_k > 16):
             stages = tile.num_stages - 1 if tile.num_stages > 2 else tile.num_stages
             block_k = tile.block_k if tile.num_stages > 2 else tile.block_k // 2
@@ -283,10 +299,20 @@ def matmul_tiles(
     return fitted
 
 
+SkinnyTile = TypeVar("SkinnyTile", ProjectTile, GradsTile, OuterTile)
+
+
+def with_stages_that_fit(tile: SkinnyTile, gpu: Gpu, dtype: torch.dtype) -> SkinnyTile:
+    """The tile with as many of its stages as shared memory holds."""
+    while tile.num_stages > 1 and tile.shared_bytes(dtype.itemsize) > gpu.shared_bytes:
+        tile = replace(tile, num_stages=tile.num_stages - 1)
+    return tile
+
+
 def project_tile(gpu: Gpu, m: int, k: int, rank: int, dtype: torch.dtype) -> ProjectTile:
     """64 rows a program, 32 or 16 where those leave processors idle; then K is split until every one has a program."""
     small = gpu.generation == "interpreter"
-    block_r = rank_block(rank, 128)
+    block_r = rank_block(rank, 64 if gpu.shared_bytes < 70_000 else 128)
     block_m = 16 if small else next((rows for rows in (64, 32) if ceil(m / rows) >= 0.75 * gpu.processors), 16)
     block_k = 32 if small else (64 if block_r > 64 else 128) * 2 // dtype.itemsize
     if gpu.shared_bytes < 100_000:
@@ -294,7 +320,8 @@ def project_tile(gpu: Gpu, m: int, k: int, rank: int, dtype: torch.dtype) -> Pro
     programs = ceil(m / block_m) * ceil(rank / block_r)
     splits = max(1, min(16, gpu.processors // max(1, programs), k // (4 * block_k)))
     warps = 8 if block_r > 64 else 4
-    return ProjectTile(block_m, block_k, block_r, splits, warps, 2 if gpu.generation == "gfx942" else 4, gpu.tma)
+    tile = ProjectTile(block_m, block_k, block_r, splits, warps, 2 if gpu.generation == "gfx942" else 4, gpu.tma)
+    return with_stages_that_fit(tile, gpu, dtype)
 
 
 def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, aligned: bool = True) -> GradsTile:
@@ -303,7 +330,7 @@ def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, al
     ``aligned`` as for ``matmul_tiles``.
     """
     small = gpu.generation == "interpreter"
-    block_r = rank_block(rank, 128 if rank % 8 == 0 else 64)
+    block_r = rank_block(rank, 64 if rank % 8 or gpu.shared_bytes < 70_000 else 128)
     held = 32 if small else 64 if dtype.itemsize == 4 else 256 if gpu.shared_operands else 128
     if block_r > (64 if gpu.shared_operands else 32):
         held //= 2
@@ -313,17 +340,19 @@ def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, al
     chunks = max(1, min(16, gpu.processors // max(1, row_chunks), ceil(columns / block_c)))
     stages = 2 if gpu.generation == "gfx942" else 3
     warps = 8 if block_m >= 128 or block_r >= 128 else 4
-    return GradsTile(block_m, block_c, block_r, chunks, warps, stages, gpu.tma, gpu.shared_operands)
+    tile = GradsTile(block_m, block_c, block_r, chunks, warps, stages, gpu.tma, gpu.shared_operands)
+    return with_stages_that_fit(tile, gpu, dtype)
 
 
 def outer_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, aligned: bool = True) -> OuterTile:
     """128 columns a program, ``columns`` those of x and dy together; rows in as many parts as fill the processors."""
     small = gpu.generation == "interpreter" or not aligned or dtype.itemsize == 4
     widest = 256 if gpu.shared_operands and not small else 128
-    block_r = rank_block(rank, widest if rank % 8 == 0 else 64)
+    block_r = rank_block(rank, 64 if rank % 8 or gpu.shared_bytes < 70_000 else widest)
     block_c = 32 if small else 128 if block_r <= 64 and gpu.shared_operands else 64
     block_m = min(32 if small else 64 if gpu.shared_bytes < 110_000 else 128, next_power_of_two(m))
     splits = max(1, gpu.processors // max(1, ceil(columns / block_c)))
     warps = 8 if block_r >= 128 or block_c >= 128 else 4
     stages = 2 if gpu.generation == "gfx942" else 3
-    return OuterTile(block_m, block_c, block_r, splits, warps, stages, gpu.tma, gpu.shared_operands)
+    tile = OuterTile(block_m, block_c, block_r, splits, warps, stages, gpu.tma, gpu.shared_operands)
+    return with_stages_that_fit(tile, gpu, dtype)

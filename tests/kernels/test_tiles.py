@@ -110,3 +110,17 @@ def test_why_triton_cannot_run_is_said_in_one_sentence(monkeypatch: pytest.Monke
     triton.unavailable_reason.cache_clear()
     assert "Triton 3.1.0 is too old, 3.4 is needed" in str(triton.unavailable_reason())
     triton.unavailable_reason.cache_clear()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("rank", [1, 64, 256, 1000])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_skinny_passes_fit(generation: str, rank: int, dtype: torch.dtype) -> None:
+    gpu = GENERATIONS[generation]
+    for tile in (
+        tiles.project_tile(gpu, 8192, 4096, rank, dtype),
+        tiles.grads_tile(gpu, 8192, 4096, rank, dtype),
+        tiles.outer_tile(gpu, 8192, 8192, rank, dtype),
+    ):
+        assert tile.shared_bytes(dtype.itemsize) <= gpu.shared_bytes, tile
+        assert tile.num_stages >= 2
