@@ -62,7 +62,9 @@ def shipped_launches(target: str, quick: bool = False) -> Iterator[tuple[str, La
         for form in ("two_pass", "one_pass"):
             if form == "one_pass" and (call.p or call.rank > triton.ONE_PASS_RANK or call.dtype == torch.float32):
                 continue
-            candidates = tiles.matmul_tiles(gpu, call.m, call.rank, call.dtype, precision, form == "one_pass", call.aligned)
+            candidates = tiles.matmul_tiles(
+                gpu, call.m, call.rank, call.dtype, precision, form == "one_pass", call.aligned
+            )
             for tile in candidates[:1] if quick else candidates:
                 for entry in record(call, gpu, (form, "two_pass"), tile):
                     if str(entry) + str(call.dtype) not in seen:

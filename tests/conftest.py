@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def patched_interpreter() -> Iterator[bool]:
-    """Triton's interpreter as ``tests/triton_interpreter.py`` makes it, to the end of the run; False on a GPU."""
+    """Triton's interpreter as ``tests/triton_interpreter`` makes it, to the end of the run; False on a GPU."""
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield False

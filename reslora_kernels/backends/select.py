@@ -96,8 +96,8 @@ def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> Choice:
             raise ValueError(f"backend {name!r}: {reason}; use backend='auto' or 'torch'")
         why = f"{OVERRIDE}={name}" if asked else "asked for"
         return Choice(name, f"{why}; {module.explain(x, weight, rank)}")
-    if x.device.type == "cpu":
-        return Choice("torch", f"x is on the CPU; {_require('torch').explain(x, weight, rank)}")
+    if x.device.type != "cuda":
+        return Choice("torch", f"x is on device {x.device}; {_require('torch').explain(x, weight, rank)}")
     passed_over: list[str] = []
     able: list[str] = []
     for name in PREFERENCE:

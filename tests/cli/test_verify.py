@@ -59,7 +59,7 @@ def test_backend_without_float64_is_held_to_the_tolerance_rule(
     case: verify.GoldenCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object) -> None:
-        raise RuntimeError("float64 is not supported")
+        raise ValueError("float64 is not supported")
 
     monkeypatch.setattr(verify, "served_dtype", lambda *arguments: torch.float32)
     check = verify.check_case(case, "torch")
