@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench gpu-check readme-tables lint format typecheck clean
+.PHONY: help demo test test-fast bench gpu-check tune readme-tables lint format typecheck clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -43,11 +43,13 @@ bench: $(VENV)/.installed-dev ## Time the layers against frozen linears, plain l
 readme-tables: $(VENV)/.installed-dev ## Write the tables of README.md from the newest committed result
 	$(BIN)/python -m benchmarks.tables --readme README.md
 
-gpu-check: $(VENV)/.installed-dev ## On a CUDA GPU: the tests marked gpu, then the kernel benchmarks
-	@$(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())" \
-		|| { echo "make gpu-check needs a CUDA GPU that torch can use; this machine has none (see: reslora doctor)" >&2; exit 1; }
-	$(BIN)/python -m pytest -m gpu $(ARGS)
-	$(BIN)/python -m pytest benchmarks/kernels $(ARGS)
+gpu-check: ## On a CUDA GPU: tests on the chip, compute-sanitizer, then speed; RESLORA_PYTHON picks an interpreter
+	@test -n "$(RESLORA_PYTHON)" || $(MAKE) --no-print-directory $(VENV)/.installed-dev
+	$(or $(RESLORA_PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(ARGS)
+
+tune: ## On a CUDA GPU: time every form and tile, and write the table that the choice reads
+	@test -n "$(RESLORA_PYTHON)" || $(MAKE) --no-print-directory $(VENV)/.installed-dev
+	$(or $(RESLORA_PYTHON),$(BIN)/python) -m benchmarks.gpu_check --part tune $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff: rules and formatting
 	$(BIN)/ruff check
