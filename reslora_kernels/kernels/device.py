@@ -64,11 +64,11 @@ def keep_bytes(seed, row, group, threshold):
     for _ in tl.static_range(7):
         high0 = tl.umulhi(c0, 0xD2511F53)
         high2 = tl.umulhi(c2, 0xCD9E8D57)
-        low0 = tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
-        low2 = tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
+        low0 = c0 * 0xD2511F53
+        low2 = c2 * 0xCD9E8D57
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
     keep = _two_bits(c0, threshold)
     keep |= _two_bits(c1, threshold) << 2
     keep |= _two_bits(c2, threshold) << 4
