@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench gpu-check tune readme-tables lint format typecheck clean
+.PHONY: help demo test test-fast bench bench-layers gpu-check tune readme-tables lint format typecheck clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,7 +36,10 @@ test: $(VENV)/.installed-dev ## Run every test that this machine can run
 test-fast: $(VENV)/.installed-dev ## The same without the tests marked slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-bench: $(VENV)/.installed-dev ## Time the layers against frozen linears, plain layers and PEFT
+bench: $(VENV)/.installed-dev ## Measure layers and models against their peers on this machine; ARGS=--quick for two minutes
+	$(BIN)/reslora bench $(ARGS)
+
+bench-layers: $(VENV)/.installed-dev ## Time the layers under pytest-benchmark, for its own compare tools
 	$(BIN)/python -m pytest benchmarks/kernels --benchmark-json=$(RESULT) $(ARGS)
 	$(BIN)/python -m benchmarks.tables $(RESULT)
 

@@ -1,7 +1,9 @@
 """Markdown tables from result files, so that no number in README.md is typed by hand.
 
 python -m benchmarks.tables RESULT.json            print the table of one result file
-python -m benchmarks.tables --readme README.md     write the newest committed results' tables between the markers
+python -m benchmarks.tables --readme README.md     write the newest results' tables and figures between the markers
+
+What no result file holds is shown as not yet measured.
 """
 
 from __future__ import annotations
@@ -12,6 +14,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from reslora_kernels.cli.bench import results as bench
+from reslora_kernels.cli.bench.figures import draw_all
+from reslora_kernels.cli.bench.series import by_case, label, timed
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,15 +75,90 @@ def demo_table(path: Path) -> str:
     return "\n".join(rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"cpu-layers": layers_table, "demo-cpu": demo_table}
+def bench_table(path: Path) -> str:
+    """Of one result of ``reslora bench`` or of the GPU check: a row for each case, one for each model, one figure."""
+    result = bench.read(path)
+    rows = [*_bench_rows(result), "", *_model_rows(result)]
+    machine = result.machine
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    driver = f"driver {machine['driver']}, " if machine["driver"] else ""
+    rows.append(
+        f"\nForward and backward of all layers relative to the frozen ones in the same rounds (medians), ± what that "
+        f"may be off by. {device}, {driver}torch {machine['torch']}, commit {(result.commit or 'unknown')[:10]}"
+        f"{' with changes' if result.uncommitted_changes else ''} "
+        f"([{path.name}](benchmarks/results/{path.name}))."
+    )
+    for figure in draw_all(result):
+        if figure.name in SHOWN_FIGURES:
+            image = path.with_name(f"{path.stem}-{figure.name}.png")
+            image.write_bytes(figure.png["light"])
+            rows.append(f"\n![{figure.alt}](benchmarks/results/{image.name})")
+    return "\n".join(rows)
 
 
-def newest(kind: str) -> Path:
-    """The committed result of a kind with the latest date in its name."""
-    found = sorted(RESULTS.glob(f"{kind}-*.json"))
-    if not found:
-        raise SystemExit(f"no {kind}-DATE.json in {RESULTS}")
-    return found[-1]
+def _bench_rows(result: bench.Result) -> list[str]:
+    names = ["plain block-1", "peft lora", "peft-float32 lora", "ours lora", "ours block-1"]
+    rows = [
+        "| layers, / frozen | plain `block` | PEFT LoRA | PEFT LoRA, float32 adapters | ours, LoRA | ours, `block` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, group in by_case(timed(result)).items():
+        found = {label(row).replace("ours-torch", "ours"): row for row in group if row.provider != "ours-triton"}
+        found |= {label(row): row for row in group if row.provider == "ours"}
+        cells = [
+            _ratio(found[name].times_frozen["both"], found[name].noise["both"]) if name in found else "–"
+            for name in names
+        ]
+        rows.append(f"| {case} | {' | '.join(cells)} |")
+    return rows
+
+
+def _model_rows(result: bench.Result) -> list[str]:
+    groups: dict[str, dict[str, bench.ModelMeasurement]] = {}
+    for row in result.models:
+        if row.status == bench.TIMED and row.times_frozen is not None:
+            name = row.provider if row.method in ("", "lora") else f"{row.provider} shortcut"
+            groups.setdefault(row.key[0], {})[name] = row
+    if not groups:
+        return []
+    rows = ["| training step, / frozen model | plain | PEFT LoRA | ours, LoRA | ours | ours, per second |"]
+    rows.append("|---|---|---|---|---|---|")
+    for name, found in groups.items():
+        order = ("plain shortcut", "peft", "ours", "ours shortcut")
+        cells = [_ratio(found[key].times_frozen, found[key].noise) if key in found else "–" for key in order]
+        last = found.get("ours shortcut")
+        rate = f"{last.per_second or 0:,.0f} {last.unit}" if last is not None else "–"
+        rows.append(f"| {name} | {' | '.join(cells)} | {rate} |")
+    return rows
+
+
+def _ratio(value: float | None, noise: float | None) -> str:
+    return "–" if value is None else f"{value:.2f} ± {value * (noise or 0):.2f}"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "cpu-layers": layers_table,
+    "demo-cpu": demo_table,
+    "bench-cpu": bench_table,
+    "bench-gpu": bench_table,
+}
+SHOWN_FIGURES = ("speedup", "over-pre-num")
+NOT_MEASURED = "Not measured yet."
+
+
+def newest(kind: str) -> Path | None:
+    """The latest result of a kind; None if there is none."""
+    if not kind.startswith("bench-"):
+        return max(RESULTS.glob(f"{kind}-*.json"), default=None)
+    found = []
+    for path in RESULTS.glob("*.json"):
+        try:
+            result = bench.read(path)
+        except ValueError:  # a result of another kind
+            continue
+        if bool(result.machine["gpu"]) == (kind == "bench-gpu") and result.rows():
+            found.append((result.date, path.stat().st_mtime, path))
+    return max(found)[-1] if found else None
 
 
 def write_readme(readme: Path) -> None:
@@ -86,9 +167,18 @@ def write_readme(readme: Path) -> None:
         markers = re.compile(rf"(<!-- {kind}: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
         if not markers.search(text):
             raise SystemExit(f"{readme} has no markers for {kind}")
-        filled = table(newest(kind))
+        path = newest(kind)
+        filled = NOT_MEASURED if path is None else table(path)
         text = markers.sub(lambda match, filled=filled: f"{match[1]}{filled}\n{match[2]}", text)  # type: ignore[misc]
     readme.write_text(text)
+
+
+def table_of(path: Path) -> str:
+    """The table of a result file, whichever kind it is."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    if content.get("format") in (bench.FORMAT, bench.GPU_CHECK):
+        return bench_table(path)
+    return demo_table(path) if "runs" in content else layers_table(path)
 
 
 def main() -> None:
@@ -99,8 +189,7 @@ def main() -> None:
     if arguments.readme is not None:
         write_readme(arguments.readme)
     else:
-        result = arguments.result or newest("cpu-layers")
-        print((demo_table if "demo" in result.name else layers_table)(result))
+        print(table_of(arguments.result or newest("cpu-layers") or parser.error("no result; give one")))
 
 
 def _title(shortcut: str, pre_num: int) -> str:

@@ -1,103 +1,233 @@
-"""The GPU check without a GPU: its timing, its refusal of a wrong backend, its table of measurements."""
+"""The check of a GPU and the tuning, driven by stand-ins for the GPU: budgets, verdicts, files."""
 
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_check
-from benchmarks.device_timing import interleaved_seconds
-from benchmarks.gpu_check import Results, speed_row, summary, tune
-from benchmarks.layer_calls import FORMS, LayerCall, Shape
-from reslora_kernels.backends import torch as library
-from reslora_kernels.kernels import measured
+from benchmarks import tables, tune
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import parts, small_launches
+from benchmarks.gpu_check.parts import Finished
+from reslora_kernels.backends import triton
+from reslora_kernels.cli.bench import results
+from reslora_kernels.kernels import measured, tiles
 
-CPU = torch.device("cpu")
-SMALL = Shape(8, 32, 40, 4, torch.float32)
-
-
-def test_works_take_turns_and_medians_are_theirs() -> None:
-    order: list[str] = []
-    works = {name: lambda index, name=name: order.append(f"{name}{index}") for name in ("a", "b")}
-    seconds = interleaved_seconds(works, sets=2, rounds=3, device=CPU)
-    assert order[4:8] == ["a0", "a1", "b0", "b1"]  # after one warm-up each
-    assert len(order) == 4 + 3 * 4
-    assert all(low <= middle <= high for middle, low, high in seconds.values())
-
-
-@pytest.mark.parametrize("shortcut", FORMS)
-def test_a_row_of_the_speed_part(shortcut: str) -> None:
-    row = speed_row(SMALL, shortcut, LayerCall(SMALL, FORMS[shortcut], CPU, sets=2), rounds=2)
-    forward, frozen = (row["microseconds"][name][0] for name in ("torch forward", "frozen forward"))
-    assert row["torch forward / frozen"] == pytest.approx(forward / frozen)
-    assert json.loads(json.dumps(row)) == row
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.kernels.test_a" name="one"/>
+<testcase classname="tests.kernels.test_a" name="two"><skipped message="no second GPU"/></testcase>
+{fault}</testsuite></testsuites>"""
+FAULT = (
+    '<testcase classname="tests.kernels.test_a" name="three"><failure message="largest error 1 above 0.5"/></testcase>'
+)
+ROW = {"set": "standard", "case": "M=8192", "provider": "ours-triton", "method": "lora", "status": "timed"}
+ROW |= {"times_frozen": {"forward": 1.02, "backward": 1.04, "both": 1.03}, "noise": {"both": 0.01}, "reason": None}
+SPEED = {"format": "reslora bench", "version": 1, "machine": {"gpu": "H200"}, "commit": "c" * 40, "date": "2026-01-02"}
+SPEED |= {"uncommitted_changes": False, "settings": {}, "measurements": [ROW], "models": []}
 
 
-def test_a_backend_with_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def backward(*arguments: object) -> tuple[torch.Tensor, ...]:
-        dx, da, *others = library.backward(*arguments)
-        return dx, da * 1.1, *others
+class StandIn:
+    """Answers for child processes, and keeps what was asked of them."""
 
-    wrong = SimpleNamespace(
-        forward=library.forward, backward=backward, unavailable_reason=lambda: None, explain=lambda *_: ""
-    )
-    monkeypatch.setattr(gpu_check, "triton", wrong)
-    row = speed_row(SMALL, "input", LayerCall(SMALL, FORMS["input"], CPU, sets=1), rounds=1)
-    assert "differ by 0.1" in row["refused"]
-    assert "microseconds" not in row
-    assert row["refused"] in summary({"speed": [row]})
+    def __init__(
+        self, fault: str = "", speed: dict[str, Any] | None = None, statuses: dict[str, int | None] | None = None
+    ):
+        self.fault, self.speed, self.statuses = fault, SPEED if speed is None else speed, statuses or {}
+        self.commands: list[list[str]] = []
+        self.limits: list[float] = []
+        self.environments: list[dict[str, str]] = []
+
+    def __call__(self, command: Sequence[str], limit: float, **environment: str) -> Finished:
+        self.commands.append(list(command))
+        self.limits.append(limit)
+        self.environments.append(environment)
+        text = " ".join(command)
+        status = next((status for part, status in self.statuses.items() if part in text), 0)
+        for part in command:
+            if part.startswith("--junitxml="):
+                Path(part.partition("=")[2]).write_text(JUNIT.format(fault=self.fault))
+                status = 1 if self.fault else status
+            if part.startswith("--output=") and "bench" in command and status == 0:
+                Path(part.partition("=")[2]).write_text(json.dumps(self.speed))
+        return Finished(status, "ERROR SUMMARY: 3 errors\n" if status == 9 else "done\n", 1.0)
 
 
-def test_tuning_writes_a_table_that_the_choice_can_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton_interpreter: bool
+@pytest.fixture
+def with_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts.shutil, "which", lambda name: sys.executable)
+
+
+def run(stand_in: StandIn, tmp_path: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    path = tmp_path / "check.json"
+    status = gpu_check.main(["--rehearse", f"--output={path}", *options], stand_in)
+    return status, json.loads(path.read_text())
+
+
+def test_all_parts_in_order_within_the_budget(
+    with_tools: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the interpreter, whose times mean nothing."""
+    stand_in = StandIn()
+    status, report = run(stand_in, tmp_path)
+    assert status == 0
+    assert [(name, part["status"]) for name, part in report["parts"].items()] == [
+        ("correctness", "passed"), ("sanitizer", "passed"), ("speed", "passed")
+    ]  # fmt: skip
+    assert report["parts"]["correctness"]["summary"] == "2 passed, 0 failed, 2 skipped"
+    assert [name for name in ("memcheck", "racecheck", "initcheck", "synccheck")] == [
+        part.partition("=")[2] for command in stand_in.commands for part in command if part.startswith("--tool=")
+    ]
+    assert stand_in.environments[3] == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert max(stand_in.limits) <= 540 and max(stand_in.limits[:2]) <= 150 and max(stand_in.limits[2:7]) <= 100
+    assert all(command[0] == sys.executable for command in stand_in.commands)
+    assert report["format"] == "reslora gpu check" and {"driver", "torch", "triton"} <= report["machine"].keys()
+    assert "ours-triton lora" in capsys.readouterr().out.rpartition("Time relative to the frozen")[2]
+    assert results.read(tmp_path / "check.json").measurements[0].provider == "ours-triton"
+
+
+def test_the_speed_part_asks_for_the_sets_most_important_first() -> None:
+    stand_in = StandIn()
+    outcome = parts.speed(stand_in, 300.0)
+    (command,) = stand_in.commands
+    sets = [command[n + 1] for n, part in enumerate(command) if part == "--set"]
+    assert sets[:4] == ["standard", "lorafusion-coarse", "small-m", "models"]
+    assert "--budget-seconds=270" in command and outcome.status == parts.PASSED
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "part", "status", "said"),
+    [
+        (StandIn(fault=FAULT), "correctness", "failed", "2 passed, 2 failed, 2 skipped"),
+        (StandIn(statuses={"pytest": None}), "correctness", "ran out of time", "2 passed"),
+        (StandIn(statuses={"racecheck": 9}), "sanitizer", "failed", "racecheck 3 errors"),
+        (StandIn(statuses={"initcheck": None}), "sanitizer", "ran out of time", "initcheck ran out of time"),
+        (StandIn(statuses={"small_launches": 1}), "sanitizer", "failed", "without a tool: done"),
+        (StandIn(statuses={"bench": 2}), "speed", "failed", "no result: done"),
+        (
+            StandIn(speed=SPEED | {"measurements": [ROW | {"status": "refused", "reason": "wrong result"}]}),
+            "speed",
+            "failed",
+            "1 of ours refused or failed, first ours-triton lora: wrong result",
+        ),
+    ],
+    ids=["test", "slow test", "race", "slow tool", "launch", "no result", "refused"],
+)
+def test_verdicts(stand_in: StandIn, part: str, status: str, said: str, with_tools: None, tmp_path: Path) -> None:
+    code, report = run(stand_in, tmp_path, "--part", part)
+    assert code == (status == "failed")
+    assert report["parts"][part]["status"] == status and said in report["parts"][part]["summary"]
+
+
+def test_without_the_sanitizer_it_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts.shutil, "which", lambda name: None)
+    monkeypatch.setattr(parts.Path, "is_file", lambda self: False)
+    assert "compute-sanitizer is not installed" in parts.sanitizer(StandIn(), 60.0).summary
+
+
+def test_a_child_is_stopped_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "GRACE", 1.0)
+    code = "import time; print('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('report')"
+    stopped = parts.run_child([sys.executable, "-c", code], 1.5)
+    assert stopped.status is None and stopped.output == "begun\nreport\n" and stopped.seconds < 20
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: time.sleep(1)"
+    assert parts.run_child([sys.executable, "-c", stubborn], 1.5).status is None
+    assert parts.run_child([sys.executable, "-c", "raise SystemExit(3)"], 20.0).status == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check"], capture_output=True, text=True, timeout=120, cwd=parts.ROOT
+    )
+    assert finished.returncode == 1 and finished.stderr.startswith("gpu-check needs a CUDA GPU")
+    assert finished.stderr.count("\n") == 1
+
+
+def test_small_launches_run_every_case_through_a_backend() -> None:
+    from reslora_kernels.backends import torch as library
+
+    for case in small_launches.cases():
+        small_launches.run(library, case, "cpu")
+
+
+@pytest.mark.parametrize("form", ["one_pass", "two_pass"])
+def test_small_launches_fit_the_triton_backend(form: str, triton_interpreter: bool) -> None:
     if not triton_interpreter:
-        pytest.skip("writes a table of the interpreter's times")
-    monkeypatch.setattr(measured, "__file__", str(tmp_path / "measured.py"))
-    tune(Results(tmp_path / "result.json", CPU), lambda: 1000.0, [SMALL], rounds=1)
-    content = json.loads((tmp_path / "measured.json").read_text())
+        pytest.skip("runs on a CPU, in Triton's interpreter")
+    for case in [case for case in small_launches.cases() if case[0] == 17]:
+        with tiles.assume(tiles.GENERATIONS["interpreter"], (form,)):
+            small_launches.run(triton, case, "cpu")
+
+
+class StandInTimer:
+    """Prefers two passes with the second tile forward, the library backward; one tile cannot run."""
+
+    def forward(self, shape: tune.Shape, candidates: Sequence[tune.Candidate]) -> list[float | None]:
+        best = next(c for c in candidates if c.form == "two_pass" and c.tile is not None)
+        return [None if c.form == "one_pass" else 1e-4 if c is best else 2e-4 for c in candidates]
+
+    def backward(self, shape: tune.Shape, candidates: Sequence[tune.Candidate]) -> list[float | None]:
+        return [3e-4 if c.form == "library" else 4e-4 for c in candidates]
+
+    def calls(self, shape: tune.Shape, forward: tune.Candidate, backward: tune.Candidate) -> dict[str, float]:
+        assert (forward.form, backward.form) == ("two_pass", "library")
+        return {"triton": 7e-4, "torch": 8e-4}
+
+
+def test_tuning_writes_the_table_that_the_choice_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps({"sm_80": {"matmuls": [], "calls": [], "machine": "kept"}}))
+    gpu = tiles.GENERATIONS["sm_90"]
+    shapes = [tune.Shape(8192, 4096, 14336), tune.Shape(16, 4096, 4096), tune.Shape(8192, 4096, 4096, 128)]
+    told: list[int] = []
+    table = tune.tune(gpu, StandInTimer(), shapes, lambda found: told.append(len(found["calls"])))
+    tune.write(path, gpu.generation, table, {"gpu": "H200", "torch": "2", "triton": "3"})
+    content = json.loads(path.read_text())
+    assert content["sm_80"]["machine"] == "kept" and content["sm_90"]["machine"] == "H200" and told == [1, 2, 3]
     monkeypatch.setattr(measured, "table", lambda: content)
-    sizes = {"m": 8, "n": 40, "k": 32, "rank": 4}
-    exact = {"dtype": "torch.float32", "one_pass": True}
-    row = measured.nearest("interpreter", "matmuls", sizes, exact)
-    assert row is not None and row["form"] in ("one_pass", "two_pass", "library")
-    call = measured.nearest("interpreter", "calls", sizes, {"dtype": "torch.float32"})
-    assert call is not None and set(call["microseconds"]) == {"torch", "triton"}
-    assert {"machine", "commit"} <= set(content["interpreter"])
+    near = {"m": 8000, "n": 14336, "k": 4096, "rank": 16}
+    row = measured.nearest("sm_90", "matmuls", near, {"dtype": "torch.bfloat16", "one_pass": True})
+    assert row is not None and (row["form"], row["seconds"]) == ("two_pass", 1e-4)
+    assert tiles.MatmulTile(**row["tile"]) in tiles.matmul_tiles(gpu, 8192, 16, torch.bfloat16, "ieee", False)
+    swapped = {"m": 8192, "n": 4096, "k": 14336, "rank": 16}
+    row = measured.nearest("sm_90", "matmuls", swapped, {"dtype": "torch.bfloat16", "one_pass": False})
+    assert row is not None and (row["form"], row["tile"], row["seconds"]) == ("library", None, 3e-4)
+    call = measured.nearest("sm_90", "calls", near, {"dtype": "torch.bfloat16"})
+    assert call is not None and call["microseconds"] == {"triton": 700.0, "torch": 800.0}
 
 
-def test_what_the_time_budget_leaves_undone_is_named(tmp_path: Path) -> None:
-    results = Results(tmp_path / "result.json", CPU)
-    gpu_check.speed(results, lambda: 0.0, [SMALL])
-    assert [row["shortcut"] for row in json.loads((tmp_path / "result.json").read_text())["undone"]] == list(FORMS)
-    assert "undone: 4" in summary(results.content)
+def test_tuning_stops_at_the_deadline_and_knows_what_cannot_be_in_one_pass() -> None:
+    gpu = tiles.GENERATIONS["sm_90"]
+    nothing = tune.tune(gpu, StandInTimer(), list(tune.shapes()), lambda table: None, deadline=-math.inf)
+    assert nothing == {"matmuls": [], "calls": []}
+    forms = {c.form for c in tune.candidates(gpu, tune.Shape(8192, 4096, 4096, triton.ONE_PASS_RANK), True)}
+    assert forms == {"library", "two_pass", "one_pass"}
+    assert all(shape.rank <= tiles.MAX_RANK for shape in tune.shapes())
+    assert len(set(tune.shapes())) == len(list(tune.shapes()))
 
 
-def test_a_child_that_fails_is_recorded(tmp_path: Path) -> None:
-    results = Results(tmp_path / "result.json", CPU)
-    gpu_check.run(results, "correctness", ["false"], 10.0)
-    gpu_check.run(results, "correctness", ["sleep", "9"], 1.0)
-    assert [row["passed"] for row in results.content["correctness"]] == [False, None]
+def test_the_real_timer_calls_the_backend(monkeypatch: pytest.MonkeyPatch, triton_interpreter: bool) -> None:
+    """On a CPU in Triton's interpreter: the calls are made with the operands that the backend takes."""
+    if not triton_interpreter:
+        pytest.skip("runs on a CPU, in Triton's interpreter")
+    timer = tune.GpuTimer(torch.device("cpu"), tune.Plan(most=2, least=1, warmup=1))
+    shape = tune.Shape(8, 16, 24, 4, torch.float32)
+    ways = tune.candidates(timer.gpu, shape, True)[:3]
+    assert all(seconds is not None and seconds > 0 for seconds in timer.forward(shape, ways))
+    assert all(seconds is not None for seconds in timer.backward(shape, ways[:2]))
+    assert "torch" in timer.calls(shape, ways[1], ways[0])
 
 
-def test_every_kernel_is_in_the_small_calls(triton_interpreter: bool) -> None:
-    from reslora_kernels.kernels import launch
-
-    with launch.recording() as launches:
-        gpu_check.small_calls(CPU if triton_interpreter else torch.device("cuda"))
-    names = {entry.name for entry in launches}
-    assert {"project", "augmented_matmul", "pass_over_dy", "pass_over_x", "outer_products"} <= names
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["gpu_check"])
-    with pytest.raises(SystemExit) as stop:
-        gpu_check.main()
-    assert stop.value.code == 1
-    assert "needs a CUDA GPU" in capsys.readouterr().err
+def test_readme_tables_show_what_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("".join(f"<!-- {kind}: here -->\nold\n<!-- end -->\n" for kind in tables.TABLES))
+    tables.write_readme(readme)
+    assert readme.read_text().count(tables.NOT_MEASURED) == len(tables.TABLES) and "old" not in readme.read_text()

@@ -15,7 +15,8 @@ import yaml
 import reslora_kernels
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["demo", "test", "test-fast", "bench", "gpu-check", "lint", "format", "typecheck", "clean"]
+TARGETS = ["demo", "test", "test-fast", "bench", "bench-layers", "gpu-check", "tune", "readme-tables"]
+TARGETS += ["lint", "format", "typecheck", "clean"]
 
 if sys.version_info >= (3, 11):
     import tomllib

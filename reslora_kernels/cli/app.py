@@ -12,6 +12,7 @@ from reslora_kernels._version import __version__
 
 COMMANDS = {
     "doctor": "What is installed, built and working on this machine, and how to fix each gap.",
+    "bench": "Measure speed, memory and accuracy against other libraries; compare runs; draw a report.",
     "demo": "Train, merge, export and compare all shortcuts on a small language model; write a report.",
     "finetune": "Fine-tune a Transformers model on your data.",
     "inspect": "Show which layers of a model are adapted, their chains and backends, and which are not.",
@@ -47,8 +48,10 @@ class CommandGroup(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """The command of ``COMMANDS`` called ``name``, built from the function of that name in ``cli/<name>``."""
+    """The command called ``name``: the function of that name in ``cli/<name>``, or its ``application``."""
     module = importlib.import_module(f"reslora_kernels.cli.{name}")
+    if hasattr(module, "application"):
+        return typer.main.get_command(module.application)
     single = typer.Typer(add_completion=False)
     single.command(name)(getattr(module, name))
     return typer.main.get_command(single)

@@ -1,0 +1,167 @@
+"""python -m benchmarks.gpu_check                    correctness, sanitizer, speed, in nine minutes
+python -m benchmarks.gpu_check --part correctness    one part (repeatable): correctness, sanitizer, speed, tune
+python -m benchmarks.gpu_check --ready               whether this interpreter has all that the check needs
+
+Runs in whatever interpreter starts it, without installing anything. One JSON file with the machine, driver, versions,
+commit and every figure is written after each part; `reslora bench report` and `compare` read it. Exit status 1 where a
+part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check import parts
+
+NEEDED = ("torch", "triton", "pytest", "pytest_timeout", "rich", "typer", "safetensors")
+RESULTS = parts.ROOT / "benchmarks" / "results"
+# Part, and the most seconds that it may take of a budget of nine minutes.
+SHARES = {"correctness": 150.0, "sanitizer": 100.0, "speed": 540.0, "tune": 540.0}
+DEFAULT_PARTS = ("correctness", "sanitizer", "speed")
+FULL_BUDGET = 540.0
+
+
+def missing_modules() -> list[str]:
+    """What the check needs and this interpreter does not have."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+def main(arguments: Sequence[str] | None = None, run: parts.Runner = parts.run_child) -> int:
+    options = _options(arguments)
+    if missing := missing_modules():
+        print(f"gpu-check: {sys.executable} has no {', '.join(missing)}", file=sys.stderr)
+        return 1
+    if options.ready:
+        return 0
+    if options.commit:
+        os.environ["RESLORA_COMMIT"] = options.commit
+    machine, commit, changed = describe(options.rehearse)
+    if not machine["gpu"] and not options.rehearse:
+        print(
+            "gpu-check needs a CUDA GPU that torch can use; this machine has none (see: reslora doctor)",
+            file=sys.stderr,
+        )
+        return 1
+    started = time.monotonic()
+    report: dict[str, Any] = {"format": "reslora gpu check", "machine": machine, "commit": commit}
+    report |= {"uncommitted_changes": changed, "date": time.strftime("%Y-%m-%d"), "parts": {}, "speed": None}
+    path = options.output or default_path(machine, commit)
+    chosen = options.part or list(DEFAULT_PARTS)
+    for name in chosen:
+        left = options.budget_seconds - (time.monotonic() - started)
+        limit = part_limit(name, chosen, left, options.budget_seconds)
+        print(f"== {name}: up to {limit:.0f} s", flush=True)
+        begun = time.monotonic()
+        outcome = execute(name, run, limit, options.rehearse) if limit > 5 else parts.Outcome(parts.UNFINISHED, "")
+        if "result" in outcome.details:
+            report["speed"] = outcome.details.pop("result")
+        entry = {"status": outcome.status, "summary": outcome.summary, "seconds": round(time.monotonic() - begun, 1)}
+        report["parts"][name] = entry | outcome.details
+        report["seconds"] = round(time.monotonic() - started, 1)
+        write(path, report)
+    print_summary(report, path)
+    return int(any(part["status"] == parts.FAILED for part in report["parts"].values()))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", action="append", choices=list(SHARES), help="repeatable")
+    parser.add_argument("--budget-seconds", type=float, default=FULL_BUDGET)
+    parser.add_argument("--output", type=Path, help="result file; default: benchmarks/results/gpu-check-...json")
+    parser.add_argument("--commit", help="of the files, where they were copied without their history")
+    parser.add_argument("--ready", action="store_true", help="exit 0 if nothing is missing in this interpreter")
+    parser.add_argument("--rehearse", action="store_true", help="go through the motions on a machine without a GPU")
+    return parser.parse_args(arguments)
+
+
+def part_limit(name: str, chosen: Sequence[str], left: float, budget: float) -> float:
+    """Seconds for a part: what is left, but where others follow no more than its share of the budget."""
+    if name == chosen[-1]:
+        return left
+    return min(left, SHARES[name] * budget / FULL_BUDGET)
+
+
+def execute(name: str, run: parts.Runner, limit: float, rehearse: bool) -> parts.Outcome:
+    if name == "speed":
+        return parts.speed(run, limit, ("quick",), "cpu") if rehearse else parts.speed(run, limit)
+    every: dict[str, Callable[[parts.Runner, float], parts.Outcome]] = {
+        "correctness": parts.correctness,
+        "sanitizer": parts.sanitizer,
+        "tune": parts.tune,
+    }
+    return every[name](run, limit)
+
+
+def describe(rehearse: bool) -> tuple[dict[str, Any], str | None, bool | None]:
+    """Machine and commit. This process looks at the GPU and starts nothing on it."""
+    import torch
+
+    from reslora_kernels.cli.bench import results
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not rehearse else "cpu")
+    return results.machine_of(device), *results.commit_of(results.SOURCE)
+
+
+def default_path(machine: dict[str, Any], commit: str | None) -> Path:
+    """gpu-check-<gpu>-<date>-<commit>.json among the results; a later run of the day takes a number."""
+    slug = "".join(c if c.isalnum() else "-" for c in (machine["gpu"] or "cpu").lower())
+    stem = f"gpu-check-{slug}-{time.strftime('%Y-%m-%d')}-{(commit or 'unknown')[:10]}"
+    path, number = RESULTS / f"{stem}.json", 2
+    while path.exists():
+        path, number = RESULTS / f"{stem}-{number}.json", number + 1
+    return path
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(staged, path)
+
+
+def print_summary(report: dict[str, Any], path: Path) -> None:
+    """A short table, last of all that is printed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    machine = report["machine"]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(
+        f"\n{machine['gpu'] or machine['cpu']}, driver {machine['driver']}, torch {machine['torch']}, "
+        f"triton {machine['triton']}, commit {(report['commit'] or 'unknown')[:10]}",
+        highlight=False,
+    )
+    table = Table("part", "status", "seconds", "found")
+    for name, part in report["parts"].items():
+        table.add_row(name, part["status"], f"{part['seconds']:.0f}", part["summary"])
+    console.print(table)
+    if report["speed"]:
+        console.print(goals_table(report["speed"]))
+    console.print(f"Written: {path}", soft_wrap=True, highlight=False)
+
+
+def goals_table(speed: dict[str, Any]) -> Any:
+    """The first cases of the standard set: times relative to the frozen linears', for ours and the main peers."""
+    from rich.table import Table
+
+    table = Table("case", "provider", "forward", "backward", "both", title="Time relative to the frozen linears")
+    rows = [row for row in speed["measurements"] if row["set"] in ("standard", "small-m", "quick")]
+    for row in rows:
+        if row["status"] == "timed" and row["times_frozen"] and row["method"] in ("lora", "block-1"):
+            ratios = [f"{row['times_frozen'][phase]:.3f}" for phase in ("forward", "backward", "both")]
+            table.add_row(row["case"], f"{row['provider']} {row['method']}", *ratios)
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""Every kernel once, on small odd shapes, for compute-sanitizer: each form, dtype and option, forward and backward.
+
+python -m benchmarks.gpu_check.small_launches
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reslora_kernels.backends import select
+from reslora_kernels.kernels import tiles
+
+Case = tuple[int, torch.dtype, float, bool, bool]
+
+
+def cases() -> Iterator[Case]:
+    """(M, dtype, p, handed on and residual, rows at odd addresses): small and large tiles, with nothing a multiple."""
+    for m, dtype in itertools.product((17, 200), (torch.bfloat16, torch.float32)):
+        for p, chained in ((0.0, False), (0.1, True)):
+            yield m, dtype, p, chained, False
+    yield 200, torch.bfloat16, 0.0, True, True
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, odd: bool, device: str) -> Tensor:
+    """Random values whose row sums stay near 1."""
+    wide = torch.randn(rows, columns + odd, device=device).mul_(columns**-0.5).to(dtype)
+    return wide[:, :columns]
+
+
+def run(backend: Any, case: Case, device: str) -> None:
+    """One forward and one backward pass; NaN or Inf in a result is a failure here already."""
+    m, dtype, p, chained, odd = case
+    k, n, rank, own = 136, 104, 32 if chained else 16, 16
+    x, weight, dy = (matrix(*size, dtype, odd, device) for size in ((m, k), (n, k), (m, n)))
+    a, b = matrix(rank, k, torch.float32, False, device), matrix(n, own, torch.float32, False, device)
+    residual = matrix(m, own, dtype, False, device) if chained else None
+    seed = torch.tensor(7, device=device) if p else None
+    scalars = (seed, 1.0, 2.0, p, own if chained else 0)
+    y, handed, u = backend.forward(x, weight, None, a, b, residual, *scalars, rank if chained else 0)
+    dhanded = torch.randn_like(handed) if chained else None
+    gradients = backend.backward(dy, dhanded, x, weight, a, b, u, *scalars, True, True, True, chained)
+    names = ("y", "handed", "u", "dx", "dA", "dB", "dresidual")
+    for name, tensor in zip(names, (y, handed, u, *gradients), strict=True):
+        if not bool(torch.isfinite(tensor).all()):
+            raise AssertionError(f"{backend.__name__}: {name} is not finite in {case}")
+
+
+def main() -> int:
+    """Run the backends with kernels of their own; 1 if there is none here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ran = []
+    for status in select.status():
+        if status.name == "torch" or not status.available:
+            print(f"{status.name}: {status.reason}")
+            continue
+        backend = importlib.import_module(f"reslora_kernels.backends.{status.name}")
+        for case in cases():
+            for form in ("one_pass", "two_pass") if status.name == "triton" else ("",):
+                gpu = tiles.gpu_of(torch.device(device))
+                with tiles.assume(gpu, (form,)) if form else nullcontext():
+                    run(backend, case, device)
+        ran.append(status.name)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("ran " + (", ".join(ran) or "no kernels"))
+    return 0 if ran else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
