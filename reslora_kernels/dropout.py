@@ -22,7 +22,7 @@ COLUMNS_PER_CALL = 8
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-_CHUNK = 1 << 12  # counters per step on a CPU: the working set stays in cache and on one thread
+_CHUNK = 1 << 15  # counters per step on a CPU: enough work for each operator, few enough that they stay in cache
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -43,17 +43,18 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
         p: probability of dropping an element, in [0, 1).
     """
     groups = -(-columns // COLUMNS_PER_CALL)
-    mask = torch.empty(rows, groups * COLUMNS_PER_CALL, dtype=torch.bool, device=seed.device)
+    mask = torch.empty(rows, groups, COLUMNS_PER_CALL, dtype=torch.bool, device=seed.device)
     step = max(1, _CHUNK // max(1, groups)) if seed.device.type == "cpu" else max(1, rows)
-    group = torch.arange(groups, device=seed.device)
+    group, least = torch.arange(groups, device=seed.device), threshold(p)
     for start in range(0, rows, step):
         row = torch.arange(start, min(start + step, rows), device=seed.device)
         counter = (group.expand(len(row), groups), row[:, None] & _LOW, (row[:, None] >> 32) & _LOW, 0)
         words = philox(counter, (seed.reshape(()) & _LOW, (seed.reshape(()) >> 32) & _LOW))
-        halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-        bits = torch.stack(halves, dim=-1)
-        mask[start : start + len(row)] = (bits >= threshold(p)).flatten(1)
-    return mask[:, :columns]
+        kept = mask[start : start + len(row)]
+        for pair, word in enumerate(words):
+            kept[..., 2 * pair] = (word & 0xFFFF) >= least
+            kept[..., 2 * pair + 1] = word >= least << 16  # the same of the high half
+    return mask.flatten(1)[:, :columns]
 
 
 def apply_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:
@@ -74,7 +75,6 @@ def philox(counter: Sequence[Tensor | int], key: Sequence[Tensor]) -> list[Tenso
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(high, low) 32-bit words of a * b; every partial product stays below 2^63."""
-    high_part, low_part = (a >> 16) * b, (a & 0xFFFF) * b  # each below 2^48
-    total = low_part + ((high_part & 0xFFFF) << 16)  # below 2^49
-    return (high_part >> 16) + (total >> 32), total & _LOW
+    """(high, low) 32-bit words of a * b. The product wraps around in int64, which leaves its 64 bits as they are."""
+    product = a * b
+    return (product >> 32) & _LOW, product & _LOW
