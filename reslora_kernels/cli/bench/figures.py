@@ -55,7 +55,7 @@ class Figure:
 def draw_all(result: Result) -> list[Figure]:
     """Every figure that the result has data for."""
     plans: list[tuple[str, str, Any]] = [
-        ("speedup", "Speed-up over the plain layers, geometric mean over all cases, logarithmic", _speedup),
+        ("speedup", "Speed-up over the plain layers, geometric mean over the cases timed, logarithmic", _speedup),
         ("over-m", "Forward and backward relative to the frozen linears against M", _over_m),
         ("over-pre-num", "Forward and backward relative to the frozen linears against pre_num", _over_pre_num),
         ("memory", "Memory of the first case", _memory),

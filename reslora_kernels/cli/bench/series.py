@@ -74,7 +74,7 @@ def bars(rows: Iterable[Measurement], phase: str = "both") -> list[Bar]:
 
 
 def mean_bars(result: Result) -> list[Bar]:
-    """Geometric mean of every provider's and method's speed-ups over all cases."""
+    """Geometric mean of every provider's and method's speed-ups over the cases in which it was timed."""
     groups: dict[str, list[Bar]] = {}
     for rows in by_case(timed(result)).values():
         for bar in bars(rows):

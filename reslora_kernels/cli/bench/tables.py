@@ -50,7 +50,7 @@ def _grouped(rows: Iterable[Measurement]) -> list[tuple[tuple[str, str], list[Me
 def plain_table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for n, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if n == 0 else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if n == 0 else "right", no_wrap=n > 0, overflow="fold")
     return table
 
 
