@@ -1,0 +1,64 @@
+// Launching, and choosing the instantiation for a type.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "matmul.cuh"
+
+namespace reslora {
+
+struct Grid {
+    std::int64_t x, y, z;
+};
+
+inline std::int64_t blocks(std::int64_t size, std::int64_t block) { return (size + block - 1) / block; }
+
+#ifdef __CUDACC__
+template <class Params>
+void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device device) {
+    cudaError_t error = cudaSuccess;
+    if (shared > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error == cudaSuccess) {
+        void* arguments[] = {&params};
+        error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                                 dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                                      static_cast<unsigned>(grid.z)),
+                                 dim3(threads), arguments, shared, reinterpret_cast<cudaStream_t>(device.stream));
+    }
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // it is raised here; the next launch must not report it again
+        throw std::runtime_error(std::string("CUDA kernel ") + name + "[grid " + std::to_string(grid.x) + " x " +
+                                 std::to_string(grid.y) + " x " + std::to_string(grid.z) + ", " +
+                                 std::to_string(threads) + " threads, " + std::to_string(shared) +
+                                 " bytes of shared memory] failed: " + cudaGetErrorString(error));
+    }
+}
+#else
+template <class Params>
+void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device) {
+    emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [&] { kernel(params); });
+}
+#endif
+
+template <class Use>
+void with_math(Math math, Use use) {
+    switch (math) {
+        case MATH_BFLOAT16: return use(Bf16Math{});
+        case MATH_FLOAT16: return use(Fp16Math{});
+        case MATH_TF32: return use(Tf32Math{});
+        default: return use(IeeeMath{});
+    }
+}
+
+inline Matrix transposed(Matrix m) { return {m.data, m.column, m.row, m.columns, m.rows, m.type, false}; }
+
+// With ``vectors`` set where rows can be copied 16 bytes at a time as they are.
+template <class Element>
+Matrix as_read(Matrix m) {
+    constexpr Type TYPE = SAME<Element, Bf16> ? BFLOAT16 : SAME<Element, Fp16> ? FLOAT16 : FLOAT32;
+    m.vectors = m.type == TYPE && m.column == 1 && m.row * sizeof(Element) % 16 == 0 &&
+                reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0;
+    return m;
+}
+
+}  // namespace reslora

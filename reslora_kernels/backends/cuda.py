@@ -1,0 +1,346 @@
+"""CUDA C++ kernels of csrc/: one or two launches for the forward pass, three for the backward pass.
+
+For machines with an NVIDIA GPU and without Triton. The extension takes addresses; every check is made here, before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from contextlib import nullcontext
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dropout
+from . import torch as library
+
+EXTENSION = "reslora_kernels._cuda"
+MIN_CAPABILITY = (8, 0)
+MAX_RANK = 1024
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/params.h
+BF16, FP16, TF32, IEEE = range(4)
+LARGE_TILE = 128  # rows and columns of y in a block, where that leaves no processor without one; else half of it
+ONE_PASS_RANK = 32
+ONE_PASS_COLUMNS = 512  # beyond them the second product costs more than another read of x
+ROWS_PER_BLOCK, COLUMNS_PER_BLOCK = 64, 128  # of x in project, of a stream in low_rank_grads
+
+
+def describe() -> str:
+    from .._build_info import CUDA_ARCHS, NVCC
+
+    return f"CUDA C++ kernels for {', '.join(CUDA_ARCHS)}, built by nvcc {NVCC}"
+
+
+@cache
+def unavailable_reason() -> str | None:
+    try:
+        extension = _extension()
+    except ImportError as error:
+        return f"the CUDA extension cannot be loaded: {error}; build it anew: pip install --no-cache-dir ."
+    if extension is None:
+        return f"this build has no CUDA extension ({_why_not_built()})"
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    if not torch.version.cuda:
+        return "torch is built for another kind of GPU than NVIDIA's"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere)"
+    return _launch_failure(extension)
+
+
+@cache
+def _extension() -> ModuleType | None:
+    """The compiled module; None where this build has none."""
+    return importlib.import_module(EXTENSION) if importlib.util.find_spec(EXTENSION) else None
+
+
+def _why_not_built() -> str:
+    try:
+        from .._build_info import CUDA_REASON
+    except ImportError:
+        return "it was not installed by pip; run: pip install ."
+    return f"{CUDA_REASON}; with nvcc at hand, run: RESLORA_CUDA=1 pip install ."
+
+
+def _launch_failure(extension: ModuleType) -> str | None:
+    """Why a small kernel does not run, None when it does: a driver too old, an architecture that was not built for."""
+    ones = torch.ones(16, device="cuda")
+    try:
+        extension.finish(_device_of(ones), _sum(extension, Sum(ones, torch.empty_like(ones), 1, 1.0)), None)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"{error}; update the driver, or build for this GPU: RESLORA_CUDA=1 pip install --no-cache-dir ."
+    return None
+
+
+def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
+    device = "cpu" if getattr(_extension(), "EMULATED", False) else "cuda"
+    if x.device.type != device:
+        return f"x must be on a {device} device, got {x.device}"
+    if x.dtype not in DTYPES:
+        return f"x must be float32, float16 or bfloat16, got {x.dtype}"
+    if rank > MAX_RANK:
+        return f"a_stack's total rank must be at most {MAX_RANK}, got {rank}"
+    return None
+
+
+def explain(x: Tensor, weight: Tensor, rank: int) -> str:
+    """How a forward pass without dropout would be computed, and why."""
+    if _one_pass(x, weight.shape[0], rank, None, 1.0):
+        return f"one pass: both products from one read of x, for at most {ONE_PASS_COLUMNS} columns of y"
+    tile = LARGE_TILE if _large(x, weight.shape[0]) else LARGE_TILE // 2
+    return f"two passes: h first, then the matmul on top of the low-rank product, in tiles of {tile} x {tile}"
+
+
+class Sum(NamedTuple):
+    """out = scale * (partial[0] + partial[1] + ...), what is left to add up after a pass in several parts."""
+
+    partial: Tensor
+    out: Tensor
+    parts: int
+    scale: float
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a_cat: Tensor,
+    b_cat: Tensor,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    c: float,
+    scaling: float,
+    p: float,
+    hand_start: int,
+    hand_stop: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``backends.torch.forward``; products are accumulated in float32 and rounded once, at the store."""
+    if 0 in (*x.shape, weight.shape[0]):
+        return library.forward(
+            x, weight, bias, a_cat, b_cat, residual, seed, c, scaling, p, hand_start, hand_stop
+        )  # fmt: skip
+    extension = _require_extension()
+    u, handed = x.new_empty(x.shape[0], b_cat.shape[1]), x.new_empty(x.shape[0], hand_stop - hand_start)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    keep_scale = 1.0 if seed is None else 1.0 / (1.0 - p)
+    residual = None if residual is None else residual.to(x.dtype)
+    side = _side(extension, residual, 0, u, handed if handed.numel() else None, hand_start, c * keep_scale, keep_scale)
+    bias_address = 0 if bias is None else bias.data_ptr()
+    with _guard(x):
+        if _one_pass(x, y.shape[1], a_cat.shape[0], seed, scaling):
+            product: dict[str, Any] = {"a": _matrix(extension, a_cat), "side": side}
+        else:
+            _project(extension, x, a_cat, side, u.shape[1], seed, p)
+            product = {"t": _matrix(extension, u)}
+        extension.augmented_matmul(
+            _math(x.dtype), _device_of(x), _large(x, y.shape[1]), x=_matrix(extension, x),
+            w=_matrix(extension, weight.T), b=_matrix(extension, b_cat.T), bias=bias_address, scale=scaling,
+            y=_output(extension, y), **product,
+        )  # fmt: skip
+    return y, handed, u
+
+
+def backward(
+    dy: Tensor,
+    dhanded: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    a_cat: Tensor,
+    b_cat: Tensor,
+    u: Tensor,
+    seed: Tensor | None,
+    c: float,
+    scaling: float,
+    p: float,
+    hand_start: int,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    need_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``backends.torch.backward``."""
+    (m, n), k, rank = dy.shape, weight.shape[1], a_cat.shape[0]
+    if 0 in (m, n, k):
+        return library.backward(
+            dy, dhanded, x, weight, a_cat, b_cat, u, seed, c, scaling, p, hand_start,
+            need_dx, need_da, need_db, need_dresidual,
+        )  # fmt: skip
+    extension = _require_extension()
+    none = dy.new_empty(0)
+    dx = dy.new_empty(m, k) if need_dx else none
+    da = torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else a_cat.new_empty(0)
+    db = torch.empty_like(b_cat, memory_format=torch.contiguous_format) if need_db else b_cat.new_empty(0)
+    dh = dy.new_empty(m, rank) if need_dx or need_da else None
+    dresidual = dy.new_empty(m, b_cat.shape[1]) if need_dresidual else none
+    bits = dy.new_empty(m, -(-k // 32), dtype=torch.int32) if need_dx and seed is not None else None
+    keep_scale = 1.0 if seed is None else 1.0 / (1.0 - p)
+    with _guard(dy):
+        if dh is not None or need_dresidual:
+            dhanded = None if dhanded is None else dhanded.to(dy.dtype)
+            raw = dresidual if need_dresidual else None
+            side = _side(extension, dhanded, hand_start, dh, raw, 0, c * scaling, scaling)
+            _project(extension, dy, b_cat.T, side, 0 if dh is None else rank, None, 0.0)
+        left = _outer_products(
+            extension, dh, x, da if need_da else None, u, dy, db if need_db else None, seed, p, bits, k, keep_scale,
+            scaling,
+        )  # fmt: skip
+        sums = [None if entry is None else _sum(extension, entry) for entry in left]
+        if need_dx:
+            assert dh is not None
+            keep, words = (0, 0) if bits is None else (bits.data_ptr(), bits.shape[1])
+            extension.augmented_matmul(
+                _math(dy.dtype), _device_of(dy), _large(dy, k), x=_matrix(extension, dy), w=_matrix(extension, weight),
+                t=_matrix(extension, dh), b=_matrix(extension, a_cat), keep=keep, keep_words=words, scale=keep_scale,
+                y=_output(extension, dx), first=sums[0], second=sums[1],
+            )  # fmt: skip
+        elif any(sums):
+            extension.finish(_device_of(dy), *sums)
+    return dx, da, db, dresidual
+
+
+def _project(
+    extension: ModuleType, x: Tensor, a: Tensor, side: Any, inner_columns: int, seed: Tensor | None, p: float
+) -> None:
+    """x aᵀ through the side channel; few rows: K in parts, so that the processors have something to do."""
+    (m, k), rank = x.shape, a.shape[0]
+    wanted = _processors(x) // max(1, -(-m // ROWS_PER_BLOCK) * -(-max(rank, inner_columns) // ROWS_PER_BLOCK))
+    split, parts = _split(k, wanted, 256)
+    partial = x.new_empty(parts, m, rank, dtype=torch.float32) if parts > 1 else None
+    extension.project(
+        _math(x.dtype), _device_of(x), x=_matrix(extension, x), a=_matrix(extension, a), side=side,
+        seed=0 if seed is None else seed.data_ptr(), threshold=dropout.threshold(p),
+        partial=0 if partial is None else partial.data_ptr(), split=split, parts=parts,
+    )  # fmt: skip
+
+
+def _outer_products(
+    extension: ModuleType,
+    dh: Tensor | None,
+    x: Tensor,
+    da: Tensor | None,
+    u: Tensor,
+    dy: Tensor,
+    db: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    bits: Tensor | None,
+    k: int,
+    da_scale: float,
+    db_scale: float,
+) -> tuple[Sum | None, Sum | None]:
+    """The launch for dA [R_a, K] and dB [N, R_b] in parts, and for the keep bits of x; returns what is left to add."""
+    if da is None and db is None and bits is None:
+        return None, None
+    (m, n), of_a, of_b, first, second = dy.shape, None, None, None, None
+    columns = (0 if da is None and bits is None else k) + (0 if db is None else n)
+    split, parts = _split(m, 2 * _processors(dy) // max(1, columns // COLUMNS_PER_BLOCK), 512)
+    if da is not None or bits is not None:
+        matrices: dict[str, Any] = {"t": None, "stream": None, "partial": 0, "rank": 1}
+        if da is not None and dh is not None:
+            first = Sum(da.new_empty(parts, *da.shape, dtype=torch.float32), da, parts, da_scale)
+            matrices = {
+                "t": _matrix(extension, dh), "stream": _matrix(extension, x), "rank": da.shape[0],
+                "partial": first.partial.data_ptr(),
+            }  # fmt: skip
+        of_a = extension.OuterProduct(
+            **matrices, rows=m, columns=k, row=k, column=1, seed=0 if seed is None else seed.data_ptr(),
+            threshold=dropout.threshold(p), keep=0 if bits is None else bits.data_ptr(),
+            keep_bytes=0 if bits is None else 4 * bits.shape[1],
+        )  # fmt: skip
+    if db is not None:
+        second = Sum(db.new_empty(parts, *db.shape, dtype=torch.float32), db, parts, db_scale)
+        of_b = extension.OuterProduct(
+            t=_matrix(extension, u), stream=_matrix(extension, dy), rank=db.shape[1], rows=m, columns=n,
+            partial=second.partial.data_ptr(), row=1, column=db.shape[1],
+        )  # fmt: skip
+    extension.low_rank_grads(_math(dy.dtype), _device_of(dy), da=of_a, db=of_b, split=split, parts=parts)
+    return first, second
+
+
+def _split(size: int, wanted: int, least: int) -> tuple[int, int]:
+    """(length of a part, number of parts) for about ``wanted`` parts of ``least`` or more, a multiple of 64 each."""
+    parts = max(1, min(wanted, size // least))
+    length = -(-size // (64 * parts)) * 64
+    return length, -(-size // length)
+
+
+def _one_pass(x: Tensor, n: int, rank: int, seed: Tensor | None, scaling: float) -> bool:
+    if x.dtype == torch.float32 or (x.dtype == torch.float16 and abs(scaling) > 1):
+        return False  # one pass rounds s u to x's dtype before its product, which float16 may not hold
+    return seed is None and rank <= ONE_PASS_RANK and n <= ONE_PASS_COLUMNS
+
+
+def _large(x: Tensor, n: int) -> bool:
+    return -(-x.shape[0] // LARGE_TILE) * -(-n // LARGE_TILE) >= _processors(x)
+
+
+def _math(dtype: torch.dtype) -> int:
+    if dtype == torch.float32:
+        return IEEE if torch.get_float32_matmul_precision() == "highest" else TF32
+    return BF16 if dtype == torch.bfloat16 else FP16
+
+
+def _require_extension() -> ModuleType:
+    extension = _extension()
+    if extension is None:
+        raise RuntimeError(f"this build has no CUDA extension ({_why_not_built()})")
+    return extension
+
+
+def _matrix(extension: ModuleType, tensor: Tensor) -> Any:
+    return extension.Matrix(tensor.data_ptr(), *tensor.stride(), *tensor.shape, TYPE[tensor.dtype])
+
+
+def _output(extension: ModuleType, tensor: Tensor) -> Any:
+    return extension.Output(tensor.data_ptr(), tensor.shape[-1], TYPE[tensor.dtype])
+
+
+def _sum(extension: ModuleType, left: Sum) -> Any:
+    out = _output(extension, left.out)
+    return extension.Sum(left.partial.data_ptr(), out, left.parts, left.out.numel(), left.scale)
+
+
+def _side(
+    extension: ModuleType,
+    extra: Tensor | None,
+    extra_start: int,
+    inner: Tensor | None,
+    raw: Tensor | None,
+    raw_start: int,
+    factor: float,
+    raw_factor: float,
+) -> Any:
+    """The side channel of a product: see csrc/params.h."""
+    return extension.SideChannel(
+        extra=None if extra is None else _matrix(extension, extra), extra_start=extra_start,
+        inner=None if inner is None else _output(extension, inner),
+        raw=None if raw is None else _output(extension, raw), raw_start=raw_start, factor=factor, raw_factor=raw_factor,
+    )  # fmt: skip
+
+
+def _device_of(tensor: Tensor) -> Any:
+    """The current stream of the tensor's GPU, and how many multiprocessors it has."""
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    return _require_extension().Device(stream, _processors(tensor))
+
+
+@cache
+def _processors_of(index: int) -> int:
+    count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count
+
+
+def _processors(tensor: Tensor) -> int:
+    return _processors_of(tensor.device.index) if tensor.is_cuda else 4
+
+
+def _guard(tensor: Tensor) -> Any:
+    """Kernels run on the tensor's GPU, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

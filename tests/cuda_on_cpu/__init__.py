@@ -1,0 +1,97 @@
+"""The CUDA C++ kernels on a machine without a GPU: the same sources, each instruction, compiled by a C++ compiler.
+
+Every thread of a block is a fiber of its own, and each instruction of ``csrc/ptx.cuh`` has a twin in ``host_ptx.h``.
+The scheduler in ``emulator.cpp`` is as unkind as CUDA's programming model allows, by a seed:
+
+- blocks run in any order, one warp runs far ahead of the others, the lanes of a warp run in any order;
+- a ``cp.async`` lands at once, or not before it is waited for; until then its destination is NaN;
+- shared memory is NaN when a block starts;
+- a barrier that some threads never reach, lanes of a warp at different instructions, a misaligned or out-of-bounds
+  address of ldmatrix or cp.async, a copy in flight when the kernel ends: each is an error with the kernel's name;
+- bank conflicts of ldmatrix are counted;
+- built with AddressSanitizer and UndefinedBehaviorSanitizer, all accesses are checked, global and shared.
+
+``build`` compiles csrc/ with it to an extension module, which ``reslora_kernels.backends.cuda`` takes in place of the
+real one, so that checks, launch parameters and kernels are tested as one path.
+
+What only a GPU can prove: that nvcc's code does what the sources say, that the twins do what the instructions do, the
+order in which a tensor core adds, memory ordering between threads without a barrier, occupancy, and every speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DRESLORA_EMULATED", "-Wall", "-Wno-unknown-pragmas"]
+FAST = ["-O2"]
+SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts of what the emulator has performed, in the order of its struct."""
+
+    launches: int
+    copies: int
+    late_copies: int
+    matrix_loads: int
+    bank_conflicts: int
+    multiplications: int
+    barriers: int
+
+
+def build(folder: Path, csrc: Path = CSRC, options: Sequence[str] = FAST) -> Path:
+    """Compiles ``csrc`` with the emulator to an extension module in ``folder``; returns its path."""
+    includes = [f"-I{HERE}", f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    sources = [*sorted(csrc.glob("*.cu")), csrc / "bindings.cpp", HERE / "emulator.cpp"]
+    sources = [source for source in sources if not source.stem.endswith("_sm90")]
+
+    def compile_one(source: Path) -> Path:
+        made = folder / f"{source.name}.o"
+        _run(["g++", *OPTIONS, *options, *includes, "-x", "c++", "-c", str(source), "-o", str(made)])
+        return made
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compile_one, sources))
+    module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    _run(["g++", "-shared", *options, *map(str, objects), "-o", str(module)])
+    return module
+
+
+def _run(command: list[str]) -> None:
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode or "warning:" in finished.stderr:
+        raise RuntimeError(f"{' '.join(command)}\n{finished.stderr}")
+
+
+def load(path: Path) -> ModuleType:
+    """The module that ``build`` made."""
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def set_seed(path: Path, seed: int) -> None:
+    """What the scheduler and the copies do from here on."""
+    ctypes.CDLL(str(path)).reslora_emulator_seed(ctypes.c_uint(seed))
+
+
+def take_statistics(path: Path) -> Statistics:
+    """Counts since the last call."""
+    values = (ctypes.c_int64 * len(fields(Statistics)))()
+    ctypes.CDLL(str(path)).reslora_emulator_statistics(values, ctypes.c_bool(True))
+    return Statistics(*values)
