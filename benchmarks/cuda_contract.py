@@ -1,0 +1,155 @@
+"""What nvcc makes of every kernel in csrc/, for GPUs that are not here, and what it must hold.
+
+python -m benchmarks.cuda_contract                                     every kernel for every architecture
+python -m benchmarks.cuda_contract --arch 80 --source project.cu       one file for one
+python -m benchmarks.cuda_contract --output benchmarks/results/cuda-contract-DATE.json
+
+Needs nvcc, and the disassembler that comes with Triton; no GPU and no driver. Exits with 1 on a violation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+from reslora_kernels.cli.toolchain import find_nvcc
+
+from .compile_contract import ATOMICS, CHIPS
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = ("80", "89", "90a", "100", "120")
+OPTIONS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin")
+FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
+USAGE = re.compile(r"^ Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+
+
+@dataclass
+class Row:
+    """One kernel on one architecture; ``stack_bytes`` a thread, and the instructions that matter."""
+
+    arch: str
+    kernel: str
+    registers: int
+    stack_bytes: int
+    instructions: dict[str, int]
+    violations: list[str]
+
+
+def compile_source(source: Path, arch: str) -> tuple[list[Row], float]:
+    """Every kernel of a source, and the seconds that nvcc took.
+
+    Raises:
+        RuntimeError: nvcc is missing or refuses the source.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc on PATH or under CUDA_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        started = time.perf_counter()
+        _output(nvcc, *OPTIONS, f"-arch=sm_{arch}", str(source), "-o", str(cubin))
+        seconds = time.perf_counter() - started
+        usage = _output(*_tool("cuobjdump"), "--dump-resource-usage", str(cubin))
+        code = _output(*_tool("cuobjdump"), "-sass", str(cubin))
+    names, texts = FUNCTION.findall(code), FUNCTION.split(code)[2::2]
+    counts = {name: Counter(INSTRUCTION.findall(text)) for name, text in zip(names, texts, strict=True)}
+    rows = []
+    for name, registers, stack, _, local in USAGE.findall(usage):
+        count = counts[name]
+        found = {key: count[key] for key in ("HMMA", "LDSM", "LDGSTS", "LDL", "STL", *ATOMICS) if count[key]}
+        row = Row(arch, _readable(name), int(registers), int(stack) + int(local), found, [])
+        row.violations = check(row)
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.kernel), seconds
+
+
+def check(row: Row) -> list[str]:
+    """The rules that a kernel breaks, in words; empty where it holds them all."""
+    count, broken = row.instructions, []
+    if row.stack_bytes or count.get("LDL") or count.get("STL"):
+        loads, stores = count.get("LDL", 0), count.get("STL", 0)
+        broken.append(f"spills: {row.stack_bytes} bytes of local memory, {loads} loads, {stores} stores")
+    multiplies = "Math" in row.kernel and "Ieee" not in row.kernel
+    if multiplies and not count.get("HMMA"):
+        broken.append("no HMMA")
+    if multiplies and "Tf32" not in row.kernel and not count.get("LDSM"):
+        broken.append("no LDSM")
+    if "Math" in row.kernel and not count.get("LDGSTS"):
+        broken.append("no LDGSTS")
+    broken += [f"atomics: {count[name]} {name}" for name in ATOMICS if name in count]
+    return broken
+
+
+def _readable(mangled: str) -> str:
+    """The kernel's name with its template arguments: a mangled name spells types as length and name."""
+    words = re.findall(r"(?<=\d)(?:[A-Za-z]\w*?_kernel|Bf16Math|Fp16Math|Tf32Math|IeeeMath|Large|Small|Bf16|Fp16)", mangled)
+    numbers = re.findall(r"L[ib](\d+)E", mangled)
+    kernel = re.sub(r"^.*?\d+", "", words[0]) if words else mangled
+    return f"{kernel}<{', '.join([*words[1:], *numbers])}>" if len(words) + len(numbers) > 1 else kernel
+
+
+def _tool(name: str) -> list[str]:
+    import triton
+
+    return [str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)]
+
+
+def _output(*command: str) -> str:
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{finished.stderr}")
+    return finished.stdout
+
+
+def contract(sources: Sequence[Path], archs: Sequence[str], jobs: int) -> Iterator[tuple[str, str, list[Row], float]]:
+    """(source, architecture, rows, seconds of nvcc) of each pair."""
+    pairs = [(source, arch) for arch in archs for source in sources]
+    with ThreadPoolExecutor(jobs) as pool:
+        for (source, arch), (rows, seconds) in zip(pairs, pool.map(lambda pair: compile_source(*pair), pairs), strict=True):
+            yield source.name, arch, rows, seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print, write; 1 if anything is violated."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", action="append", help=f"default: {' '.join(ARCHITECTURES)}")
+    parser.add_argument("--source", action="append", help="a file of csrc/; default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    parser.add_argument("--output", type=Path, help="write the rows to this JSON file")
+    options = parser.parse_args(arguments)
+    names = options.source or [path.name for path in sorted(ROOT.glob("csrc/*.cu"))]
+    every: list[Row] = []
+    total = 0.0
+    for source, arch, rows, seconds in contract(
+        [ROOT / "csrc" / name for name in names], options.arch or ARCHITECTURES, options.jobs
+    ):
+        every += rows
+        total += seconds
+        most = max(row.registers for row in rows)
+        print(f"sm_{arch} {source}: {len(rows)} kernels, at most {most} registers, {seconds:.0f} s", flush=True)
+    for row in every:
+        for violation in row.violations:
+            print(f"sm_{row.arch} {row.kernel}: {violation}")
+    print(f"{len(every)} kernels; {sum(bool(row.violations) for row in every)} break the contract; {total:.0f} s of nvcc")
+    if options.output:
+        version = _output(find_nvcc() or "nvcc", "--version").splitlines()[-2].strip()
+        commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD").strip()
+        report = {"format": "cuda contract", "date": date.today().isoformat(), "nvcc": version, "commit": commit}
+        options.output.write_text(json.dumps(report | {"rows": [asdict(row) for row in every]}, indent=1) + "\n")
+    return int(any(row.violations for row in every))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,128 @@
+"""The emulator finds what it is there to find: planted faults in the real sources, each caught for its own reason."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from . import cuda_on_cpu
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
+ROOT = Path(__file__).parents[1]
+# All faults are planted in bfloat16, so that nothing else need be compiled.
+ONE_TYPE = re.compile(r"case MATH_FLOAT16:.*?default: return use\(IeeeMath\{\}\);", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``text`` of a source becomes ``planted``; the run then ends with ``caught``."""
+
+    name: str
+    source: str
+    text: str
+    planted: str
+    caught: str
+    sanitized: bool = False
+
+
+FAULTS = [
+    Fault(
+        "no barrier before a stage is read", "matmul.cuh",
+        "            wait_copies<STAGES - 2>();\n            barrier();", "            wait_copies<STAGES - 2>();",
+        "is wrong",
+    ),
+    Fault(
+        "one copy fewer waited for", "matmul.cuh",
+        "wait_copies<STAGES - 2>();", "wait_copies<STAGES - 1>();", "is wrong",
+    ),
+    Fault(
+        "buffers reused while they are read", "matmul.cuh",
+        "        wait_copies<0>();\n        barrier();\n    }", "        wait_copies<0>();\n    }", "is wrong",
+    ),
+    Fault(
+        "copies left in flight", "matmul.cuh",
+        "        wait_copies<0>();\n        barrier();\n    }", "        barrier();\n    }", "is wrong|still in flight",
+    ),
+    Fault(
+        "a tile multiplied before all of it is dropped", "project.cu",
+        "std::uint32_t) {});\n        barrier();", "std::uint32_t) {});", "is wrong",
+    ),
+    Fault(
+        "a barrier that half of the warps reach", "low_rank_grads.cu",
+        "m, column, keep);\n        barrier();", "m, column, keep);\n        if (thread_id() < 64) barrier();",
+        "deadlock|is wrong",
+    ),
+    Fault(
+        "no swizzle", "tile.cuh", "(chunk ^ (row / (8 / LINE) % LINE))", "chunk", "bank conflicts",
+    ),
+    Fault(
+        "copies to another swizzle than is read", "tile.cuh",
+        "copy_async(tile.chunk(r, c),", "copy_async(tile.chunk(r, c ^ 1),", "is wrong",
+    ),
+    Fault(
+        "wide copies from an odd address", "launch.cuh",
+        "reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0", "true || TYPE == FLOAT32", "misaligned global address|is wrong",
+    ),
+    Fault(
+        "a stage too little shared memory", "matmul.cuh",
+        "SHARED_BYTES = STAGES * STAGE_BYTES", "SHARED_BYTES = (STAGES - 1) * STAGE_BYTES", "outside of shared memory",
+    ),
+    Fault(
+        "a row too many is read", "tile.cuh",
+        "row + r < rows ? columns - from : 0", "row + r <= rows ? columns - from : 0", "AddressSanitizer: heap-buffer-overflow",
+        sanitized=True,
+    ),
+    Fault(
+        "a row too many is written", "augmented_matmul_sm80.cu",
+        "if (row >= p.x.rows ||", "if (row > p.x.rows ||", "AddressSanitizer: heap-buffer-overflow", sanitized=True,
+    ),
+]  # fmt: skip
+
+
+def run_calls(module: Path, seeds: int) -> subprocess.CompletedProcess[str]:
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout
+        for name in ("asan", "ubsan")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(path.strip() for path in libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.cuda_on_cpu.run_calls", str(module), str(seeds)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def sources(folder: Path) -> Path:
+    """A copy of csrc/ with the kernels for one type."""
+    copy = shutil.copytree(cuda_on_cpu.CSRC, folder / "csrc")
+    text, found = ONE_TYPE.subn("default: return use(Bf16Math{});", (copy / "launch.cuh").read_text())
+    assert found == 1
+    (copy / "launch.cuh").write_text(text)
+    return copy
+
+
+def test_sources_are_clean(tmp_path: Path) -> None:
+    """Nothing is read or written out of bounds and nothing is undefined, whatever the schedule."""
+    module = cuda_on_cpu.build(tmp_path, options=cuda_on_cpu.SANITIZED)
+    finished = run_calls(module, 2)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
+    csrc = sources(tmp_path)
+    text = (csrc / fault.source).read_text()
+    assert text.count(fault.text) == 1
+    (csrc / fault.source).write_text(text.replace(fault.text, fault.planted))
+    module = cuda_on_cpu.build(tmp_path, csrc, cuda_on_cpu.SANITIZED if fault.sanitized else ["-O1"])
+    finished = run_calls(module, 20)
+    assert finished.returncode != 0
+    assert re.search(fault.caught, finished.stdout + finished.stderr), finished.stdout + finished.stderr
