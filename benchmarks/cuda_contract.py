@@ -25,7 +25,7 @@ from pathlib import Path
 
 from reslora_kernels.cli.toolchain import find_nvcc
 
-from .compile_contract import ATOMICS, CHIPS
+from .compile_contract import ATOMICS
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "89", "90a", "100", "120")
@@ -94,7 +94,9 @@ def check(row: Row) -> list[str]:
 
 def _readable(mangled: str) -> str:
     """The kernel's name with its template arguments: a mangled name spells types as length and name."""
-    words = re.findall(r"(?<=\d)(?:[A-Za-z]\w*?_kernel|Bf16Math|Fp16Math|Tf32Math|IeeeMath|Large|Small|Bf16|Fp16)", mangled)
+    words = re.findall(
+        r"(?<=\d)(?:[A-Za-z]\w*?_kernel|Bf16Math|Fp16Math|Tf32Math|IeeeMath|Large|Small|Bf16|Fp16)", mangled
+    )
     numbers = re.findall(r"L[ib](\d+)E", mangled)
     kernel = re.sub(r"^.*?\d+", "", words[0]) if words else mangled
     return f"{kernel}<{', '.join([*words[1:], *numbers])}>" if len(words) + len(numbers) > 1 else kernel
@@ -117,7 +119,9 @@ def contract(sources: Sequence[Path], archs: Sequence[str], jobs: int) -> Iterat
     """(source, architecture, rows, seconds of nvcc) of each pair."""
     pairs = [(source, arch) for arch in archs for source in sources]
     with ThreadPoolExecutor(jobs) as pool:
-        for (source, arch), (rows, seconds) in zip(pairs, pool.map(lambda pair: compile_source(*pair), pairs), strict=True):
+        for (source, arch), (rows, seconds) in zip(
+            pairs, pool.map(lambda pair: compile_source(*pair), pairs), strict=True
+        ):
             yield source.name, arch, rows, seconds
 
 
@@ -142,7 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in every:
         for violation in row.violations:
             print(f"sm_{row.arch} {row.kernel}: {violation}")
-    print(f"{len(every)} kernels; {sum(bool(row.violations) for row in every)} break the contract; {total:.0f} s of nvcc")
+    print(
+        f"{len(every)} kernels; {sum(bool(row.violations) for row in every)} break the contract; {total:.0f} s of nvcc"
+    )
     if options.output:
         version = _output(find_nvcc() or "nvcc", "--version").splitlines()[-2].strip()
         commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD").strip()

@@ -24,7 +24,7 @@ import ctypes
 import importlib.util
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -52,21 +52,29 @@ class Statistics:
     barriers: int
 
 
-def build(folder: Path, csrc: Path = CSRC, options: Sequence[str] = FAST) -> Path:
-    """Compiles ``csrc`` with the emulator to an extension module in ``folder``; returns its path."""
+def build(
+    folder: Path, csrc: Path = CSRC, options: Sequence[str] = FAST, objects: Mapping[str, Path] | None = None
+) -> Path:
+    """Compiles ``csrc`` with the emulator to an extension module in ``folder``; returns its path.
+
+    Each object file lies beside it; ``objects`` are those, by their source's name, that another build has made.
+    """
     includes = [f"-I{HERE}", f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     sources = [*sorted(csrc.glob("*.cu")), csrc / "bindings.cpp", HERE / "emulator.cpp"]
     sources = [source for source in sources if not source.stem.endswith("_sm90")]
+    made_before = objects or {}
 
     def compile_one(source: Path) -> Path:
+        if source.name in made_before:
+            return made_before[source.name]
         made = folder / f"{source.name}.o"
         _run(["g++", *OPTIONS, *options, *includes, "-x", "c++", "-c", str(source), "-o", str(made)])
         return made
 
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, sources))
+        compiled = list(pool.map(compile_one, sources))
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _run(["g++", "-shared", *options, *map(str, objects), "-o", str(module)])
+    _run(["g++", "-shared", *options, *map(str, compiled), "-o", str(module)])
     return module
 
 

@@ -1,6 +1,6 @@
 """python -m tests.cuda_on_cpu.run_calls MODULE SEEDS: small exact calls through an emulated extension, as a process.
 
-Prints the first wrong result or bank conflict and exits with 1; what the emulator or a sanitizer finds ends it likewise.
+Prints the first wrong result or bank conflict and exits with 1; what the emulator or a sanitizer finds ends it too.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def main(module: str, seeds: int) -> int:
                     if not torch.equal(result, expected[name].to(result.dtype)):
                         print(f"{call.why}: {name} is wrong")
                         return 1
-    if conflicts := take_statistics(path).bank_conflicts:
-        print(f"{conflicts} bank conflicts")
-        return 1
+        if conflicts := take_statistics(path).bank_conflicts:
+            print(f"{conflicts} bank conflicts")
+            return 1
     return 0
 
 
