@@ -46,7 +46,7 @@ def test_accelerate_equals_one_process(tmp_path: Path) -> None:
             assert ddp["difference"] < 1e-6
             assert fsdp["difference"] < 1e-6
             assert fsdp["equal"]
-        assert "mixed torch.Tensor and DTensor" in report["its own wrap policy"]["error"]
+        assert "mixed torch.Tensor and DTensor" in report["its own wrap policy"]["message"]
 
 
 @needs_accelerate

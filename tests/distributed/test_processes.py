@@ -24,6 +24,7 @@ EXACT = [
     "fsdp on meta",
     *(f"fsdp recomputed {where} {shortcut}" for where in ("inside", "outside") for shortcut in SHORTCUTS[1:]),
     "fsdp calibrated",
+    *(f"recipe {kind} {shortcut}" for kind in ("ignored", "bank") for shortcut in SHORTCUTS),
     *(f"pipeline {shortcut}" for shortcut in SHORTCUTS),
 ]
 
@@ -102,7 +103,7 @@ def test_refused_with_the_alternative(reports: list[Report], action: str, messag
 @pytest.mark.parametrize("shortcut", ["input", "block"])
 def test_adapters_in_their_blocks_group_fail_loudly(reports: list[Report], shortcut: str) -> None:
     """Why shard_reslora exists: the usual recipe."""
-    for result in found(reports, f"fsdp naive {shortcut}"):
+    for result in found(reports, f"recipe naive {shortcut}"):
         assert result["error"] == "RuntimeError"
         assert "mixed torch.Tensor and DTensor" in result["message"]
 
@@ -110,5 +111,19 @@ def test_adapters_in_their_blocks_group_fail_loudly(reports: list[Report], short
 def test_gathering_up_front_is_silently_wrong(reports: list[Report]) -> None:
     """The gradient that a later block has for the next layer's A arrives after that block's reduction."""
     for shortcut in ("none", "block", "middle"):
-        assert all(result["difference"] < 1e-12 for result in found(reports, f"fsdp gathered up front {shortcut}"))
-    assert all(result["difference"] > 1e-2 for result in found(reports, "fsdp gathered up front input"))
+        assert all(result["difference"] < 1e-12 for result in found(reports, f"recipe gathered up front {shortcut}"))
+    assert all(result["difference"] > 1e-2 for result in found(reports, "recipe gathered up front input"))
+
+
+def test_adapters_that_fsdp2_ignores_are_left_out_of_the_rest_too(reports: list[Report]) -> None:
+    """Exact, but a mixed precision policy passes them over, and clipping takes them only alone."""
+    for result in found(reports, "recipe ignored_costs"):
+        assert result["dtypes"] == ["torch.bfloat16", "torch.float32"]
+        assert "mixed torch.Tensor and DTensor" in result["clipping"]["message"]
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_adapters_in_a_bank_lose_their_names(reports: list[Report], shortcut: str) -> None:
+    for result in found(reports, f"recipe bank {shortcut}"):
+        assert result["adapter_keys"] == []
+        assert "Unexpected key" in result["load"]["message"]
