@@ -193,6 +193,25 @@ def writer_fails(folder: Path) -> dict[str, Any]:
     return refused(lambda: save_adapter(model, path))
 
 
+def exported(folder: Path) -> dict[str, Any]:
+    """Merged, then sharded by hand, for evaluation say: the export is that of the merged model."""
+    model = residual("block", bias="all")
+    merge_reslora(model)
+    if dist.get_rank() == 0:
+        export_peft(model, folder / "peft-whole")
+    x = share(batch(0))[0]
+    before = model(x).detach()
+    for module in (*model.blocks, model):
+        fully_shard(module)
+    difference = float((model(x).detach() - before).abs().max())
+    export_peft(model, folder / "peft-sharded")
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    whole, sharded = (
+        [(folder / name / file).read_bytes() for file in files] for name in ("peft-whole", "peft-sharded")
+    )
+    return {"equal": whole == sharded, "difference": difference}
+
+
 def refused(action: Callable[[], Any]) -> dict[str, Any]:
     try:
         action()
@@ -256,4 +275,5 @@ SCENARIOS: dict[str, Scenario] = {
     "fsdp writer fails": writer_fails,
     "fsdp refusals": refusals,
     "fsdp calibrated": calibrated,
+    "fsdp exported": exported,
 }

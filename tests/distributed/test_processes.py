@@ -24,6 +24,7 @@ EXACT = [
     "fsdp on meta",
     *(f"fsdp recomputed {where} {shortcut}" for where in ("inside", "outside") for shortcut in SHORTCUTS[1:]),
     "fsdp calibrated",
+    "fsdp exported",
     *(f"recipe {kind} {shortcut}" for kind in ("ignored", "bank") for shortcut in SHORTCUTS),
     *(f"pipeline {shortcut}" for shortcut in SHORTCUTS),
 ]
@@ -59,6 +60,10 @@ def test_adapters_are_saved_whole_under_their_names(reports: list[Report], name:
 
 def test_one_replica_of_several_saves(reports: list[Report]) -> None:
     assert all(result["equal"] for result in found(reports, "fsdp hybrid"))
+
+
+def test_merged_then_sharded_exports_the_same_files(reports: list[Report]) -> None:
+    assert all(result["equal"] for result in found(reports, "fsdp exported"))
 
 
 def test_blocks_are_resharded_and_adapters_stay_whole(reports: list[Report]) -> None:
@@ -127,3 +132,24 @@ def test_adapters_in_a_bank_lose_their_names(reports: list[Report], shortcut: st
     for result in found(reports, f"recipe bank {shortcut}"):
         assert result["adapter_keys"] == []
         assert "Unexpected key" in result["load"]["message"]
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block"])
+def test_trainer_saves_whole_adapters(reports: list[Report], shortcut: str) -> None:
+    names = [f"model.layers.{i}.self_attn.{role}.{kind}" for i in range(3) for role in "qv" for kind in "AB"]
+    for result in found(reports, f"trainer saved {shortcut}"):
+        assert result["names"] == [name.replace("q.", "q_proj.lora_").replace("v.", "v_proj.lora_") for name in names]
+        assert result["wrapped"] == "DistributedDataParallel"
+        assert result["ddp"]
+        assert result["fsdp"]
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_trainer_evaluates_merged(reports: list[Report], shortcut: str) -> None:
+    for result in found(reports, f"trainer merged {shortcut}"):
+        assert result["restored"], "the frozen weights are not those from before"
+        assert result["trained_alike"], "training was disturbed"
+        seen, unmerged = result["seen"], result["unmerged"]
+        assert seen[0] == unmerged[0]
+        assert all(a != b for a, b in zip(seen[1:], unmerged[1:], strict=True))
+        assert seen[-1] == result["hand"]

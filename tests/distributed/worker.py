@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import ddp, fsdp, pipeline, recipes
+from . import ddp, fsdp, pipeline, recipes, trainer
 
-SCENARIOS = ddp.SCENARIOS | fsdp.SCENARIOS | pipeline.SCENARIOS | recipes.SCENARIOS
+SCENARIOS = ddp.SCENARIOS | fsdp.SCENARIOS | pipeline.SCENARIOS | recipes.SCENARIOS | trainer.SCENARIOS
 
 
 def main(folder: Path) -> None:
