@@ -20,13 +20,14 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **quiet, "PYTHONPATH": str(REPOSITORY), **changes}
 
 
-def run_processes(module: str, folder: Path, count: int = 2, timeout: float = 150) -> list[Report]:
+def run_processes(module: str, folder: Path, count: int = 2, timeout: float = 150, **changes: str) -> list[Report]:
     """Run ``python -m module folder`` as ranks 0 to count - 1; what each wrote to ``folder/report.<rank>.json``."""
     processes, logs = [], []
     for rank in range(count):
         logs.append(folder / f"log.{rank}")
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        env = environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate asks, but uses our group
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate asks, but uses our group
+        env = environment(**place, **changes)
         with logs[-1].open("w") as log:
             command = [sys.executable, "-m", module, str(folder)]
             processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log))

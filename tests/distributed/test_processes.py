@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +155,11 @@ def test_trainer_evaluates_merged(reports: list[Report], shortcut: str) -> None:
         assert seen[0] == unmerged[0]
         assert all(a != b for a, b in zip(seen[1:], unmerged[1:], strict=True))
         assert seen[-1] == result["hand"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_deepspeed_zero_2_equals_one_process(tmp_path: Path) -> None:
+    for report in run_processes("tests.distributed.deepspeed_zero", tmp_path, DS_ACCELERATOR="cpu"):
+        for name, result in report.items():
+            assert result["difference"] < 1e-5, name
+            assert result["equal"], name
