@@ -44,7 +44,7 @@ def run_processes(module: str, folder: Path, count: int = 2, timeout: float = 15
     return [json.loads((folder / f"report.{rank}.json").read_text()) for rank in range(count)]
 
 
-def run_command(command: list[str], timeout: float = 150, **env: str) -> str:
+def run_command(command: list[str], timeout: float = 300, **env: str) -> str:
     """Run a launcher (torchrun, accelerate) to its end; its output. It is stopped with its children if it hangs."""
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
