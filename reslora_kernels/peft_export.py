@@ -17,6 +17,7 @@ from .adapters import checked_folder, sync_folder, write_durably
 from .config import MergeMethod
 from .merging import compute_updates
 from .model import adapted_layers, record_of, root_of
+from .sharding import gathered, mesh_of, one_writer, reshard
 from .statistics import Statistics
 from .updates import LowRankUpdate
 
@@ -56,7 +57,8 @@ def export_peft(
 
     Every module gets the same rank, padded with zeros, and ``lora_alpha = r``: some servers mis-scale per-module
     patterns. A model that is merged exports that merge; else the arguments say how, as for ``merge_reslora``, and the
-    model is left unmerged. Trained biases travel as PEFT's ``bias="all"``, other modules as ``modules_to_save``.
+    model is left unmerged. Trained biases travel as PEFT's ``bias="all"``, other modules as ``modules_to_save``. With a
+    model that was merged and then sharded by ``fully_shard`` all processes call this; the first writes.
 
     Args:
         path: folder; made if need be.
@@ -69,8 +71,6 @@ def export_peft(
         TypeError, ValueError: as ``merge_reslora``; or merge arguments for a model that is merged already; or a trained
             parameter that a PEFT adapter cannot hold. Nothing is written then.
     """
-    from safetensors.torch import save
-
     layers = adapted_layers(model)
     folder = checked_folder(path)
     if not isinstance(pattern, bool):
@@ -99,21 +99,31 @@ def export_peft(
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
         if not (torch.isfinite(tensors[f"{_PREFIX}{name}.lora_A.weight"]).all() and torch.isfinite(b).all()):
             raise ValueError(f"layer {name!r}: the update holds NaN or Inf; nothing was written")
-    biases, modules, extra = _other_trained(root_of(model), layers)
+    reshard(model)
+    biases, modules, others = _other_trained(root_of(model), layers)
+    extra, _ = gathered(others)
     config = _peft_config(root_of(model), list(layers), rank, biases, modules)
     if pattern:
         config["rank_pattern"] = {name: r for name, r in ranks.items() if r != rank}
         config["alpha_pattern"] = dict(config["rank_pattern"])
+    with one_writer(mesh_of(model)) as writes:
+        if writes:
+            _write(folder, tensors | extra, config)
+    errors = [update.relative_error for update in updates.values() if update.relative_error is not None]
+    return ExportReport(folder, ranks, rank, max(errors, default=None))
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    from safetensors.torch import save
+
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in (
-        ("adapter_model.safetensors", save(tensors | extra, metadata={"format": "pt"})),
+        ("adapter_model.safetensors", save(tensors, metadata={"format": "pt"})),
         ("adapter_config.json", (json.dumps(config, indent=2) + "\n").encode()),
     ):
         write_durably(folder / f".{file}.tmp", content)
         os.replace(folder / f".{file}.tmp", folder / file)
     sync_folder(folder)
-    errors = [update.relative_error for update in updates.values() if update.relative_error is not None]
-    return ExportReport(folder, ranks, rank, max(errors, default=None))
 
 
 def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, modules: list[str]) -> dict[str, Any]:
@@ -177,5 +187,5 @@ def _other_trained(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[bo
         key = name
         if not any(owner == module or owner.startswith(module + ".") for module in modules):
             biases, key = True, f"{owner}.base_layer.{leaf}" if owner in layers else name
-        tensors[_PREFIX + key] = parameter.detach().cpu().contiguous()
+        tensors[_PREFIX + key] = parameter
     return biases, modules, tensors

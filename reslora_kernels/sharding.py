@@ -58,6 +58,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def mesh_of(model: nn.Module) -> Any:
+    """The device mesh over which FSDP2 or tensor parallelism spread a parameter of ``model``; None if there is none."""
+    if not initialised():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+
+
 def gathered(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
     """Every tensor whole, in main memory, and the device mesh that they were sharded over (None if none was).
 

@@ -39,6 +39,10 @@ class AdapterCheckpoints:
             save_adapter(self.model, output_dir if output_dir is not None else self.args.output_dir)
         else:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        if _internal_call and output_dir is not None:  # a checkpoint; its last file is the Trainer's state
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ResLoRACallback):
+                    callback.write_statistics(self.args, Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -102,8 +106,10 @@ class ResLoRACallback:
         self.statistics: Statistics | None = None
         self.resume_from: Path | None = None
         self._merged = False
+        self._written_to: Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        self._written_to = None
         with collect_statistics(model, second_moments=self.second_moments) as self.statistics:
             pass  # made here, attached to the layers from step to step
         if state.global_step:
@@ -134,11 +140,17 @@ class ResLoRACallback:
         self._unmerge(model)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._written_to != folder:  # without AdapterCheckpoints
+            self.write_statistics(args, folder)
+
+    def write_statistics(self, args: Any, folder: Path) -> None:
+        """Into ``folder``, from the first process."""
         from safetensors.torch import save
 
         if args.process_index == 0 and self.statistics is not None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_durably(folder / STATISTICS_NAME, save(self.statistics.state_dict()))
+        self._written_to = folder
 
     def _merge_for_evaluation(self, model: Any, control: Any) -> None:
         """Once it is decided that an evaluation follows; the Trainer announces only that it is over."""

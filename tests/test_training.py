@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,39 @@ def test_resumes_exactly(shortcut: str, moments: bool, tmp_path: Path) -> None:
     assert_same(one.statistics.state_dict(), two.statistics.state_dict())
     assert one.statistics.calls == 12  # a batch each, evaluation not among them
     assert all(layer.observer is None for layer in adapted_layers(straight.model).values())
+
+
+def train_until_killed(folder: str, writer: str) -> None:
+    """In a process of its own: at step 6 it kills itself with SIGKILL in place of a write of the checkpoint."""
+    run = trainer(Path(folder), "input", callback := ResLoRACallback(second_moments=True), max_steps=8)
+    owner = callback if writer.startswith("on") else run
+    write = getattr(owner, writer)
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        if run.state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(*args, **kwargs)
+
+    setattr(owner, writer, die)
+    run.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("writer", "newest"), [("_save", 3), ("_save_rng_state", 3), ("on_save", 6)])
+def test_killed_between_the_writes_of_a_checkpoint(writer: str, newest: int, tmp_path: Path) -> None:
+    """The checkpoint with the Trainer's state, which is written last, is whole; resumed from there it ends the same."""
+    straight = trainer(tmp_path / "straight", "input", one := ResLoRACallback(second_moments=True), max_steps=8)
+    straight.train()
+    code = f"from tests.test_training import train_until_killed as t; t({str(tmp_path / 'killed')!r}, {writer!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    whole = max((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")).parent
+    assert whole.name == f"checkpoint-{newest}"
+    resumed = trainer(tmp_path / "killed", "input", two := ResLoRACallback(second_moments=True), max_steps=8)
+    resumed.train(resume_from_checkpoint=str(whole))
+    assert_same(trained(straight.model), trained(resumed.model))
+    assert_same(one.statistics.state_dict(), two.statistics.state_dict())
 
 
 def test_without_the_mixin_it_finds_the_checkpoint_by_its_step(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, save_ada
 
 from ..models import VOCABULARY, llama, randomize
 from .example import FSDPOnCPU
+from .fsdp import refused
 from .residual import adapters, difference
 
 STEPS = 3
@@ -108,11 +109,8 @@ def scenarios(folder: Path) -> dict[str, dict[str, Any]]:
             "difference": difference(losses, model, expected),
             "equal": all(torch.equal(loaded[name], value) for name, value in adapters(model).items()),
         }
-    try:
-        together(start(plugin("transformer_based_wrap")), model_of("block"))
-        report["its own wrap policy"] = {"error": None}
-    except Exception as error:
-        report["its own wrap policy"] = {"error": f"{type(error).__name__}: {error}"}
+    wrapped = start(plugin("transformer_based_wrap"))
+    report["its own wrap policy"] = refused(lambda: together(wrapped, model_of("block")))
     return report
 
 

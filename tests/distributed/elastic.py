@@ -93,7 +93,7 @@ def main(folder: Path) -> None:
         init_method=f"file://{folder / f'rendezvous-{attempt}'}",
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=datetime.timedelta(seconds=30),
+        timeout=datetime.timedelta(seconds=120),
     )
     report = compared(folder, attempt)
     (folder / f"report.{dist.get_rank()}.json").write_text(json.dumps(report))

@@ -1,4 +1,4 @@
-"""What FSDP2 with shard_reslora must do, and what other recipes do instead: scenarios for two processes."""
+"""What FSDP2 with shard_reslora must do, saving and refusals included: scenarios for two processes."""
 
 from __future__ import annotations
 
@@ -193,6 +193,25 @@ def writer_fails(folder: Path) -> dict[str, Any]:
     return refused(lambda: save_adapter(model, path))
 
 
+def exported(folder: Path) -> dict[str, Any]:
+    """Merged, then sharded by hand, for evaluation say: the export is that of the merged model."""
+    model = residual("block", bias="all")
+    merge_reslora(model)
+    if dist.get_rank() == 0:
+        export_peft(model, folder / "peft-whole")
+    x = share(batch(0))[0]
+    before = model(x).detach()
+    for module in (*model.blocks, model):
+        fully_shard(module)
+    difference = float((model(x).detach() - before).abs().max())
+    export_peft(model, folder / "peft-sharded")
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    whole, sharded = (
+        [(folder / name / file).read_bytes() for file in files] for name in ("peft-whole", "peft-sharded")
+    )
+    return {"equal": whole == sharded, "difference": difference}
+
+
 def refused(action: Callable[[], Any]) -> dict[str, Any]:
     try:
         action()
@@ -221,33 +240,6 @@ def refusals(folder: Path) -> dict[str, Any]:
         "merged": refused(lambda: sharded(merged)),
         "FSDP1": refused(lambda: save_adapter(flat, folder / "flat")),
     }
-
-
-def naive(shortcut: str, folder: Path) -> dict[str, Any]:
-    """fully_shard per block as for any model: adapters in their block's group."""
-    model = residual(shortcut)
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
-    return refused(lambda: train(model, shared_data))
-
-
-def gathered_up_front(shortcut: str, folder: Path) -> dict[str, Any]:
-    """The same, gathered before every forward and never resharded: runs, and is wrong without a word for ``input``."""
-    model: Any = residual(shortcut)
-    for block in model.blocks:
-        fully_shard(block, reshard_after_forward=False)
-    fully_shard(model, reshard_after_forward=False)
-    model.set_reshard_after_backward(False)  # else a neighbour's backward reads freed memory
-
-    def gather_again(module: nn.Module, args: Any) -> None:
-        for group in (*model.blocks, model):
-            group.reshard()  # the optimizer has stepped
-            group.unshard()
-
-    model.register_forward_pre_hook(gather_again, prepend=True)
-    losses = train(model, shared_data)
-    return {"difference": difference(losses, model, in_one_process(shortcut))}
 
 
 def calibrated(folder: Path) -> dict[str, Any]:
@@ -283,6 +275,5 @@ SCENARIOS: dict[str, Scenario] = {
     "fsdp writer fails": writer_fails,
     "fsdp refusals": refusals,
     "fsdp calibrated": calibrated,
-    **{f"fsdp naive {shortcut}": partial(naive, shortcut) for shortcut in ("input", "block")},
-    **{f"fsdp gathered up front {shortcut}": partial(gathered_up_front, shortcut) for shortcut in SHORTCUTS},
+    "fsdp exported": exported,
 }

@@ -20,12 +20,14 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **quiet, "PYTHONPATH": str(REPOSITORY), **changes}
 
 
-def run_processes(module: str, folder: Path, count: int = 2, timeout: float = 150) -> list[Report]:
+def run_processes(module: str, folder: Path, count: int = 2, timeout: float = 150, **changes: str) -> list[Report]:
     """Run ``python -m module folder`` as ranks 0 to count - 1; what each wrote to ``folder/report.<rank>.json``."""
     processes, logs = [], []
     for rank in range(count):
         logs.append(folder / f"log.{rank}")
-        env = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate asks, but uses our group
+        env = environment(**place, **changes)
         with logs[-1].open("w") as log:
             command = [sys.executable, "-m", module, str(folder)]
             processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log))
@@ -42,7 +44,7 @@ def run_processes(module: str, folder: Path, count: int = 2, timeout: float = 15
     return [json.loads((folder / f"report.{rank}.json").read_text()) for rank in range(count)]
 
 
-def run_command(command: list[str], timeout: float = 150, **env: str) -> str:
+def run_command(command: list[str], timeout: float = 300, **env: str) -> str:
     """Run a launcher (torchrun, accelerate) to its end; its output. It is stopped with its children if it hangs."""
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,8 @@ EXACT = [
     "fsdp on meta",
     *(f"fsdp recomputed {where} {shortcut}" for where in ("inside", "outside") for shortcut in SHORTCUTS[1:]),
     "fsdp calibrated",
+    "fsdp exported",
+    *(f"recipe {kind} {shortcut}" for kind in ("ignored", "bank") for shortcut in SHORTCUTS),
     *(f"pipeline {shortcut}" for shortcut in SHORTCUTS),
 ]
 
@@ -58,6 +62,10 @@ def test_adapters_are_saved_whole_under_their_names(reports: list[Report], name:
 
 def test_one_replica_of_several_saves(reports: list[Report]) -> None:
     assert all(result["equal"] for result in found(reports, "fsdp hybrid"))
+
+
+def test_merged_then_sharded_exports_the_same_files(reports: list[Report]) -> None:
+    assert all(result["equal"] for result in found(reports, "fsdp exported"))
 
 
 def test_blocks_are_resharded_and_adapters_stay_whole(reports: list[Report]) -> None:
@@ -102,7 +110,7 @@ def test_refused_with_the_alternative(reports: list[Report], action: str, messag
 @pytest.mark.parametrize("shortcut", ["input", "block"])
 def test_adapters_in_their_blocks_group_fail_loudly(reports: list[Report], shortcut: str) -> None:
     """Why shard_reslora exists: the usual recipe."""
-    for result in found(reports, f"fsdp naive {shortcut}"):
+    for result in found(reports, f"recipe naive {shortcut}"):
         assert result["error"] == "RuntimeError"
         assert "mixed torch.Tensor and DTensor" in result["message"]
 
@@ -110,5 +118,48 @@ def test_adapters_in_their_blocks_group_fail_loudly(reports: list[Report], short
 def test_gathering_up_front_is_silently_wrong(reports: list[Report]) -> None:
     """The gradient that a later block has for the next layer's A arrives after that block's reduction."""
     for shortcut in ("none", "block", "middle"):
-        assert all(result["difference"] < 1e-12 for result in found(reports, f"fsdp gathered up front {shortcut}"))
-    assert all(result["difference"] > 1e-2 for result in found(reports, "fsdp gathered up front input"))
+        assert all(result["difference"] < 1e-12 for result in found(reports, f"recipe gathered up front {shortcut}"))
+    assert all(result["difference"] > 1e-2 for result in found(reports, "recipe gathered up front input"))
+
+
+def test_adapters_that_fsdp2_ignores_are_left_out_of_the_rest_too(reports: list[Report]) -> None:
+    """Exact, but a mixed precision policy passes them over, and clipping takes them only alone."""
+    for result in found(reports, "recipe ignored_costs"):
+        assert result["dtypes"] == ["torch.bfloat16", "torch.float32"]
+        assert "mixed torch.Tensor and DTensor" in result["clipping"]["message"]
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_adapters_in_a_bank_lose_their_names(reports: list[Report], shortcut: str) -> None:
+    for result in found(reports, f"recipe bank {shortcut}"):
+        assert result["adapter_keys"] == []
+        assert "Unexpected key" in result["load"]["message"]
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block"])
+def test_trainer_saves_whole_adapters(reports: list[Report], shortcut: str) -> None:
+    names = [f"model.layers.{i}.self_attn.{role}.{kind}" for i in range(3) for role in "qv" for kind in "AB"]
+    for result in found(reports, f"trainer saved {shortcut}"):
+        assert result["names"] == [name.replace("q.", "q_proj.lora_").replace("v.", "v_proj.lora_") for name in names]
+        assert result["wrapped"] == "DistributedDataParallel"
+        assert result["ddp"]
+        assert result["fsdp"]
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_trainer_evaluates_merged(reports: list[Report], shortcut: str) -> None:
+    for result in found(reports, f"trainer merged {shortcut}"):
+        assert result["restored"], "the frozen weights are not those from before"
+        assert result["trained_alike"], "training was disturbed"
+        seen, unmerged = result["seen"], result["unmerged"]
+        assert seen[0] == unmerged[0]
+        assert all(a != b for a, b in zip(seen[1:], unmerged[1:], strict=True))
+        assert seen[-1] == result["hand"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_deepspeed_zero_2_equals_one_process(tmp_path: Path) -> None:
+    for report in run_processes("tests.distributed.deepspeed_zero", tmp_path, DS_ACCELERATOR="cpu"):
+        for name, result in report.items():
+            assert result["difference"] < 1e-5, name
+            assert result["equal"], name

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import ddp, fsdp, pipeline
+from . import ddp, fsdp, pipeline, recipes, trainer
+
+SCENARIOS = ddp.SCENARIOS | fsdp.SCENARIOS | pipeline.SCENARIOS | recipes.SCENARIOS | trainer.SCENARIOS
 
 
 def main(folder: Path) -> None:
@@ -28,7 +30,7 @@ def main(folder: Path) -> None:
     )
     chosen = os.environ.get("SCENARIOS", "")
     report = {}
-    for name, scenario in (ddp.SCENARIOS | fsdp.SCENARIOS | pipeline.SCENARIOS).items():
+    for name, scenario in SCENARIOS.items():
         if not any(part in name for part in chosen.split("|")):
             continue
         start = time.perf_counter()
