@@ -93,13 +93,13 @@ def check(row: Row) -> list[str]:
 
 
 def _readable(mangled: str) -> str:
-    """The kernel's name with its template arguments: a mangled name spells types as length and name."""
-    words = re.findall(
-        r"(?<=\d)(?:[A-Za-z]\w*?_kernel|Bf16Math|Fp16Math|Tf32Math|IeeeMath|Large|Small|Bf16|Fp16)", mangled
-    )
-    numbers = re.findall(r"L[ib](\d+)E", mangled)
-    kernel = re.sub(r"^.*?\d+", "", words[0]) if words else mangled
-    return f"{kernel}<{', '.join([*words[1:], *numbers])}>" if len(words) + len(numbers) > 1 else kernel
+    """The kernel's name with its template arguments; a mangled name has each after its length, numbers as L..E."""
+    kernel = re.search(r"\d([a-z][a-z_]*_kernel)", mangled)
+    if kernel is None:
+        return mangled
+    known = r"\d([A-Z][A-Za-z0-9]*?Math|Large|Small|Bf16|Fp16)E|L[ib](\d+)E|I(f)E"
+    words = ["".join(found) for found in re.findall(known, mangled[kernel.end() :])]
+    return f"{kernel[1]}<{', '.join(words)}>" if words else kernel[1]
 
 
 def _tool(name: str) -> list[str]:

@@ -11,7 +11,7 @@ template <class Math, int BR, bool A_BY_K>
 using Matmul = BlockMatmul<Math, 64, BR, (BR < 64 ? 4 : 2), (BR < 64 ? 1 : 2), true, A_BY_K, (BR < 64 ? 8 : 6)>;
 
 template <class Math, int BR, bool A_BY_K>
-__global__ void __launch_bounds__(128) project_kernel(const Project p) {
+__global__ void __launch_bounds__(128, 1) project_kernel(const Project p) {
     using M = Matmul<Math, BR, A_BY_K>;
     const std::int64_t row = block_id().x * M::BM, column = block_id().y * BR, part = block_id().z;
     const std::int64_t start = part * p.split, end = start + p.split < p.x.columns ? start + p.split : p.x.columns;

@@ -1,8 +1,9 @@
-"""python -m benchmarks.gpu_check                    correctness, sanitizer, speed, in nine minutes
-python -m benchmarks.gpu_check --part correctness    one part (repeatable): correctness, sanitizer, speed, tune
+"""python -m benchmarks.gpu_check                    build, correctness, sanitizer, speed, in nine minutes
+python -m benchmarks.gpu_check --part correctness    one part (repeatable): build, correctness, sanitizer, speed, tune
 python -m benchmarks.gpu_check --ready               whether this interpreter has all that the check needs
 
-Runs in whatever interpreter starts it, without installing anything. One JSON file with the machine, driver, versions,
+Runs in whatever interpreter starts it. The part build installs this package there, in place, with its CUDA extension; the
+others install nothing. One JSON file with the machine, driver, versions,
 commit and every figure is written after each part; `reslora bench report` and `compare` read it. Exit status 1 where a
 part failed.
 """
@@ -24,8 +25,8 @@ from benchmarks.gpu_check import parts
 NEEDED = ("torch", "triton", "pytest", "pytest_timeout", "rich", "typer", "safetensors")
 RESULTS = parts.ROOT / "benchmarks" / "results"
 # Part, and the most seconds that it may take of a budget of nine minutes.
-SHARES = {"correctness": 150.0, "sanitizer": 100.0, "speed": 540.0, "tune": 540.0}
-DEFAULT_PARTS = ("correctness", "sanitizer", "speed")
+SHARES = {"build": 90.0, "correctness": 150.0, "sanitizer": 100.0, "speed": 540.0, "tune": 540.0}
+DEFAULT_PARTS = ("build", "correctness", "sanitizer", "speed")
 FULL_BUDGET = 540.0
 
 
@@ -92,9 +93,12 @@ def part_limit(name: str, chosen: Sequence[str], left: float, budget: float) -> 
 
 
 def execute(name: str, run: parts.Runner, limit: float, rehearse: bool) -> parts.Outcome:
+    if name == "build" and rehearse:
+        return parts.Outcome(parts.SKIPPED, "no GPU to build for")
     if name == "speed":
         return parts.speed(run, limit, ("quick",), "cpu") if rehearse else parts.speed(run, limit)
     every: dict[str, Callable[[parts.Runner, float], parts.Outcome]] = {
+        "build": parts.build,
         "correctness": parts.correctness,
         "sanitizer": parts.sanitizer,
         "tune": parts.tune,

@@ -92,6 +92,18 @@ class _Watch:
             timer.cancel()
 
 
+def build(run: Runner, limit: float) -> Outcome:
+    """The CUDA extension for this GPU, beside the sources; where it cannot be built the others go on without."""
+    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").is_file():
+        return Outcome(SKIPPED, "nvcc is not installed (it comes with the CUDA toolkit)")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    finished = run([*command, "--editable", str(ROOT)], limit, RESLORA_CUDA="1")
+    if finished.status is None:
+        return Outcome(UNFINISHED, "")
+    done = finished.status == 0
+    return Outcome(PASSED if done else FAILED, f"{finished.seconds:.0f} s" if done else last_line(finished.output))
+
+
 def correctness(run: Runner, limit: float) -> Outcome:
     """Tests marked gpu, then all other tests of the kernels, which run on the GPU where there is one."""
     started, totals, faults = time.monotonic(), {"passed": 0, "failed": 0, "skipped": 0}, []

@@ -1,0 +1,41 @@
+"""What nvcc makes of the CUDA kernels holds the contract, and a kernel that breaks a rule is named."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cuda_contract import Row, check, compile_source
+from reslora_kernels.cli.toolchain import find_nvcc
+
+pytest.importorskip("triton", reason="the disassembler comes with Triton")
+CSRC = Path(__file__).parents[2] / "csrc"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
+@pytest.mark.parametrize("source", ["project.cu", "low_rank_grads.cu"])
+def test_kernels_hold_the_contract(source: str) -> None:
+    rows, _ = compile_source(CSRC / source, "90a")
+    multiplying = [row for row in rows if "Math" in row.kernel]
+    assert {row.kernel.split("<")[1].split(",")[0] for row in multiplying} == {
+        "Bf16Math", "Fp16Math", "Tf32Math", "IeeeMath",
+    }  # fmt: skip
+    assert [violation for row in rows for violation in row.violations] == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stack", "instructions", "violations"),
+    [
+        ("a_kernel<Bf16Math>", 0, {"HMMA": 4, "LDSM": 2, "LDGSTS": 2}, []),
+        ("a_kernel<IeeeMath>", 0, {"LDGSTS": 2}, []),
+        ("a_kernel<Bf16Math>", 0, {"LDGSTS": 2}, ["no HMMA", "no LDSM"]),
+        ("a_kernel<Tf32Math>", 0, {"HMMA": 4}, ["no LDGSTS"]),
+        ("finish_kernel", 8, {"LDL": 1, "STL": 2}, ["spills: 8 bytes of local memory, 1 loads, 2 stores"]),
+        ("finish_kernel", 0, {"RED": 3}, ["atomics: 3 RED"]),
+    ],
+)
+def test_rules(kernel: str, stack: int, instructions: dict[str, int], violations: list[str]) -> None:
+    assert check(Row("90a", kernel, 64, stack, instructions, [])) == violations
