@@ -2,10 +2,9 @@
 python -m benchmarks.gpu_check --part correctness    one part (repeatable): build, correctness, sanitizer, speed, tune
 python -m benchmarks.gpu_check --ready               whether this interpreter has all that the check needs
 
-Runs in whatever interpreter starts it. The part build installs this package there, in place, with its CUDA extension; the
-others install nothing. One JSON file with the machine, driver, versions,
-commit and every figure is written after each part; `reslora bench report` and `compare` read it. Exit status 1 where a
-part failed.
+Runs in whatever interpreter starts it. The part build installs this package there, in place, with its CUDA extension;
+the others install nothing. One JSON file with the machine, driver, versions, commit and every figure is written after
+each part; `reslora bench report` and `compare` read it. Exit status 1 where a part failed.
 """
 
 from __future__ import annotations
