@@ -112,6 +112,19 @@ class Passes:
             if before is not None:
                 self._open.append(before)
 
+    @contextmanager
+    def opened_by_hand(self) -> Iterator[None]:
+        """Open a pass for a block of code instead of a module; a backward pass may run inside it."""
+        owner = object()
+        self.open(owner)
+        entry = (self, self.current())
+        _by_hand.append(entry)
+        try:
+            yield
+        finally:
+            _by_hand.remove(entry)
+            self.close(owner)
+
     def close(self, owner: object) -> None:
         """Close the pass if ``owner`` opened it."""
         state = self.current()
@@ -123,6 +136,26 @@ class Passes:
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
         return Passes, ()
+
+
+_by_hand: list[tuple[Passes, ForwardState | None]] = []
+
+
+def refuse_recomputation() -> None:
+    """For kernels that read or write what is handed on: compiled layers, which cannot tell themselves, run them too.
+
+    Raises:
+        RuntimeError: a backward pass recomputes a layer while a pass from before it is open that was opened by hand.
+    """
+    running = _running_backward()
+    if running != -1 and any(
+        state in passes._open and state._backward != running for passes, state in _by_hand if state
+    ):
+        raise RuntimeError(
+            "activation checkpointing recomputes a layer in backward, inside a `with chain.forward_pass():` that is "
+            "still open: use torch.utils.checkpoint with use_reentrant=False and context_fn=checkpoint_context(model), "
+            "or run backward after the block"
+        )
 
 
 def recomputing() -> bool:

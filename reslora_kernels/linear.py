@@ -70,17 +70,9 @@ class Chain:
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """One forward pass through layers that were linked by hand, without a module around them.
-
-        Run backward after the block: inside it, layers that were compiled one by one and are recomputed without
-        ``checkpoint_context`` take this pass for theirs and get wrong gradients. In eager code that is an error.
-        """
-        owner = object()
-        self.passes.open(owner)
-        try:
+        """One forward pass through layers that were linked by hand, without a module around them."""
+        with self.passes.opened_by_hand():
             yield
-        finally:
-            self.passes.close(owner)
 
 
 class ResLoRALinear(nn.Linear):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import select
+from .forward_state import refuse_recomputation
 
 _FORWARD = "reslora_kernels::lora_linear_forward"
 _BACKWARD = "reslora_kernels::lora_linear_backward"
@@ -37,6 +38,9 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a_cat: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, backend = rest
+    _b_cat, residual, *_, hand_start, hand_stop = arguments
+    if residual is not None or hand_stop > hand_start:
+        refuse_recomputation()
     served_by = select.choose(backend, x, weight, a_cat.shape[0])
     outputs: tuple[Tensor, Tensor, Tensor] = served_by.forward(x, weight, bias, a_cat, *arguments)
     return outputs

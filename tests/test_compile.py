@@ -276,6 +276,37 @@ def test_copies_know_their_own_neighbours() -> None:
 # --- with activation checkpointing -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("shortcut", "pre_num", "backend"),
+    [*((*how, "aot_eager") for how in HANDING), pytest.param("input", 1, "inductor", marks=pytest.mark.slow)],
+)
+def test_recomputing_compiled_layers_into_an_open_pass_is_an_error(shortcut: str, pre_num: int, backend: str) -> None:
+    """They would take the pass for theirs; with the context, and with backward after the block, they do not."""
+    model = stack(shortcut, pre_num)
+    layers = [block.proj for block in model.blocks]
+    chain, x = layers[0].chain, x_of().requires_grad_()
+
+    def run(**context: object) -> torch.Tensor:
+        y = x
+        for layer in layers:
+            y = checkpoint(layer, y, use_reentrant=False, **context)
+        return y.square().mean()
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    context = checkpoint_context(model)
+    with chain.forward_pass():
+        loss = run(context_fn=context)
+    expected = torch.autograd.grad(loss, parameters)
+    for layer in layers:
+        layer.compile(backend=backend)
+    skip = dynamo.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+    refused = pytest.raises(RuntimeError, match=r"inside a `with chain.forward_pass\(\):` that is still open")
+    with chain.forward_pass(), skip, refused:
+        run().backward()
+    with chain.forward_pass():
+        assert_same(list(torch.autograd.grad(run(context_fn=context), parameters)), list(expected))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("none", 0), ("middle", -1)])
 def test_checkpointing_inside_compiled_layers(shortcut: str, pre_num: int) -> None:

@@ -117,7 +117,7 @@ def objects_of(module: Path) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def faultless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faultless")
-    return cuda_on_cpu.build(folder, sources(folder), ["-O1"])
+    return cuda_on_cpu.build(folder, sources(folder), ["-O0"])
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +141,7 @@ def test_planted_fault_is_caught(fault: Fault, tmp_path: Path, request: pytest.F
     made = objects_of(request.getfixturevalue("sanitized" if fault.sanitized else "faultless"))
     concerned = {fault.source} if fault.source.endswith(".cu") else {path.name for path in csrc.glob("*.cu")}
     made = {name: path for name, path in made.items() if name not in concerned}
-    module = cuda_on_cpu.build(tmp_path, csrc, cuda_on_cpu.SANITIZED if fault.sanitized else ["-O1"], made)
+    module = cuda_on_cpu.build(tmp_path, csrc, cuda_on_cpu.SANITIZED if fault.sanitized else ["-O0"], made)
     finished = run_calls(module, 20)
     assert finished.returncode != 0
     assert re.search(fault.caught, finished.stdout + finished.stderr), finished.stdout + finished.stderr
