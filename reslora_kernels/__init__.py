@@ -7,6 +7,7 @@ from .config import ResLoRAConfig
 from .coverage import inspect
 from .distributed import shard_reslora
 from .linear import ResLoRALinear, link
+from .loraplus import loraplus_groups
 from .merging import merge_reslora, unmerge_reslora
 from .model import apply_reslora
 from .peft_export import export_peft
@@ -23,6 +24,7 @@ __all__ = [
     "inspect",
     "link",
     "load_adapter",
+    "loraplus_groups",
     "merge_reslora",
     "save_adapter",
     "shard_reslora",

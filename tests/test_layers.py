@@ -36,6 +36,7 @@ LAYERS = {
     "adapters": 5,
     "peft_export": 5,
     "training": 5,
+    "loraplus": 5,
     "distributed": 5,
     "": 5,  # the package itself: its public names
     "cli": 6,
