@@ -14,7 +14,8 @@ import pytest
 
 from . import cuda_on_cpu
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
+REASON = cuda_on_cpu.unavailable_reason()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 ROOT = Path(__file__).parents[1]
 # All faults are planted in bfloat16, so that nothing else need be compiled.
 ONE_TYPE = re.compile(r"case MATH_FLOAT16:.*?default: return use\(IeeeMath\{\}\);", re.DOTALL)

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import platform
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -37,6 +39,13 @@ CSRC = HERE.parents[1] / "csrc"
 OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DRESLORA_EMULATED", "-Wall", "-Wno-unknown-pragmas"]
 FAST = ["-O2"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+
+
+def unavailable_reason() -> str | None:
+    """Why the emulator cannot be built on this machine; None when it can."""
+    if platform.machine() != "x86_64":
+        return "the emulator switches stacks with x86-64 code"
+    return None if shutil.which("g++") else "needs g++"
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ CALLS = [
     Call("transposed weight", 33, 72, 40, 16, 16, FP32, FP32, layout="transposed weight", hand=(0, 16)),
     Call("few rows, long reduction: K in parts", 3, 1032, 40, 16, 16, BF16, FP32, p=0.5, residual=True),
     Call("many rows: M in parts", 1100, 40, 72, 16, 16, BF16, BF16, p=0.5),
+    Call("the largest stack", 20, 24, 40, 1024, 512, BF16, BF16, hand=(512, 1024), residual=True),
     Call("double adapters", 40, 72, 100, 24, 8, FP32, torch.float64, hand=(8, 24), residual=True),
 ]
 EXACT = [call for call in CALLS if call.p in (0.0, 0.5)]  # 1 / (1 - p) is a power of two
@@ -49,7 +50,11 @@ def name_of(value: object) -> str | None:
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
     """The emulated extension; None where there is a GPU for the real one."""
-    return None if torch.cuda.is_available() else cuda_on_cpu.build(tmp_path_factory.mktemp("cuda_on_cpu"))
+    if torch.cuda.is_available():
+        return None
+    if reason := cuda_on_cpu.unavailable_reason():
+        pytest.skip(reason)
+    return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 @pytest.fixture(autouse=True)
