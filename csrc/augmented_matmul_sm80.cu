@@ -18,7 +18,8 @@ struct Small {
 };
 
 template <class Math, class Tile, bool W_BY_K, bool ONE_PASS>
-using Matmul = BlockMatmul<Math, Tile::SIZE, Tile::SIZE, Tile::WARPS_M, 2, true, W_BY_K, 4, ONE_PASS ? ONE_PASS_RANK : 0>;
+using Matmul =
+    BlockMatmul<Math, Tile::SIZE, Tile::SIZE, Tile::WARPS_M, 2, true, W_BY_K, 4, ONE_PASS ? ONE_PASS_RANK : 0>;
 
 RESLORA_DEVICE void tile_of(std::int64_t block, std::int64_t rows, std::int64_t columns, std::int64_t& row,
                             std::int64_t& column) {
@@ -78,7 +79,8 @@ __global__ void __launch_bounds__(64 * Tile::WARPS_M, 1) augmented_matmul_kernel
         matmul.for_each_extra_pair([&](int r, int c, float first, float second) {
             for (int e = 0; e < 2; ++e) {
                 const bool inside = row + r < p.x.rows;
-                const float value = inside ? pass_on<Element>(p.side, row + r, c + e, e ? second : first, first_column) : 0.0f;
+                const float product = e ? second : first;
+                const float value = inside ? pass_on<Element>(p.side, row + r, c + e, product, first_column) : 0.0f;
                 from_float(t.at(r, c + e), value * p.scale);
             }
         });
@@ -103,8 +105,8 @@ void launch_kernel(AugmentedMatmul p, Device device) {
     p.b = as_read<Element>(W_BY_K ? transposed(p.b) : p.b);
     p.t = as_read<Element>(p.t);
     p.a = as_read<Element>(p.a);
-    run(ONE_PASS ? "augmented_matmul_one_pass" : "augmented_matmul", &augmented_matmul_kernel<Math, Tile, W_BY_K, ONE_PASS>,
-        {blocks(p.x.rows, M::BM) * blocks(p.y.columns, M::BN), 1, 1}, M::THREADS, M::SHARED_BYTES, p, device);
+    run(ONE_PASS ? "augmented_matmul_one_pass" : "augmented_matmul",
+        &augmented_matmul_kernel<Math, Tile, W_BY_K, ONE_PASS>, {blocks(p.x.rows, M::BM) * blocks(p.y.columns, M::BN), 1, 1}, M::THREADS, M::SHARED_BYTES, p, device);
 }
 
 template <class Math, class Tile, bool ONE_PASS>

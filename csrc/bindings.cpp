@@ -17,10 +17,12 @@ Element* at(Address address) {
 }
 
 Matrix matrix(Address data, std::int64_t row, std::int64_t column, std::int64_t rows, std::int64_t columns, int type) {
-    return {at<const void>(data), row, column, rows, columns, static_cast<Type>(type), false};
+    return {at<const void>(data), row, column, rows, columns, static_cast<Type>(type), ELEMENTS};
 }
 
-Output output(Address data, std::int64_t columns, int type) { return {at<void>(data), columns, static_cast<Type>(type)}; }
+Output output(Address data, std::int64_t columns, int type) {
+    return {at<void>(data), columns, static_cast<Type>(type)};
+}
 
 }  // namespace
 

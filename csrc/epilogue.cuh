@@ -7,10 +7,14 @@ namespace reslora {
 // Puts element (row, column) of a product where it belongs; returns the side channel's inner value. All of the side
 // channel is of type Element.
 template <class Element>
-RESLORA_DEVICE float pass_on(const SideChannel& side, std::int64_t row, std::int64_t column, float product, bool store) {
+RESLORA_DEVICE float pass_on(const SideChannel& side, std::int64_t row, std::int64_t column, float product,
+                             bool store) {
     float value = product * side.factor;
     const std::int64_t extra = column - side.extra_start, raw = column - side.raw_start;
-    if (side.extra.data && extra >= 0 && extra < side.extra.columns) value += to_float(static_cast<const Element*>(side.extra.data)[row * side.extra.row + extra * side.extra.column]);
+    if (side.extra.data && extra >= 0 && extra < side.extra.columns) {
+        const auto* data = static_cast<const Element*>(side.extra.data);
+        value += to_float(data[row * side.extra.row + extra * side.extra.column]);
+    }
     if (column >= side.inner.columns) value = 0.0f;
     if (store && side.inner.data && column < side.inner.columns)
         from_float(static_cast<Element*>(side.inner.data)[row * side.inner.columns + column], value);

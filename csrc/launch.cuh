@@ -50,14 +50,16 @@ void with_math(Math math, Use use) {
     }
 }
 
-inline Matrix transposed(Matrix m) { return {m.data, m.column, m.row, m.columns, m.rows, m.type, false}; }
+inline Matrix transposed(Matrix m) { return {m.data, m.column, m.row, m.columns, m.rows, m.type, ELEMENTS}; }
 
-// With ``vectors`` set where rows can be copied 16 bytes at a time as they are.
+// With the widest access that its rows allow: as they are, or float32 to be converted on the way.
 template <class Element>
 Matrix as_read(Matrix m) {
     constexpr Type TYPE = SAME<Element, Bf16> ? BFLOAT16 : SAME<Element, Fp16> ? FLOAT16 : FLOAT32;
-    m.vectors = m.type == TYPE && m.column == 1 && m.row * sizeof(Element) % 16 == 0 &&
-                reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0;
+    const std::int64_t size = m.type == FLOAT32 ? 4 : 2;
+    const bool aligned =
+        m.column == 1 && m.row * size % 16 == 0 && reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0;
+    if (aligned) m.access = m.type == TYPE ? COPIED : m.type == FLOAT32 ? CONVERTED : ELEMENTS;
     return m;
 }
 

@@ -36,7 +36,7 @@ struct BlockMatmul {
     using TileExtra = SharedTile<Element, EXTRA, BK>;
     static constexpr int STAGE_BYTES = TileA::BYTES + TileB::BYTES + TileExtra::BYTES;
     static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
-    static_assert(FM > 0 && FN > 0 && FN % 2 == 0 && (EXTRA == 0 || FE % 2 == 0), "ldmatrix takes 16 columns at a time");
+    static_assert(FM > 0 && FN > 0 && FN % 2 == 0 && (EXTRA == 0 || FE % 2 == 0), "ldmatrix takes 16 columns");
 
     float acc[FM][FN][4] = {};
     float extra_acc[FM][FE][4] = {};
@@ -176,7 +176,7 @@ struct BlockMatmul {
             acc[i / FN / 4][i / 4 % FN][i % 4] += sums[i / FN / 4 * 2 + i % 4 / 2][i / 4 % FN * 2 + i % 2];
     }
 
-    // visit(row, column, first, second) for each pair of neighbours of acc that this thread holds, counted in the block.
+    // visit(row, column, first, second) for each pair of neighbours of acc that this thread holds.
     template <class Visit>
     RESLORA_DEVICE void for_each_pair(Visit visit) {
         each_pair(acc, warp_column(), visit);

@@ -7,13 +7,15 @@ namespace reslora {
 enum Type : int { FLOAT32, FLOAT16, BFLOAT16, FLOAT64 };
 enum Math : int { MATH_BFLOAT16, MATH_FLOAT16, MATH_TF32, MATH_IEEE };  // float32 products: TF32, or exact ones
 
+enum Access : int { ELEMENTS, CONVERTED, COPIED };  // one at a time; float32 four at a time; 16 bytes as they are
+
 // A matrix [rows, columns] to read. Strides count elements. No data: there is none.
 struct Matrix {
     const void* data;
     std::int64_t row, column;
     std::int64_t rows, columns;
     Type type;
-    bool vectors;  // 16 bytes at a time may be copied along its columns
+    Access access;  // along its columns
 };
 
 // A contiguous matrix to write.

@@ -51,7 +51,7 @@ RESLORA_DEVICE void store_float(const Output& out, std::int64_t at, float value)
 }
 
 // tile = matrix[row : , column : ], zero from row ``rows`` and column ``columns`` on. It is there after wait_copies and
-// a barrier. Without vectors each element is read by itself and converted.
+// a barrier. What is not copied as it is goes through registers and is converted there.
 template <int THREADS, class Element, int ROWS, int COLUMNS>
 RESLORA_DEVICE void load_tile(SharedTile<Element, ROWS, COLUMNS> tile, const Matrix& matrix, std::int64_t row,
                               std::int64_t column, std::int64_t rows, std::int64_t columns) {
@@ -64,10 +64,17 @@ RESLORA_DEVICE void load_tile(SharedTile<Element, ROWS, COLUMNS> tile, const Mat
         const std::int64_t from = column + c * Tile::PER_CHUNK;
         const std::int64_t left = row + r < rows ? columns - from : 0;
         const int inside = left < 0 ? 0 : left < Tile::PER_CHUNK ? static_cast<int>(left) : Tile::PER_CHUNK;
-        if (matrix.vectors) {
+        if (matrix.access == COPIED) {
             const Element* data = static_cast<const Element*>(matrix.data);
             copy_async(tile.chunk(r, c), inside ? data + (row + r) * matrix.row + from : data,
                        inside * static_cast<int>(sizeof(Element)));
+        } else if (sizeof(Element) == 2 && matrix.access == CONVERTED && inside == Tile::PER_CHUNK) {
+            const auto* data = static_cast<const Chunk<float>*>(matrix.data) + ((row + r) * matrix.row + from) / 4;
+            const Chunk<float> halves[2] = {data[0], data[1]};
+            Chunk<Element> values;
+            RESLORA_UNROLL
+            for (int e = 0; e < Tile::PER_CHUNK; ++e) from_float(values.elements[e], halves[e / 4].elements[e % 4]);
+            *tile.chunk(r, c) = values;
         } else {
             Element* elements = tile.chunk(r, c)->elements;
             RESLORA_KEEP_LOOP

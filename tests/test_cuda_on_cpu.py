@@ -69,7 +69,7 @@ FAULTS = [
     ),
     Fault(
         "wide copies from odd addresses", "launch.cuh",
-        "m.row * sizeof(Element) % 16 == 0", "m.row * sizeof(Element) % 2 == 0",
+        "m.row * size % 16 == 0", "m.row * size % 2 == 0",
         "misaligned global address",
     ),
     Fault(
