@@ -106,7 +106,8 @@ void launch_kernel(AugmentedMatmul p, Device device) {
     p.t = as_read<Element>(p.t);
     p.a = as_read<Element>(p.a);
     run(ONE_PASS ? "augmented_matmul_one_pass" : "augmented_matmul",
-        &augmented_matmul_kernel<Math, Tile, W_BY_K, ONE_PASS>, {blocks(p.x.rows, M::BM) * blocks(p.y.columns, M::BN), 1, 1}, M::THREADS, M::SHARED_BYTES, p, device);
+        &augmented_matmul_kernel<Math, Tile, W_BY_K, ONE_PASS>,
+        {blocks(p.x.rows, M::BM) * blocks(p.y.columns, M::BN), 1, 1}, M::THREADS, M::SHARED_BYTES, p, device);
 }
 
 template <class Math, class Tile, bool ONE_PASS>
