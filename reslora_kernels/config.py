@@ -62,8 +62,8 @@ class ResLoRAConfig:
         _check_int("r", self.r, 1, MAX_RANK)
         _check_int("pre_num", self.pre_num, -1, None)
         _check_int("norm_window", self.norm_window, 1, None)
-        _check_number("lora_alpha", self.lora_alpha, "a finite number above 0", lambda v: v > 0)
-        _check_number("lora_dropout", self.lora_dropout, "a number with 0 <= lora_dropout < 1", lambda v: 0 <= v < 1)
+        check_number("lora_alpha", self.lora_alpha, "a finite number above 0", lambda v: v > 0)
+        check_number("lora_dropout", self.lora_dropout, "a number with 0 <= lora_dropout < 1", lambda v: 0 <= v < 1)
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
         _check_choice("bias", self.bias, get_args(Bias))
@@ -131,7 +131,8 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
-def _check_number(name: str, value: Any, allowed: str, holds: Any) -> None:
+def check_number(name: str, value: Any, allowed: str, holds: Any) -> None:
+    """Raise a TypeError or ValueError unless ``value`` is a finite number that ``holds``; ``allowed`` says which do."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
     try:

@@ -147,7 +147,7 @@ def refuse_recomputation() -> None:
     Raises:
         RuntimeError: a backward pass recomputes a layer while a pass from before it is open that was opened by hand.
     """
-    running = _running_backward()
+    running = _running_backward() if _by_hand else -1
     if running != -1 and any(
         state in passes._open and state._backward != running for passes, state in _by_hand if state
     ):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
 
+from .config import check_number
 from .linear import ResLoRALinear
 
 
@@ -32,9 +32,9 @@ def loraplus_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    _check("lr", lr, above_zero=True)
-    _check("loraplus_lr_ratio", loraplus_lr_ratio, above_zero=True)
-    _check("weight_decay", weight_decay, above_zero=False)
+    for name, value in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio)):
+        check_number(name, value, "a finite number above 0", lambda v: v > 0)
+    check_number("weight_decay", weight_decay, "a finite number of 0 or more", lambda v: v >= 0)
     layers = [module for module in model.modules() if isinstance(module, ResLoRALinear)]
     if not any(layer.lora_B.requires_grad for layer in layers):
         raise ValueError("model has no ResLoRALinear that trains: adapt it first, with apply_reslora or load_adapter")
@@ -47,11 +47,3 @@ def loraplus_groups(
         {"params": [p for p in trained if p.dim() == 1], "lr": fast, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _check(name: str, value: Any, *, above_zero: bool) -> None:
-    allowed = "a finite number above 0" if above_zero else "a finite number of 0 or more"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")

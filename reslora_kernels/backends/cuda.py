@@ -9,18 +9,18 @@ import importlib
 import importlib.util
 from contextlib import nullcontext
 from functools import cache
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dropout
+from ..kernels.launch import Sum, precision
+from ..kernels.tiles import MAX_RANK
 from . import torch as library
 
 EXTENSION = "reslora_kernels._cuda"
 MIN_CAPABILITY = (8, 0)
-MAX_RANK = 1024
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/params.h
 BF16, FP16, TF32, IEEE = range(4)
@@ -51,11 +51,11 @@ def unavailable_reason() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere)"
-    return _launch_failure(extension)
+    return _launch_failure()
 
 
 @cache
-def _extension() -> ModuleType | None:
+def _extension() -> Any:
     """The compiled module; None where this build has none."""
     return importlib.import_module(EXTENSION) if importlib.util.find_spec(EXTENSION) else None
 
@@ -68,11 +68,11 @@ def _why_not_built() -> str:
     return f"{CUDA_REASON}; with nvcc at hand, run: RESLORA_CUDA=1 pip install ."
 
 
-def _launch_failure(extension: ModuleType) -> str | None:
+def _launch_failure() -> str | None:
     """Why a small kernel does not run, None when it does: a driver too old, an architecture that was not built for."""
     ones = torch.ones(16, device="cuda")
     try:
-        extension.finish(_device_of(ones), _sum(extension, Sum(ones, torch.empty_like(ones), 1, 1.0)), None)
+        _extension().finish(_device_of(ones), _sum(Sum(ones[None], torch.empty_like(ones), 1.0)), None)
         torch.cuda.synchronize()
     except RuntimeError as error:
         return f"{error}; update the driver, or build for this GPU: RESLORA_CUDA=1 pip install --no-cache-dir ."
@@ -98,15 +98,6 @@ def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     return f"two passes: h first, then the matmul on top of the low-rank product, in tiles of {tile} x {tile}"
 
 
-class Sum(NamedTuple):
-    """out = scale * (partial[0] + partial[1] + ...), what is left to add up after a pass in several parts."""
-
-    partial: Tensor
-    out: Tensor
-    parts: int
-    scale: float
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -126,23 +117,22 @@ def forward(
         return library.forward(
             x, weight, bias, a_cat, b_cat, residual, seed, c, scaling, p, hand_start, hand_stop
         )  # fmt: skip
-    extension = _require_extension()
     u, handed = x.new_empty(x.shape[0], b_cat.shape[1]), x.new_empty(x.shape[0], hand_stop - hand_start)
     y = x.new_empty(x.shape[0], weight.shape[0])
     keep_scale = 1.0 if seed is None else 1.0 / (1.0 - p)
     residual = None if residual is None else residual.to(x.dtype)
-    side = _side(extension, residual, 0, u, handed if handed.numel() else None, hand_start, c * keep_scale, keep_scale)
+    side = _side(residual, 0, u, handed if handed.numel() else None, hand_start, c * keep_scale, keep_scale)
     bias_address = 0 if bias is None else bias.data_ptr()
     with _guard(x):
         if _one_pass(x, y.shape[1], a_cat.shape[0], seed, scaling):
-            product: dict[str, Any] = {"a": _matrix(extension, a_cat), "side": side}
+            product: dict[str, Any] = {"a": _matrix(a_cat), "side": side}
         else:
-            _project(extension, x, a_cat, side, u.shape[1], seed, p)
-            product = {"t": _matrix(extension, u)}
-        extension.augmented_matmul(
-            _math(x.dtype), _device_of(x), _large(x, y.shape[1]), x=_matrix(extension, x),
-            w=_matrix(extension, weight.T), b=_matrix(extension, b_cat.T), bias=bias_address, scale=scaling,
-            y=_output(extension, y), **product,
+            _project(x, a_cat, side, u.shape[1], seed, p)
+            product = {"t": _matrix(u)}
+        _extension().augmented_matmul(
+            _math(x.dtype), _device_of(x), _large(x, y.shape[1]), x=_matrix(x),
+            w=_matrix(weight.T), b=_matrix(b_cat.T), bias=bias_address, scale=scaling,
+            y=_output(y), **product,
         )  # fmt: skip
     return y, handed, u
 
@@ -172,7 +162,6 @@ def backward(
             dy, dhanded, x, weight, a_cat, b_cat, u, seed, c, scaling, p, hand_start,
             need_dx, need_da, need_db, need_dresidual,
         )  # fmt: skip
-    extension = _require_extension()
     none = dy.new_empty(0)
     dx = dy.new_empty(m, k) if need_dx else none
     da = torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else a_cat.new_empty(0)
@@ -185,43 +174,40 @@ def backward(
         if dh is not None or need_dresidual:
             dhanded = None if dhanded is None else dhanded.to(dy.dtype)
             raw = dresidual if need_dresidual else None
-            side = _side(extension, dhanded, hand_start, dh, raw, 0, c * scaling, scaling)
-            _project(extension, dy, b_cat.T, side, 0 if dh is None else rank, None, 0.0)
+            side = _side(dhanded, hand_start, dh, raw, 0, c * scaling, scaling)
+            _project(dy, b_cat.T, side, 0 if dh is None else rank, None, 0.0)
         left = _outer_products(
-            extension, dh, x, da if need_da else None, u, dy, db if need_db else None, seed, p, bits, k, keep_scale,
+            dh, x, da if need_da else None, u, dy, db if need_db else None, seed, p, bits, k, keep_scale,
             scaling,
         )  # fmt: skip
-        sums = [None if entry is None else _sum(extension, entry) for entry in left]
+        sums = [None if entry is None else _sum(entry) for entry in left]
         if need_dx:
             assert dh is not None
             keep, words = (0, 0) if bits is None else (bits.data_ptr(), bits.shape[1])
-            extension.augmented_matmul(
-                _math(dy.dtype), _device_of(dy), _large(dy, k), x=_matrix(extension, dy), w=_matrix(extension, weight),
-                t=_matrix(extension, dh), b=_matrix(extension, a_cat), keep=keep, keep_words=words, scale=keep_scale,
-                y=_output(extension, dx), first=sums[0], second=sums[1],
+            _extension().augmented_matmul(
+                _math(dy.dtype), _device_of(dy), _large(dy, k), x=_matrix(dy), w=_matrix(weight),
+                t=_matrix(dh), b=_matrix(a_cat), keep=keep, keep_words=words, scale=keep_scale,
+                y=_output(dx), first=sums[0], second=sums[1],
             )  # fmt: skip
         elif any(sums):
-            extension.finish(_device_of(dy), *sums)
+            _extension().finish(_device_of(dy), *sums)
     return dx, da, db, dresidual
 
 
-def _project(
-    extension: ModuleType, x: Tensor, a: Tensor, side: Any, inner_columns: int, seed: Tensor | None, p: float
-) -> None:
+def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, seed: Tensor | None, p: float) -> None:
     """x aᵀ through the side channel; few rows: K in parts, so that the processors have something to do."""
     (m, k), rank = x.shape, a.shape[0]
     wanted = _processors(x) // max(1, -(-m // ROWS_PER_BLOCK) * -(-max(rank, inner_columns) // ROWS_PER_BLOCK))
     split, parts = _split(k, wanted, 256)
     partial = x.new_empty(parts, m, rank, dtype=torch.float32) if parts > 1 else None
-    extension.project(
-        _math(x.dtype), _device_of(x), x=_matrix(extension, x), a=_matrix(extension, a), side=side,
+    _extension().project(
+        _math(x.dtype), _device_of(x), x=_matrix(x), a=_matrix(a), side=side,
         seed=0 if seed is None else seed.data_ptr(), threshold=dropout.threshold(p),
         partial=0 if partial is None else partial.data_ptr(), split=split, parts=parts,
     )  # fmt: skip
 
 
 def _outer_products(
-    extension: ModuleType,
     dh: Tensor | None,
     x: Tensor,
     da: Tensor | None,
@@ -244,23 +230,23 @@ def _outer_products(
     if da is not None or bits is not None:
         matrices: dict[str, Any] = {"t": None, "stream": None, "partial": 0, "rank": 1}
         if da is not None and dh is not None:
-            first = Sum(da.new_empty(parts, *da.shape, dtype=torch.float32), da, parts, da_scale)
+            first = Sum(da.new_empty(parts, *da.shape, dtype=torch.float32), da, da_scale)
             matrices = {
-                "t": _matrix(extension, dh), "stream": _matrix(extension, x), "rank": da.shape[0],
+                "t": _matrix(dh), "stream": _matrix(x), "rank": da.shape[0],
                 "partial": first.partial.data_ptr(),
             }  # fmt: skip
-        of_a = extension.OuterProduct(
+        of_a = _extension().OuterProduct(
             **matrices, rows=m, columns=k, row=k, column=1, seed=0 if seed is None else seed.data_ptr(),
             threshold=dropout.threshold(p), keep=0 if bits is None else bits.data_ptr(),
             keep_bytes=0 if bits is None else 4 * bits.shape[1],
         )  # fmt: skip
     if db is not None:
-        second = Sum(db.new_empty(parts, *db.shape, dtype=torch.float32), db, parts, db_scale)
-        of_b = extension.OuterProduct(
-            t=_matrix(extension, u), stream=_matrix(extension, dy), rank=db.shape[1], rows=m, columns=n,
+        second = Sum(db.new_empty(parts, *db.shape, dtype=torch.float32), db, db_scale)
+        of_b = _extension().OuterProduct(
+            t=_matrix(u), stream=_matrix(dy), rank=db.shape[1], rows=m, columns=n,
             partial=second.partial.data_ptr(), row=1, column=db.shape[1],
         )  # fmt: skip
-    extension.low_rank_grads(_math(dy.dtype), _device_of(dy), da=of_a, db=of_b, split=split, parts=parts)
+    _extension().low_rank_grads(_math(dy.dtype), _device_of(dy), da=of_a, db=of_b, split=split, parts=parts)
     return first, second
 
 
@@ -283,32 +269,24 @@ def _large(x: Tensor, n: int) -> bool:
 
 def _math(dtype: torch.dtype) -> int:
     if dtype == torch.float32:
-        return IEEE if torch.get_float32_matmul_precision() == "highest" else TF32
+        return TF32 if precision(dtype) == "tf32" else IEEE
     return BF16 if dtype == torch.bfloat16 else FP16
 
 
-def _require_extension() -> ModuleType:
-    extension = _extension()
-    if extension is None:
-        raise RuntimeError(f"this build has no CUDA extension ({_why_not_built()})")
-    return extension
+def _matrix(tensor: Tensor) -> Any:
+    return _extension().Matrix(tensor.data_ptr(), *tensor.stride(), *tensor.shape, TYPE[tensor.dtype])
 
 
-def _matrix(extension: ModuleType, tensor: Tensor) -> Any:
-    return extension.Matrix(tensor.data_ptr(), *tensor.stride(), *tensor.shape, TYPE[tensor.dtype])
+def _output(tensor: Tensor) -> Any:
+    return _extension().Output(tensor.data_ptr(), tensor.shape[-1], TYPE[tensor.dtype])
 
 
-def _output(extension: ModuleType, tensor: Tensor) -> Any:
-    return extension.Output(tensor.data_ptr(), tensor.shape[-1], TYPE[tensor.dtype])
-
-
-def _sum(extension: ModuleType, left: Sum) -> Any:
-    out = _output(extension, left.out)
-    return extension.Sum(left.partial.data_ptr(), out, left.parts, left.out.numel(), left.scale)
+def _sum(left: Sum) -> Any:
+    out = _output(left.out)
+    return _extension().Sum(left.partial.data_ptr(), out, left.partial.shape[0], left.out.numel(), left.scale)
 
 
 def _side(
-    extension: ModuleType,
     extra: Tensor | None,
     extra_start: int,
     inner: Tensor | None,
@@ -318,17 +296,17 @@ def _side(
     raw_factor: float,
 ) -> Any:
     """The side channel of a product: see csrc/params.h."""
-    return extension.SideChannel(
-        extra=None if extra is None else _matrix(extension, extra), extra_start=extra_start,
-        inner=None if inner is None else _output(extension, inner),
-        raw=None if raw is None else _output(extension, raw), raw_start=raw_start, factor=factor, raw_factor=raw_factor,
+    return _extension().SideChannel(
+        extra=None if extra is None else _matrix(extra), extra_start=extra_start,
+        inner=None if inner is None else _output(inner),
+        raw=None if raw is None else _output(raw), raw_start=raw_start, factor=factor, raw_factor=raw_factor,
     )  # fmt: skip
 
 
 def _device_of(tensor: Tensor) -> Any:
     """The current stream of the tensor's GPU, and how many multiprocessors it has."""
     stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
-    return _require_extension().Device(stream, _processors(tensor))
+    return _extension().Device(stream, _processors(tensor))
 
 
 @cache
