@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from reslora_kernels.backends import select, triton
 from reslora_kernels.cli.bench import results
+from reslora_kernels.cli.bench.capture import warmed_up
 from reslora_kernels.cli.bench.clocks import check_alive, clock_of
 from reslora_kernels.cli.bench.timing import Plan, Subject, measure, percentiles
 from reslora_kernels.cli.bench.workload import cache_bytes
@@ -191,7 +193,7 @@ class GpuTimer:
                 print(f"{shape}: {type(error).__name__}: {str(error).strip()[:200]}")
                 check_alive(self.device)
                 continue
-            subjects.append(Subject(str(number), lambda i, runs=runs: runs[i]()))  # type: ignore[misc]
+            subjects.append(Subject(str(number), partial(_call, runs)))
         plan = Plan(**(asdict(self.plan) | {"input_sets": len(sets), "hold": shape.m <= REPLAYED_ROWS}))
         samples = measure(subjects, self.clock, plan, lambda: check_alive(self.device))
         found = [samples.get(str(number)) for number in range(len(functions))]
@@ -204,13 +206,7 @@ class GpuTimer:
         if shape.m > REPLAYED_ROWS or self.device.type != "cuda":
             function(v)
             return lambda: function(v)
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                function(v)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
+        stream = warmed_up(partial(function, v))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             function(v)
@@ -224,6 +220,10 @@ class GpuTimer:
             count = min(32, max(2, -(-4 * cache_bytes(self.device) // one))) if self.device.type == "cuda" else 2
             self._operands = (shape, [_draw(shape, self.device, seed) for seed in range(count)])
         return self._operands[1]
+
+
+def _call(runs: Sequence[Callable[[], object]], index: int) -> object:
+    return runs[index]()
 
 
 def _draw(shape: Shape, device: torch.device, seed: int) -> dict[str, Tensor]:

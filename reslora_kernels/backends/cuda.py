@@ -17,7 +17,6 @@ from torch import Tensor
 from .. import dropout
 from ..kernels.launch import Sum, precision
 from ..kernels.tiles import MAX_RANK
-from . import torch as library
 
 EXTENSION = "reslora_kernels._cuda"
 MIN_CAPABILITY = (8, 0)
@@ -113,10 +112,6 @@ def forward(
     hand_stop: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``backends.torch.forward``; products are accumulated in float32 and rounded once, at the store."""
-    if 0 in (*x.shape, weight.shape[0]):
-        return library.forward(
-            x, weight, bias, a_cat, b_cat, residual, seed, c, scaling, p, hand_start, hand_stop
-        )  # fmt: skip
     u, handed = x.new_empty(x.shape[0], b_cat.shape[1]), x.new_empty(x.shape[0], hand_stop - hand_start)
     y = x.new_empty(x.shape[0], weight.shape[0])
     keep_scale = 1.0 if seed is None else 1.0 / (1.0 - p)
@@ -156,12 +151,7 @@ def backward(
     need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``backends.torch.backward``."""
-    (m, n), k, rank = dy.shape, weight.shape[1], a_cat.shape[0]
-    if 0 in (m, n, k):
-        return library.backward(
-            dy, dhanded, x, weight, a_cat, b_cat, u, seed, c, scaling, p, hand_start,
-            need_dx, need_da, need_db, need_dresidual,
-        )  # fmt: skip
+    m, k, rank = dy.shape[0], weight.shape[1], a_cat.shape[0]
     none = dy.new_empty(0)
     dx = dy.new_empty(m, k) if need_dx else none
     da = torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else a_cat.new_empty(0)

@@ -114,11 +114,15 @@ def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> Choice:
 
 
 def choose(backend: str, x: Tensor, weight: Tensor, rank: int) -> ModuleType:
-    """The module whose ``forward`` and ``backward`` serve this call; found once for each kind of call."""
+    """The module whose ``forward`` and ``backward`` serve this call; found once for each kind of call.
+
+    No kernel is launched on nothing: a call with an empty x or weight goes to torch.
+    """
     kind = (backend, os.environ.get(OVERRIDE), x.device, x.dtype, x.shape, weight.shape, rank)
     module = _chosen.get(kind)
     if module is None:
         module = _require(explain(backend, x, weight, rank).name)
+        module = module if x.numel() and weight.numel() else _require("torch")
         if len(_chosen) >= MOST_KINDS:
             _chosen.clear()
         _chosen[kind] = module

@@ -108,10 +108,6 @@ def forward(
     hand_stop: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``backends.torch.forward``; products are accumulated in float32 and rounded once, at the store."""
-    if 0 in (*x.shape, weight.shape[0]):
-        return library.forward(
-            x, weight, bias, a_cat, b_cat, residual, seed, c, scaling, p, hand_start, hand_stop
-        )  # fmt: skip
     from ..kernels.augmented_matmul import OnePass, augmented_matmul
     from ..kernels.project import project
     from ..kernels.tiles import gpu_of, project_tile
@@ -158,11 +154,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``backends.torch.backward``."""
     (m, n), k, (rank, rank_b) = dy.shape, weight.shape[1], (a_cat.shape[0], b_cat.shape[1])
-    if 0 in (m, n, k):
-        return library.backward(
-            dy, dhanded, x, weight, a_cat, b_cat, u, seed, c, scaling, p, hand_start,
-            need_dx, need_da, need_db, need_dresidual,
-        )  # fmt: skip
     from ..kernels.augmented_matmul import augmented_matmul
     from ..kernels.choice import choose, reads_dy_once
     from ..kernels.launch import precision

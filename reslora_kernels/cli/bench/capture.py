@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,18 +62,24 @@ def replayed(name: str, passes: Sequence[Pass]) -> Subject:
     return Subject(name, lambda i: replays[i].forward.replay(), lambda i, outputs: replays[i].backward.replay())
 
 
+def warmed_up(run: Callable[[], Any]) -> Any:
+    """A side stream in which ``run`` has run three times, and in which it can be captured now."""
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    return stream
+
+
 def capture(one: Pass) -> Replay:
     """Capture forward and backward apart, in one memory pool, so that each can be timed (as make_graphed_callables).
 
     Backward runs in the stream that its forward ran in, so warm-up and both captures use the same side stream.
     """
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            one.backward(one.forward())
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
+    stream = warmed_up(lambda: one.backward(one.forward()))
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(forward, stream=stream):
         outputs = one.forward()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reslora_kernels.cli.bench.cases import Method
+from reslora_kernels.config import Shortcut
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ROBERTA_TARGETS = ("query", "key", "value", "dense")
@@ -35,7 +36,7 @@ class ModelCase:
     batch: int
     sequence: int
     r: int = 16
-    shortcut: str = "block"
+    shortcut: Shortcut = "block"
     pre_num: int = 1
     swept: str = ""
     tiny: bool = False
@@ -58,7 +59,7 @@ class ModelCase:
 
     @property
     def method(self) -> Method:
-        return Method(self.shortcut, self.pre_num)  # type: ignore[arg-type]
+        return Method(self.shortcut, self.pre_num)
 
     @property
     def samples(self) -> int:

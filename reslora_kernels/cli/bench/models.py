@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def run_model(bench: Bench, case: ModelCase, note: Callable[[str], None] = lambd
         batch = make_batch(case, base, dtype, bench.device)
         note(f"timing {len(variants)} side by side")
         _time(bench, case, batch, variants, rows)
-    except Exception as error:
+    except Exception as error:  # the model itself cannot be made or run here: every way to adapt it has no figure
         check_alive(bench.device)
         for row in rows.values():
             if row.status == TIMED and not row.seconds:
@@ -233,7 +234,7 @@ def _time(
     sound = [v for v in variants if rows[v.provider, v.method].status == TIMED]
     for trained in sound:
         train_step(trained, batch)
-        peak = peak_bytes(lambda trained=trained: train_step(trained, batch), bench.device)  # type: ignore[misc]
+        peak = peak_bytes(partial(train_step, trained, batch), bench.device)
         rows[trained.provider, trained.method].peak_bytes = peak
     subjects = [_subject(trained, batch) for trained in sound]
     for again in [subject for subject in subjects if subject.name == FLOOR]:

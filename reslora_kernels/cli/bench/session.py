@@ -82,7 +82,7 @@ def run_session(
     except KeyboardInterrupt:
         result.stopped = "interrupted"
         raise typer.Exit(130) from None
-    except Exception as error:
+    except Exception as error:  # raised again: what was measured is written first, and says why it stopped
         result.stopped = one_line(error)
         if isinstance(error, DeviceLostError):
             kept = len(result.measurements) + len(result.models)

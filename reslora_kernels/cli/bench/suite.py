@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def _check(bench: Bench, workload: Workload, entries: Sequence[Entry], note: Cal
 
     for entry in sorted(entries, key=lambda e: (str(e.method), e.provider.same_mask)):
         note(f"checking {entry.name}")
-        _attempt(bench, entry, lambda entry=entry: check(entry))  # type: ignore[misc]
+        _attempt(bench, entry, partial(check, entry))
 
 
 def _build(bench: Bench, workloads: Sequence[Workload], entries: Sequence[Entry]) -> None:
@@ -133,7 +134,7 @@ def _build(bench: Bench, workloads: Sequence[Workload], entries: Sequence[Entry]
 
     for entry in entries:
         if entry.row.status == TIMED:
-            _attempt(bench, entry, lambda entry=entry: build(entry))  # type: ignore[misc]
+            _attempt(bench, entry, partial(build, entry))
 
 
 def _subject(bench: Bench, entry: Entry) -> timing.Subject | None:

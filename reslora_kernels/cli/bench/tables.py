@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from reslora_kernels.cli.bench.results import SKIPPED, TIMED, Measurement, ModelMeasurement, Result
+
+Row = TypeVar("Row", Measurement, ModelMeasurement)
 
 
 def duration(seconds: float) -> str:
@@ -61,16 +64,21 @@ def _close(table: Table, silent: dict[str, list[str]]) -> Table:
     return table
 
 
+def _timed(rows: Sequence[Row], silent: dict[str, list[str]]) -> Iterator[tuple[str, Row]]:
+    """What was timed, by name; what was refused or failed goes to ``silent``, by reason."""
+    for row in rows:
+        name = f"{row.provider} {row.method}".strip()
+        if row.status == TIMED:
+            yield name, row
+        elif row.status != SKIPPED:
+            silent.setdefault(f"{row.status}: {row.reason}", []).append(name)
+
+
 def case_table(title: str, rows: Sequence[Measurement]) -> Table:
     """Times of all layers; relative to the frozen linears' in the same round, with the noise; share of the floor."""
     table = plain_table(title, ("provider", "forward", "backward", "/frozen", "noise", "floor", "peak MiB", "error dA"))
     silent: dict[str, list[str]] = {}
-    for row in rows:
-        name = f"{row.provider} {row.method}".strip()
-        if row.status not in (TIMED, SKIPPED):
-            silent.setdefault(f"{row.status}: {row.reason}", []).append(name)
-        if row.status != TIMED:
-            continue
+    for name, row in _timed(rows, silent):
         error = row.error.get("dA", row.error.get("y"))
         table.add_row(
             name,
@@ -89,12 +97,7 @@ def model_table(title: str, rows: Sequence[ModelMeasurement]) -> Table:
     """A training step; relative to the frozen model's forward and backward."""
     table = plain_table(title, ("provider", "step", "per second", "/frozen", "noise", "peak MiB", "error"))
     silent: dict[str, list[str]] = {}
-    for row in rows:
-        name = f"{row.provider} {row.method}".strip()
-        if row.status not in (TIMED, SKIPPED):
-            silent.setdefault(f"{row.status}: {row.reason}", []).append(name)
-        if row.status != TIMED:
-            continue
+    for name, row in _timed(rows, silent):
         table.add_row(
             name,
             duration(row.seconds[1]),
