@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .config import ResLoRAConfig
-from .linear import ResLoRALinear
+from .linear import ADAPTER_PARAMETERS, ResLoRALinear
 from .model import Record, adapt, adapted_layers, build_chains, dry_run_chains, record_of, root_of
 from .sharding import fill, gathered, is_sharded, one_writer, refuse_flat, reshard
 from .targets import find_targets
@@ -30,7 +30,9 @@ WEIGHTS_NAME = "reslora_model.safetensors"
 _PENDING_NAME = "reslora_model.pending.safetensors"
 _FORMAT_VERSION = 1
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_MUST_AGREE = ("r", "lora_alpha", "use_rslora", "shortcut", "pre_num")
+_MUST_AGREE = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "has_start", "shortcut", "pre_num",
+)  # fmt: skip
 
 Chains = list[tuple[str, list[str]]]
 
@@ -156,7 +158,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             chains = dry_run_chains(model, layers, None, record)
         else:
             record.order = "adapter file"
-        adapt(model, layers, record, chains, autocast_adapter_dtype=True)
+        adapt(model, layers, record, chains, autocast_adapter_dtype=True, init_values=False)
     elif saved.chains is not None and not record.chains:
         build_chains(model_root, saved.chains)
         record.order = "adapter file"
@@ -209,8 +211,9 @@ def _compiled(key: str) -> str:
 
 
 def _own_parameters(layers: Mapping[str, ResLoRALinear]) -> dict[str, Tensor]:
-    pairs = ((name, layer) for name, layer in layers.items())
-    return {f"{name}.{kind}": getattr(layer, kind) for name, layer in pairs for kind in ("lora_A", "lora_B")}
+    return {
+        f"{name}.{own}": value for name, layer in layers.items() for own, value in layer.adapter_parameters().items()
+    }
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -220,7 +223,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def _other_trained(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters that are not adapters: biases, a head that the user unfroze."""
-    own = {id(parameter) for layer in adapted_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)}
+    own = {id(parameter) for parameter in _own_parameters(adapted_layers(model)).values()}
     return {name: p for name, p in _parameters(model).items() if p.requires_grad and id(p) not in own}
 
 
@@ -247,8 +250,9 @@ def _read(folder: Path) -> _Saved:
         raise ValueError(f"{WEIGHTS_NAME} is damaged: {error}") from None
     tensors = _renamed({_compiled(key): tensor for key, tensor in tensors.items()}, len(tensors))
     for key, tensor in tensors.items():
-        if key not in trained and not key.endswith((".lora_A", ".lora_B")):
-            raise ValueError(f"{WEIGHTS_NAME}: unexpected tensor {key!r}; adapters end in .lora_A or .lora_B")
+        if key not in trained and key.rpartition(".")[2] not in ADAPTER_PARAMETERS:
+            allowed = ", ".join(f".{name}" for name in ADAPTER_PARAMETERS)
+            raise ValueError(f"{WEIGHTS_NAME}: unexpected tensor {key!r}; adapters end in {allowed}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{WEIGHTS_NAME}: tensor {key!r} holds NaN or Inf")
     return _Saved(config, chains, trained, tensors)
@@ -373,12 +377,13 @@ def _check_fit(saved: _Saved, root: nn.Module, layers: Mapping[str, nn.Linear]) 
         raise ValueError(
             f"the adapter does not fit the model: layers missing {missing[:5]}, unexpected {unexpected[:5]}"
         )
-    r = saved.config.r
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
         if layer.weight.is_meta:
             raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
-        shapes[f"{name}.lora_A"], shapes[f"{name}.lora_B"] = (r, layer.in_features), (layer.out_features, r)
+        r = saved.config.for_module(name).r
+        for kind in ("lora", "start") if saved.config.has_start else ("lora",):
+            shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = (r, layer.in_features), (layer.out_features, r)
     parameters = {_compiled(name): parameter for name, parameter in root.named_parameters()}
     for name in saved.trained:
         if name not in parameters or name in shapes:
@@ -395,6 +400,6 @@ def _check_fit(saved: _Saved, root: nn.Module, layers: Mapping[str, nn.Linear]) 
         if sorted(linked) != sorted(layers):
             raise ValueError(f"{CONFIG_NAME}: chains must hold each adapted layer exactly once")
         for title, names in saved.chains:
-            sizes = {(layers[name].in_features, layers[name].out_features) for name in names}
+            sizes = {tuple(saved.tensors[f"{name}.lora_{kind}"].shape for kind in "AB") for name in names}
             if len(sizes) != 1:
                 raise ValueError(f"{CONFIG_NAME}: chain {title!r} links layers of different sizes {sorted(sizes)}")

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Shortcut = Literal["none", "input", "block", "middle"]
@@ -17,6 +17,8 @@ Bias = Literal["none", "all", "lora_only"]
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 256
+_ALPHA: Any = ("a finite number above 0", lambda v: v > 0)
+_INITS = r"gaussian|pissa|pissa_niter_[1-9]\d{0,3}|olora"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,17 @@ class ResLoRAConfig:
         target_modules: which ``nn.Linear`` to adapt: names or name endings, one regular expression that must match the
             whole name, or ``"all-linear"`` (every linear layer but the output head).
         exclude_modules: names or name endings, or one regular expression, to leave out.
+        rank_pattern: ranks that differ from ``r``, by name, name ending or regular expression for one, as in PEFT; the
+            first entry that matches a module counts. A chain holds layers of one rank only.
+        alpha_pattern: the same for ``lora_alpha``.
+        modules_to_save: names or name endings of other modules to train whole (a classification head, say);
+            ``save_adapter`` saves them with the adapter.
         layers_to_transform: only modules whose first numbered name component is one of these.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
+        init_lora_weights: how A and B start. True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1/r,
+            B zero; "pissa" or "pissa_niter_<n>" (arXiv 2404.02948): the r largest singular triplets of W, the latter
+            found by n randomised iterations; "olora" (arXiv 2406.01775): the first r columns and rows of W's QR
+            decomposition. The last three take their start off again, so that the model begins as the frozen one.
         bias: which biases train: "none", "all", or "lora_only" (those of the adapted layers).
         shortcut: "none" (LoRA, Eq. 1), "input" (Eq. 2), "block" (Eq. 3), "middle" (Eq. 4).
         pre_num: how many earlier blocks of the chain ``block`` and ``middle`` use; -1 means all (``input`` uses one).
@@ -49,8 +60,12 @@ class ResLoRAConfig:
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     use_rslora: bool = False
+    init_lora_weights: bool | str = True
     bias: Bias = "none"
     shortcut: Shortcut = "block"
     pre_num: int = 1
@@ -62,18 +77,35 @@ class ResLoRAConfig:
         _check_int("r", self.r, 1, MAX_RANK)
         _check_int("pre_num", self.pre_num, -1, None)
         _check_int("norm_window", self.norm_window, 1, None)
-        check_number("lora_alpha", self.lora_alpha, "a finite number above 0", lambda v: v > 0)
+        check_number("lora_alpha", self.lora_alpha, *_ALPHA)
         check_number("lora_dropout", self.lora_dropout, "a number with 0 <= lora_dropout < 1", lambda v: 0 <= v < 1)
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        if self.init_lora_weights is not True and not (
+            isinstance(self.init_lora_weights, str) and re.fullmatch(_INITS, self.init_lora_weights)
+        ):
+            raise ValueError(
+                "init_lora_weights must be True, 'gaussian', 'pissa', 'pissa_niter_<n>' or 'olora', "
+                f"got {self.init_lora_weights!r}"
+            )
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("shortcut", self.shortcut, get_args(Shortcut))
         _check_choice("merge", self.merge, get_args(MergeMethod))
         _check_choice("backend", self.backend, get_args(BackendName))
         freeze = object.__setattr__
+        freeze(self, "rank_pattern", _pattern("rank_pattern", self.rank_pattern))
+        freeze(self, "alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern))
+        for key, rank in self.rank_pattern.items():
+            _check_int(f"rank_pattern[{key!r}]", rank, 1, MAX_RANK)
+        for key, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{key!r}]", alpha, *_ALPHA)
         freeze(self, "target_modules", _names("target_modules", self.target_modules))
         if self.exclude_modules is not None:
             freeze(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
+        if self.modules_to_save is not None:
+            if isinstance(self.modules_to_save, str):
+                raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+            freeze(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
         if self.layers_to_transform is not None:
             freeze(self, "layers_to_transform", _layer_indices(self.layers_to_transform))
 
@@ -81,6 +113,19 @@ class ResLoRAConfig:
     def scaling(self) -> float:
         """s of the equations: lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``."""
         return float(self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r))
+
+    @property
+    def has_start(self) -> bool:
+        """Whether A and B start from W, with a start that is taken off again (``ResLoRALinear.start_A``)."""
+        return self.init_lora_weights not in (True, "gaussian")
+
+    def for_module(self, name: str) -> ResLoRAConfig:
+        """What the patterns make of this configuration for the module ``name``; it holds no patterns."""
+        if not (self.rank_pattern or self.alpha_pattern):
+            return self
+        r = next((r for key, r in self.rank_pattern.items() if pattern_matches(key, name)), self.r)
+        alpha = next((a for key, a in self.alpha_pattern.items() if pattern_matches(key, name)), self.lora_alpha)
+        return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def replace(self, **changes: Any) -> ResLoRAConfig:
         """A copy with the given fields changed, validated again."""
@@ -143,6 +188,26 @@ def check_number(name: str, value: Any, allowed: str, holds: Any) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
 
 
+def pattern_matches(key: str, name: str) -> bool:
+    """Whether an entry of ``rank_pattern`` or ``alpha_pattern`` means the module: its name, or the ending of it."""
+    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+
+
+def _pattern(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
+        raise TypeError(f"{name} must map names or regular expressions to numbers, got {value!r}")
+    for key in value:
+        _check_regex(f"{name} key", key)
+    return dict(value)
+
+
+def _check_regex(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name} must be a valid regular expression, got {value!r}: {error}") from None
+
+
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -155,10 +220,7 @@ def _names(name: str, value: Any) -> str | tuple[str, ...]:
         if not value:
             raise ValueError(f"{name} must not be empty, got {value!r}")
         if value != ALL_LINEAR:
-            try:
-                re.compile(value)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{name} must be a valid regular expression, got {value!r}: {error}") from None
+            _check_regex(name, value)
         return value
     if not isinstance(value, (Sequence, set, frozenset)) or isinstance(value, bytes):
         raise TypeError(f"{name} must be a str (regular expression) or a list of names, got {value!r}")

@@ -46,7 +46,7 @@ def shard_reslora(model: nn.Module, blocks: Iterable[nn.Module], **fully_shard_k
             trained parameters outside the blocks differ in dtype from the adapters.
         RuntimeError: no process group, or a PyTorch before 2.7.
     """
-    adapters = [p for layer in adapted_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+    adapters = [p for layer in adapted_layers(model).values() for p in layer.adapter_parameters().values()]
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) before sharding it")
     blocks = _checked_blocks(model, blocks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -10,12 +9,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import dropout
+from . import dropout, initialization
 from .config import ResLoRAConfig
 from .forward_state import ForwardState, Passes, recomputing
 from .ops import lora_linear
 from .shortcuts import Plan, carried, hands_on, plan, reach
 
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", "start_A", "start_B")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
@@ -90,13 +90,17 @@ class ResLoRALinear(nn.Linear):
         config: rank, scaling, dropout, shortcut and backend.
 
     Attributes:
-        lora_A: [r, in_features], Kaiming-uniform (a = sqrt 5) at the start.
-        lora_B: [out_features, r], zero at the start.
+        lora_A: [r, in_features]; lora_B: [out_features, r]. Their start is ``config.init_lora_weights``.
+        start_A, start_B: frozen, of the same shapes, where A and B start from W, else None: the start A_0 and -B_0.
+            Every equation then reads [A; A_0] and [B, -B_0] for A and B: the start cancels in every shortcut, and W
+            stays as it is.
         merged: whether W holds the merged update and the adapters are passed over.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    start_A: nn.Parameter | None
+    start_B: nn.Parameter | None
     neighbours = Neighbours()
 
     def __init__(
@@ -122,17 +126,23 @@ class ResLoRALinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, config: ResLoRAConfig, adapter_dtype: torch.dtype | None = None
+        cls,
+        linear: nn.Linear,
+        config: ResLoRAConfig,
+        adapter_dtype: torch.dtype | None = None,
+        *,
+        init_values: bool = True,
     ) -> ResLoRALinear:
         """The adapted layer that shares ``linear``'s weight, bias, hooks and training mode.
 
         Args:
             adapter_dtype: dtype of lora_A and lora_B; None gives float32 for a half-precision weight, else its dtype.
+            init_values: False leaves A and B without a start, for who fills them next.
 
         Raises:
             TypeError: ``linear`` is not exactly an ``nn.Linear`` (a quantised subclass, say), or another argument has
                 the wrong type. ``linear`` is as it was then.
-            ValueError: ``adapter_dtype`` is no floating dtype.
+            ValueError: ``adapter_dtype`` is no floating dtype, or A and B cannot start from this weight.
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
@@ -146,22 +156,27 @@ class ResLoRALinear(nn.Linear):
             setattr(layer, name, getattr(linear, name))
         layer.training = linear.training
         layer.requires_grad_(False)
-        layer._adapt(config, adapter_dtype)
+        layer._adapt(config, adapter_dtype, init_values)
         return layer
 
-    def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None) -> None:
+    def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None, init_values: bool = True) -> None:
         half = self.weight.dtype in (torch.float16, torch.bfloat16)
         dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
         device = self.weight.device
         self.config = config
-        self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, config.r, device=device, dtype=dtype))
+        shapes = {"A": (config.r, self.in_features), "B": (self.out_features, config.r)}
+        for kind, shape in shapes.items():
+            empty = torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(f"lora_{kind}", nn.Parameter(empty))
+            start = nn.Parameter(torch.empty_like(empty), requires_grad=False) if config.has_start else None
+            self.register_parameter(f"start_{kind}", start)
         self.merged = False
         self.chain: Chain | None = None
         self.position = 0
         self.observer: Observer | None = None
         self.replacement: tuple[Tensor, Tensor] | None = None  # (A, B) of a plain update that stands in, while merging
-        self.reset_lora_parameters()
+        if init_values:
+            self.reset_lora_parameters()
 
     @property
     def scaling(self) -> float:
@@ -177,10 +192,39 @@ class ResLoRALinear(nn.Linear):
         """R_a, the rows of A that one forward of this layer multiplies by."""
         return sum(a.shape[0] for a in self._plan(()).a_stack)
 
+    @property
+    def a_parts(self) -> tuple[Tensor, ...]:
+        """What the A of the equations is made of: its rows, from top to bottom."""
+        return (self.lora_A,) if self.start_A is None else (self.lora_A, self.start_A)
+
+    @property
+    def b_parts(self) -> tuple[Tensor, ...]:
+        """What the B of the equations is made of: its columns, from left to right."""
+        return (self.lora_B,) if self.start_B is None else (self.lora_B, self.start_B)
+
+    @property
+    def whole_A(self) -> Tensor:
+        """The A of the equations [r or 2r, in_features]."""
+        return joined(self.a_parts, 0)
+
+    @property
+    def whole_B(self) -> Tensor:
+        """The B of the equations [out_features, r or 2r]."""
+        return joined(self.b_parts, 1)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What the adapter adds to ``nn.Linear``'s parameters, by name."""
+        return {name: value for name in ADAPTER_PARAMETERS if (value := self._parameters.get(name)) is not None}
+
     def reset_lora_parameters(self) -> None:
-        """Start afresh: A Kaiming-uniform, B zero, so that the layer computes what the frozen one does."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""
+        if self.start_A is None or self.start_B is None:
+            initialization.fill(self.config, self.lora_A, self.lora_B)
+            return
+        a, b = initialization.from_weight(self.config, self.weight)
+        with torch.no_grad():
+            self.start_A.copy_(self.lora_A.copy_(a))
+            self.start_B.copy_(-self.lora_B.copy_(b))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to y [..., out_features]."""
@@ -208,7 +252,7 @@ class ResLoRALinear(nn.Linear):
             backend=self.config.backend,
         )
         if self.observer is not None and not recomputing():
-            self.observer.observe(x, self.lora_A, residual)
+            self.observer.observe(x, self.whole_A, residual)
         if handed is not None and state is not None:
             state.hand_on(*carried(self.config.shortcut, self.config.pre_num, received, handed))
         return y
@@ -232,10 +276,10 @@ class ResLoRALinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "neighbours"}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint without this layer's adapter is a base checkpoint: it leaves lora_A and lora_B as they are."""
+        """A checkpoint without this layer's adapter is a base checkpoint: it leaves the adapter as it is."""
         missing_keys: list[str] = args[2]
         super()._load_from_state_dict(state_dict, prefix, *args)
-        own = {prefix + "lora_A", prefix + "lora_B"}
+        own = {prefix + name for name in self.adapter_parameters()}
         if own.issubset(missing_keys):
             missing_keys[:] = [key for key in missing_keys if key not in own]
 
@@ -307,6 +351,10 @@ class _ClosePass(_OpenPass):
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         for chain in self.chains:
             chain.passes.close(module)
+
+
+def joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _replaced(call: Plan, a: Tensor, b: Tensor) -> Plan:

@@ -187,14 +187,14 @@ def _sequential(
     with undisturbed(model):
         for n in range(max(len(chain) for chain in record.chains)):
             current = [chain.layers[n] for chain in record.chains if len(chain) > n]
-            seen = {layer: LayerStatistics(layer.config, layer.lora_A, True) for layer in current}
+            seen = {layer: LayerStatistics(layer.config, layer.whole_A, True) for layer in current}
             for batch in calibration if n else ():
                 shortcut_parts = _captured(model, current, batch)
                 with _replaced(updates):
                     inputs = _captured(model, current, batch)
                 for layer in current:
                     for (_, v), (x, _) in zip(shortcut_parts[layer], inputs[layer], strict=True):
-                        seen[layer].observe(x, layer.lora_A, v)
+                        seen[layer].observe(x, layer.whole_A, v)
             for layer in current:
                 if n == 0:
                     first = Chain([layer])
@@ -202,7 +202,7 @@ def _sequential(
                     continue
                 if not seen[layer].calls:
                     raise ValueError("calibration gave no batch on a second run: with sequential=True pass a list")
-                a, b = layer.lora_A.detach().double(), layer.lora_B.detach().double()
+                a, b = layer.whole_A.detach().double(), layer.whole_B.detach().double()
                 name = layer.chain.name if layer.chain is not None else ""
                 merged = a + least_squares(seen[layer], regularization, f"layer {n} of chain {name!r}")
                 error = relative_error(seen[layer], a, merged, b)
@@ -296,10 +296,10 @@ def _check_statistics(statistics: Statistics | None, layers: dict[str, ResLoRALi
     if statistics.layers.keys() != layers.keys():
         raise ValueError("statistics were collected from another model: their layers are not this model's")
     for name, layer in layers.items():
-        if statistics.layers[name].sizes != tuple(layer.lora_A.shape):
+        if statistics.layers[name].sizes != tuple(layer.whole_A.shape):
             raise ValueError(
-                f"statistics were collected from another model: lora_A of {name!r} was "
-                f"{list(statistics.layers[name].sizes)} there, it is {list(layer.lora_A.shape)} here"
+                f"statistics were collected from another model: A of {name!r} was "
+                f"{list(statistics.layers[name].sizes)} there, it is {list(layer.whole_A.shape)} here"
             )
     unseen = [name for name, seen in statistics.layers.items() if seen.calls == 0]
     if unseen:

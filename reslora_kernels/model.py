@@ -18,7 +18,7 @@ from .execution import example_inputs as derive_inputs
 from .linear import Chain, ResLoRALinear, link, scope_pass
 from .sharding import refuse_sharded
 from .shortcuts import hands_on
-from .targets import find_targets, role_of, stack_of
+from .targets import find_targets, matches, role_of, stack_of
 
 
 @dataclass
@@ -42,10 +42,10 @@ def apply_reslora(
 ) -> nn.Module:
     """Adapt ``model`` in place: freeze it, swap every targeted ``nn.Linear`` for a ``ResLoRALinear``, link the chains.
 
-    A chain holds the layers of one role (last non-numeric component of the module's name), equal ``in_features`` and
-    ``out_features`` and the same tokens, in the order in which they execute. The order is read off a dry run with
-    ``example_inputs``; without them, off small inputs derived from the config of a Transformers model or a diffusers
-    UNet; for any other model off the first real forward, which then runs once more before it.
+    A chain holds the layers of one role (last non-numeric component of the module's name), equal ``in_features``,
+    ``out_features`` and rank and the same tokens, in the order in which they execute. The order is read off a dry run
+    with ``example_inputs``; without them, off small inputs derived from the config of a Transformers model or a
+    diffusers UNet; for any other model off the first real forward, which then runs once more before it.
 
     Args:
         model: any module; it is changed and returned.
@@ -83,9 +83,10 @@ def adapt(
     record: Record,
     chains: Iterable[tuple[str, Sequence[str]]] | None,
     autocast_adapter_dtype: bool,
+    init_values: bool = True,
 ) -> None:
     """Swap ``targets``, freeze the rest, link ``chains`` (name, layer names); None reads them off the first forward."""
-    _swap(model, targets, record.config, autocast_adapter_dtype)
+    _swap(model, targets, record.config, autocast_adapter_dtype, init_values)
     model.__dict__["_reslora"] = record
     complete = _RefusePartial()
     model.register_load_state_dict_pre_hook(complete.before)  # type: ignore[no-untyped-call]
@@ -124,8 +125,10 @@ def record_of(model: nn.Module) -> Record:
     return record
 
 
-def chains_of(executed: Sequence[Execution], layers: Mapping[str, nn.Linear]) -> list[tuple[str, list[str]]]:
-    """Chains as (name, layer names): one per role, feature sizes, token shape and stack.
+def chains_of(
+    executed: Sequence[Execution], layers: Mapping[str, nn.Linear], config: ResLoRAConfig
+) -> list[tuple[str, list[str]]]:
+    """Chains as (name, layer names): one per role, feature sizes, rank, token shape and stack.
 
     A layer that did not run is alone, under a name that says so. An encoder and a decoder never share a chain: either
     may run without the other.
@@ -133,7 +136,9 @@ def chains_of(executed: Sequence[Execution], layers: Mapping[str, nn.Linear]) ->
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tokens in executed:
         layer = layers[name]
-        key = (role_of(name), layer.in_features, layer.out_features, tokens, stack_of(name))
+        key = (
+            role_of(name), layer.in_features, layer.out_features, config.for_module(name).r, tokens, stack_of(name)
+        )  # fmt: skip
         groups.setdefault(key, []).append(name)
     named: dict[str, list[str]] = {}
     for (role, k, n, *_), members in groups.items():
@@ -199,16 +204,23 @@ def dry_run_chains(
         record.note = f"dry run with derived inputs failed ({type(error).__name__}: {error})"
         return None
     record.order = "dry run"
-    return chains_of(executed, targets)
+    return chains_of(executed, targets, record.config)
 
 
-def _swap(model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAConfig, autocast: bool) -> None:
+def _swap(
+    model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAConfig, autocast: bool, init_values: bool
+) -> None:
     """Replace the targets wherever they are registered; nothing is changed if building a layer fails."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         new = {
-            id(linear): ResLoRALinear.from_linear(linear, config, None if autocast else linear.weight.dtype)
-            for linear in targets.values()
+            id(linear): ResLoRALinear.from_linear(
+                linear,
+                config.for_module(name),
+                None if autocast else linear.weight.dtype,
+                init_values=init_values,
+            )
+            for name, linear in targets.items()
         }
     except Exception:
         for parameter, flag in trainable:
@@ -221,6 +233,9 @@ def _swap(model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRACon
                 if isinstance(parent, nn.TransformerEncoderLayer):
                     parent.activation_relu_or_gelu = 0  # no fused inference: it reads linear1.weight past the adapter
     model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if config.modules_to_save and matches(name, config.modules_to_save):
+            module.requires_grad_(True)
     for layer in new.values():
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
@@ -255,10 +270,13 @@ class _RefusePartial:
         self.absent: list[str] = []
 
     def before(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        layers = [prefix + name for name, child in module.named_modules() if isinstance(child, ResLoRALinear)]
-        pairs = [(f"{name}.lora_A", f"{name}.lora_B") for name in layers]
-        known = any(key in state for pair in pairs for key in pair)
-        self.absent = [key for pair in pairs if not state.keys() & set(pair) for key in pair] if known else []
+        adapters = [
+            [f"{prefix}{name}.{own}" for own in child.adapter_parameters()]
+            for name, child in module.named_modules()
+            if isinstance(child, ResLoRALinear)
+        ]
+        known = any(key in state for keys in adapters for key in keys)
+        self.absent = [key for keys in adapters if not state.keys() & set(keys) for key in keys] if known else []
 
     def after(self, module: nn.Module, incompatible: Any) -> None:
         incompatible.missing_keys.extend(self.absent)
@@ -281,7 +299,7 @@ class _RecordFirstForward:
         dry_args, dry_kwargs = replayable(args, kwargs)
         with undisturbed(module), _unobserved(layers.values()):
             executed = record_order(layers, lambda: module.forward(*dry_args, **dry_kwargs))
-        build_chains(module, chains_of(executed, layers))
+        build_chains(module, chains_of(executed, layers, record.config))
         record.order = "first forward"
         for chain in record.chains:
             if hands_on_in(chain, record.config):

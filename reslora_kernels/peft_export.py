@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapters import checked_folder, sync_folder, write_durably
 from .config import MergeMethod
+from .linear import ADAPTER_PARAMETERS
 from .merging import compute_updates
 from .model import adapted_layers, record_of, root_of
 from .sharding import gathered, mesh_of, one_writer, reshard
@@ -171,7 +172,7 @@ def _other_trained(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[bo
     trained = {
         name: parameter
         for name, parameter in root.named_parameters()
-        if parameter.requires_grad and not name.endswith((".lora_A", ".lora_B"))
+        if parameter.requires_grad and name.rpartition(".")[2] not in ADAPTER_PARAMETERS
     }
     modules = sorted({name.rpartition(".")[0] for name in trained if not name.endswith("bias")})
     tensors: dict[str, Tensor] = {}

@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 class Adapter(Protocol):
-    """A layer of a chain: lora_A [r, K] and lora_B [N, r]."""
+    """A layer of a chain: its A [r, K] in parts, one above the other, and its B [N, r] in parts, side by side."""
 
     @property
-    def lora_A(self) -> Tensor: ...
+    def a_parts(self) -> tuple[Tensor, ...]: ...
     @property
-    def lora_B(self) -> Tensor: ...
+    def b_parts(self) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,34 @@ def plan(
         handed: what the layers before it handed on in this forward [..., r], nearest first (see ``carried``). Empty
             when its predecessor did not run: the layer is then treated as layer 0 of its chain.
     """
-    own, device = layer.lora_A, layer.lora_A.device  # neighbours may sit on another GPU
+    own, b, r = layer.a_parts, layer.b_parts, rows(layer.a_parts)
+    device = own[0].device  # neighbours may sit on another GPU
     if shortcut == "none":
-        return Plan((own,), (layer.lora_B,))
+        return Plan(own, b)
     if shortcut == "block":
         window = (layer, *earlier)
-        return Plan(tuple(n.lora_A.to(device) for n in window), tuple(n.lora_B.to(device) for n in window))
+        return Plan(
+            tuple(part.to(device) for n in window for part in n.a_parts),
+            tuple(part.to(device) for n in window for part in n.b_parts),
+        )
     if shortcut == "input":
         before = handed[0].to(device) if handed else None
         c = 2.0 if before is None else 1.0
         if following is None:
-            return Plan((own,), (layer.lora_B,), c, before)
-        ahead, r = following.lora_A.to(device), own.shape[0]
-        return Plan((own, ahead), (layer.lora_B,), c, before, hand=(r, r + ahead.shape[0]))
+            return Plan(own, b, c, before)
+        ahead = tuple(part.to(device) for part in following.a_parts)
+        return Plan((*own, *ahead), b, c, before, hand=(r, r + rows(ahead)))
     if shortcut == "middle":
         total = None
         for h in handed:
             total = h.to(device) if total is None else total + h.to(device)
-        return Plan((own,), (layer.lora_B,), residual=total, hand=None if following is None else (0, own.shape[0]))
+        return Plan(own, b, residual=total, hand=None if following is None else (0, r))
     raise ValueError(f"shortcut must be 'none', 'input', 'block' or 'middle', got {shortcut!r}")
+
+
+def rows(parts: Sequence[Tensor]) -> int:
+    """The height of matrices put one above the other."""
+    return sum(part.shape[0] for part in parts)
 
 
 def reach(shortcut: str, pre_num: int, length: int) -> tuple[int, int]:

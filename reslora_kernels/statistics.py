@@ -161,7 +161,7 @@ def collect_statistics(model: nn.Module, *, second_moments: bool = True) -> Iter
     if busy:
         raise RuntimeError(f"statistics of this model are being collected already (layer {busy[0]!r})")
     statistics = Statistics(
-        {name: LayerStatistics(config, layer.lora_A, second_moments) for name, layer in layers.items()}
+        {name: LayerStatistics(config, layer.whole_A, second_moments) for name, layer in layers.items()}
     )
     try:
         for name, layer in layers.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .config import ALL_LINEAR, ResLoRAConfig
+from .config import ALL_LINEAR, ResLoRAConfig, pattern_matches
 from .linear import ResLoRALinear
 
 
@@ -35,7 +35,9 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     """Match ``config`` against the model's modules.
 
     Raises:
-        ValueError: nothing matches, a matched module is not a plain ``nn.Linear``, or the model is adapted already.
+        ValueError: nothing matches, a matched module is not a plain ``nn.Linear``, an entry of ``rank_pattern`` or
+            ``alpha_pattern`` matches none of those found, one of ``modules_to_save`` no module, or the model is adapted
+            already.
     """
     _refuse_adapted(model)
     head = _output_head(model)
@@ -47,13 +49,20 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
             if type(module) is not nn.Linear:
                 raise ValueError(
                     f"target_modules {config.target_modules!r} matches {name!r}, a {type(module).__name__}; "
-                    "only torch.nn.Linear can be adapted"
+                    f"only torch.nn.Linear can be adapted{_instead(module)}"
                 )
             matched[name] = module
         elif isinstance(module, nn.Linear):
             unmatched.append((name, reason))
     if not matched:
         raise ValueError(_nothing_matched(model, config))
+    for ending in config.modules_to_save or ():
+        if not any(matches(name, [ending]) for name, _ in model.named_modules()):
+            raise ValueError(f"modules_to_save: {ending!r} matches no module of the model")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(pattern_matches(key, name) for name in matched):
+                raise ValueError(f"{field} key {key!r} matches no adapted layer; they are {', '.join(matched)}")
     return Targets(matched, tuple(unmatched))
 
 
@@ -61,7 +70,9 @@ def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Modu
     """Why the module is not adapted; None when it is."""
     if not name:
         return "the model itself, which has no parent to swap it in"
-    if config.exclude_modules and _matches(name, config.exclude_modules):
+    if config.modules_to_save and any(matches(module, config.modules_to_save) for module in _with_parents(name)):
+        return "in modules_to_save: trained whole"
+    if config.exclude_modules and matches(name, config.exclude_modules):
         return "in exclude_modules"
     if config.target_modules == ALL_LINEAR:
         if not isinstance(module, nn.Linear):
@@ -70,7 +81,7 @@ def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Modu
             return f"a {type(module).__name__}, not a plain torch.nn.Linear"
         if module is head:
             return "the model's output head, which 'all-linear' leaves out"
-    elif not _matches(name, config.target_modules):
+    elif not matches(name, config.target_modules):
         return "not in target_modules"
     if config.layers_to_transform is not None:
         index = next((int(part) for part in name.split(".")[:-1] if part.isdecimal()), None)
@@ -80,7 +91,22 @@ def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Modu
     return None
 
 
-def _matches(name: str, wanted: str | Sequence[str]) -> bool:
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _instead(module: nn.Module) -> str:
+    """What to do about a module of a kind that is known and not adapted."""
+    if type(module).__name__ == "Conv1D":
+        return ". A Conv1D (GPT-2) holds its weight transposed: replace it by an nn.Linear with weight.T first"
+    if isinstance(module, nn.Embedding):
+        return ". An embedding can be trained whole: name it in modules_to_save"
+    return ""
+
+
+def matches(name: str, wanted: str | Sequence[str]) -> bool:
+    """Whether a module is meant: by its whole name or the ending of it; a str is a regular expression for the whole."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == ending or name.endswith("." + ending) for ending in wanted)
@@ -114,7 +140,8 @@ def _nothing_matched(model: nn.Module, config: ResLoRAConfig) -> str:
         asked += f", exclude_modules={config.exclude_modules!r}"
     if config.layers_to_transform is not None:
         asked += f", layers_to_transform={config.layers_to_transform!r}"
+    transposed = next((_instead(module) for module in model.modules() if type(module).__name__ == "Conv1D"), "")
     if not roles:
-        return f"{asked} matches nothing: the model has no torch.nn.Linear"
+        return f"{asked} matches nothing: the model has no torch.nn.Linear{transposed}"
     listed = "; ".join(f"{role} ({len(names)}x, e.g. {names[0]!r})" for role, names in sorted(roles.items()))
-    return f"{asked} matches no linear layer of the model; candidates: {listed}"
+    return f"{asked} matches no linear layer of the model; candidates: {listed}{transposed}"

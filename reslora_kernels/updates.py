@@ -45,7 +45,7 @@ def updates_of_chain(
     """One update per layer of a chain. ``statistics`` holds one entry per layer, None where the method needs none."""
     layers = chain.layers
     shortcut, m = layers[0].config.shortcut, layers[0].config.pre_num
-    a, b = [_wide(layer.lora_A) for layer in layers], [_wide(layer.lora_B) for layer in layers]
+    a, b = [_wide(layer.whole_A) for layer in layers], [_wide(layer.whole_B) for layer in layers]
     if shortcut in ("none", "block"):
         windows = [range(earlier(m, n) + 1 if shortcut == "block" else 1) for n in range(len(layers))]
         return [

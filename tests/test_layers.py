@@ -22,6 +22,7 @@ LAYERS = {
     "backends": 2,
     "ops": 3,
     "shortcuts": 3,
+    "initialization": 3,
     "forward_state": 3,
     "linear": 4,
     "sharding": 5,

@@ -12,6 +12,7 @@ from torch import nn
 from reslora_kernels.adapters import CONFIG_NAME, load_adapter, read_config
 from reslora_kernels.cli.options import check_choice
 from reslora_kernels.config import ResLoRAConfig
+from reslora_kernels.linear import ADAPTER_PARAMETERS
 from reslora_kernels.model import apply_reslora
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -175,7 +176,9 @@ def torch_device(name: str) -> torch.device:
 
 def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
     """A merged model as Transformers saves it, without the adapters, and its tokenizer if it has one."""
-    state = {key: value for key, value in model.state_dict().items() if not key.endswith((".lora_A", ".lora_B"))}
+    state = {
+        key: value for key, value in model.state_dict().items() if key.rpartition(".")[2] not in ADAPTER_PARAMETERS
+    }
     model.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
