@@ -11,22 +11,30 @@ from .loraplus import loraplus_groups
 from .merging import merge_reslora, unmerge_reslora
 from .model import apply_reslora
 from .peft_export import export_peft
+from .peft_import import load_peft_adapter
 from .statistics import collect_statistics
+from .switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
 
 __all__ = [
     "ResLoRAConfig",
     "ResLoRALinear",
     "__version__",
+    "adapter_names",
+    "add_adapter",
     "apply_reslora",
     "checkpoint_context",
     "collect_statistics",
+    "delete_adapter",
+    "disable_adapter",
     "export_peft",
     "inspect",
     "link",
     "load_adapter",
+    "load_peft_adapter",
     "loraplus_groups",
     "merge_reslora",
     "save_adapter",
+    "set_adapter",
     "shard_reslora",
     "unmerge_reslora",
 ]

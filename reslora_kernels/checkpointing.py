@@ -52,11 +52,13 @@ class CarryThroughCheckpoints:
         self.chains = chains
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.chains[0].in_force:
             return
         for child in module.modules():
             function = child.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, _CarriedCheckpoint):
+            if isinstance(function, _CarriedCheckpoint):
+                function.chains = self.chains
+            elif function is not None:
                 child.__dict__["_gradient_checkpointing_func"] = _CarriedCheckpoint(function, self.chains)
 
 

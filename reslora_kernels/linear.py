@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import dropout, initialization
 from .config import ResLoRAConfig
@@ -53,6 +54,7 @@ class Chain:
         self.name = name
         self.passes = Passes()
         self.reach = (0, 0)
+        self.in_force = True  # False while another adapter is: its layers are not in the model
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -95,6 +97,7 @@ class ResLoRALinear(nn.Linear):
             Every equation then reads [A; A_0] and [B, -B_0] for A and B: the start cancels in every shortcut, and W
             stays as it is.
         merged: whether W holds the merged update and the adapters are passed over.
+        disabled: whether the adapters are passed over with W as it is.
     """
 
     lora_A: nn.Parameter
@@ -150,14 +153,28 @@ class ResLoRALinear(nn.Linear):
         _check_floating("adapter_dtype", adapter_dtype)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
-        for name in (*_HOOKS, *_HOOK_FLAGS):  # the same dicts: handles that remove a hook go on working
-            setattr(layer, name, getattr(linear, name))
-        layer.training = linear.training
+        _share_base(layer, linear)
         layer.requires_grad_(False)
         layer._adapt(config, adapter_dtype, init_values)
         return layer
+
+    def take_place_of(self, linear: nn.Linear) -> None:
+        """Stand in for what ``leave`` gave: take over its weight, bias, hooks and training mode."""
+        _share_base(self, linear)
+        linear.weight = linear.bias = None  # type: ignore[assignment]
+        self.__dict__["_displaced"] = linear
+
+    def leave(self) -> nn.Linear:
+        """The frozen layer by itself: an ``nn.Linear`` that shares weight, bias, hooks and training mode.
+
+        It is the module that ``take_place_of`` was given last, if any, so that compiled code finds again what it knows.
+        """
+        linear: nn.Linear | None = self.__dict__.pop("_displaced", None)
+        if linear is None:
+            linear = nn.Linear.__new__(nn.Linear)
+            nn.Module.__init__(linear)
+        _share_base(linear, self)
+        return linear
 
     def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None, init_values: bool = True) -> None:
         half = self.weight.dtype in (torch.float16, torch.bfloat16)
@@ -170,7 +187,7 @@ class ResLoRALinear(nn.Linear):
             self.register_parameter(f"lora_{kind}", nn.Parameter(empty))
             start = nn.Parameter(torch.empty_like(empty), requires_grad=False) if config.has_start else None
             self.register_parameter(f"start_{kind}", start)
-        self.merged = False
+        self.merged = self.disabled = False
         self.chain: Chain | None = None
         self.position = 0
         self.observer: Observer | None = None
@@ -228,7 +245,7 @@ class ResLoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to y [..., out_features]."""
-        if self.merged:
+        if self.merged or self.disabled:
             return nn.functional.linear(x, self.weight, self.bias)
         state = self._open_pass()
         received = () if state is None else state.enter(self, self.neighbours.predecessor, x.shape[:-1])
@@ -332,10 +349,12 @@ def link(layers: Sequence[ResLoRALinear], root: nn.Module | None = None, *, name
     return chain
 
 
-def scope_pass(module: nn.Module, chains: Sequence[Chain]) -> None:
+def scope_pass(module: nn.Module, chains: Sequence[Chain]) -> list[RemovableHandle]:
     """Make ``module``'s forward one pass through ``chains``. The hooks hold the chains, so a deep copy has its own."""
-    module.register_forward_pre_hook(_OpenPass(chains), prepend=True)
-    module.register_forward_hook(_ClosePass(chains), always_call=True)
+    return [
+        module.register_forward_pre_hook(_OpenPass(chains), prepend=True),
+        module.register_forward_hook(_ClosePass(chains), always_call=True),
+    ]
 
 
 class _OpenPass:
@@ -344,13 +363,22 @@ class _OpenPass:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         for chain in self.chains:
-            chain.passes.open(module)
+            if chain.in_force:
+                chain.passes.open(module)
 
 
 class _ClosePass(_OpenPass):
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         for chain in self.chains:
             chain.passes.close(module)
+
+
+def _share_base(layer: nn.Linear, other: nn.Linear) -> None:
+    layer.in_features, layer.out_features = other.in_features, other.out_features
+    layer.weight, layer.bias = other.weight, other.bias
+    for name in (*_HOOKS, *_HOOK_FLAGS):  # the same dicts: handles that remove a hook go on working
+        setattr(layer, name, getattr(other, name))
+    layer.training = other.training
 
 
 def joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .backends import select
 from .checkpointing import CarryThroughCheckpoints
@@ -27,10 +29,21 @@ class Record:
 
     config: ResLoRAConfig
     unmatched: tuple[tuple[str, str], ...]
+    name: str = "default"
     order: str = "not recorded yet"
     note: str = ""
     chains: list[Chain] = field(default_factory=list)
     merged: Any = None  # what merge_reslora did, while it is in force
+    hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes
+    others: dict[str, SetAside] = field(default_factory=dict)  # the model's other adapters
+
+
+@dataclass
+class SetAside:
+    """An adapter that is not in its model now."""
+
+    record: Record
+    layers: dict[str, ResLoRALinear]
 
 
 def apply_reslora(
@@ -39,6 +52,7 @@ def apply_reslora(
     *,
     example_inputs: Any = None,
     autocast_adapter_dtype: bool = True,
+    adapter_name: str = "default",
 ) -> nn.Module:
     """Adapt ``model`` in place: freeze it, swap every targeted ``nn.Linear`` for a ``ResLoRALinear``, link the chains.
 
@@ -52,6 +66,7 @@ def apply_reslora(
         config: what to adapt and how.
         example_inputs: a dict of keyword arguments, a tuple or list of positional ones, or one tensor.
         autocast_adapter_dtype: keep adapters in float32 when the weights are float16 or bfloat16, as PEFT does.
+        adapter_name: what to call the adapter where the model gets more than one (``add_adapter``).
 
     Returns:
         ``model``.
@@ -69,12 +84,22 @@ def apply_reslora(
     if not isinstance(autocast_adapter_dtype, bool):
         raise TypeError(f"autocast_adapter_dtype must be True or False, got {autocast_adapter_dtype!r}")
     refuse_sharded(model, "adapted", "call apply_reslora first, then shard_reslora")
+    checked_name(adapter_name)
     select.check(config.backend)
     targets = find_targets(model, config)
-    record = Record(config, targets.unmatched)
+    record = Record(config, targets.unmatched, adapter_name)
     chains = dry_run_chains(model, targets.matched, example_inputs, record)
     adapt(model, targets.matched, record, chains, autocast_adapter_dtype)
     return model
+
+
+def checked_name(adapter_name: str) -> str:
+    """The name of an adapter; TypeError or ValueError if it cannot be one."""
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name must be a str, got {adapter_name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_\-]+", adapter_name):
+        raise ValueError(f"adapter_name must be letters, digits, '_' and '-', got {adapter_name!r}")
+    return adapter_name
 
 
 def adapt(
@@ -87,10 +112,12 @@ def adapt(
 ) -> None:
     """Swap ``targets``, freeze the rest, link ``chains`` (name, layer names); None reads them off the first forward."""
     _swap(model, targets, record.config, autocast_adapter_dtype, init_values)
+    first = "_reslora" not in model.__dict__
     model.__dict__["_reslora"] = record
-    complete = _RefusePartial()
-    model.register_load_state_dict_pre_hook(complete.before)  # type: ignore[no-untyped-call]
-    model.register_load_state_dict_post_hook(complete.after)  # type: ignore[no-untyped-call]
+    if first:
+        complete = _RefusePartial()
+        model.register_load_state_dict_pre_hook(complete.before)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_post_hook(complete.after)  # type: ignore[no-untyped-call]
     if chains is None:
         model.register_forward_pre_hook(_RecordFirstForward(), with_kwargs=True, prepend=True)
     else:
@@ -151,22 +178,28 @@ def chains_of(
 
 
 def build_chains(model: nn.Module, chains: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Link the layers of an adapted model and make each module that holds a whole chain open its forward passes."""
+    """Link the layers of an adapted model, and open their forward passes."""
     layers = adapted_layers(model)
     record = record_of(model)
+    record.chains += [link([layers[name] for name in names], name=title) for title, names in chains]
+    open_passes(model)
+
+
+def open_passes(model: nn.Module) -> None:
+    """Make each module that holds a whole chain open its forward passes."""
+    record = record_of(model)
+    names = {id(layer): name for name, layer in adapted_layers(model).items()}
     scopes: dict[str, list[Chain]] = {}
-    for title, names in chains:
-        chain = link([layers[name] for name in names], name=title)
-        record.chains.append(chain)
+    for chain in record.chains:
         if hands_on_in(chain, record.config):
-            for ancestor in _common_ancestors(names):
+            for ancestor in _common_ancestors([names[id(layer)] for layer in chain.layers]):
                 scopes.setdefault(ancestor, []).append(chain)
     for ancestor, held in scopes.items():
         module = model.get_submodule(ancestor)
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            scope_pass(module, held)
+            record.hooks += scope_pass(module, held)
     if scopes:
-        model.register_forward_pre_hook(CarryThroughCheckpoints(record.chains))
+        record.hooks.append(model.register_forward_pre_hook(CarryThroughCheckpoints(record.chains)))
 
 
 def hands_on_in(chain: Chain, config: ResLoRAConfig) -> bool:
@@ -226,12 +259,7 @@ def _swap(
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
         raise
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in new:
-                parent._modules[name] = new[id(child)]
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    parent.activation_relu_or_gelu = 0  # no fused inference: it reads linear1.weight past the adapter
+    replace_modules(model, new)
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if config.modules_to_save and matches(name, config.modules_to_save):
@@ -245,6 +273,16 @@ def _swap(
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.requires_grad_(True)
+
+
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put ``new`` in the place of the modules with these ids, wherever they are registered."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in new:
+                parent._modules[name] = new[id(child)]
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    parent.activation_relu_or_gelu = 0  # no fused inference: it reads linear1.weight past the adapter
 
 
 @contextmanager

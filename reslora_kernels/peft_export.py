@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import checked_folder, sync_folder, write_durably
+from .adapter_files import checked_folder, sync_folder, write_durably
 from .config import MergeMethod
 from .linear import ADAPTER_PARAMETERS
 from .merging import compute_updates
 from .model import adapted_layers, record_of, root_of
 from .sharding import gathered, mesh_of, one_writer, reshard
 from .statistics import Statistics
+from .targets import endings_of
 from .updates import LowRankUpdate
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
@@ -96,9 +96,9 @@ def export_peft(
         padding = 0 if pattern else rank - update.rank
         a = nn.functional.pad(update.a, (0, 0, 0, padding))
         b = nn.functional.pad(update.b * update.scaling, (0, padding))
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
-        if not (torch.isfinite(tensors[f"{_PREFIX}{name}.lora_A.weight"]).all() and torch.isfinite(b).all()):
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
+        if not (torch.isfinite(tensors[f"{PREFIX}{name}.lora_A.weight"]).all() and torch.isfinite(b).all()):
             raise ValueError(f"layer {name!r}: the update holds NaN or Inf; nothing was written")
     reshard(model)
     biases, modules, others = _other_trained(root_of(model), layers)
@@ -140,31 +140,11 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
         "lora_dropout": 0.0,
         "use_rslora": False,
         "bias": "all" if biases else "none",
-        "target_modules": _target_modules(root, names),
+        "target_modules": endings_of(root, names),
         "modules_to_save": modules or None,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-
-
-def _target_modules(root: nn.Module, names: list[str]) -> list[str] | str:
-    """Last name components, as people write them, where they mean adapted modules only; full names elsewhere.
-
-    PEFT takes an entry for the ending of names. Where even a full name is the ending of a module that is not adapted,
-    one regular expression names them all.
-    """
-    every = [name for name, _ in root.named_modules()]
-    wanted, chosen = set(names), set()
-
-    def means_others(ending: str) -> bool:
-        return any(other == ending or other.endswith("." + ending) for other in every if other not in wanted)
-
-    for name in names:
-        ending = name.rpartition(".")[2]
-        chosen.add(name if means_others(ending) or ending.isdecimal() else ending)
-    if any(means_others(name) for name in chosen):
-        return "|".join(re.escape(name) for name in sorted(names))
-    return sorted(chosen)
 
 
 def _other_trained(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[bool, list[str], dict[str, Tensor]]:
@@ -188,5 +168,5 @@ def _other_trained(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[bo
         key = name
         if not any(owner == module or owner.startswith(module + ".") for module in modules):
             biases, key = True, f"{owner}.base_layer.{leaf}" if owner in layers else name
-        tensors[_PREFIX + key] = parameter
+        tensors[PREFIX + key] = parameter
     return biases, modules, tensors

@@ -112,6 +112,26 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     return any(name == ending or name.endswith("." + ending) for ending in wanted)
 
 
+def endings_of(root: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """``target_modules`` that mean the modules ``names`` and no others.
+
+    Last name components, as people write them, where they do; full names elsewhere; one regular expression where even a
+    full name is the ending of another module's.
+    """
+    every = [name for name, _ in root.named_modules()]
+    wanted, chosen = set(names), set()
+
+    def means_others(ending: str) -> bool:
+        return any(other == ending or other.endswith("." + ending) for other in every if other not in wanted)
+
+    for name in names:
+        ending = name.rpartition(".")[2]
+        chosen.add(name if means_others(ending) or ending.isdecimal() else ending)
+    if any(means_others(name) for name in chosen):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return sorted(chosen)
+
+
 def _output_head(model: nn.Module) -> nn.Module | None:
     """The language-model head as Transformers names it; None for other models."""
     get = getattr(model, "get_output_embeddings", None)

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 import torch
 
-from .adapters import load_adapter, save_adapter, write_durably
+from .adapter_files import write_durably
+from .adapters import load_adapter, save_adapter
 from .config import MergeMethod
 from .merging import merge_reslora, unmerge_reslora
 from .model import adapted_layers

@@ -28,7 +28,7 @@ from reslora_kernels import (
     save_adapter,
     unmerge_reslora,
 )
-from reslora_kernels.adapters import CONFIG_NAME, WEIGHTS_NAME
+from reslora_kernels.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 
 from .adapter_files import X, adapted, assert_unchanged, config, put_weights, rewrite, state
 from .models import Scrambled, llama, randomize, roberta, t5

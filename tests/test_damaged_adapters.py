@@ -19,7 +19,7 @@ from reslora_kernels import (
     load_adapter,
     save_adapter,
 )
-from reslora_kernels.adapters import CONFIG_NAME, WEIGHTS_NAME
+from reslora_kernels.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 
 from .adapter_files import X, adapted, assert_unchanged, put_tensors, put_weights, refused, rewrite, state
 from .models import Scrambled

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from reslora_kernels.adapters import CONFIG_NAME, load_adapter, read_config
+from reslora_kernels.adapter_files import CONFIG_NAME, read_config
+from reslora_kernels.adapters import load_adapter
 from reslora_kernels.cli.options import check_choice
 from reslora_kernels.config import ResLoRAConfig
 from reslora_kernels.linear import ADAPTER_PARAMETERS

@@ -1,0 +1,240 @@
+"""Several adapters on one base: each computes what it would alone, whatever was switched before."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reslora_kernels import (
+    ResLoRAConfig,
+    adapter_names,
+    add_adapter,
+    apply_reslora,
+    collect_statistics,
+    delete_adapter,
+    disable_adapter,
+    export_peft,
+    inspect,
+    load_adapter,
+    merge_reslora,
+    save_adapter,
+    set_adapter,
+    unmerge_reslora,
+)
+
+from .adapter_files import X, assert_unchanged, state
+from .models import FAMILIES, Scrambled, llama, randomize
+
+CONFIGS = {
+    "default": ResLoRAConfig(r=3, shortcut="middle", pre_num=2),
+    "narrow": ResLoRAConfig(r=2, shortcut="input", target_modules=["q_proj", "v_proj"]),
+    "third": ResLoRAConfig(r=5, lora_alpha=3, shortcut="block", pre_num=-1, init_lora_weights="pissa"),
+}
+BATCH = FAMILIES["llama"].batch(5)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(**BATCH).logits
+
+
+def alone(name: str) -> nn.Module:
+    return randomize(apply_reslora(llama(), CONFIGS[name]), seed=len(name))
+
+
+def together() -> nn.Module:
+    model = alone("default")
+    for name in ("narrow", "third"):
+        add_adapter(model, name, CONFIGS[name])
+        randomize(set_adapter(model, name), seed=len(name))
+        set_adapter(model, "default")
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    model(**BATCH).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_each_computes_what_it_does_alone() -> None:
+    model = together()
+    assert adapter_names(model) == ["default", "narrow", "third"]
+    for name in ("third", "narrow", "default", "narrow", "third"):
+        assert set_adapter(model, name) is model
+        single = alone(name)
+        assert torch.equal(logits(model), logits(single))
+        assert {n: tuple(p.shape) for n, p in model.named_parameters()} == {
+            n: tuple(p.shape) for n, p in single.named_parameters()
+        }
+        own, expected = gradients(model), gradients(single)
+        assert own.keys() == expected.keys()
+        assert all(torch.equal(own[key], expected[key]) for key in own)
+        assert str(inspect(model)) == str(inspect(single))
+
+
+def test_disable() -> None:
+    model, base = together(), llama()
+    set_adapter(model, "narrow")
+    adapted = logits(model)
+    with disable_adapter(model):
+        assert torch.equal(logits(model), logits(base))
+        with disable_adapter(model):
+            pass
+        assert torch.equal(logits(model), logits(base))
+    assert torch.equal(logits(model), adapted)
+    with pytest.raises(KeyError), disable_adapter(model):
+        raise KeyError
+    assert torch.equal(logits(model), adapted)
+
+
+def test_copies_and_pickles_switch_too() -> None:
+    model = together()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        set_adapter(other, "third")
+        assert torch.equal(logits(other), logits(alone("third")))
+        assert adapter_names(model)[0] == "default"
+        randomize(set_adapter(other, "narrow"), seed=99)
+    assert torch.equal(logits(set_adapter(model, "narrow")), logits(alone("narrow")))
+
+
+def test_save_load_export_and_merge_each(tmp_path: Path) -> None:
+    model = together()
+    for name in adapter_names(model):
+        save_adapter(set_adapter(model, name), tmp_path / name)
+    other = load_adapter(llama(), tmp_path / "narrow", "narrow")
+    assert adapter_names(other) == ["narrow"]
+    load_adapter(other, tmp_path / "third", "third")  # added
+    add_adapter(other, "default", CONFIGS["default"])
+    load_adapter(other, tmp_path / "default", "default")  # filled, while another is in force
+    assert adapter_names(other)[0] == "narrow"
+    for name in CONFIGS:
+        assert torch.equal(logits(set_adapter(other, name)), logits(alone(name)))
+    single, calibration = alone("third"), [BATCH]
+    export_peft(set_adapter(other, "third"), tmp_path / "a", calibration=calibration)
+    export_peft(single, tmp_path / "b", calibration=calibration)
+    a, b = ((tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in "ab")
+    assert a == b
+    merge_reslora(other)
+    for change in (lambda: set_adapter(other, "narrow"), lambda: add_adapter(other, "new", CONFIGS["third"])):
+        with pytest.raises(ValueError, match="merged"):
+            change()
+    with pytest.raises(ValueError, match="merged"), disable_adapter(other):
+        pass
+    unmerge_reslora(other)
+    assert torch.equal(logits(set_adapter(other, "narrow")), logits(alone("narrow")))
+
+
+def test_training_one_leaves_the_others_alone() -> None:
+    model = together()
+    set_adapter(model, "narrow")
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**BATCH).loss.backward()
+        optimizer.step()
+    set_adapter(model, "third")
+    model.eval()
+    assert all(not module.training for module in model.modules())
+    assert torch.equal(logits(model), logits(alone("third")))
+    assert not torch.equal(logits(set_adapter(model, "narrow")), logits(alone("narrow")))
+
+
+def test_order_read_off_the_first_forward() -> None:
+    model = apply_reslora(Scrambled(), ResLoRAConfig(r=2, shortcut="input"))
+    add_adapter(model, "b", ResLoRAConfig(r=3, shortcut="middle", pre_num=-1))
+    for name in ("b", "default"):
+        set_adapter(model, name)
+        model(X)
+        assert [row.chain_length for row in inspect(model).layers if row.name == "third.fc"] == [3]
+
+
+def test_checkpointing_follows_the_adapter_in_force() -> None:
+    model = together().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name in ("default", "narrow", "default", "third"):
+        own, expected = gradients(set_adapter(model, name)), gradients(alone(name).train())
+        assert own.keys() == expected.keys()
+        for key in own:
+            torch.testing.assert_close(own[key], expected[key])
+
+
+def test_switching_leaves_nothing_behind() -> None:
+    model = together()
+    before = state(model)
+    for name in ("third", "narrow", "default"):
+        set_adapter(model, name)
+    assert_unchanged(model, before)
+
+
+def test_compiled_model_recompiles_for_each_adapter_once() -> None:
+    torch._dynamo.reset()
+    compiles = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal compiles
+        compiles += 1
+        return graph.forward
+
+    model = together()
+    run = torch.compile(model, backend=backend)
+    expected = {name: logits(set_adapter(model, name)) for name in CONFIGS}
+    for name in CONFIGS:
+        set_adapter(model, name)
+        torch.testing.assert_close(logits(run), expected[name])
+    with disable_adapter(model):
+        logits(run)
+    first = compiles
+    for name in (*reversed(CONFIGS), *CONFIGS):
+        set_adapter(model, name)
+        torch.testing.assert_close(logits(run), expected[name])
+    with disable_adapter(model):
+        logits(run)
+    assert compiles == first
+
+
+def test_delete() -> None:
+    model = together()
+    delete_adapter(model, "third")
+    assert adapter_names(model) == ["default", "narrow"]
+    add_adapter(model, "third", CONFIGS["narrow"])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: set_adapter(m, "x"), ValueError, "one of .'default', 'narrow', 'third'., got 'x'"),
+        (lambda m: set_adapter(m, 3), TypeError, "must be a str, got 3"),
+        (lambda m: delete_adapter(m, "default"), ValueError, "in force"),
+        (lambda m: delete_adapter(m, "x"), ValueError, "got 'x'"),
+        (lambda m: add_adapter(m, "narrow", CONFIGS["third"]), ValueError, "must be a new one, got 'narrow'"),
+        (lambda m: add_adapter(m, "a.b", CONFIGS["third"]), ValueError, "letters, digits"),
+        (lambda m: add_adapter(m, "a", "block"), TypeError, "config must be a ResLoRAConfig"),
+        (lambda m: add_adapter(m, "a", ResLoRAConfig(target_modules=["zz"])), ValueError, "candidates"),
+        (lambda m: add_adapter(m, "a", ResLoRAConfig(bias="all")), ValueError, "bias='none'"),
+        (lambda m: add_adapter(m, "a", ResLoRAConfig(modules_to_save=["lm_head"])), ValueError, "bias='none'"),
+        (lambda m: add_adapter(m, "a", ResLoRAConfig(), example_inputs=3), ValueError, "example_inputs"),
+    ],
+)
+def test_refused_and_left_as_it_was(call: Any, error: type[Exception], message: str) -> None:
+    model = together()
+    before = state(model)
+    with pytest.raises(error, match=message):
+        call(model)
+    assert_unchanged(model, before)
+    assert adapter_names(model) == ["default", "narrow", "third"]
+    assert torch.equal(logits(set_adapter(model, "third")), logits(alone("third")))
+
+
+def test_not_while_statistics_are_collected() -> None:
+    model = together()
+    with collect_statistics(model), pytest.raises(RuntimeError, match="statistics"):
+        set_adapter(model, "third")
+    set_adapter(model, "third")
