@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .backends import select
 from .linear import ResLoRALinear
@@ -106,8 +107,11 @@ def table(header: tuple[str, ...], rows: Any) -> str:
 
 
 def _row(name: str, layer: ResLoRALinear) -> LayerRow:
-    x = layer.weight.new_empty(1, layer.in_features).expand(NOMINAL_TOKENS, -1)
-    choice = select.explain(layer.config.backend, x, layer.weight, layer.rank_of_call)
+    weight = layer.frozen_weight
+    if not isinstance(weight, Tensor):  # unpacked to the dtype of x, which is half precision as a rule
+        weight = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+    x = weight.new_empty(1, layer.in_features).expand(NOMINAL_TOKENS, -1)
+    choice = select.explain(layer.config.backend, x, weight, layer.rank_of_call)
     return LayerRow(
         name=name,
         in_features=layer.in_features,

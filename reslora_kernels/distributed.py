@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .model import adapted_layers, record_of
+from .quantized_linear import QuantizedResLoRALinear
 from .sharding import initialised, refuse_sharded
 
 _LENT = "_lent_adapters"
@@ -42,11 +43,13 @@ def shard_reslora(model: nn.Module, blocks: Iterable[nn.Module], **fully_shard_k
 
     Raises:
         TypeError: ``model`` or a block is not a module.
-        ValueError: ``model`` is not adapted, merged or sharded already; no block, or one that is not inside the model;
-            trained parameters outside the blocks differ in dtype from the adapters.
+        ValueError: ``model`` is not adapted, quantised, merged or sharded already; no block, or one that is not inside
+            the model; trained parameters outside the blocks differ in dtype from the adapters.
         RuntimeError: no process group, or a PyTorch before 2.7.
     """
     adapters = [p for layer in adapted_layers(model).values() for p in layer.adapter_parameters().values()]
+    if any(isinstance(layer, QuantizedResLoRALinear) for layer in adapted_layers(model).values()):
+        raise ValueError("model has quantised weights, which shard_reslora does not spread: use DDP")
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) before sharding it")
     blocks = _checked_blocks(model, blocks)

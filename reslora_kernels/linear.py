@@ -147,13 +147,12 @@ class ResLoRALinear(nn.Linear):
                 the wrong type. ``linear`` is as it was then.
             ValueError: ``adapter_dtype`` is no floating dtype, or A and B cannot start from this weight.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        cls.check_base(linear)
         _checked(config)
         _check_floating("adapter_dtype", adapter_dtype)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        _share_base(layer, linear)
+        layer.share_base(linear)
         layer.requires_grad_(False)
         layer._adapt(config, adapter_dtype, init_values)
         return layer
@@ -176,9 +175,50 @@ class ResLoRALinear(nn.Linear):
         _share_base(linear, self)
         return linear
 
+    @staticmethod
+    def check_base(linear: nn.Linear) -> None:
+        """TypeError unless this kind of layer can share ``linear``'s base."""
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+
+    def share_base(self, linear: nn.Linear) -> None:
+        """Take sizes, weight, bias, hooks and training mode from ``linear``, which stays as it is."""
+        _share_base(self, linear)
+
+    @property
+    def frozen_weight(self) -> Any:
+        """W as ``lora_linear`` takes it."""
+        return self.weight
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The values of W [N, K] in ``dtype``, or in its own if that is wider."""
+        return self.weight.detach().to(torch.promote_types(self.weight.dtype, dtype))
+
+    def frozen_forward(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        """The dtype that a merged weight has."""
+        return self.weight.dtype
+
+    def original(self) -> Any:
+        """What ``restore`` needs after ``set_merged``, off the device."""
+        return self.weight.detach().to("cpu", copy=True)
+
+    def set_merged(self, weight: Tensor) -> None:
+        """Take W* [N, K] for W, and pass the adapters over."""
+        self.weight.data.copy_(weight)
+        self.merged = True
+
+    def restore(self, original: Any) -> None:
+        """The inverse of ``set_merged``."""
+        self.weight.data.copy_(original)
+        self.merged = False
+
     def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None, init_values: bool = True) -> None:
-        half = self.weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
+        dtype = adapter_dtype or (torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
         device = self.weight.device
         self.config = config
         shapes = {"A": (config.r, self.in_features), "B": (self.out_features, config.r)}
@@ -238,7 +278,7 @@ class ResLoRALinear(nn.Linear):
         if self.start_A is None or self.start_B is None:
             initialization.fill(self.config, self.lora_A, self.lora_B)
             return
-        a, b = initialization.from_weight(self.config, self.weight)
+        a, b = initialization.from_weight(self.config, self.dense_weight(torch.float32))
         with torch.no_grad():
             self.start_A.copy_(self.lora_A.copy_(a))
             self.start_B.copy_(-self.lora_B.copy_(b))
@@ -246,7 +286,7 @@ class ResLoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to y [..., out_features]."""
         if self.merged or self.disabled:
-            return nn.functional.linear(x, self.weight, self.bias)
+            return self.frozen_forward(x)
         state = self._open_pass()
         received = () if state is None else state.enter(self, self.neighbours.predecessor, x.shape[:-1])
         call = self._plan(received)
@@ -256,7 +296,7 @@ class ResLoRALinear(nn.Linear):
         p = self.config.lora_dropout if self.training else 0.0
         y, handed = lora_linear(
             x,
-            self.weight,
+            self.frozen_weight,
             self.bias,
             call.a_stack,
             call.b_stack,
@@ -376,9 +416,14 @@ class _ClosePass(_OpenPass):
 def _share_base(layer: nn.Linear, other: nn.Linear) -> None:
     layer.in_features, layer.out_features = other.in_features, other.out_features
     layer.weight, layer.bias = other.weight, other.bias
-    for name in (*_HOOKS, *_HOOK_FLAGS):  # the same dicts: handles that remove a hook go on working
-        setattr(layer, name, getattr(other, name))
+    share_hooks(other, layer)
     layer.training = other.training
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """The same dicts, so that handles that remove a hook go on working."""
+    for name in (*_HOOKS, *_HOOK_FLAGS):
+        setattr(target, name, getattr(source, name))
 
 
 def joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:

@@ -16,6 +16,7 @@ from .coverage import table
 from .execution import call_with, undisturbed
 from .linear import Chain, ResLoRALinear
 from .model import Record, adapted_layers, record_of, root_of
+from .quantized_linear import QuantizedResLoRALinear
 from .sharding import refuse_sharded
 from .shortcuts import hands_on
 from .statistics import LayerStatistics, Statistics, collect_statistics
@@ -55,7 +56,7 @@ class Merged:
     """A merge in force: the updates, and the weights as they were (None when they were not kept)."""
 
     updates: dict[str, LowRankUpdate]
-    originals: dict[str, Tensor] | None
+    originals: dict[str, Any] | None
 
 
 def merge_reslora(
@@ -67,6 +68,7 @@ def merge_reslora(
     sequential: bool = False,
     regularization: float = 1e-6,
     keep_original: bool = True,
+    dequantize: bool = False,
 ) -> MergeReport:
     """Fold every adapted layer's term into its weight: W*_n = W_n + ΔW_n, computed in float32 or better, rounded once.
 
@@ -83,13 +85,16 @@ def merge_reslora(
             only). Runs ``calibration`` twice per position of the longest chain, so it must be re-iterable.
         regularization: λ as a share of the mean diagonal of G_n.
         keep_original: keep the weights, in main memory, so that ``unmerge_reslora`` can restore them.
+        dequantize: let dequantised weights take the place of quantised ones, which cannot hold an update; kept
+            originals are the quantised layers themselves. ``export_peft`` needs no such thing.
 
     Returns:
         the method, rank and relative error of every layer.
 
     Raises:
         TypeError, ValueError: an argument is not as above, data is missing, an update holds NaN or Inf, a weight is
-            shared with another module, or the model is sharded over processes. The model is unchanged then.
+            shared with another module or quantised, or the model is sharded over processes. The model is unchanged
+            then.
     """
     layers = adapted_layers(model)
     record = record_of(model)
@@ -97,6 +102,14 @@ def merge_reslora(
         raise TypeError(f"keep_original must be True or False, got {keep_original!r}")
     if record.merged is not None:
         raise ValueError("model is merged already; call unmerge_reslora(model) first")
+    if not isinstance(dequantize, bool):
+        raise TypeError(f"dequantize must be True or False, got {dequantize!r}")
+    quantized = next((name for name, layer in layers.items() if isinstance(layer, QuantizedResLoRALinear)), None)
+    if quantized and not dequantize:
+        raise ValueError(
+            f"layer {quantized!r} has a quantised weight, which cannot hold an update: export_peft(model, path) keeps "
+            "the adapter apart from it, merge_reslora(..., dequantize=True) merges into dequantised weights"
+        )
     updates = compute_updates(
         model, method,
         statistics=statistics, calibration=calibration, sequential=sequential, regularization=regularization,
@@ -104,14 +117,13 @@ def merge_reslora(
     _refuse_tied(root_of(model), layers)
     merged_weights: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
-        merged_weights[name] = (layer.weight.detach().to(wide) + updates[name].delta().to(wide)).to(layer.weight.dtype)
+        weight = layer.dense_weight(torch.float32)
+        merged_weights[name] = (weight + updates[name].delta().to(weight.dtype)).to(layer.merged_dtype)
         if not torch.isfinite(merged_weights[name]).all():
             raise ValueError(f"layer {name!r}: the merged weight holds NaN or Inf; nothing was merged")
-    originals = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
+    originals = {name: layer.original() for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.weight.data.copy_(merged_weights.pop(name))
-        layer.merged = True
+        layer.set_merged(merged_weights.pop(name))
     record.merged = Merged(updates, originals if keep_original else None)
     return MergeReport(
         tuple(MergeRow(name, update.method, update.rank, update.relative_error) for name, update in updates.items())
@@ -132,8 +144,7 @@ def unmerge_reslora(model: nn.Module) -> nn.Module:
     if record.merged.originals is None:
         raise ValueError("model was merged with keep_original=False: its weights can only be loaded from a checkpoint")
     for name, layer in layers.items():
-        layer.weight.data.copy_(record.merged.originals[name])
-        layer.merged = False
+        layer.restore(record.merged.originals[name])
     record.merged = None
     return model
 

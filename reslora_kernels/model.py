@@ -18,6 +18,8 @@ from .config import ResLoRAConfig
 from .execution import Execution, call_with, record_order, replayable, undisturbed
 from .execution import example_inputs as derive_inputs
 from .linear import Chain, ResLoRALinear, link, scope_pass
+from .quantized_linear import QuantizedResLoRALinear
+from .quantizers import quantizer_of
 from .sharding import refuse_sharded
 from .shortcuts import hands_on
 from .targets import find_targets, matches, role_of, stack_of
@@ -247,10 +249,10 @@ def _swap(
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         new = {
-            id(linear): ResLoRALinear.from_linear(
+            id(linear): _kind_of(linear).from_linear(
                 linear,
                 config.for_module(name),
-                None if autocast else linear.weight.dtype,
+                None if autocast or not linear.weight.is_floating_point() else linear.weight.dtype,
                 init_values=init_values,
             )
             for name, linear in targets.items()
@@ -273,6 +275,10 @@ def _swap(
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.requires_grad_(True)
+
+
+def _kind_of(linear: nn.Linear) -> type[ResLoRALinear]:
+    return ResLoRALinear if quantizer_of(linear) is None else QuantizedResLoRALinear
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

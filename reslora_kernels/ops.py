@@ -8,7 +8,7 @@ Nothing here knows what a layer or a chain is; ``shortcuts`` says which stacks m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -83,6 +83,17 @@ def _backward_fake(
     )
 
 
+@runtime_checkable
+class PackedWeight(Protocol):
+    """A frozen weight [N, K] that is held in another form and unpacked for each pass, which does not keep it."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def device(self) -> torch.device: ...
+    def unpacked(self, dtype: torch.dtype) -> Tensor: ...
+
+
 class _LoRALinear(torch.autograd.Function):
     """Saves x and u only where a gradient needs them, and the stacks as the parameters they are, not as copies."""
 
@@ -91,6 +102,8 @@ class _LoRALinear(torch.autograd.Function):
         # One starred parameter: without gradients torch.compile tells by their number whether there is a ctx.
         x, weight, bias, residual, seed, c, scaling, p, hand, backend, depth, *stacks = arguments
         a_stack, b_stack = stacks[:depth], stacks[depth:]
+        ctx.packed = None if isinstance(weight, Tensor) else weight
+        weight = weight if ctx.packed is None else ctx.packed.unpacked(x.dtype)
         y, handed, u = torch.ops.reslora_kernels.lora_linear_forward(
             _tokens(x), weight, bias, _rows(a_stack), _columns(b_stack),
             None if residual is None else _tokens(residual), seed, c, scaling, p, *hand, backend,
@@ -98,9 +111,9 @@ class _LoRALinear(torch.autograd.Function):
         needs = ctx.needs_input_grad[-len(stacks) :]
         ctx.need_da, ctx.need_db = any(needs[:depth]), any(needs[depth:])
         kept_x = x if ctx.need_da or ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept_x, weight, u if ctx.need_db else None, seed, *stacks)
+        ctx.save_for_backward(kept_x, weight if ctx.packed is None else None, u if ctx.need_db else None, seed, *stacks)
         ctx.set_materialize_grads(False)
-        ctx.leading = x.shape[:-1]
+        ctx.leading, ctx.dtype = x.shape[:-1], x.dtype
         ctx.scalars, ctx.hand_start, ctx.backend, ctx.depth = (c, scaling, p), hand[0], backend, depth
         # y is shaped here and not by a view afterwards, on which FSDP2 could not count for its hooks.
         return y.view(*x.shape[:-1], y.shape[1]), handed
@@ -110,9 +123,11 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any, ...]:
         x, weight, u, seed, *stacks = ctx.saved_tensors
         a_stack, b_stack = stacks[: ctx.depth], stacks[ctx.depth :]
+        if dy is None and dhanded is None:
+            return (None,) * len(ctx.needs_input_grad)
+        weight = weight if ctx.packed is None else ctx.packed.unpacked(ctx.dtype)
         if dy is None:
-            if dhanded is None:
-                return (None,) * len(ctx.needs_input_grad)
+            assert dhanded is not None
             dy = dhanded.new_zeros(*ctx.leading, weight.shape[0])
         dy, leading = _tokens(dy), ctx.leading
         x = dy.new_empty(0) if x is None else _tokens(x)
@@ -137,7 +152,7 @@ class _LoRALinear(torch.autograd.Function):
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     bias: Tensor | None,
     a_stack: Sequence[Tensor],
     b_stack: Sequence[Tensor],
@@ -156,7 +171,8 @@ def lora_linear(
 
     Args:
         x: [..., K], any leading dimensions, M their product.
-        weight: [N, K] in x's dtype; usually frozen, and then no gradient is computed for it.
+        weight: [N, K] in x's dtype; usually frozen, and then no gradient is computed for it. A ``PackedWeight`` is
+            unpacked in x's dtype, once in forward and once in backward, and not saved.
         bias: [N] or None.
         a_stack: matrices [r_i, K] whose rows, stacked, are A_cat [R_a, K]; any floating dtype, need not be x's.
         b_stack: matrices [N, r_j] whose columns, stacked, are B_cat [N, R_b], R_b <= R_a.
@@ -180,7 +196,8 @@ def lora_linear(
     device_type = x.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        x, weight, bias, residual = (_autocast(t, dtype) for t in (x, weight, bias, residual))  # type: ignore[assignment]
+        x, bias, residual = (_autocast(t, dtype) for t in (x, bias, residual))  # type: ignore[assignment]
+        weight = _autocast(weight, dtype) if isinstance(weight, Tensor) else weight  # type: ignore[assignment]
         with torch.autocast(device_type, enabled=False):
             return lora_linear(
                 x, weight, bias, a_stack, b_stack, residual,
@@ -238,9 +255,10 @@ def _check_types(
     hand: Any,
     backend: Any,
 ) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if not isinstance(weight, (Tensor, PackedWeight)):
+        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
     for name, tensor in (("bias", bias), ("residual", residual), ("seed", seed)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor or None, got {type(tensor).__name__}")
@@ -260,7 +278,7 @@ def _check_types(
 
 def _check(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     bias: Tensor | None,
     a_stack: Sequence[Tensor],
     b_stack: Sequence[Tensor],
@@ -269,12 +287,13 @@ def _check(
     seed: Tensor | None,
     hand: tuple[int, int] | None,
 ) -> None:
-    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+    if x.dim() < 1 or len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x must be [..., K] and weight [N, K] with the same K, got x {list(x.shape)}, weight {list(weight.shape)}"
         )
-    if not x.is_floating_point() or x.dtype != weight.dtype:
-        raise ValueError(f"x must have weight's floating dtype {weight.dtype}, got {x.dtype}")
+    dtype = weight.dtype if isinstance(weight, Tensor) else x.dtype
+    if not x.is_floating_point() or x.dtype != dtype:
+        raise ValueError(f"x must have weight's floating dtype {dtype}, got {x.dtype}")
     n, k = weight.shape
     if not a_stack or not b_stack:
         raise ValueError(f"a_stack and b_stack must not be empty, got {len(a_stack)} and {len(b_stack)} matrices")

@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import ALL_LINEAR, ResLoRAConfig, pattern_matches
 from .linear import ResLoRALinear
+from .quantizers import quantizer_of
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     for name, module in model.named_modules():
         reason = _left_out(name, module, config, head)
         if reason is None:
-            if type(module) is not nn.Linear:
+            if type(module) is not nn.Linear and quantizer_of(module) is None:
                 raise ValueError(
                     f"target_modules {config.target_modules!r} matches {name!r}, a {type(module).__name__}; "
                     f"only torch.nn.Linear can be adapted{_instead(module)}"
                 )
+            assert isinstance(module, nn.Linear)
             matched[name] = module
         elif isinstance(module, nn.Linear):
             unmatched.append((name, reason))
@@ -77,7 +79,7 @@ def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Modu
     if config.target_modules == ALL_LINEAR:
         if not isinstance(module, nn.Linear):
             return "not a linear layer"
-        if type(module) is not nn.Linear:
+        if type(module) is not nn.Linear and quantizer_of(module) is None:
             return f"a {type(module).__name__}, not a plain torch.nn.Linear"
         if module is head:
             return "the model's output head, which 'all-linear' leaves out"

@@ -105,7 +105,7 @@ def _input_by_weights(layers: list[ResLoRALinear], a: list[Tensor], b: list[Tens
     for n, layer in enumerate(layers):
         alpha = norms[n - 2] / norms[n - 1] if n >= 2 else 1.0
         merged.append((1 + alpha) * a[n])
-        norms.append(float((_wide(layer.weight) + layer.scaling * b[n] @ merged[n]).norm()))
+        norms.append(float((layer.dense_weight(torch.float32) + layer.scaling * b[n] @ merged[n]).norm()))
     return merged
 
 

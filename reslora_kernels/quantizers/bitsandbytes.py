@@ -1,0 +1,36 @@
+"""bitsandbytes: NF4, FP4 and LLM.int8 weights (Transformers' ``BitsAndBytesConfig``)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+LIBRARY = "bitsandbytes"
+
+
+def recognises(linear: nn.Linear) -> bool:
+    return type(linear).__module__.startswith("bitsandbytes.")
+
+
+def dtype(linear: nn.Linear) -> torch.dtype:
+    state = getattr(linear.weight, "quant_state", None)
+    return torch.float16 if state is None else state.dtype  # LLM.int8 computes in float16
+
+
+def dequantize(linear: nn.Linear) -> Tensor:
+    """RuntimeError while the weight is not quantised yet: bitsandbytes does that when it moves to its device."""
+    from bitsandbytes import functional
+
+    weight: Any = linear.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return functional.dequantize_4bit(weight.data, state)
+    scales = getattr(weight, "SCB", None)
+    if scales is None:  # after the first forward of the layer by itself, bitsandbytes keeps them elsewhere
+        scales = getattr(getattr(linear, "state", None), "SCB", None)
+    if weight.dtype != torch.int8 or scales is None:
+        kind = type(linear).__name__
+        raise RuntimeError(f"a {kind}'s weight is not quantised yet: move the model to its device first")
+    return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales))
