@@ -12,10 +12,13 @@ from .merging import merge_reslora, unmerge_reslora
 from .model import apply_reslora
 from .peft_export import export_peft
 from .peft_import import load_peft_adapter
+from .rank_allocation import RankAllocator
+from .relora import restart_reslora
 from .statistics import collect_statistics
 from .switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
 
 __all__ = [
+    "RankAllocator",
     "ResLoRAConfig",
     "ResLoRALinear",
     "__version__",
@@ -33,6 +36,7 @@ __all__ = [
     "load_peft_adapter",
     "loraplus_groups",
     "merge_reslora",
+    "restart_reslora",
     "save_adapter",
     "set_adapter",
     "shard_reslora",

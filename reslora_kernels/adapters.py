@@ -12,13 +12,23 @@ from torch import Tensor, nn
 
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, compiled, read, write
 from .linear import ResLoRALinear
-from .model import Record, adapt, adapted_layers, build_chains, checked_name, dry_run_chains, record_of, root_of
+from .model import (
+    Record,
+    adapt,
+    adapted_layers,
+    build_chains,
+    checked_name,
+    dry_run_chains,
+    record_of,
+    refuse_restarted,
+    root_of,
+)
 from .sharding import fill, gathered, is_sharded, one_writer, refuse_flat, reshard
 from .switching import in_place_of_the_active_one
 from .targets import find_targets
 
 _MUST_AGREE = (
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "has_start", "shortcut", "pre_num",
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "has_start", "shortcut", "pre_num",
 )  # fmt: skip
 
 
@@ -33,11 +43,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         the folder.
 
     Raises:
-        TypeError, ValueError: ``model`` is not adapted, or its parameters are on the meta device.
+        TypeError, ValueError: ``model`` is not adapted, was restarted, or its parameters are on the meta device.
         NotADirectoryError: ``path`` is a file.
         RuntimeError: the process that writes failed.
     """
     layers = adapted_layers(model)
+    refuse_restarted(model)
     refuse_flat(model)
     reshard(model)
     others = _other_trained(model)
@@ -178,6 +189,8 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Lin
             raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
         r = saved.config.for_module(name).r
         for kind in ("lora", "start") if saved.config.has_start else ("lora",):
+            if saved.config.use_dora:
+                shapes[f"{name}.lora_magnitude_vector"] = (layer.out_features,)
             shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = (r, layer.in_features), (layer.out_features, r)
     parameters = {compiled(name): parameter for name, parameter in root.named_parameters()}
     for name in saved.trained:

@@ -39,6 +39,8 @@ class ResLoRAConfig:
             ``save_adapter`` saves them with the adapter.
         layers_to_transform: only modules whose first numbered name component is one of these.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
+        use_dora: learn the length of every row of W + ΔW apart (DoRA, arXiv 2402.09353), with ΔW the layer's own update
+            (with "block", its window's), and its norm taken for a constant in backward, as the paper says.
         init_lora_weights: how A and B start. True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1/r,
             B zero; "pissa" or "pissa_niter_<n>" (arXiv 2404.02948): the r largest singular triplets of W, the latter
             found by n randomised iterations; "olora" (arXiv 2406.01775): the first r columns and rows of W's QR
@@ -65,6 +67,7 @@ class ResLoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     bias: Bias = "none"
     shortcut: Shortcut = "block"
@@ -74,13 +77,14 @@ class ResLoRAConfig:
     backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
-        _check_int("r", self.r, 1, MAX_RANK)
-        _check_int("pre_num", self.pre_num, -1, None)
-        _check_int("norm_window", self.norm_window, 1, None)
+        check_int("r", self.r, 1, MAX_RANK)
+        check_int("pre_num", self.pre_num, -1, None)
+        check_int("norm_window", self.norm_window, 1, None)
         check_number("lora_alpha", self.lora_alpha, *_ALPHA)
         check_number("lora_dropout", self.lora_dropout, "a number with 0 <= lora_dropout < 1", lambda v: 0 <= v < 1)
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.init_lora_weights is not True and not (
             isinstance(self.init_lora_weights, str) and re.fullmatch(_INITS, self.init_lora_weights)
         ):
@@ -96,7 +100,7 @@ class ResLoRAConfig:
         freeze(self, "rank_pattern", _pattern("rank_pattern", self.rank_pattern))
         freeze(self, "alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern))
         for key, rank in self.rank_pattern.items():
-            _check_int(f"rank_pattern[{key!r}]", rank, 1, MAX_RANK)
+            check_int(f"rank_pattern[{key!r}]", rank, 1, MAX_RANK)
         for key, alpha in self.alpha_pattern.items():
             check_number(f"alpha_pattern[{key!r}]", alpha, *_ALPHA)
         freeze(self, "target_modules", _names("target_modules", self.target_modules))
@@ -168,7 +172,8 @@ def _check_keys(values: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown ResLoRAConfig field {', '.join(sorted(unknown))}; the fields are {', '.join(known)}")
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+def check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    """Raise a TypeError or ValueError unless ``value`` is an int from ``low`` to ``high``, None for no limit."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < low or (high is not None and value > high):

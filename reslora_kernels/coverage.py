@@ -122,5 +122,5 @@ def _row(name: str, layer: ResLoRALinear) -> LayerRow:
         chain_length=layer.chain_length,
         backend=choice.name,
         reason=choice.reason,
-        parameters=layer.lora_A.numel() + layer.lora_B.numel(),
+        parameters=sum(p.numel() for p in layer.adapter_parameters().values() if p.requires_grad),
     )

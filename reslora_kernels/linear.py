@@ -13,10 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from . import dropout, initialization
 from .config import ResLoRAConfig
 from .forward_state import ForwardState, Passes, recomputing
+from .magnitude import row_norms
 from .ops import lora_linear
 from .shortcuts import Plan, carried, hands_on, plan, reach
 
-ADAPTER_PARAMETERS = ("lora_A", "lora_B", "start_A", "start_B")
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "start_A", "start_B")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
@@ -96,12 +97,15 @@ class ResLoRALinear(nn.Linear):
         start_A, start_B: frozen, of the same shapes, where A and B start from W, else None: the start A_0 and -B_0.
             Every equation then reads [A; A_0] and [B, -B_0] for A and B: the start cancels in every shortcut, and W
             stays as it is.
+        lora_magnitude_vector: m [out_features] with ``use_dora``, else None: y = m / ‖W + s B A‖ ⊙ (x Wᵀ + the low-rank
+            term) + b, with norms of rows.
         merged: whether W holds the merged update and the adapters are passed over.
         disabled: whether the adapters are passed over with W as it is.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
     start_A: nn.Parameter | None
     start_B: nn.Parameter | None
     neighbours = Neighbours()
@@ -227,6 +231,8 @@ class ResLoRALinear(nn.Linear):
             self.register_parameter(f"lora_{kind}", nn.Parameter(empty))
             start = nn.Parameter(torch.empty_like(empty), requires_grad=False) if config.has_start else None
             self.register_parameter(f"start_{kind}", start)
+        magnitude = torch.empty(self.out_features, device=device, dtype=dtype)
+        self.register_parameter("lora_magnitude_vector", nn.Parameter(magnitude) if config.use_dora else None)
         self.merged = self.disabled = False
         self.chain: Chain | None = None
         self.position = 0
@@ -277,11 +283,14 @@ class ResLoRALinear(nn.Linear):
         """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""
         if self.start_A is None or self.start_B is None:
             initialization.fill(self.config, self.lora_A, self.lora_B)
-            return
-        a, b = initialization.from_weight(self.config, self.dense_weight(torch.float32))
-        with torch.no_grad():
-            self.start_A.copy_(self.lora_A.copy_(a))
-            self.start_B.copy_(-self.lora_B.copy_(b))
+        else:
+            a, b = initialization.from_weight(self.config, self.dense_weight(torch.float32))
+            with torch.no_grad():
+                self.start_A.copy_(self.lora_A.copy_(a))
+                self.start_B.copy_(-self.lora_B.copy_(b))
+        if self.lora_magnitude_vector is not None:
+            with torch.no_grad():
+                self.lora_magnitude_vector.copy_(torch.linalg.vector_norm(self.dense_weight(torch.float32), dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to y [..., out_features]."""
@@ -294,10 +303,11 @@ class ResLoRALinear(nn.Linear):
         if self.replacement is not None:
             call = _replaced(call, *self.replacement)
         p = self.config.lora_dropout if self.training else 0.0
+        scale = self._length(call)
         y, handed = lora_linear(
             x,
             self.frozen_weight,
-            self.bias,
+            self.bias if scale is None else None,
             call.a_stack,
             call.b_stack,
             call.residual,
@@ -308,11 +318,28 @@ class ResLoRALinear(nn.Linear):
             hand=call.hand,
             backend=self.config.backend,
         )
+        if scale is not None:
+            y = (y * scale.to(y.dtype)) if self.bias is None else torch.addcmul(self.bias, y, scale.to(y.dtype))
         if self.observer is not None and not recomputing():
             self.observer.observe(x, self.whole_A, residual)
         if handed is not None and state is not None:
             state.hand_on(*carried(self.config.shortcut, self.config.pre_num, received, handed))
         return y
+
+    def _length(self, call: Plan) -> Tensor | None:
+        """m / ‖W + ΔW‖ [N], ΔW being the layer's own update; None without ``use_dora``."""
+        if self.lora_magnitude_vector is None:
+            return None
+        b = torch.cat(call.b_stack, 1)
+        a = torch.cat(call.a_stack)[: b.shape[1]]
+        return self.lora_magnitude_vector / row_norms(self.dense_weight(self.lora_A.dtype), a, b, self.scaling)
+
+    def with_update(self, delta: Tensor) -> Tensor:
+        """W* [N, K] in float32 or better, for a plain update ΔW."""
+        weight = self.dense_weight(torch.float32)
+        weight = weight + delta.to(weight.dtype)
+        scale = self._length(self._plan(()))
+        return weight if scale is None else weight * scale.detach()[:, None]
 
     def _open_pass(self) -> ForwardState | None:
         """The forward pass that the layer takes from and hands on to; None if it does neither."""

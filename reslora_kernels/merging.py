@@ -117,8 +117,7 @@ def merge_reslora(
     _refuse_tied(root_of(model), layers)
     merged_weights: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        weight = layer.dense_weight(torch.float32)
-        merged_weights[name] = (weight + updates[name].delta().to(weight.dtype)).to(layer.merged_dtype)
+        merged_weights[name] = layer.with_update(updates[name].delta()).to(layer.merged_dtype)
         if not torch.isfinite(merged_weights[name]).all():
             raise ValueError(f"layer {name!r}: the merged weight holds NaN or Inf; nothing was merged")
     originals = {name: layer.original() for name, layer in layers.items()}

@@ -35,6 +35,7 @@ class Record:
     order: str = "not recorded yet"
     note: str = ""
     chains: list[Chain] = field(default_factory=list)
+    restarts: int = 0  # how often restart_reslora has changed the weights for good
     merged: Any = None  # what merge_reslora did, while it is in force
     hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes
     others: dict[str, SetAside] = field(default_factory=dict)  # the model's other adapters
@@ -267,8 +268,8 @@ def _swap(
         if config.modules_to_save and matches(name, config.modules_to_save):
             module.requires_grad_(True)
     for layer in new.values():
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
+        for name, parameter in layer.adapter_parameters().items():
+            parameter.requires_grad_(name.startswith("lora_"))
         if layer.bias is not None and config.bias == "lora_only":
             layer.bias.requires_grad_(True)
     if config.bias == "all":
@@ -279,6 +280,15 @@ def _swap(
 
 def _kind_of(linear: nn.Linear) -> type[ResLoRALinear]:
     return ResLoRALinear if quantizer_of(linear) is None else QuantizedResLoRALinear
+
+
+def refuse_restarted(model: nn.Module) -> None:
+    """Raise a ValueError if the frozen weights are no longer those of the base model."""
+    if record_of(model).restarts:
+        raise ValueError(
+            "model was restarted (restart_reslora): its weights hold updates that an adapter alone would lose. "
+            "Save the whole model, with save_pretrained or state_dict"
+        )
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

@@ -16,7 +16,7 @@ from .adapter_files import checked_folder, sync_folder, write_durably
 from .config import MergeMethod
 from .linear import ADAPTER_PARAMETERS
 from .merging import compute_updates
-from .model import adapted_layers, record_of, root_of
+from .model import adapted_layers, record_of, refuse_restarted, root_of
 from .sharding import gathered, mesh_of, one_writer, reshard
 from .statistics import Statistics
 from .targets import endings_of
@@ -73,6 +73,7 @@ def export_peft(
             parameter that a PEFT adapter cannot hold. Nothing is written then.
     """
     layers = adapted_layers(model)
+    refuse_restarted(model)
     folder = checked_folder(path)
     if not isinstance(pattern, bool):
         raise TypeError(f"pattern must be True or False, got {pattern!r}")
@@ -98,12 +99,18 @@ def export_peft(
         b = nn.functional.pad(update.b * update.scaling, (0, padding))
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
+        if layers[name].lora_magnitude_vector is not None:  # PEFT divides by its own norm of W + ΔW
+            layer = layers[name]
+            weight = layer.with_update(update.delta()) if merged is None else layer.dense_weight(torch.float32)
+            lengths = torch.linalg.vector_norm(weight, dim=1)
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = lengths.to("cpu", dtype)
         if not (torch.isfinite(tensors[f"{PREFIX}{name}.lora_A.weight"]).all() and torch.isfinite(b).all()):
             raise ValueError(f"layer {name!r}: the update holds NaN or Inf; nothing was written")
     reshard(model)
     biases, modules, others = _other_trained(root_of(model), layers)
     extra, _ = gathered(others)
     config = _peft_config(root_of(model), list(layers), rank, biases, modules)
+    config["use_dora"] = record_of(model).config.use_dora
     if pattern:
         config["rank_pattern"] = {name: r for name, r in ranks.items() if r != rank}
         config["alpha_pattern"] = dict(config["rank_pattern"])

@@ -18,7 +18,7 @@ from .targets import endings_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model's weights
-_OTHER_METHODS = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
+_OTHER_METHODS = ("lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
 
 
 def load_peft_adapter(
@@ -48,7 +48,7 @@ def load_peft_adapter(
 
     Raises:
         FileNotFoundError: the folder lacks one of the files.
-        TypeError, ValueError: the adapter is of another method (DoRA, say), damaged, not finite, or does not fit the
+        TypeError, ValueError: the adapter is of another method (LoHa, say), damaged, not finite, or does not fit the
             model; or as for ``apply_reslora``. The model is unchanged then.
     """
     folder = checked_folder(path)
@@ -94,7 +94,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, Tensor]]:
-    """A and B by (module, "lora_A" or "lora_B"), and what else was trained by the base model's names."""
+    """A, B and magnitudes by (module, name of the parameter), and what else was trained by the base model's names."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -111,10 +111,10 @@ def _read_weights(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str
             raise ValueError(f"{WEIGHTS}: tensor {key!r} holds NaN or Inf")
         name = key.removeprefix(PREFIX)
         module, _, kind = name.removesuffix(".weight").rpartition(".")
-        if kind in ("lora_A", "lora_B") and name.endswith(".weight"):
+        if kind in (("lora_A", "lora_B") if name.endswith(".weight") else ("lora_magnitude_vector",)):
             matrices[module, kind] = tensor
         elif "lora_" in name:
-            raise ValueError(f"{WEIGHTS}: tensor {key!r} is neither A nor B of a linear layer")
+            raise ValueError(f"{WEIGHTS}: tensor {key!r} is neither A, B nor magnitude of a linear layer")
         else:
             others[name.replace(".base_layer.", ".")] = tensor
     return matrices, others
@@ -132,7 +132,7 @@ def _config_of(
         entries = about.get(field) or {}
         return {key: value for key, value in entries.items() if any(pattern_matches(key, name) for name in names)}
 
-    fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "modules_to_save")
+    fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "modules_to_save")
     try:
         return ResLoRAConfig(
             **{field: about[field] for field in fields if field in about},
@@ -155,6 +155,8 @@ def _check_fit(
         module, r = model.get_submodule(name), config.for_module(name).r
         if isinstance(module, nn.Linear):  # of other kinds apply_reslora says what they are
             shapes |= {f"{name}.lora_A": [r, module.in_features], f"{name}.lora_B": [module.out_features, r]}
+            if config.use_dora:
+                shapes[f"{name}.lora_magnitude_vector"] = [module.out_features]
     parameters = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for name, tensor in others.items():
         found[name] = list(tensor.shape)

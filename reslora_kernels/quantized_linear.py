@@ -40,6 +40,8 @@ class QuantizedResLoRALinear(ResLoRALinear):
         return cast(torch.dtype, quantizer.dtype(self.base_layer))
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        if self.merged:
+            return self.base_layer.weight.detach().to(dtype)
         return QuantizedWeight(self.base_layer).unpacked(dtype)
 
     def frozen_forward(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ LAYERS = {
     "ops": 3,
     "shortcuts": 3,
     "initialization": 3,
+    "magnitude": 3,
     "forward_state": 3,
     "quantizers": 3,
     "linear": 4,
@@ -43,6 +44,8 @@ LAYERS = {
     "peft_import": 5,
     "training": 5,
     "loraplus": 5,
+    "rank_allocation": 5,
+    "relora": 5,
     "distributed": 5,
     "": 5,  # the package itself: its public names
     "cli": 6,

@@ -1,0 +1,234 @@
+"""DoRA, AdaLoRA's schedule and ReLoRA's restarts with ResLoRA; against PEFT where it has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reslora_kernels import (
+    RankAllocator,
+    ResLoRAConfig,
+    add_adapter,
+    apply_reslora,
+    export_peft,
+    load_adapter,
+    load_peft_adapter,
+    merge_reslora,
+    restart_reslora,
+    save_adapter,
+    unmerge_reslora,
+)  # fmt: skip
+from reslora_kernels.magnitude import row_norms
+from reslora_kernels.model import adapted_layers
+from reslora_kernels.testing import relative_error
+
+from .models import FAMILIES, llama, randomize, train
+
+SHORTCUTS = ("none", "input", "block", "middle")
+LLAMA = FAMILIES["llama"]
+BATCH = LLAMA.batch(5)
+ROUNDING = 1e-9  # float64
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(**BATCH).logits
+
+
+def adapted(shortcut: str = "block", base: nn.Module | None = None, **changes: Any) -> nn.Module:
+    config = ResLoRAConfig(**({"r": 4, "lora_alpha": 6, "shortcut": shortcut, "pre_num": 2} | changes))
+    return apply_reslora(llama().double() if base is None else base, config)
+
+
+def with_magnitudes(shortcut: str, **changes: Any) -> nn.Module:
+    model = randomize(adapted(shortcut, use_dora=True, **changes))
+    generator = torch.Generator().manual_seed(5)
+    for layer in adapted_layers(model).values():
+        assert layer.lora_magnitude_vector is not None
+        stretch = 1 + 0.3 * torch.randn(layer.out_features, generator=generator, dtype=torch.float64)
+        layer.lora_magnitude_vector.data.mul_(stretch)
+    return model
+
+
+def test_norms_of_rows() -> None:
+    torch.manual_seed(0)
+    w, a, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((12, 20), (3, 20), (12, 3)))
+    expected = torch.linalg.vector_norm(w + 1.5 * b @ a, dim=1)
+    torch.testing.assert_close(row_norms(w, a, b, 1.5), expected)
+    assert row_norms(torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(2, 1), 1.0).gt(0).all()
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_dora_starts_as_the_base_model(shortcut: str) -> None:
+    model = adapted(shortcut, use_dora=True)
+    assert relative_error(logits(model), logits(llama().double())) < ROUNDING
+    model(**BATCH).loss.backward()
+    assert all(layer.lora_magnitude_vector.grad.any() for layer in adapted_layers(model).values())
+
+
+def test_dora_is_that_of_peft(tmp_path: Path) -> None:
+    """Values, all gradients, and both ways through files."""
+    model = with_magnitudes("none")
+    export_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama().double(), tmp_path, is_trainable=True, autocast_adapter_dtype=False)
+    assert relative_error(logits(theirs), logits(model)) < ROUNDING
+    model(**BATCH).loss.backward()
+    theirs(**BATCH).loss.backward()
+    modules = dict(theirs.base_model.model.named_modules())
+    for name, layer in adapted_layers(model).items():
+        other = modules[name]
+        magnitude = other.lora_magnitude_vector["default"].weight
+        s = layer.scaling  # the export folds it into B
+        for own, their in (
+            (layer.lora_A.grad, other.lora_A["default"].weight.grad),
+            (layer.lora_B.grad, other.lora_B["default"].weight.grad * s),
+            (layer.lora_magnitude_vector.grad, magnitude.grad),
+        ):
+            assert relative_error(own, their) < ROUNDING
+    back = load_peft_adapter(llama().double(), tmp_path)
+    assert relative_error(logits(back), logits(model)) < ROUNDING
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_dora_saves_merges_and_exports(shortcut: str, tmp_path: Path) -> None:
+    model = with_magnitudes(shortcut, init_lora_weights="olora" if shortcut == "block" else True)
+    expected = logits(model)
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(logits(load_adapter(llama().double(), tmp_path / "adapter")), expected)
+    with pytest.raises(ValueError, match="use_dora"):
+        load_adapter(adapted(shortcut), tmp_path / "adapter")
+    export_peft(model, tmp_path / "peft", calibration=[BATCH])
+    merge_reslora(model, calibration=[BATCH])
+    merged = logits(model)
+    if shortcut in ("none", "block"):
+        assert relative_error(merged, expected) < ROUNDING
+    served = peft.PeftModel.from_pretrained(llama().double(), tmp_path / "peft", autocast_adapter_dtype=False)
+    assert relative_error(logits(served), merged) < ROUNDING
+    export_peft(model, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(llama().double(), tmp_path / "again", autocast_adapter_dtype=False)
+    assert relative_error(logits(again), merged) < ROUNDING
+    unmerge_reslora(model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_dora_with_a_bias() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5))
+    x = torch.randn(3, 6)
+    expected = model(x)
+    apply_reslora(model, ResLoRAConfig(r=2, use_dora=True), example_inputs=x)
+    torch.testing.assert_close(model(x), expected)
+    model[0].lora_magnitude_vector.data.mul_(3)
+    torch.testing.assert_close(model(x), 3 * (expected - model[0].bias) + model[0].bias)
+
+
+def test_budget_is_that_of_peft() -> None:
+    from peft.tuners.adalora.layer import RankAllocator as Theirs
+
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=2, tinit=5, tfinal=10, total_step=60, deltaT=4, target_modules=["q_proj"]
+    )
+    base = peft.get_peft_model(llama(), config)
+    theirs = Theirs(base, config, "default")
+    ours = RankAllocator(
+        adapted(r=6, target_modules=["q_proj"]), target_r=2, tinit=5, tfinal=10, total_step=60, deltaT=4
+    )
+    assert [ours.budget(step) for step in range(1, 61)] == [theirs.budget_schedule(step) for step in range(1, 61)]
+
+
+@pytest.mark.parametrize("shortcut", ["block", "middle"])
+def test_ranks_are_allocated_within_the_budget_and_stay(shortcut: str) -> None:
+    model = randomize(adapted(shortcut, llama(), r=4, target_modules=["q_proj", "v_proj", "up_proj"])).train()
+    layers = adapted_layers(model)
+    allocator = RankAllocator(model, target_r=2, tinit=2, tfinal=4, total_step=12)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(1, 13):
+        LLAMA.loss(model, LLAMA.batch(step)).backward()
+        optimizer.step()
+        allocator.step()
+        optimizer.zero_grad()
+        left = {name: int((layer.lora_B != 0).any(0).sum()) for name, layer in layers.items()}
+        assert left == allocator.rank_pattern()
+        assert sum(left.values()) == allocator.budget(step)[0]
+    assert sum(left.values()) == 2 * len(layers)
+    assert len(set(left.values())) > 1, "all layers the same: nothing was allocated"
+
+
+def test_the_most_sensitive_triplets_stay() -> None:
+    """One step, so that importance is |w dL/dw|² up to a factor, worked out here by hand."""
+    model = randomize(adapted("none", llama(), r=4, target_modules=["q_proj"]))
+    layers = adapted_layers(model)
+    allocator = RankAllocator(model, target_r=1, total_step=2, tfinal=1)
+    for _ in range(2):
+        model.zero_grad()
+        model(**BATCH).loss.backward()
+        allocator._observe = lambda name, layer: type(allocator)._observe(allocator, name, layer)  # type: ignore[method-assign]
+        scores = torch.stack(
+            [
+                (layer.lora_A * layer.lora_A.grad).square().mean(1)
+                + (layer.lora_B * layer.lora_B.grad).square().mean(0)
+                for layer in layers.values()
+            ]
+        )
+        if allocator.steps == 0:
+            first = scores
+        allocator.step()
+    best = first.flatten().topk(3).indices
+    kept = torch.stack(list(allocator.keep.values())).flatten().nonzero().flatten()
+    assert set(kept.tolist()) == set(best.tolist())
+
+
+def test_restart_keeps_what_was_learnt_and_adds_rank() -> None:
+    base, model = llama(), adapted("block", llama(), target_modules=["q_proj", "up_proj"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for round_ in range(2):
+        for step in range(4):
+            optimizer.zero_grad()
+            LLAMA.loss(model, LLAMA.batch(10 * round_ + step)).backward()
+            optimizer.step()
+        before = logits(model)
+        restart_reslora(model, optimizer)
+        assert relative_error(logits(model), before) < 1e-4
+        assert not any(layer.lora_B.any() for layer in adapted_layers(model).values())
+        assert all(parameter not in optimizer.state for parameter in model.parameters())
+    name = "model.layers.0.mlp.up_proj"
+    change = model.get_submodule(name).weight - base.get_submodule(name).weight
+    assert torch.linalg.matrix_rank(change, atol=1e-4) == 8  # twice r: layer 0 has no window
+    assert train(model, LLAMA, 4)[1] < LLAMA.loss(model, LLAMA.batch(100)).item() + 1
+
+
+def test_restarted_models_are_saved_whole(tmp_path: Path) -> None:
+    model = randomize(adapted("block"))
+    restart_reslora(model)
+    for save in (save_adapter, export_peft):
+        with pytest.raises(ValueError, match="restarted"):
+            save(model, tmp_path)
+    other = adapted("block")
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_refused() -> None:
+    model = randomize(adapted("middle"))
+    before = logits(model)
+    for call, error, message in (
+        (lambda: restart_reslora(model), ValueError, "needs data"),
+        (lambda: restart_reslora(model, "adam"), TypeError, "optimizer must be"),
+        (lambda: restart_reslora(model, keep_original=True), TypeError, "it takes no keep_original"),
+        (lambda: restart_reslora(with_magnitudes("none")), ValueError, "use_dora"),
+        (lambda: restart_reslora(add_adapter(adapted(), "b", ResLoRAConfig())), ValueError, "share the weights"),
+        (lambda: RankAllocator(model, target_r=4, total_step=9), ValueError, "target_r must be below the mean rank 4"),
+        (lambda: RankAllocator(model, target_r=2, total_step=9, tfinal=9), ValueError, "must be less than total_step"),
+        (lambda: RankAllocator(model, target_r=2, total_step=9, beta1=1.0), ValueError, "beta1"),
+        (lambda: RankAllocator(model, target_r=2.5, total_step=9), TypeError, "target_r must be an int"),
+        (lambda: RankAllocator(model, target_r=2, total_step=9).step(), RuntimeError, "has no gradients"),
+        (lambda: ResLoRAConfig(use_dora=1), TypeError, "use_dora must be True or False"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert torch.equal(logits(model), before)
