@@ -37,6 +37,7 @@ class SavedAdapter:
 
     config: ResLoRAConfig
     chains: Chains | None
+    same_input: list[list[str]]
     trained: list[str]
     tensors: dict[str, Tensor]
 
@@ -50,6 +51,7 @@ class SavedAdapter:
         return SavedAdapter(
             self.config,
             self.chains and [(title, [name.removeprefix("module.") for name in names]) for title, names in self.chains],
+            [[name.removeprefix("module.") for name in names] for names in self.same_input],
             [plain[name] for name in self.trained],
             _renamed({plain[key]: tensor for key, tensor in self.tensors.items()}, len(self.tensors)),
         )
@@ -130,7 +132,7 @@ def read(folder: Path) -> SavedAdapter:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    config, chains, trained, sha256 = _read_config(_config_file(folder))
+    config, chains, same_input, trained, sha256 = _read_config(_config_file(folder))
     weights = _find_weights(folder, sha256)
     check_header(weights)
     try:
@@ -144,7 +146,7 @@ def read(folder: Path) -> SavedAdapter:
             raise ValueError(f"{WEIGHTS_NAME}: unexpected tensor {key!r}; adapters end in {allowed}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{WEIGHTS_NAME}: tensor {key!r} holds NaN or Inf")
-    return SavedAdapter(config, chains, trained, tensors)
+    return SavedAdapter(config, chains, same_input, trained, tensors)
 
 
 def _config_file(folder: Path) -> Path:
@@ -153,7 +155,7 @@ def _config_file(folder: Path) -> Path:
     return regular(folder / CONFIG_NAME)
 
 
-def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[str], str]:
+def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[list[str]], list[str], str]:
     where = path.name
     try:
         values = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
@@ -164,9 +166,10 @@ def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[str], s
     if values.get("format_version") != _FORMAT_VERSION:
         raise ValueError(f"{where}: format_version must be {_FORMAT_VERSION}, got {values.get('format_version')!r}")
     expected = {
-        "format", "format_version", "reslora_version", "config", "chains", "trained_parameters",
+        "format", "format_version", "reslora_version", "config", "chains", "same_input", "trained_parameters",
         "base_model_name_or_path", "weights_sha256",
     }  # fmt: skip
+    values.setdefault("same_input", [])  # files of earlier versions lack it
     if values.keys() != expected:
         raise ValueError(f"{where} must have exactly the keys {sorted(expected)}, got {sorted(values)}")
     if not isinstance(values["config"], dict):
@@ -189,9 +192,13 @@ def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[str], s
         ):
             raise ValueError(f'{where}: chains must be a list of {{"name": str, "layers": [names]}}, got {chains!r}')
         chains = [(chain["name"], [compiled(name) for name in chain["layers"]]) for chain in chains]
+    same_input = values["same_input"]
+    if not isinstance(same_input, list) or not all(_is_names(names) for names in same_input):
+        raise ValueError(f"{where}: same_input must be a list of lists of names, got {same_input!r}")
+    same_input = [[compiled(name) for name in names] for names in same_input]
     if not isinstance(values["weights_sha256"], str):
         raise ValueError(f"{where}: weights_sha256 must be a hexadecimal str, got {values['weights_sha256']!r}")
-    return config, chains, [compiled(name) for name in trained], values["weights_sha256"]
+    return config, chains, same_input, [compiled(name) for name in trained], values["weights_sha256"]
 
 
 def _find_weights(folder: Path, sha256: str) -> bytes:

@@ -72,6 +72,7 @@ def _described(model: nn.Module, others: list[str]) -> dict[str, Any]:
             {"name": chain.name, "layers": [names[id(layer)] for layer in chain.layers]} for chain in record.chains
         ]
         or None,
+        "same_input": record.same_input,
         "trained_parameters": others,
         "base_model_name_or_path": getattr(getattr(root_of(model), "config", None), "_name_or_path", None) or None,
     }
@@ -130,9 +131,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
         if chains is None:
             chains = dry_run_chains(model, layers, None, record)
         else:
-            record.order = "adapter file"
+            record.order, record.same_input = "adapter file", saved.same_input
         adapt(model, layers, record, chains, autocast_adapter_dtype=True, init_values=False)
     elif saved.chains is not None and not record.chains:
+        record.same_input = saved.same_input
         build_chains(model_root, saved.chains)
         record.order = "adapter file"
     reshard(model)
@@ -207,6 +209,12 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Lin
         linked = [name for _, names in saved.chains for name in names]
         if sorted(linked) != sorted(layers):
             raise ValueError(f"{CONFIG_NAME}: chains must hold each adapted layer exactly once")
+        grouped = [name for names in saved.same_input for name in names]
+        if len(set(grouped)) != len(grouped) or not set(grouped) <= layers.keys():
+            raise ValueError(f"{CONFIG_NAME}: same_input must hold adapted layers, each once at most")
+        for names in saved.same_input:
+            if len({layers[name].in_features for name in names}) != 1:
+                raise ValueError(f"{CONFIG_NAME}: same_input {names} have inputs of different sizes")
         for title, names in saved.chains:
             sizes = {tuple(saved.tensors[f"{name}.lora_{kind}"].shape for kind in "AB") for name in names}
             if len(sizes) != 1:

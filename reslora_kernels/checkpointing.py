@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .linear import Chain, ResLoRALinear
+from .chain import Chain
+from .linear import ResLoRALinear
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 

@@ -41,6 +41,8 @@ class ResLoRAConfig:
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         use_dora: learn the length of every row of W + ΔW apart (DoRA, arXiv 2402.09353), with ΔW the layer's own update
             (with "block", its window's), and its norm taken for a constant in backward, as the paper says.
+        stack_projections: layers that read the same tensor (q, k, v; gate and up) project it in one pass, forward and
+            backward. Layers that drop elements of x (``lora_dropout``, in training) have masks of their own and do not.
         init_lora_weights: how A and B start. True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1/r,
             B zero; "pissa" or "pissa_niter_<n>" (arXiv 2404.02948): the r largest singular triplets of W, the latter
             found by n randomised iterations; "olora" (arXiv 2406.01775): the first r columns and rows of W's QR
@@ -68,6 +70,7 @@ class ResLoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     use_rslora: bool = False
     use_dora: bool = False
+    stack_projections: bool = True
     init_lora_weights: bool | str = True
     bias: Bias = "none"
     shortcut: Shortcut = "block"
@@ -82,7 +85,7 @@ class ResLoRAConfig:
         check_int("norm_window", self.norm_window, 1, None)
         check_number("lora_alpha", self.lora_alpha, *_ALPHA)
         check_number("lora_dropout", self.lora_dropout, "a number with 0 <= lora_dropout < 1", lambda v: 0 <= v < 1)
-        for name in ("use_rslora", "use_dora"):
+        for name in ("use_rslora", "use_dora", "stack_projections"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.init_lora_weights is not True and not (

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,20 +16,27 @@ from torch.utils import _pytree as pytree
 
 
 class Execution(NamedTuple):
-    """A layer's first call in a forward: its name and x's leading (token) dimensions."""
+    """A layer's first call in a forward: its name, x's leading (token) dimensions, and how many other x came before.
+
+    Layers that run one after the other on the same tensor have the same ``source``.
+    """
 
     name: str
     tokens: tuple[int, ...]
+    source: int
 
 
 def record_order(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[Execution]:
     """Call ``run`` and list the layers that executed, first to execute first. Hooks are removed whatever happens."""
     order: dict[str, Execution] = {}
+    latest: list[weakref.ref[Tensor]] = []
 
     def watch(name: str) -> Callable[..., None]:
         def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            order.setdefault(name, Execution(name, tuple(int(size) for size in x.shape[:-1])))
+            if not latest or latest[-1]() is not x:
+                latest.append(weakref.ref(x))
+            order.setdefault(name, Execution(name, tuple(int(size) for size in x.shape[:-1]), len(latest)))
 
         return first_call
 

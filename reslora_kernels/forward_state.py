@@ -8,7 +8,7 @@ object, opaque to pytree (FSDP2 maps over dicts and dataclasses and copies them)
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Protocol
@@ -27,7 +27,7 @@ class Member(Protocol):
 class ForwardState:
     """What the latest layer of one chain to run has handed on in one forward pass, for the layer right after it."""
 
-    __slots__ = ("_backward", "_handed", "_latest", "owner", "thread")
+    __slots__ = ("_backward", "_handed", "_latest", "_projected", "owner", "thread")
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
@@ -35,11 +35,12 @@ class ForwardState:
         self._backward = _running_backward()
         self._handed: tuple[Tensor, ...] = ()
         self._latest: Member | None = None
+        self._projected: tuple[Tensor, dict[int, Tensor]] | None = None
 
     def copy(self) -> ForwardState:
         """The same state, to go on from without changing this one."""
         other = ForwardState(self.owner)
-        other._handed, other._latest = self._handed, self._latest
+        other._handed, other._latest, other._projected = self._handed, self._latest, self._projected
         return other
 
     @property
@@ -67,6 +68,16 @@ class ForwardState:
     def hand_on(self, earlier: tuple[Tensor, ...], h: Tensor) -> None:
         """The layer that entered last hands on h, and of what came to it ``earlier``."""
         self._handed = (h, *earlier)
+
+    def project_for(self, x: Tensor, projections: Mapping[int, Tensor]) -> None:
+        """A layer has multiplied its input x by the A of others, too: h [..., R_a] of each, by place in the group."""
+        self._projected = (x, dict(projections))
+
+    def projection_of(self, place: int, x: Tensor) -> Tensor | None:
+        """h of the layer at ``place``, if it was worked out from this very x."""
+        if self._projected is None or self._projected[0] is not x:
+            return None
+        return self._projected[1].pop(place, None)
 
 
 class Passes:

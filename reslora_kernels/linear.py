@@ -1,23 +1,23 @@
-"""ResLoRALinear, a drop-in for ``nn.Linear``, and the chain that links it to the layers of the same role."""
+"""ResLoRALinear, a drop-in for ``nn.Linear``, and ``link``, which makes chains of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from . import dropout, initialization
+from .chain import Chain, Neighbours, SharedInput, outside, scope_pass
 from .config import ResLoRAConfig
-from .forward_state import ForwardState, Passes, recomputing
+from .forward_state import ForwardState, recomputing
 from .magnitude import row_norms
 from .ops import lora_linear
-from .shortcuts import Plan, carried, hands_on, plan, reach
+from .shortcuts import Plan, carried, for_others_too, hands_on, plan, reach, rows, with_projection
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "start_A", "start_B")
+MOST_ROWS = 256  # of A matrices that one layer multiplies its input by for a group
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
@@ -29,53 +29,6 @@ class Observer(Protocol):
     """Whoever gathers statistics: told of every call's input and of the shortcut's part of u."""
 
     def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None: ...
-
-
-class Neighbours(NamedTuple):
-    """The layers around one in its chain that its shortcut reads: those before it, nearest first, and the next."""
-
-    earlier: tuple[ResLoRALinear, ...] = ()
-    following: ResLoRALinear | None = None
-
-    @property
-    def predecessor(self) -> ResLoRALinear | None:
-        return self.earlier[0] if self.earlier else None
-
-
-class Chain:
-    """Layers of one role in the order in which they execute, with equal sizes and ranks. Not a module: it owns nothing.
-
-    Args:
-        layers: the adapted layers, first to execute first.
-        name: what ``inspect`` calls the chain.
-    """
-
-    def __init__(self, layers: Sequence[ResLoRALinear], name: str = "") -> None:
-        self.layers = list(layers)
-        self.name = name
-        self.passes = Passes()
-        self.reach = (0, 0)
-        self.in_force = True  # False while another adapter is: its layers are not in the model
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def introduce(self, reach: tuple[int, int]) -> None:
-        """Tell every layer its neighbours within ``reach``: so many before it, and whether the next."""
-        self.reach = before, after = reach
-        for n, layer in enumerate(self.layers):
-            earlier, following = self.layers[max(0, n - before) : n], self.layers[n + 1 : n + 1 + after]
-            layer.__dict__["neighbours"] = Neighbours(tuple(reversed(earlier)), *following)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.introduce(self.reach)
-
-    @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """One forward pass through layers that were linked by hand, without a module around them."""
-        with self.passes.opened_by_hand():
-            yield
 
 
 class ResLoRALinear(nn.Linear):
@@ -236,6 +189,8 @@ class ResLoRALinear(nn.Linear):
         self.merged = self.disabled = False
         self.chain: Chain | None = None
         self.position = 0
+        self.shared: SharedInput | None = None
+        self.place = 0  # in ``shared``
         self.observer: Observer | None = None
         self.replacement: tuple[Tensor, Tensor] | None = None  # (A, B) of a plain update that stands in, while merging
         if init_values:
@@ -304,6 +259,14 @@ class ResLoRALinear(nn.Linear):
             call = _replaced(call, *self.replacement)
         p = self.config.lora_dropout if self.training else 0.0
         scale = self._length(call)
+        shared = self.shared.open_pass() if self.shared is not None and p == 0 else None
+        projected = None if shared is None else shared.projection_of(self.place, x)
+        later = self._later(x.device) if shared is not None and projected is None else {}
+        known, own = None, call.hand
+        if projected is not None:
+            call, known = with_projection(call, projected)
+        elif later:
+            call = for_others_too(call, [a for stack in later.values() for a in stack])
         y, handed = lora_linear(
             x,
             self.frozen_weight,
@@ -318,13 +281,27 @@ class ResLoRALinear(nn.Linear):
             hand=call.hand,
             backend=self.config.backend,
         )
+        if projected is not None:
+            handed = known
+        elif shared is not None and handed is not None and later:
+            widths = [own[1] - own[0] if own else 0, *map(rows, later.values())]
+            handed, *parts = torch.split(handed, widths, dim=-1)
+            shared.project_for(x, dict(zip(later, parts, strict=True)))
         if scale is not None:
             y = (y * scale.to(y.dtype)) if self.bias is None else torch.addcmul(self.bias, y, scale.to(y.dtype))
         if self.observer is not None and not recomputing():
             self.observer.observe(x, self.whole_A, residual)
-        if handed is not None and state is not None:
+        if own is not None and handed is not None and state is not None:
             state.hand_on(*carried(self.config.shortcut, self.config.pre_num, received, handed))
         return y
+
+    def _later(self, device: torch.device) -> dict[int, tuple[Tensor, ...]]:
+        """The A stacks of the layers after this one that read the same input, by place."""
+        assert self.shared is not None
+        layers = enumerate(self.shared.layers[self.place + 1 :], self.place + 1)
+        stacks = {place: layer._plan(()).a_stack for place, layer in layers if layer.lora_A.device == device}
+        total = self.rank_of_call + sum(map(rows, stacks.values()))
+        return stacks if total <= MOST_ROWS else {}
 
     def _length(self, call: Plan) -> Tensor | None:
         """m / ‖W + ΔW‖ [N], ΔW being the layer's own update; None without ``use_dora``."""
@@ -348,7 +325,7 @@ class ResLoRALinear(nn.Linear):
             return None
         state = chain.passes.current()
         if state is None or state.is_stale:
-            raise RuntimeError(_outside(self.config.shortcut, chain.name, self.position))
+            raise RuntimeError(outside(self.config.shortcut, chain.name, self.position))
         return state
 
     def _plan(self, received: tuple[Tensor, ...]) -> Plan:
@@ -416,30 +393,6 @@ def link(layers: Sequence[ResLoRALinear], root: nn.Module | None = None, *, name
     return chain
 
 
-def scope_pass(module: nn.Module, chains: Sequence[Chain]) -> list[RemovableHandle]:
-    """Make ``module``'s forward one pass through ``chains``. The hooks hold the chains, so a deep copy has its own."""
-    return [
-        module.register_forward_pre_hook(_OpenPass(chains), prepend=True),
-        module.register_forward_hook(_ClosePass(chains), always_call=True),
-    ]
-
-
-class _OpenPass:
-    def __init__(self, chains: Sequence[Chain]) -> None:
-        self.chains = list(chains)
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        for chain in self.chains:
-            if chain.in_force:
-                chain.passes.open(module)
-
-
-class _ClosePass(_OpenPass):
-    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
-        for chain in self.chains:
-            chain.passes.close(module)
-
-
 def _share_base(layer: nn.Linear, other: nn.Linear) -> None:
     layer.in_features, layer.out_features = other.in_features, other.out_features
     layer.weight, layer.bias = other.weight, other.bias
@@ -481,13 +434,3 @@ def _check_floating(name: str, dtype: torch.dtype | None) -> None:
 def _signature(layer: ResLoRALinear) -> tuple[int, int, int, str, int]:
     config = layer.config
     return layer.in_features, layer.out_features, config.r, config.shortcut, config.pre_num
-
-
-def _outside(shortcut: str, name: str, position: int) -> str:
-    where = f"layer {position} of chain {name!r}" if name else f"layer {position} of a chain"
-    return (
-        f"{where} with shortcut {shortcut!r} ran outside a forward pass, where no earlier layer's state exists. Call "
-        "the model that apply_reslora or link(..., root=model) was given, or run the layers inside "
-        "`with chain.forward_pass():`. If this happened in backward, activation checkpointing recomputes the layer: "
-        "use torch.utils.checkpoint with use_reentrant=False and context_fn=checkpoint_context(model)."
-    )

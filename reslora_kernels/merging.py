@@ -11,10 +11,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from .chain import Chain
 from .config import MergeMethod, ResLoRAConfig
 from .coverage import table
 from .execution import call_with, undisturbed
-from .linear import Chain, ResLoRALinear
+from .linear import ResLoRALinear
 from .model import Record, adapted_layers, record_of, root_of
 from .quantized_linear import QuantizedResLoRALinear
 from .sharding import refuse_sharded

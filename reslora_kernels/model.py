@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .backends import select
+from .chain import Chain, SharedInput, scope_pass
 from .checkpointing import CarryThroughCheckpoints
 from .config import ResLoRAConfig
 from .execution import Execution, call_with, record_order, replayable, undisturbed
 from .execution import example_inputs as derive_inputs
-from .linear import Chain, ResLoRALinear, link, scope_pass
+from .linear import ResLoRALinear, link
 from .quantized_linear import QuantizedResLoRALinear
 from .quantizers import quantizer_of
 from .sharding import refuse_sharded
@@ -35,10 +36,19 @@ class Record:
     order: str = "not recorded yet"
     note: str = ""
     chains: list[Chain] = field(default_factory=list)
+    same_input: list[list[str]] = field(default_factory=list)  # names of layers that read one tensor
+    groups: list[SharedInput] = field(default_factory=list)  # the same, as layers, where they share their projection
     restarts: int = 0  # how often restart_reslora has changed the weights for good
     merged: Any = None  # what merge_reslora did, while it is in force
     hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes
     others: dict[str, SetAside] = field(default_factory=dict)  # the model's other adapters
+
+    def put_in_force(self, in_force: bool) -> None:
+        """Let the hooks of this adapter open forward passes, or not."""
+        for chain in self.chains:
+            chain.in_force = in_force
+        for group in self.groups:
+            group.in_force = in_force
 
 
 @dataclass
@@ -164,7 +174,7 @@ def chains_of(
     may run without the other.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, tokens in executed:
+    for name, tokens, _ in executed:
         layer = layers[name]
         key = (
             role_of(name), layer.in_features, layer.out_features, config.for_module(name).r, tokens, stack_of(name)
@@ -180,28 +190,43 @@ def chains_of(
     return [*named.items(), *((f"{name} (did not run)", [name]) for name in layers if name not in ran)]
 
 
+def same_input(executed: Sequence[Execution]) -> list[list[str]]:
+    """The names of layers that ran one after the other on the same tensor, where there is more than one."""
+    groups: dict[int, list[str]] = {}
+    for execution in executed:
+        groups.setdefault(execution.source, []).append(execution.name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
 def build_chains(model: nn.Module, chains: Iterable[tuple[str, Sequence[str]]]) -> None:
     """Link the layers of an adapted model, and open their forward passes."""
     layers = adapted_layers(model)
     record = record_of(model)
     record.chains += [link([layers[name] for name in names], name=title) for title, names in chains]
-    open_passes(model)
+    if record.config.stack_projections:
+        record.groups += [SharedInput([layers[name] for name in names]) for names in record.same_input]
+    _open_passes(model)
 
 
-def open_passes(model: nn.Module) -> None:
-    """Make each module that holds a whole chain open its forward passes."""
+def _open_passes(model: nn.Module) -> None:
+    """Make each module that holds a whole chain open its forward passes, and the innermost one those of a group."""
     record = record_of(model)
     names = {id(layer): name for name, layer in adapted_layers(model).items()}
-    scopes: dict[str, list[Chain]] = {}
+    scopes: dict[str, list[Chain | SharedInput]] = {}
     for chain in record.chains:
         if hands_on_in(chain, record.config):
             for ancestor in _common_ancestors([names[id(layer)] for layer in chain.layers]):
                 scopes.setdefault(ancestor, []).append(chain)
+    carries = bool(scopes)
+    for group in record.groups:
+        ancestors = _common_ancestors([names[id(layer)] for layer in group.layers])
+        runs = [a for a in ancestors if not isinstance(model.get_submodule(a), (nn.ModuleList, nn.ModuleDict))]
+        scopes.setdefault(runs[-1], []).append(group)
     for ancestor, held in scopes.items():
         module = model.get_submodule(ancestor)
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             record.hooks += scope_pass(module, held)
-    if scopes:
+    if carries:
         record.hooks.append(model.register_forward_pre_hook(CarryThroughCheckpoints(record.chains)))
 
 
@@ -240,6 +265,7 @@ def dry_run_chains(
         record.note = f"dry run with derived inputs failed ({type(error).__name__}: {error})"
         return None
     record.order = "dry run"
+    record.same_input = same_input(executed)
     return chains_of(executed, targets, record.config)
 
 
@@ -353,6 +379,7 @@ class _RecordFirstForward:
         dry_args, dry_kwargs = replayable(args, kwargs)
         with undisturbed(module), _unobserved(layers.values()):
             executed = record_order(layers, lambda: module.forward(*dry_args, **dry_kwargs))
+        record.same_input = same_input(executed)
         build_chains(module, chains_of(executed, layers, record.config))
         record.order = "first forward"
         for chain in record.chains:

@@ -2,6 +2,8 @@
 
     h = D(x) A_catᵀ        u = c h[:, :R_b] + residual        y = x Wᵀ + b + s u B_catᵀ
 
+With no A at all u is the residual: a layer whose input another one has projected for it.
+
 Nothing here knows what a layer or a chain is; ``shortcuts`` says which stacks make which method of the paper.
 """
 
@@ -38,10 +40,10 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a_cat: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, backend = rest
-    _b_cat, residual, *_, hand_start, hand_stop = arguments
+    b_cat, residual, *_, hand_start, hand_stop = arguments
     if residual is not None or hand_stop > hand_start:
         refuse_recomputation()
-    served_by = select.choose(backend, x, weight, a_cat.shape[0])
+    served_by = select.choose(backend, x, weight, a_cat.shape[0] or b_cat.shape[1])
     outputs: tuple[Tensor, Tensor, Tensor] = served_by.forward(x, weight, bias, a_cat, *arguments)
     return outputs
 
@@ -55,7 +57,7 @@ def _forward_fake(
     return (
         x.new_empty(rows, weight.shape[0]),
         x.new_empty(rows, hand_stop - hand_start),
-        x.new_empty(rows, b_cat.shape[1]),
+        x.new_empty(rows if a_cat.shape[0] else 0, b_cat.shape[1]),
     )
 
 
@@ -64,7 +66,7 @@ def _backward(
     dy: Tensor, dhanded: Tensor | None, x: Tensor, weight: Tensor, a_cat: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *arguments, backend = rest
-    served_by = select.choose(backend, dy, weight, a_cat.shape[0])
+    served_by = select.choose(backend, dy, weight, a_cat.shape[0] or arguments[0].shape[1])
     gradients: tuple[Tensor, Tensor, Tensor, Tensor] = served_by.backward(dy, dhanded, x, weight, a_cat, *arguments)
     return gradients
 
@@ -105,9 +107,11 @@ class _LoRALinear(torch.autograd.Function):
         ctx.packed = None if isinstance(weight, Tensor) else weight
         weight = weight if ctx.packed is None else ctx.packed.unpacked(x.dtype)
         y, handed, u = torch.ops.reslora_kernels.lora_linear_forward(
-            _tokens(x), weight, bias, _rows(a_stack), _columns(b_stack),
+            _tokens(x), weight, bias, _rows(a_stack, weight), _columns(b_stack),
             None if residual is None else _tokens(residual), seed, c, scaling, p, *hand, backend,
         )  # fmt: skip
+        if not a_stack:
+            u = _tokens(residual).to(x.dtype)
         needs = ctx.needs_input_grad[-len(stacks) :]
         ctx.need_da, ctx.need_db = any(needs[:depth]), any(needs[depth:])
         kept_x = x if ctx.need_da or ctx.needs_input_grad[1] else None
@@ -133,7 +137,7 @@ class _LoRALinear(torch.autograd.Function):
         x = dy.new_empty(0) if x is None else _tokens(x)
         need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad[:4]
         dx, da_cat, db_cat, dresidual = torch.ops.reslora_kernels.lora_linear_backward(
-            dy, dhanded, x, weight, _rows(a_stack), _columns(b_stack),
+            dy, dhanded, x, weight, _rows(a_stack, weight), _columns(b_stack),
             dy.new_empty(0) if u is None else u, seed, *ctx.scalars, ctx.hand_start,
             need_dx, ctx.need_da, ctx.need_db, need_dresidual, ctx.backend,
         )  # fmt: skip
@@ -174,7 +178,8 @@ def lora_linear(
         weight: [N, K] in x's dtype; usually frozen, and then no gradient is computed for it. A ``PackedWeight`` is
             unpacked in x's dtype, once in forward and once in backward, and not saved.
         bias: [N] or None.
-        a_stack: matrices [r_i, K] whose rows, stacked, are A_cat [R_a, K]; any floating dtype, need not be x's.
+        a_stack: matrices [r_i, K] whose rows, stacked, are A_cat [R_a, K]; any floating dtype, need not be x's. None of
+            them: u is ``residual``, which must be given then.
         b_stack: matrices [N, r_j] whose columns, stacked, are B_cat [N, R_b], R_b <= R_a.
         residual: [..., R_b] with x's leading dimensions, or None.
         scaling: s.
@@ -227,7 +232,9 @@ def _tokens(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _rows(stack: Sequence[Tensor]) -> Tensor:
+def _rows(stack: Sequence[Tensor], weight: Tensor) -> Tensor:
+    if not stack:
+        return weight.new_empty(0, weight.shape[1])
     return stack[0] if len(stack) == 1 else torch.cat(list(stack))
 
 
@@ -295,8 +302,9 @@ def _check(
     if not x.is_floating_point() or x.dtype != dtype:
         raise ValueError(f"x must have weight's floating dtype {dtype}, got {x.dtype}")
     n, k = weight.shape
-    if not a_stack or not b_stack:
-        raise ValueError(f"a_stack and b_stack must not be empty, got {len(a_stack)} and {len(b_stack)} matrices")
+    if not b_stack or (not a_stack and residual is None):
+        counts = f"{len(a_stack)} and {len(b_stack)} matrices"
+        raise ValueError(f"a_stack and b_stack must not be empty, got {counts}; only with a residual can a_stack be")
     for name, stack, axis, size in (("a_stack", a_stack, 1, k), ("b_stack", b_stack, 0, n)):
         for matrix in stack:
             if matrix.dim() != 2 or matrix.shape[axis] != size or not matrix.is_floating_point():
@@ -305,7 +313,7 @@ def _check(
                     f"{name} must hold floating matrices {expected}, got {list(matrix.shape)} of {matrix.dtype}"
                 )
     r_a, r_b = sum(a.shape[0] for a in a_stack), sum(b.shape[1] for b in b_stack)
-    if r_b > r_a:
+    if r_b > r_a and a_stack:
         raise ValueError(f"b_stack's total rank must not exceed a_stack's, got {r_b} and {r_a}")
     if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be [{n}] of {x.dtype}, got {list(bias.shape)} of {bias.dtype}")

@@ -7,7 +7,7 @@ passes on D(x_n) A_{n+1}ᵀ [M, r] and no layer keeps or re-reads an earlier lay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """The arguments of ``ops.lora_linear`` that depend on the shortcut."""
+    """The arguments of ``ops.lora_linear`` that depend on the shortcut. What is handed on ends with the last row."""
 
     a_stack: tuple[Tensor, ...]
     b_stack: tuple[Tensor, ...]
@@ -72,6 +72,20 @@ def plan(
             total = h.to(device) if total is None else total + h.to(device)
         return Plan(own, b, residual=total, hand=None if following is None else (0, r))
     raise ValueError(f"shortcut must be 'none', 'input', 'block' or 'middle', got {shortcut!r}")
+
+
+def for_others_too(call: Plan, others: Sequence[Tensor]) -> Plan:
+    """The plan of a layer that projects its input with the matrices of others as well, and hands that on last."""
+    a_stack = (*call.a_stack, *others)
+    return replace(call, a_stack=a_stack, hand=(call.hand[0] if call.hand else rows(call.a_stack), rows(a_stack)))
+
+
+def with_projection(call: Plan, h: Tensor) -> tuple[Plan, Tensor | None]:
+    """The plan of a layer whose h = x A_stackᵀ [..., R_a] is known, and what of h is handed on."""
+    u = h[..., : sum(b.shape[1] for b in call.b_stack)]
+    u = u if call.c == 1 else u * call.c
+    u = u if call.residual is None else u + call.residual
+    return Plan((), call.b_stack, residual=u), None if call.hand is None else h[..., slice(*call.hand)]
 
 
 def rows(parts: Sequence[Tensor]) -> int:

@@ -176,8 +176,7 @@ def _refuse_shared(config: ResLoRAConfig) -> None:
 def _set_aside(root: nn.Module) -> SetAside:
     """Take the adapter in force out of the model; plain linear layers take its places."""
     record, layers = record_of(root), adapted_layers(root)
-    for chain in record.chains:
-        chain.in_force = False
+    record.put_in_force(False)
     record.others = {}
     replace_modules(root, {id(layer): layer.leave() for layer in layers.values()})
     return SetAside(record, layers)
@@ -194,7 +193,6 @@ def _put_back(root: nn.Module, adapter: SetAside, others: dict[str, SetAside]) -
             parameter.data = parameter.data.to(layer.weight.device)
         new[id(base)] = layer
     replace_modules(root, new)
-    for chain in adapter.record.chains:
-        chain.in_force = True
+    adapter.record.put_in_force(True)
     root.__dict__["_reslora"] = adapter.record
     adapter.record.others = others

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linear import Chain, ResLoRALinear
+from .chain import Chain
+from .linear import ResLoRALinear
 from .reference import earlier
 from .statistics import LayerStatistics
 

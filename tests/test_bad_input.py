@@ -327,7 +327,7 @@ class TestFunctional:
             ({"bias": torch.randn(4)}, ValueError),
             ({"bias": 0.0}, TypeError),
             ({"bias": torch.randn(3).half()}, ValueError),
-            ({"a_stack": []}, ValueError),
+            ({"a_stack": [], "residual": None}, ValueError),
             ({"a_stack": torch.randn(2, 4)}, TypeError),
             ({"a_stack": [None]}, TypeError),
             ({"a_stack": [torch.randn(2, 5)]}, ValueError),

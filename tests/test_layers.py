@@ -26,6 +26,7 @@ LAYERS = {
     "magnitude": 3,
     "forward_state": 3,
     "quantizers": 3,
+    "chain": 4,
     "linear": 4,
     "quantized_linear": 4,
     "sharding": 5,

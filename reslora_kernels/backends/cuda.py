@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import dropout
 from ..kernels.launch import Sum, precision
 from ..kernels.tiles import MAX_RANK
+from . import torch as library
 
 EXTENSION = "reslora_kernels._cuda"
 MIN_CAPABILITY = (8, 0)
@@ -119,8 +120,12 @@ def forward(
     side = _side(residual, 0, u, handed if handed.numel() else None, hand_start, c * keep_scale, keep_scale)
     bias_address = 0 if bias is None else bias.data_ptr()
     with _guard(x):
-        if _one_pass(x, y.shape[1], a_cat.shape[0], seed, scaling):
-            product: dict[str, Any] = {"a": _matrix(a_cat), "side": side}
+        if not len(a_cat):
+            assert residual is not None
+            given, u = residual.contiguous(), u[:0]
+            product: dict[str, Any] = {"t": _matrix(given)}
+        elif _one_pass(x, y.shape[1], a_cat.shape[0], seed, scaling):
+            product = {"a": _matrix(a_cat), "side": side}
         else:
             _project(x, a_cat, side, u.shape[1], seed, p)
             product = {"t": _matrix(u)}
@@ -151,6 +156,11 @@ def backward(
     need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``backends.torch.backward``."""
+    if not len(a_cat):  # nothing to fuse with the frozen matmul
+        return library.backward(
+            dy, dhanded, x, weight, a_cat, b_cat, u, seed, c, scaling, p, hand_start,
+            need_dx, need_da, need_db, need_dresidual,
+        )  # fmt: skip
     m, k, rank = dy.shape[0], weight.shape[1], a_cat.shape[0]
     none = dy.new_empty(0)
     dx = dy.new_empty(m, k) if need_dx else none

@@ -48,16 +48,20 @@ def forward(
         x: [M, K].
         weight: [N, K], same dtype as x.
         bias: [N] or None.
-        a_cat: [R_a, K], any floating dtype.
+        a_cat: [R_a, K], any floating dtype; with R_a = 0 u is ``residual``.
         b_cat: [N, R_b], R_b <= R_a.
         residual: [M, R_b] or None.
         seed: int64 [] for dropout with probability ``p``, or None for no dropout.
         hand_start: first column of h to hand on; ``hand_stop`` is one past the last.
 
     Returns:
-        y [M, N], h[:, hand_start:hand_stop], u [M, R_b], all in x's dtype.
+        y [M, N], h[:, hand_start:hand_stop], u [M, R_b], all in x's dtype; u is empty, [0, R_b], where R_a is 0.
     """
     a_cat, b_cat = a_cat.to(x.dtype), b_cat.to(x.dtype)
+    if not len(a_cat):
+        assert residual is not None
+        y = product_then_matmul(residual.to(x.dtype), b_cat.T, scaling, bias, x, weight.T)
+        return y, x.new_empty(x.shape[0], 0), x.new_empty(0, b_cat.shape[1])
     dropped = x if seed is None else dropout.apply_mask(x, dropout.keep_mask(seed, x.shape[0], x.shape[1], p), p)
     h = dropped @ a_cat.T
     u = h[:, : b_cat.shape[1]]
@@ -96,6 +100,9 @@ def backward(
         db = (u.T @ dy).mul_(scaling).T.to(b_cat.dtype).contiguous()  # faster than dyᵀ u
     if not (need_dx or need_da or need_dresidual):
         return dx, da, db, dresidual
+    if not len(a_cat):
+        dresidual = (dy @ b_cat.to(dy.dtype)).mul_(scaling) if need_dresidual else dresidual
+        return dy @ weight if need_dx else dx, da, db, dresidual
     du = (dy @ b_cat.to(dy.dtype)).mul_(scaling)
     if need_dresidual:
         dresidual = du

@@ -113,13 +113,16 @@ def forward(
     from ..kernels.tiles import gpu_of, project_tile
 
     gpu, (m, k), n, rank = gpu_of(x.device), x.shape, weight.shape[0], a_cat.shape[0]
-    choice = _forward_choice(x, weight, rank, seed, scaling)
+    choice = _forward_choice(x, weight, rank, seed, scaling) if rank else _given_choice(x, weight, b_cat.shape[1])
     u = x.new_empty(m, b_cat.shape[1])
     handed = x.new_empty(m, hand_stop - hand_start)
     to_hand = handed if handed.numel() else None
     t: Tensor | OnePass = u
     with _device(x):
-        if choice.form == "one_pass":
+        if not rank:
+            assert residual is not None
+            t, u = residual.to(x.dtype).contiguous(), u[:0]
+        elif choice.form == "one_pass":
             t = OnePass(a_cat, c, residual, u, to_hand, hand_start)
         else:
             for launch in project(
@@ -153,6 +156,11 @@ def backward(
     need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``backends.torch.backward``."""
+    if not len(a_cat):  # nothing to fuse with the frozen matmul
+        return library.backward(
+            dy, dhanded, x, weight, a_cat, b_cat, u, seed, c, scaling, p, hand_start,
+            need_dx, need_da, need_db, need_dresidual,
+        )  # fmt: skip
     (m, n), k, (rank, rank_b) = dy.shape, weight.shape[1], (a_cat.shape[0], b_cat.shape[1])
     from ..kernels.augmented_matmul import augmented_matmul
     from ..kernels.choice import choose, reads_dy_once
@@ -303,6 +311,16 @@ def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, s
         one_pass = False  # no matrix unit for two products at once
     forms = ("one_pass", "two_pass", "library") if one_pass else ("two_pass", "library")
     return choose(gpu_of(x.device), m, n, k, rank, x.dtype, products, forms, _aligned(x, weight))
+
+
+def _given_choice(x: Tensor, weight: Tensor, rank: int) -> Choice:
+    """As ``_forward_choice``, for u that is known."""
+    from ..kernels.choice import choose
+    from ..kernels.launch import precision
+    from ..kernels.tiles import gpu_of
+
+    (m, k), n, forms = x.shape, weight.shape[0], ("two_pass", "library")
+    return choose(gpu_of(x.device), m, n, k, rank, x.dtype, precision(x.dtype), forms, _aligned(x, weight))
 
 
 def _aligned(*operands: Tensor) -> bool:

@@ -101,7 +101,18 @@ def run(call: Call, values: dict[str, Tensor | None], backend=library) -> dict[s
             v["x"], v["weight"], v["bias"], *stacks, v["residual"], seed, *scalars, call.hand[1]
         )
         gradients = backend.backward(
-            v["dy"], v["dhanded"], v["x"], v["weight"], *stacks, u, seed, *scalars, True, True, True, call.residual
+            v["dy"],
+            v["dhanded"],
+            v["x"],
+            v["weight"],
+            *stacks,
+            u if call.rank else v["residual"],
+            seed,
+            *scalars,
+            True,
+            True,
+            True,
+            call.residual,
         )
     return dict(zip(RESULTS, (y, handed, u, *gradients), strict=True))
 

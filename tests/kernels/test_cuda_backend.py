@@ -40,6 +40,7 @@ CALLS = [
     Call("many rows: M in parts", 1100, 40, 72, 16, 16, BF16, BF16, p=0.5),
     Call("the largest stack", 20, 24, 40, 1024, 512, BF16, BF16, hand=(512, 1024), residual=True),
     Call("double adapters", 40, 72, 100, 24, 8, FP32, torch.float64, hand=(8, 24), residual=True),
+    Call("u is given, nothing to project", 70, 100, 136, 0, 12, residual=True),
 ]
 EXACT = [call for call in CALLS if call.p in (0.0, 0.5)]  # 1 / (1 - p) is a power of two
 

@@ -44,6 +44,7 @@ CALLS = [
     Call("the same on Ampere", 40, 72, 136, 130, 130, BF16, FP32, generation="sm_80", p=0.1, reads_of_dy=2),
     Call("the library's matmul on the product", 40, 72, 100, 24, 8, BF16, FP32, "library", hand=(8, 24), residual=True),
     Call("AMD's tiles", 140, 72, 136, 16, 16, BF16, BF16, "one_pass", "gfx942", hand=(0, 16)),
+    Call("u is given, nothing to project", 70, 100, 136, 0, 12, residual=True),
 ]
 EXACT = [call for call in CALLS if call.p in (0.0, 0.5)]  # 1 / (1 - p) is a power of two
 
