@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench bench-layers gpu-check tune readme-tables lint format typecheck clean
+.PHONY: help demo test test-fast bench convergence bench-layers gpu-check tune readme-tables lint format typecheck clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -36,8 +36,12 @@ test: $(VENV)/.installed-dev ## Run every test that this machine can run
 test-fast: $(VENV)/.installed-dev ## The same without the tests marked slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-bench: $(VENV)/.installed-dev ## Measure layers and models against their peers on this machine; ARGS=--quick for two minutes
+bench: $(VENV)/.installed-dev ## Measure layers and models against their peers on this machine; ARGS=--quick for the short of it
 	$(BIN)/reslora bench $(ARGS)
+	$(BIN)/python -m benchmarks.convergence run --set quick --out build/convergence-quick
+
+convergence: $(VENV)/.installed-dev ## The paper's experiments on small models, five seeds each; ARGS="--set main" for a part; resumable
+	$(BIN)/python -m benchmarks.convergence run --out build/convergence $(or $(ARGS),--set cpu)
 
 bench-layers: $(VENV)/.installed-dev ## Time the layers under pytest-benchmark, for its own compare tools
 	$(BIN)/python -m pytest benchmarks/kernels --benchmark-json=$(RESULT) $(ARGS)

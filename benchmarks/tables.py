@@ -29,7 +29,8 @@ def layers_table(path: Path) -> str:
         "| shortcut | time / frozen linears | speed-up over plain layers | over PEFT LoRA | 20-80 % of rounds |",
         "|---|---|---|---|---|",
     ]
-    for benchmark in result["benchmarks"]:
+    benchmarks = [benchmark for benchmark in result["benchmarks"] if "shortcut" in benchmark["extra_info"]]
+    for benchmark in benchmarks:
         info = benchmark["extra_info"]
         rows.append(
             f"| {_title(info['shortcut'], info['pre_num'])} | {info['times_frozen']:.2f} | "
@@ -37,7 +38,7 @@ def layers_table(path: Path) -> str:
             f"{info['seconds_20'] * 1e3:.0f}-{info['seconds_80'] * 1e3:.0f} ms |"
         )
     machine, commit = result["machine_info"], result["commit_info"]
-    first = result["benchmarks"][0]
+    first = benchmarks[0]
     rows.append(
         f"\nForward and backward, {first['extra_info']['shape']}; medians of {first['stats']['rounds']} interleaved "
         f"rounds. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit "

@@ -254,11 +254,10 @@ class ResLoRALinear(nn.Linear):
         state = self._open_pass()
         received = () if state is None else state.enter(self, self.neighbours.predecessor, x.shape[:-1])
         call = self._plan(received)
-        residual = call.residual
+        residual, scale = call.residual, self._length(call)
         if self.replacement is not None:
             call = _replaced(call, *self.replacement)
         p = self.config.lora_dropout if self.training else 0.0
-        scale = self._length(call)
         shared = self.shared.open_pass() if self.shared is not None and p == 0 else None
         projected = None if shared is None else shared.projection_of(self.place, x)
         later = self._later(x.device) if shared is not None and projected is None else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -82,11 +82,16 @@ def finetune(
 
 
 def training_steps(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Tensor, warmup_steps: int
-) -> Iterable[float]:
-    """Take one step per batch, gradients clipped at norm 1, and yield its training loss.
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Any,
+    warmup_steps: int,
+    loss_of: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> Iterator[float]:
+    """Take one step per batch, gradients clipped at norm 1, and yield its training loss; the gradients are there then.
 
-    The learning rate rises linearly over ``warmup_steps``, then falls as a cosine to 5 % of its peak.
+    The learning rate rises linearly over ``warmup_steps``, then falls as a cosine to 5 % of its peak. ``batches`` has a
+    length; ``loss_of`` is ``language_loss`` unless given.
     """
     clipped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -94,7 +99,7 @@ def training_steps(
         lambda step: min((step + 1) / warmup_steps, 0.525 + 0.475 * math.cos(math.pi * step / len(batches))),
     )
     for batch in batches:
-        loss = language_loss(model, batch)
+        loss = (loss_of or language_loss)(model, batch)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(clipped, 1.0)

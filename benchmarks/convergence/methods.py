@@ -1,0 +1,73 @@
+"""What is compared: ResLoRA with each shortcut, and PEFT's methods, each as a way to adapt a copy of the base model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from reslora_kernels import ResLoRAConfig, apply_reslora
+from reslora_kernels.config import Shortcut
+
+R, ALPHA = 4, 8
+
+
+@dataclass(frozen=True)
+class Method:
+    """``adapt`` changes a model for a run of so many steps; ``after_step`` is called with what it returned."""
+
+    title: str
+    adapt: Callable[[nn.Module, int], nn.Module]
+    after_step: Callable[[Any, int], None] = lambda model, step: None
+
+
+def _reslora(title: str, shortcut: Shortcut, pre_num: int = 2, r: int = R) -> Method:
+    config = ResLoRAConfig(r=r, lora_alpha=2 * r, shortcut=shortcut, pre_num=pre_num)
+    return Method(title, lambda model, steps: apply_reslora(model, config))
+
+
+def _peft(title: str, config_of: Callable[[Any, int], Any], **more: Any) -> Method:
+    def adapt(model: nn.Module, steps: int) -> nn.Module:
+        import peft
+
+        adapted: nn.Module = peft.get_peft_model(model, config_of(peft, steps))  # type: ignore[arg-type]
+        return adapted
+
+    return Method(title, adapt, **more)
+
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+METHODS = {
+    "lora": _reslora("LoRA r=4", "none"),
+    "lora-16": _reslora("LoRA r=16", "none", r=16),
+    "input": _reslora("ResLoRA input", "input"),
+    "block": _reslora("ResLoRA block, 2", "block"),
+    "middle": _reslora("ResLoRA middle, 2", "middle"),
+    **{
+        f"{shortcut}-{'all' if pre_num == -1 else pre_num}": _reslora(
+            f"ResLoRA {shortcut}, {'all' if pre_num == -1 else pre_num}", shortcut, pre_num
+        )
+        for shortcut in ("block", "middle")
+        for pre_num in (1, 4, -1)
+    },
+    "adalora": _peft(
+        "AdaLoRA",
+        lambda peft, steps: peft.AdaLoraConfig(
+            init_r=6, target_r=R, lora_alpha=ALPHA, total_step=steps, tinit=steps // 10, tfinal=steps // 3,
+            deltaT=5, target_modules=LINEARS,
+        ),
+        after_step=lambda model, step: model.base_model.update_and_allocate(step),
+    ),
+    "loha": _peft("LoHa", lambda peft, steps: peft.LoHaConfig(r=R, alpha=ALPHA, target_modules=LINEARS)),
+    "lokr": _peft("LoKr", lambda peft, steps: peft.LoKrConfig(r=R, alpha=ALPHA, target_modules=LINEARS)),
+}  # fmt: skip
+
+
+def adapted(base: nn.Module, method: str, steps: int, seed: int) -> nn.Module:
+    """A copy of ``base`` with fresh adapters; the seed draws them."""
+    torch.manual_seed(seed)
+    return METHODS[method].adapt(copy.deepcopy(base), steps)
