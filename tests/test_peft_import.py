@@ -103,7 +103,7 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (edited(lambda about: about.update(use_dora=True)), "use_dora=True is no plain LoRA"),
+        (edited(lambda about: about.update(lora_bias=True)), "lora_bias=True is no plain LoRA"),
         (edited(lambda about: about.update(peft_type="LOHA")), "peft_type must be 'LORA', got 'LOHA'"),
         (edited(lambda about: about.update(init_lora_weights="pissa")), "changed the base model"),
         (edited(lambda about: about.update(r=3)), "must be .3, 32., got .4, 32."),
@@ -113,7 +113,7 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         (tampered(lambda tensors: tensors[KEY].fill_(float("nan"))), "holds NaN or Inf"),
         (tampered(lambda tensors: tensors.pop(KEY)), "no such tensor"),
         (tampered(lambda tensors: tensors.update({KEY.replace("q_proj", "zz"): torch.ones(1)})), "has no module"),
-        (tampered(lambda tensors: tensors.update({KEY.replace("lora_A", "lora_Z"): torch.ones(1)})), "neither A nor B"),
+        (tampered(lambda tensors: tensors.update({KEY.replace("lora_A", "lora_Z"): torch.ones(1)})), "neither A, B nor magnitude"),
         (tampered(lambda tensors: tensors.update({"base_model.model.zz.weight": torch.ones(1)})), "a parameter of it"),
     ],
 )  # fmt: skip
