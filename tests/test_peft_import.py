@@ -113,7 +113,7 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         (tampered(lambda tensors: tensors[KEY].fill_(float("nan"))), "holds NaN or Inf"),
         (tampered(lambda tensors: tensors.pop(KEY)), "no such tensor"),
         (tampered(lambda tensors: tensors.update({KEY.replace("q_proj", "zz"): torch.ones(1)})), "has no module"),
-        (tampered(lambda tensors: tensors.update({KEY.replace("lora_A", "lora_Z"): torch.ones(1)})), "neither A, B nor"),
+        (tampered(lambda tensors: tensors.update({KEY.replace("lora_A", "lora_Z"): torch.ones(1)})), "neither A, B"),
         (tampered(lambda tensors: tensors.update({"base_model.model.zz.weight": torch.ones(1)})), "a parameter of it"),
     ],
 )  # fmt: skip

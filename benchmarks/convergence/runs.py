@@ -119,13 +119,27 @@ def _merges(
 
 
 def missing(budget: Budget, folder: Path, rates: dict[tuple[str, str], float] | None) -> list[Spec]:
-    """The runs without a file: those that choose the learning rates, or, once ``rates`` are known, the others."""
+    """The runs without a file: those that choose the learning rates, or, once ``rates`` are known, the others.
+
+    Raises:
+        ValueError: a file of this folder is of a run with other settings.
+    """
     pairs = [(task, method) for task in budget.tasks for method in budget.methods]
     if rates is None:
         wanted = [Spec(*pair, rate, TUNING_SEED) for pair in pairs for rate in budget.rates if len(budget.rates) > 1]
     else:
         wanted = [Spec(*pair, rates[pair], seed) for pair in pairs for seed in budget.seeds]
+    for spec in wanted:
+        if spec.file(folder).exists():
+            _refuse_another_budget(spec.file(folder), budget)
     return [spec for spec in wanted if not spec.file(folder).exists()]
+
+
+def _refuse_another_budget(path: Path, budget: Budget) -> None:
+    found, own = json.loads(path.read_text())["budget"], json.loads(json.dumps(budget.to_dict()))
+    different = sorted(key for key in found.keys() | own.keys() if found.get(key) != own.get(key))
+    if different:
+        raise ValueError(f"{path} is of a run with other settings ({', '.join(different)}): use another folder")
 
 
 def write(result: dict[str, Any], path: Path) -> None:
