@@ -62,6 +62,8 @@ def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
     assert not runs.missing(TINY, tmp_path, runs.best_rates(TINY, tmp_path))
     with pytest.raises(ValueError, match=r"other settings \(steps\)"):
         runs.missing(dataclasses.replace(TINY, steps=7), tmp_path, None)
+    if (Path(__file__).parents[1] / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}", again["commit"][0])
     report = (tmp_path / "REPORT.md").read_text()
     assert (tmp_path / "python.png").stat().st_size > 5000
     for row in summary.summarize(runs.read_all(tmp_path)):

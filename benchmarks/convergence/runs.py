@@ -84,7 +84,7 @@ def train_one(base: nn.Module, budget: Budget, spec: Spec) -> dict[str, Any]:
         "curve": curve,
         "merges": _merges(model, budget, spec, held_out, curve),
         "machine": machine_of(torch.device("cpu")),
-        "commit": commit_of(Path(__file__).parent),
+        "commit": commit_of(Path(__file__).parents[2]),
     }
 
 
