@@ -129,23 +129,13 @@ def read_config(path: str | os.PathLike[str]) -> ResLoRAConfig:
 
 
 def read(folder: Path) -> SavedAdapter:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     config, chains, same_input, trained, sha256 = _read_config(_config_file(folder))
-    weights = _find_weights(folder, sha256)
-    check_header(weights)
-    try:
-        tensors = load(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{WEIGHTS_NAME} is damaged: {error}") from None
+    tensors = parsed_tensors(_find_weights(folder, sha256), WEIGHTS_NAME)
     tensors = _renamed({compiled(key): tensor for key, tensor in tensors.items()}, len(tensors))
-    for key, tensor in tensors.items():
+    for key in tensors:
         if key not in trained and key.rpartition(".")[2] not in ADAPTER_PARAMETERS:
             allowed = ", ".join(f".{name}" for name in ADAPTER_PARAMETERS)
             raise ValueError(f"{WEIGHTS_NAME}: unexpected tensor {key!r}; adapters end in {allowed}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{WEIGHTS_NAME}: tensor {key!r} holds NaN or Inf")
     return SavedAdapter(config, chains, same_input, trained, tensors)
 
 
@@ -157,10 +147,7 @@ def _config_file(folder: Path) -> Path:
 
 def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[list[str]], list[str], str]:
     where = path.name
-    try:
-        values = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from None
+    values = parsed_json(path.read_bytes(), f"{where} is not valid JSON")
     if not isinstance(values, dict) or values.get("format") != "reslora":
         raise ValueError(f"{where} is not the config of a ResLoRA adapter (its \"format\" must be 'reslora')")
     if values.get("format_version") != _FORMAT_VERSION:
@@ -219,13 +206,34 @@ def regular(path: Path) -> Path:
     return path
 
 
-def check_header(weights: bytes, file: str = WEIGHTS_NAME) -> None:
+def parsed_json(content: bytes, complaint: str) -> Any:
+    """The value that JSON text stands for; ValueError, with ``complaint`` first, if it is none or names a key twice."""
+    try:
+        return json.loads(content, object_pairs_hook=_unique_keys)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{complaint}: {error}") from None
+
+
+def parsed_tensors(weights: bytes, file: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError, which names ``file``, if it is damaged or one is not finite."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    _check_header(weights, file)
+    try:
+        tensors: dict[str, Tensor] = load(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: tensor {key!r} holds NaN or Inf")
+    return tensors
+
+
+def _check_header(weights: bytes, file: str) -> None:
     """Refuse a header that names a tensor twice or a dtype no adapter has; the rest is the library's to check."""
     length = int.from_bytes(weights[:8], "little")
-    try:
-        header = json.loads(weights[8 : 8 + length], object_pairs_hook=unique_keys)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: its header is not valid JSON: {error}") from None
+    header = parsed_json(weights[8 : 8 + length], f"{file} is damaged: its header is not valid JSON")
     if not isinstance(header, dict):
         raise ValueError(f"{file} is damaged: its header must be an object, got {header!r:.80}")
     for key, about in header.items():
@@ -240,7 +248,7 @@ def _renamed(tensors: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return tensors
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .forward_state import ForwardState, Passes
+from .shortcuts import Plan, for_others_too, rows, with_projection
 
 if TYPE_CHECKING:
     from .linear import ResLoRALinear
+
+MOST_ROWS = 256  # of A matrices that one layer multiplies its input by for a group
 
 
 class Neighbours(NamedTuple):
@@ -72,7 +76,34 @@ class SharedInput:
         for place, layer in enumerate(self.layers):
             layer.shared, layer.place = self, place
 
-    def open_pass(self) -> ForwardState | None:
+    def run(
+        self, place: int, x: Tensor, call: Plan, compute: Callable[[Plan], tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What ``compute(call)`` gives the layer at ``place``, with projections used that an earlier layer made."""
+        state = self._open_pass()
+        if state is None:
+            return compute(call)
+        projected = state.projection_of(place, x)
+        if projected is not None:
+            call, handed = with_projection(call, projected)
+            return compute(call)[0], handed
+        later = self._later(place, call, x.device)
+        if not later:
+            return compute(call)
+        y, h = compute(for_others_too(call, [a for stack in later.values() for a in stack]))
+        assert h is not None
+        own = call.hand[1] - call.hand[0] if call.hand else 0
+        handed, *parts = torch.split(h, [own, *map(rows, later.values())], dim=-1)
+        state.project_for(x, dict(zip(later, parts, strict=True)))
+        return y, handed if call.hand else None
+
+    def _later(self, place: int, call: Plan, device: torch.device) -> dict[int, tuple[Tensor, ...]]:
+        """The A stacks of the layers after ``place``, by place; none if they are too many rows for one projection."""
+        layers = enumerate(self.layers[place + 1 :], place + 1)
+        stacks = {other: layer.a_stack for other, layer in layers if layer.lora_A.device == device}
+        return stacks if rows(call.a_stack) + sum(map(rows, stacks.values())) <= MOST_ROWS else {}
+
+    def _open_pass(self) -> ForwardState | None:
         """The forward pass of the module around the layers, if projections can be shared in it now."""
         state = self.passes.current()
         if state is None or state.is_stale or any(layer.replacement is not None for layer in self.layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +15,9 @@ from .config import ResLoRAConfig
 from .forward_state import ForwardState, recomputing
 from .magnitude import row_norms
 from .ops import lora_linear
-from .shortcuts import Plan, carried, for_others_too, hands_on, plan, reach, rows, with_projection
+from .shortcuts import Plan, carried, hands_on, plan, reach, rows
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "start_A", "start_B")
-MOST_ROWS = 256  # of A matrices that one layer multiplies its input by for a group
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
@@ -116,7 +116,7 @@ class ResLoRALinear(nn.Linear):
 
     def take_place_of(self, linear: nn.Linear) -> None:
         """Stand in for what ``leave`` gave: take over its weight, bias, hooks and training mode."""
-        _share_base(self, linear)
+        self.share_base(linear)
         linear.weight = linear.bias = None  # type: ignore[assignment]
         self.__dict__["_displaced"] = linear
 
@@ -184,8 +184,10 @@ class ResLoRALinear(nn.Linear):
             self.register_parameter(f"lora_{kind}", nn.Parameter(empty))
             start = nn.Parameter(torch.empty_like(empty), requires_grad=False) if config.has_start else None
             self.register_parameter(f"start_{kind}", start)
-        magnitude = torch.empty(self.out_features, device=device, dtype=dtype)
-        self.register_parameter("lora_magnitude_vector", nn.Parameter(magnitude) if config.use_dora else None)
+        magnitude = (
+            nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if config.use_dora else None
+        )
+        self.register_parameter("lora_magnitude_vector", magnitude)
         self.merged = self.disabled = False
         self.chain: Chain | None = None
         self.position = 0
@@ -206,9 +208,14 @@ class ResLoRALinear(nn.Linear):
         return len(self.chain) if self.chain is not None else 1
 
     @property
+    def a_stack(self) -> tuple[Tensor, ...]:
+        """The A matrices [., K], its own and others', that one forward of this layer multiplies by."""
+        return self._plan(()).a_stack
+
+    @property
     def rank_of_call(self) -> int:
-        """R_a, the rows of A that one forward of this layer multiplies by."""
-        return sum(a.shape[0] for a in self._plan(()).a_stack)
+        """R_a, the rows of ``a_stack``."""
+        return rows(self.a_stack)
 
     @property
     def a_parts(self) -> tuple[Tensor, ...]:
@@ -258,18 +265,22 @@ class ResLoRALinear(nn.Linear):
         if self.replacement is not None:
             call = _replaced(call, *self.replacement)
         p = self.config.lora_dropout if self.training else 0.0
-        shared = self.shared.open_pass() if self.shared is not None and p == 0 else None
-        projected = None if shared is None else shared.projection_of(self.place, x)
-        later = self._later(x.device) if shared is not None and projected is None else {}
-        known, own = None, call.hand
-        if projected is not None:
-            call, known = with_projection(call, projected)
-        elif later:
-            call = for_others_too(call, [a for stack in later.values() for a in stack])
-        y, handed = lora_linear(
+        compute = partial(self._low_rank, x, self.bias if scale is None else None, p)
+        y, handed = compute(call) if self.shared is None or p > 0 else self.shared.run(self.place, x, call, compute)
+        if scale is not None:
+            y = (y * scale.to(y.dtype)) if self.bias is None else torch.addcmul(self.bias, y, scale.to(y.dtype))
+        if self.observer is not None and not recomputing():
+            self.observer.observe(x, self.whole_A, residual)
+        if handed is not None and state is not None:
+            state.hand_on(*carried(self.config.shortcut, self.config.pre_num, received, handed))
+        return y
+
+    def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Plan) -> tuple[Tensor, Tensor | None]:
+        """``lora_linear`` of the layer: y, and the rows of h = x A_stackᵀ that ``call.hand`` asks for."""
+        return lora_linear(
             x,
             self.frozen_weight,
-            self.bias if scale is None else None,
+            bias,
             call.a_stack,
             call.b_stack,
             call.residual,
@@ -280,27 +291,6 @@ class ResLoRALinear(nn.Linear):
             hand=call.hand,
             backend=self.config.backend,
         )
-        if projected is not None:
-            handed = known
-        elif shared is not None and handed is not None and later:
-            widths = [own[1] - own[0] if own else 0, *map(rows, later.values())]
-            handed, *parts = torch.split(handed, widths, dim=-1)
-            shared.project_for(x, dict(zip(later, parts, strict=True)))
-        if scale is not None:
-            y = (y * scale.to(y.dtype)) if self.bias is None else torch.addcmul(self.bias, y, scale.to(y.dtype))
-        if self.observer is not None and not recomputing():
-            self.observer.observe(x, self.whole_A, residual)
-        if own is not None and handed is not None and state is not None:
-            state.hand_on(*carried(self.config.shortcut, self.config.pre_num, received, handed))
-        return y
-
-    def _later(self, device: torch.device) -> dict[int, tuple[Tensor, ...]]:
-        """The A stacks of the layers after this one that read the same input, by place."""
-        assert self.shared is not None
-        layers = enumerate(self.shared.layers[self.place + 1 :], self.place + 1)
-        stacks = {place: layer._plan(()).a_stack for place, layer in layers if layer.lora_A.device == device}
-        total = self.rank_of_call + sum(map(rows, stacks.values()))
-        return stacks if total <= MOST_ROWS else {}
 
     def _length(self, call: Plan) -> Tensor | None:
         """m / ‖W + ΔW‖ [N], ΔW being the layer's own update; None without ``use_dora``."""
@@ -308,7 +298,7 @@ class ResLoRALinear(nn.Linear):
             return None
         b = torch.cat(call.b_stack, 1)
         a = torch.cat(call.a_stack)[: b.shape[1]]
-        return self.lora_magnitude_vector / row_norms(self.dense_weight(self.lora_A.dtype), a, b, self.scaling)
+        return self.lora_magnitude_vector / row_norms(self.dense_weight(self.merged_dtype), a, b, self.scaling)
 
     def with_update(self, delta: Tensor) -> Tensor:
         """W* [N, K] in float32 or better, for a plain update ΔW."""

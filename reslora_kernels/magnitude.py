@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """‖W + s B A‖ of each row [N] in float32 or better, without forming B A.
+    """‖W + s B A‖ of each row [N] in float32 or better, without forming B A or a wider copy of W.
 
     ‖w + s b A‖² = ‖w‖² + 2 s (w Aᵀ)·b + s² b (A Aᵀ)·b for a row w of W [N, K] and b of B [N, r].
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_files import check_header, checked_folder, regular, unique_keys
+from .adapter_files import checked_folder, parsed_json, parsed_tensors, regular
 from .config import ResLoRAConfig, Shortcut, pattern_matches
 from .model import adapted_layers, apply_reslora
 from .peft_export import PREFIX
@@ -56,9 +55,7 @@ def load_peft_adapter(
     matrices, others = _read_weights(folder)
     config = _config_of(about, model, matrices, shortcut, pre_num)
     _check_fit(config, model, matrices, others)
-    apply_reslora(
-        model, config, example_inputs=example_inputs, autocast_adapter_dtype=autocast_adapter_dtype
-    )  # fmt: skip
+    apply_reslora(model, config, example_inputs=example_inputs, autocast_adapter_dtype=autocast_adapter_dtype)
     layers, parameters = adapted_layers(model), dict(model.named_parameters())
     with torch.no_grad():
         for (name, kind), tensor in matrices.items():
@@ -68,17 +65,14 @@ def load_peft_adapter(
     return model
 
 
-def _file(folder: Path, name: str) -> Path:
+def _content(folder: Path, name: str) -> bytes:
     if not (folder / name).exists():
         raise FileNotFoundError(f"path {str(folder)!r} holds no {name}: it is not a PEFT adapter in safetensors format")
-    return regular(folder / name)
+    return regular(folder / name).read_bytes()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(_file(folder, CONFIG).read_bytes(), object_pairs_hook=unique_keys)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{CONFIG} is not valid JSON: {error}") from None
+    about = parsed_json(_content(folder, CONFIG), f"{CONFIG} is not valid JSON")
     kind = about.get("peft_type") if isinstance(about, dict) else about
     if not isinstance(about, dict) or kind != "LORA":
         raise ValueError(f"{CONFIG}: peft_type must be 'LORA', got {kind!r:.80}")
@@ -95,20 +89,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_weights(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, Tensor]]:
     """A, B and magnitudes by (module, name of the parameter), and what else was trained by the base model's names."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    content = _file(folder, WEIGHTS).read_bytes()
-    check_header(content, WEIGHTS)
-    try:
-        tensors = load(content)
-    except SafetensorError as error:
-        raise ValueError(f"{WEIGHTS} is damaged: {error}") from None
     matrices: dict[tuple[str, str], Tensor] = {}
     others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{WEIGHTS}: tensor {key!r} holds NaN or Inf")
+    for key, tensor in parsed_tensors(_content(folder, WEIGHTS), WEIGHTS).items():
         name = key.removeprefix(PREFIX)
         module, _, kind = name.removesuffix(".weight").rpartition(".")
         if kind in (("lora_A", "lora_B") if name.endswith(".weight") else ("lora_magnitude_vector",)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,7 @@ class QuantizedResLoRALinear(ResLoRALinear):
 
     @property
     def merged_dtype(self) -> torch.dtype:
-        quantizer = quantizer_of(self.base_layer)
-        assert quantizer is not None
-        return cast(torch.dtype, quantizer.dtype(self.base_layer))
+        return QuantizedWeight(self.base_layer).dtype
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         if self.merged:

@@ -14,16 +14,7 @@ from torch import nn
 
 from .config import ResLoRAConfig
 from .linear import ResLoRALinear
-from .model import (
-    Record,
-    SetAside,
-    adapted_layers,
-    apply_reslora,
-    checked_name,
-    record_of,
-    replace_modules,
-    root_of,
-)  # fmt: skip
+from .model import Record, SetAside, adapted_layers, apply_reslora, checked_name, record_of, replace_modules, root_of
 from .sharding import refuse_sharded
 
 

@@ -218,3 +218,9 @@ class Scrambled(nn.Module):
         for block in (self.first, self.second, self.third):
             x = x + torch.tanh(block["fc"](x))
         return self.out(x)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Any] | None = None) -> Tensor:
+    """What a Transformers model says to a batch, by default one for ``llama``."""
+    return model(**(FAMILIES["llama"].batch(5) if batch is None else batch)).logits

@@ -11,14 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, export_peft, load_peft_adapter, merge_reslora
 from reslora_kernels.model import adapted_layers, record_of
 from reslora_kernels.testing import relative_error
 
 from .adapter_files import assert_unchanged, state
-from .models import FAMILIES, llama, randomize
+from .models import FAMILIES, llama, logits, randomize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BATCH = FAMILIES["llama"].batch(5)
@@ -34,11 +34,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "biases": {"target_modules": ["q_proj"], "bias": "all"},
     "a head": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
 }
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: dict[str, Any] = BATCH) -> Tensor:
-    return model(**batch).logits
 
 
 def trained_by_peft(folder: Path, **changes: Any) -> PeftModel:
@@ -116,7 +111,7 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         (tampered(lambda tensors: tensors.update({KEY.replace("lora_A", "lora_Z"): torch.ones(1)})), "neither A, B"),
         (tampered(lambda tensors: tensors.update({"base_model.model.zz.weight": torch.ones(1)})), "a parameter of it"),
     ],
-)  # fmt: skip
+)
 def test_refused_and_left_as_it_was(edit: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     trained_by_peft(tmp_path, target_modules=["q_proj"])
     edit(tmp_path)

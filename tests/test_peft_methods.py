@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reslora_kernels import (
     ResLoRAConfig,
@@ -18,21 +18,16 @@ from reslora_kernels import (
     load_adapter,
     merge_reslora,
     save_adapter,
-)  # fmt: skip
+)
 from reslora_kernels.model import adapted_layers, record_of
 from reslora_kernels.testing import relative_error
 
-from .models import FAMILIES, llama, randomize, roberta
+from .models import FAMILIES, llama, logits, randomize, roberta
 
 SHORTCUTS = ("none", "input", "block", "middle")
 STARTS = ("pissa", "pissa_niter_8", "olora")
 ROUNDING = 1e-9  # float64; the same algebra in another order
 BATCH = FAMILIES["llama"].batch(5)
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: dict[str, Any] = BATCH) -> Tensor:
-    return model(**batch).logits
 
 
 def adapted(shortcut: str = "none", **changes: Any) -> nn.Module:

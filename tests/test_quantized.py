@@ -28,14 +28,14 @@ from reslora_kernels import (
     set_adapter,
     shard_reslora,
     unmerge_reslora,
-)  # fmt: skip
+)
 from reslora_kernels.model import adapted_layers
 from reslora_kernels.quantized_linear import QuantizedResLoRALinear
 from reslora_kernels.quantizers import QuantizedWeight
 from reslora_kernels.quantizers import bitsandbytes as quantizer
 from reslora_kernels.testing import relative_error
 
-from .models import FAMILIES, llama, randomize
+from .models import FAMILIES, llama, logits, randomize
 
 SHORTCUTS = ("none", "input", "block", "middle")
 BATCH = FAMILIES["llama"].batch(5)
@@ -85,11 +85,6 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torchao float8": with_torchao(Float8WeightOnlyConfig()),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(**BATCH).logits
 
 
 def config(shortcut: str = "block", **changes: Any) -> ResLoRAConfig:

@@ -29,7 +29,7 @@ from reslora_kernels import (
 )
 
 from .adapter_files import X, assert_unchanged, state
-from .models import FAMILIES, Scrambled, llama, randomize
+from .models import FAMILIES, Scrambled, llama, logits, randomize
 
 CONFIGS = {
     "default": ResLoRAConfig(r=3, shortcut="middle", pre_num=2),
@@ -37,11 +37,6 @@ CONFIGS = {
     "third": ResLoRAConfig(r=5, lora_alpha=3, shortcut="block", pre_num=-1, init_lora_weights="pissa"),
 }
 BATCH = FAMILIES["llama"].batch(5)
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(**BATCH).logits
 
 
 def alone(name: str) -> nn.Module:

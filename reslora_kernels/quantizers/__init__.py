@@ -34,17 +34,23 @@ class QuantizedWeight:
     """The weight [N, K] of a quantised linear layer for ``ops.lora_linear``, which unpacks it for each pass."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        self.linear = linear
+        quantizer = quantizer_of(linear)
+        assert quantizer is not None
+        self.linear, self._quantizer = linear, quantizer
         self.shape = torch.Size((linear.out_features, linear.in_features))
 
     @property
     def device(self) -> torch.device:
         return self.linear.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that the weight was quantised from, or is computed in."""
+        dtype: torch.dtype = self._quantizer.dtype(self.linear)
+        return dtype
+
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W in ``dtype``, a new tensor."""
-        quantizer = quantizer_of(self.linear)
-        assert quantizer is not None
         with torch.no_grad():
-            weight: Tensor = quantizer.dequantize(self.linear)
+            weight: Tensor = self._quantizer.dequantize(self.linear)
             return weight.to(dtype)
