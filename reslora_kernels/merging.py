@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -16,12 +15,13 @@ from .config import MergeMethod, ResLoRAConfig
 from .coverage import table
 from .execution import call_with, undisturbed
 from .linear import ResLoRALinear
-from .model import Record, adapted_layers, record_of, root_of
+from .model import adapted_layers, record_of, root_of
 from .quantized_linear import QuantizedResLoRALinear
+from .sequential import sequential_updates
 from .sharding import refuse_sharded
 from .shortcuts import hands_on
-from .statistics import LayerStatistics, Statistics, collect_statistics
-from .updates import LowRankUpdate, least_squares, relative_error, updates_of_chain
+from .statistics import Statistics, collect_statistics
+from .updates import LowRankUpdate, updates_of_chain
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def merge_reslora(
     statistics: Statistics | None = None,
     calibration: Iterable[Any] | None = None,
     sequential: bool = False,
+    extra_rank: int = 0,
     regularization: float = 1e-6,
     keep_original: bool = True,
     dequantize: bool = False,
@@ -84,6 +85,9 @@ def merge_reslora(
             tuple or list ``model(*batch)``, anything else ``model(batch)``.
         sequential: fit layer n of every chain on the model whose layers before n are merged already (least_squares
             only). Runs ``calibration`` twice per position of the longest chain, so it must be re-iterable.
+        extra_rank: by how much the rank of an update may grow in a ``sequential`` fit, to make up in layer n for what
+            the merges before it changed in its input. A merged weight costs the same with it; r is a good value, and
+            halves what least squares loses.
         regularization: λ as a share of the mean diagonal of G_n.
         keep_original: keep the weights, in main memory, so that ``unmerge_reslora`` can restore them.
         dequantize: let dequantised weights take the place of quantised ones, which cannot hold an update; kept
@@ -113,7 +117,8 @@ def merge_reslora(
         )
     updates = compute_updates(
         model, method,
-        statistics=statistics, calibration=calibration, sequential=sequential, regularization=regularization,
+        statistics=statistics, calibration=calibration, sequential=sequential, extra_rank=extra_rank,
+        regularization=regularization,
     )  # fmt: skip
     _refuse_tied(root_of(model), layers)
     merged_weights: dict[str, Tensor] = {}
@@ -156,6 +161,7 @@ def compute_updates(
     statistics: Statistics | None = None,
     calibration: Iterable[Any] | None = None,
     sequential: bool = False,
+    extra_rank: int = 0,
     regularization: float = 1e-6,
 ) -> dict[str, LowRankUpdate]:
     """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``."""
@@ -163,7 +169,7 @@ def compute_updates(
     refuse_sharded(model, "merged or exported", "save_adapter(model, path), then load and merge it in one process")
     record = record_of(model)
     config = record.config
-    method = _checked_method(config, method, statistics, calibration, sequential, regularization)
+    method = _checked_method(config, method, statistics, calibration, sequential, extra_rank, regularization)
     if not hands_on(config.shortcut, config.pre_num):
         calibration = None  # exact: data would change nothing
     if calibration is not None and not sequential:
@@ -174,7 +180,7 @@ def compute_updates(
         raise ValueError("the layers' execution order is not known yet: run one forward of the model before merging")
     chains = record.chains or [Chain([layer], name) for name, layer in layers.items()]
     if calibration is not None and sequential:
-        by_layer = _sequential(model, record, list(layers.values()), calibration, regularization)
+        by_layer = sequential_updates(model, record.chains, calibration, regularization, extra_rank)
     else:
         _check_statistics(statistics, layers)
         by_layer = {}
@@ -186,84 +192,13 @@ def compute_updates(
     return {name: by_layer[layer] for name, layer in layers.items()}
 
 
-def _sequential(
-    model: nn.Module,
-    record: Record,
-    layers: list[ResLoRALinear],
-    calibration: Iterable[Any],
-    regularization: float,
-) -> dict[ResLoRALinear, LowRankUpdate]:
-    """Least squares position by position: x_n from the model merged before n, v_n from the unmerged one."""
-    updates: dict[ResLoRALinear, LowRankUpdate] = {}
-    with undisturbed(model):
-        for n in range(max(len(chain) for chain in record.chains)):
-            current = [chain.layers[n] for chain in record.chains if len(chain) > n]
-            seen = {layer: LayerStatistics(layer.config, layer.whole_A, True) for layer in current}
-            for batch in calibration if n else ():
-                shortcut_parts = _captured(model, current, batch)
-                with _replaced(updates):
-                    inputs = _captured(model, current, batch)
-                for layer in current:
-                    for (_, v), (x, _) in zip(shortcut_parts[layer], inputs[layer], strict=True):
-                        seen[layer].observe(x, layer.whole_A, v)
-            for layer in current:
-                if n == 0:
-                    first = Chain([layer])
-                    updates[layer] = updates_of_chain(first, "least_squares", None, regularization)[0]
-                    continue
-                if not seen[layer].calls:
-                    raise ValueError("calibration gave no batch on a second run: with sequential=True pass a list")
-                a, b = layer.whole_A.detach().double(), layer.whole_B.detach().double()
-                name = layer.chain.name if layer.chain is not None else ""
-                merged = a + least_squares(seen[layer], regularization, f"layer {n} of chain {name!r}")
-                error = relative_error(seen[layer], a, merged, b)
-                wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
-                updates[layer] = LowRankUpdate(merged.to(wide), b.to(wide), layer.scaling, "least_squares", error)
-    return updates
-
-
-class _Captured:
-    """An observer that keeps x and v of every call of one batch."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor | None]] = []
-
-    def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
-        self.calls.append((x, residual))
-
-
-def _captured(
-    model: nn.Module, layers: list[ResLoRALinear], batch: Any
-) -> dict[ResLoRALinear, list[tuple[Tensor, Tensor | None]]]:
-    observers = {layer: _Captured() for layer in layers}
-    try:
-        for layer, observer in observers.items():
-            layer.observer = observer
-        call_with(model, batch)
-    finally:
-        for layer in layers:
-            layer.observer = None
-    return {layer: observer.calls for layer, observer in observers.items()}
-
-
-@contextmanager
-def _replaced(updates: dict[ResLoRALinear, LowRankUpdate]) -> Iterator[None]:
-    """Let the updates found so far stand in for their layers' shortcuts."""
-    try:
-        for layer, update in updates.items():
-            layer.replacement = (update.a, update.b)
-        yield
-    finally:
-        for layer in updates:
-            layer.replacement = None
-
-
 def _checked_method(
     config: ResLoRAConfig,
     method: str | None,
     statistics: Statistics | None,
     calibration: Iterable[Any] | None,
     sequential: bool,
+    extra_rank: int,
     regularization: float,
 ) -> MergeMethod:
     allowed = get_args(MergeMethod)
@@ -279,6 +214,10 @@ def _checked_method(
         raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
     if not isinstance(sequential, bool):
         raise TypeError(f"sequential must be True or False, got {sequential!r}")
+    if isinstance(extra_rank, bool) or not isinstance(extra_rank, int):
+        raise TypeError(f"extra_rank must be an int of 0 or more, got {extra_rank!r}")
+    if extra_rank < 0 or (extra_rank and not sequential):
+        raise ValueError(f"extra_rank must be 0, or more with sequential=True, got {extra_rank}")
     if isinstance(regularization, bool) or not isinstance(regularization, (int, float)):
         raise TypeError(f"regularization must be a number of 0 or more, got {regularization!r}")
     if not (math.isfinite(regularization) and regularization >= 0):

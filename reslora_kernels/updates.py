@@ -111,28 +111,38 @@ def _input_by_weights(layers: list[ResLoRALinear], a: list[Tensor], b: list[Tens
 
 
 def least_squares(statistics: LayerStatistics, regularization: float, where: str) -> Tensor:
-    """T (G + λI)⁻¹ [r, K], solved in float64. λ is ``regularization`` * mean(diag G).
+    """T (G + λI)⁻¹ [r, K] in float64; see ``cholesky_factor``.
+
+    Raises:
+        ValueError: there are no second moments, or as for ``cholesky_factor``.
+    """
+    if statistics.gram is None or statistics.cross is None:
+        raise ValueError(f"{where}: statistics hold no second moments; collect them with second_moments=True")
+    factor = cholesky_factor(statistics.gram, regularization, where)
+    return torch.cholesky_solve(statistics.cross.double().T, factor).T
+
+
+def cholesky_factor(gram: Tensor, regularization: float, where: str) -> Tensor:
+    """L [K, K] with L Lᵀ = gram + λI, in float64. λ is ``regularization`` * mean(diag gram).
 
     Moments summed in float32 over few tokens may not be positive with that λ; then it is the size of their rounding.
 
     Raises:
-        ValueError: G holds NaN or Inf, or is singular to working precision.
+        ValueError: the gram holds NaN or Inf, or is singular to working precision.
     """
-    gram, cross = statistics.gram, statistics.cross
-    if gram is None or cross is None:
-        raise ValueError(f"{where}: statistics hold no second moments; collect them with second_moments=True")
     rounding = 4 * torch.finfo(gram.dtype).eps
-    gram, cross = gram.double(), cross.double()
+    gram = gram.double()
     scale = gram.diagonal().mean()
     if not torch.isfinite(scale):
         raise ValueError(f"{where}: the layer's inputs hold NaN or Inf, so no merge can be fitted to them")
-    if scale == 0:
-        return torch.zeros_like(cross)  # the layer only ever saw zeros
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    if scale == 0:
+        return identity  # the layer only ever saw zeros: whatever is solved for is zero
+    factor: Tensor
     for strength in (regularization * scale, rounding * gram.norm() if regularization > 0 else 0.0):
         factor, failed = torch.linalg.cholesky_ex(gram + strength * identity)
         if not failed:
-            return torch.cholesky_solve(cross.T, factor).T
+            return factor
     raise ValueError(
         f"{where}: regularization={regularization} leaves the calibration moments singular; "
         "use more calibration tokens or a larger regularization"

@@ -38,6 +38,7 @@ LAYERS = {
     "switching": 5,
     "updates": 5,
     "merging": 5,
+    "sequential": 5,
     "statistics": 5,
     "adapter_files": 5,
     "adapters": 5,

@@ -124,6 +124,32 @@ def test_sequential_fits_each_layer_on_the_model_merged_before_it(shortcut: str,
         assert max_error(model.layers[n].weight, weights[n] + b[n] @ fitted) < 1e-9
 
 
+@pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", -1)])
+def test_extra_rank_makes_up_for_what_earlier_merges_changed(shortcut: str, pre_num: int) -> None:
+    """With all the rank there is a merged layer is the linear map from its input nearest to the unmerged output."""
+    data, bias = batches(4), [layer.bias.detach() for layer in adapted(shortcut, pre_num).layers]
+    wanted = joined(adapted(shortcut, pre_num), data)[1]
+    errors = {}
+    for extra in (0, 1, WIDTH):
+        model = adapted(shortcut, pre_num)
+        report = merge_reslora(model, calibration=data, sequential=True, extra_rank=extra, regularization=1e-9)
+        assert [row.rank for row in report.rows] == [RANK] + [RANK + extra] * (DEPTH - 1)
+        xs, ys = joined(model, data)
+        errors[extra] = [relative_error(y, expected) for y, expected in zip(ys, wanted, strict=True)]
+    for n in range(1, DEPTH):
+        nearest = xs[n] @ torch.linalg.lstsq(xs[n], wanted[n] - bias[n], driver="gelsd").solution + bias[n]
+        assert max_error(ys[n], nearest) < 1e-6
+    assert errors[WIDTH][-1] < errors[1][-1] < errors[0][-1]
+
+
+def joined(model: Residual, data: list[Tensor]) -> list[list[Tensor]]:
+    """Every layer's input and every layer's output over all batches."""
+    seen = [model(batch) for batch in data]
+    return [
+        [torch.cat([one[part][n].detach().flatten(0, -2) for one in seen]) for n in range(DEPTH)] for part in (0, 1)
+    ]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("none", 0), ("block", -1), ("input", 1), ("middle", 2)])
 def test_unmerge_restores_every_bit(shortcut: str, pre_num: int, dtype: torch.dtype) -> None:

@@ -212,8 +212,12 @@ def test_least_squares_beats_the_papers_merges_on_held_out_data(name: str, short
     if name != "unet":  # its longest chain has 8 layers, and every one costs two runs
         merge_reslora(model, "least_squares", calibration=calibration, sequential=True)
         errors["sequential"] = relative_error(outputs(), unmerged)
+        unmerge_reslora(model)
+        merge_reslora(model, "least_squares", calibration=calibration, sequential=True, extra_rank=4)
+        errors["extra_rank"] = relative_error(outputs(), unmerged)
     paper = min(errors["input"], errors["weights"])
     assert max(errors["least_squares"], errors.get("sequential", 0.0)) < 0.95 * paper, errors
+    assert errors.get("extra_rank", 0.0) < 0.8 * errors.get("sequential", 1.0), errors
 
 
 def through_examples(kind: str) -> tuple[nn.Module, Any]:

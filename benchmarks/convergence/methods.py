@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.convergence.tasks.kinds import Task
 from reslora_kernels import ResLoRAConfig, apply_reslora
 from reslora_kernels.config import Shortcut
 
 R, ALPHA = 4, 8
+BASELINE = "lora"
 
 
 @dataclass(frozen=True)
@@ -21,28 +23,35 @@ class Method:
     """``adapt`` changes a model for a run of so many steps; ``after_step`` is called with what it returned."""
 
     title: str
-    adapt: Callable[[nn.Module, int], nn.Module]
+    adapt: Callable[[nn.Module, Task, int], nn.Module]
     after_step: Callable[[Any, int], None] = lambda model, step: None
 
 
 def _reslora(title: str, shortcut: Shortcut, pre_num: int = 2, r: int = R) -> Method:
-    config = ResLoRAConfig(r=r, lora_alpha=2 * r, shortcut=shortcut, pre_num=pre_num)
-    return Method(title, lambda model, steps: apply_reslora(model, config))
+    def adapt(model: nn.Module, task: Task, steps: int) -> nn.Module:
+        config = ResLoRAConfig(
+            r=r, lora_alpha=2 * r, shortcut=shortcut, pre_num=pre_num,
+            target_modules=list(task.targets), modules_to_save=list(task.trained_whole) or None,
+        )  # fmt: skip
+        return apply_reslora(model, config)
+
+    return Method(title, adapt)
 
 
 def _peft(title: str, config_of: Callable[[Any, int], Any], **more: Any) -> Method:
-    def adapt(model: nn.Module, steps: int) -> nn.Module:
+    def adapt(model: nn.Module, task: Task, steps: int) -> nn.Module:
         import peft
 
-        adapted: nn.Module = peft.get_peft_model(model, config_of(peft, steps))  # type: ignore[arg-type]
+        config = config_of(peft, steps)
+        config.target_modules, config.modules_to_save = set(task.targets), list(task.trained_whole) or None
+        adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
         return adapted
 
     return Method(title, adapt, **more)
 
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS = {
-    "lora": _reslora("LoRA r=4", "none"),
+    BASELINE: _reslora("LoRA r=4", "none"),
     "lora-16": _reslora("LoRA r=16", "none", r=16),
     "input": _reslora("ResLoRA input", "input"),
     "block": _reslora("ResLoRA block, 2", "block"),
@@ -57,17 +66,16 @@ METHODS = {
     "adalora": _peft(
         "AdaLoRA",
         lambda peft, steps: peft.AdaLoraConfig(
-            init_r=6, target_r=R, lora_alpha=ALPHA, total_step=steps, tinit=steps // 10, tfinal=steps // 3,
-            deltaT=5, target_modules=LINEARS,
+            init_r=6, target_r=R, lora_alpha=ALPHA, total_step=steps, tinit=steps // 10, tfinal=steps // 3, deltaT=5
         ),
         after_step=lambda model, step: model.base_model.update_and_allocate(step),
     ),
-    "loha": _peft("LoHa", lambda peft, steps: peft.LoHaConfig(r=R, alpha=ALPHA, target_modules=LINEARS)),
-    "lokr": _peft("LoKr", lambda peft, steps: peft.LoKrConfig(r=R, alpha=ALPHA, target_modules=LINEARS)),
-}  # fmt: skip
+    "loha": _peft("LoHa", lambda peft, steps: peft.LoHaConfig(r=R, alpha=ALPHA)),
+    "lokr": _peft("LoKr", lambda peft, steps: peft.LoKrConfig(r=R, alpha=ALPHA)),
+}
 
 
-def adapted(base: nn.Module, method: str, steps: int, seed: int) -> nn.Module:
+def adapted(base: nn.Module, task: Task, method: str, steps: int, seed: int) -> nn.Module:
     """A copy of ``base`` with fresh adapters; the seed draws them."""
     torch.manual_seed(seed)
-    return METHODS[method].adapt(copy.deepcopy(base), steps)
+    return METHODS[method].adapt(copy.deepcopy(base), task, steps)

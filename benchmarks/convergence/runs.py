@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.convergence import measures
 from benchmarks.convergence.methods import METHODS, adapted
-from benchmarks.convergence.settings import TUNING_SEED, Budget
-from benchmarks.convergence.tasks import TASKS, Batch, loss_of, measured
-from reslora_kernels import collect_statistics, merge_reslora
+from benchmarks.convergence.settings import TUNING_SEED, Experiments
+from benchmarks.convergence.tasks import TASKS
+from benchmarks.convergence.tasks.kinds import Batch, Task
+from benchmarks.convergence.training import training_steps
 from reslora_kernels.cli.bench.results import commit_of, machine_of
-from reslora_kernels.cli.demo import data
-from reslora_kernels.cli.demo.training import new_model, pretrain, training_steps
-from reslora_kernels.config import MergeMethod
-from reslora_kernels.merging import unmerge_reslora
-from reslora_kernels.model import Record, record_of
-from reslora_kernels.shortcuts import hands_on
+
+CALIBRATION_SEED = 10_000  # added to a run's own
 
 
 @dataclass(frozen=True)
@@ -35,108 +33,98 @@ class Spec:
     rate: float
     seed: int
 
+    @property
+    def tunes(self) -> bool:
+        """Whether it only helps to choose the learning rate."""
+        return self.seed == TUNING_SEED
+
     def file(self, folder: Path) -> Path:
         return folder / f"{self.task}-{self.method}-{self.rate:g}-{self.seed}.json"
 
 
-def base_model(budget: Budget, folder: Path) -> nn.Module:
-    """The demo's LLaMA, pre-trained on English prose; kept in ``folder`` for the next run of the same settings."""
-    from safetensors.torch import load_model, save_model
+def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec) -> dict[str, Any]:
+    """The run's result as plain values. Seconds are a run's median step times the number of steps.
 
-    settings = budget.model
-    digest = hashlib.sha256(json.dumps(vars(settings), sort_keys=True, default=list).encode()).hexdigest()[:12]
-    path, model = folder / f"base-{digest}.safetensors", new_model(settings)
-    if path.exists():
-        load_model(model, path)
-    else:
-        drawn = data.random_batches(
-            data.prose().train, settings.pretraining_steps, settings.batch, settings.sequence, settings.seed
-        )
-        pretrain(model, drawn, settings, lambda loss: None)
-        save_model(model, str(path.with_suffix(".tmp")))
-        os.replace(path.with_suffix(".tmp"), path)
-    return model.eval().requires_grad_(False)
-
-
-def train_one(base: nn.Module, budget: Budget, spec: Spec) -> dict[str, Any]:
-    """The run's result as plain values. Seconds are those of training steps alone."""
-    task, method = TASKS[spec.task], METHODS[spec.method]
-    batches = task.train(budget.steps, budget.model.batch, spec.seed)
-    held_out = task.held_out(budget.held_out)
-    model = adapted(base, spec.method, budget.steps, spec.seed)
+    A run that tunes is measured before and after, and no more.
+    """
+    budget, sizes, method = experiments.budgets[spec.task], experiments.sizes[task.kind], METHODS[spec.method]
+    device = next(base.parameters()).device
+    batches = [on(batch, device) for batch in task.train(sizes, budget.steps, budget.batch, spec.seed)]
+    held_out = on(task.held_out(sizes, budget.held_out), device)
+    model = adapted(base, task, spec.method, budget.steps, spec.seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    curve: list[dict[str, Any]] = [{"step": 0, "seconds": 0.0} | measured(model, spec.task, held_out)]
-    marks = {round(budget.steps * i / budget.evaluations) for i in range(1, budget.evaluations + 1)}
+    evaluations = 1 if spec.tunes else budget.evaluations
+    marks = [round(budget.steps * i / evaluations) for i in range(1, evaluations + 1)]
+    curve: list[dict[str, Any]] = [{"step": 0} | task.figures(model, held_out)]
+    gradients: dict[int, dict[str, float]] = {}
     optimizer = torch.optim.AdamW(trained, spec.rate, weight_decay=0.0)
-    seconds, start = 0.0, time.perf_counter()
-    model.train()
-    for step, _ in enumerate(training_steps(model, optimizer, batches, budget.model.warmup_steps, loss_of), 1):
+    times, start = [], _now(device)
+    for step, _ in enumerate(training_steps(model, optimizer, batches, budget.warmup_steps, task.loss), 1):
         method.after_step(model, step)
-        seconds += time.perf_counter() - start
+        times.append(_now(device) - start)
         if step in marks:
-            curve.append({"step": step, "seconds": seconds} | measured(model, spec.task, held_out))
-        start = time.perf_counter()
-    model.eval()
-    return {
+            curve.append({"step": step} | task.figures(model, held_out))
+            if not spec.tunes and step in (marks[0], marks[-1]):
+                gradients[step] = measures.gradient_norms(model, task, held_out)
+        start = _now(device)
+    seconds = statistics.median(times)
+    result = {
         "spec": asdict(spec),
-        "budget": budget.to_dict(),
+        "budget": budget.of_a_run(),
+        "sizes": asdict(sizes),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
-        "curve": curve,
-        "merges": _merges(model, budget, spec, held_out, curve),
-        "machine": machine_of(torch.device("cpu")),
+        "seconds_per_step": seconds,
+        "curve": [{"seconds": seconds * point["step"]} | point for point in curve],
+        "machine": machine_of(device),
         "commit": commit_of(Path(__file__).parents[2]),
+    }
+    if spec.tunes:
+        return result
+    drawn = task.train(sizes, budget.calibration_batches, budget.batch, spec.seed + CALIBRATION_SEED)
+    calibration = [on(batch, device) for batch in drawn]
+    return result | {
+        "final": curve[-1] | task.final_figures(model, held_out),
+        "merges": measures.merges(model, task, calibration, held_out, curve[-1], curve[0]["loss"]),
+        "adapter_norms": measures.adapter_norms(model),
+        "gradient_norms": gradients,
     }
 
 
-def _merges(
-    model: nn.Module, budget: Budget, spec: Spec, held_out: Batch, curve: list[dict[str, Any]]
-) -> dict[str, dict[str, float]]:
-    """By method: the figures after the merge, and the share of fine-tuning's gain in loss that it lost."""
-    if not isinstance(model.__dict__.get("_reslora"), Record):
-        return {}
-    config = record_of(model).config
-    approximate = hands_on(config.shortcut, config.pre_num)
-    calibration = TASKS[spec.task].train(budget.calibration_batches, budget.model.batch, spec.seed + 10_000)
-    inputs = [{"input_ids": batch.tokens, "use_cache": False} for batch in calibration]
-    statistics = None
-    if approximate:
-        with torch.no_grad(), collect_statistics(model) as statistics:
-            for batch in inputs:
-                model(**batch)
-    ways: dict[str, dict[str, Any]] = {"exact": {}}
-    if approximate:
-        methods: tuple[MergeMethod, ...] = get_args(MergeMethod)
-        ways = {method: {"method": method, "statistics": statistics} for method in methods}
-        ways["least_squares, sequential"] = {"method": "least_squares", "calibration": inputs, "sequential": True}
-    gain = curve[0]["loss"] - curve[-1]["loss"]
-    found = {}
-    for name, arguments in ways.items():
-        merge_reslora(model, **arguments)
-        after = measured(model, spec.task, held_out)
-        found[name] = after | {"lost_share": (after["loss"] - curve[-1]["loss"]) / gain}
-        unmerge_reslora(model)
-    return found
+def on(batch: Batch, device: torch.device) -> Batch:
+    """The batch's tensors on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def missing(budget: Budget, folder: Path, rates: dict[tuple[str, str], float] | None) -> list[Spec]:
-    """The runs without a file: those that choose the learning rates, or, once ``rates`` are known, the others.
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def missing(experiments: Experiments, folder: Path, *, tuning: bool) -> list[Spec]:
+    """The runs without a file: those that choose the learning rates, or, once those are done, the others.
 
     Raises:
         ValueError: a file of this folder is of a run with other settings.
     """
-    pairs = [(task, method) for task in budget.tasks for method in budget.methods]
-    if rates is None:
-        wanted = [Spec(*pair, rate, TUNING_SEED) for pair in pairs for rate in budget.rates if len(budget.rates) > 1]
-    else:
-        wanted = [Spec(*pair, rates[pair], seed) for pair in pairs for seed in budget.seeds]
+    wanted = []
+    for task, budget in experiments.budgets.items():
+        for method in budget.methods:
+            if not tuning:
+                rate = best_rate(experiments, folder, task, method)
+                wanted += [Spec(task, method, rate, seed) for seed in experiments.seeds]
+            elif len(budget.rates) > 1:
+                wanted += [Spec(task, method, rate, TUNING_SEED) for rate in budget.rates]
     for spec in wanted:
         if spec.file(folder).exists():
-            _refuse_another_budget(spec.file(folder), budget)
+            _refuse_other_settings(spec.file(folder), experiments, spec)
     return [spec for spec in wanted if not spec.file(folder).exists()]
 
 
-def _refuse_another_budget(path: Path, budget: Budget) -> None:
-    found, own = json.loads(path.read_text())["budget"], json.loads(json.dumps(budget.to_dict()))
+def _refuse_other_settings(path: Path, experiments: Experiments, spec: Spec) -> None:
+    found = json.loads(path.read_text())
+    found = found["budget"] | found["sizes"]
+    own = experiments.budgets[spec.task].of_a_run() | asdict(experiments.sizes[TASKS[spec.task].kind])
     different = sorted(key for key in found.keys() | own.keys() if found.get(key) != own.get(key))
     if different:
         raise ValueError(f"{path} is of a run with other settings ({', '.join(different)}): use another folder")
@@ -154,15 +142,11 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def best_rates(budget: Budget, folder: Path) -> dict[tuple[str, str], float]:
-    """By task and method: the rate of the grid whose tuning run ended with the lowest loss."""
-    losses: dict[tuple[str, str], dict[float, float]] = {}
-    for result in read_all(folder):
-        spec = Spec(**result["spec"])
-        if spec.seed == TUNING_SEED:
-            losses.setdefault((spec.task, spec.method), {})[spec.rate] = result["curve"][-1]["loss"]
-    return {
-        (task, method): min(found, key=found.__getitem__) if (found := losses.get((task, method))) else budget.rates[0]
-        for task in budget.tasks
-        for method in budget.methods
-    }
+def best_rate(experiments: Experiments, folder: Path, task: str, method: str) -> float:
+    """The rate of the grid whose tuning run ended with the lowest loss."""
+    rates = experiments.budgets[task].rates
+    if len(rates) == 1:
+        return rates[0]
+    files = {rate: Spec(task, method, rate, TUNING_SEED).file(folder) for rate in rates}
+    losses = {rate: json.loads(path.read_text())["curve"][-1]["loss"] for rate, path in files.items()}
+    return min(losses, key=losses.__getitem__)

@@ -1,53 +1,114 @@
-"""A set of runs: sizes, budgets, the grid of learning rates and the seeds."""
+"""A set of runs: for each task its sizes, budget, methods and grid of learning rates; and the seeds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-from reslora_kernels.cli.demo.settings import FULL, QUICK, Settings
 
 TUNING_SEED = 1000  # of the runs that choose a method's learning rate; no other run uses it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What every method gets alike. The model and its pre-training are those of ``reslora demo``."""
+class Sizes:
+    """A base model and its pre-training; ``sequence`` in bytes, or pixels a side for images."""
 
-    name: str
-    model: Settings
-    tasks: tuple[str, ...]
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    layers: int = 6
+    heads: int = 4
+    sequence: int = 128
+    batch: int = 8
+    pretraining_steps: int = 400
+    pretraining_rate: float = 4e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every method gets alike on one task: ``steps`` of ``batch`` sequences, measured on ``held_out`` others."""
+
     methods: tuple[str, ...]
     steps: int
     evaluations: int
+    batch: int
     held_out: int
     rates: tuple[float, ...]
-    seeds: tuple[int, ...]
     calibration_batches: int = 16
+    warmup_steps: int = 10
 
-    def to_dict(self) -> dict[str, Any]:
-        """What a run's result depends on, for its file."""
-        return {
-            "model": vars(self.model), "steps": self.steps, "evaluations": self.evaluations,
-            "held_out": self.held_out, "calibration_batches": self.calibration_batches,
-        }  # fmt: skip
+    def of_a_run(self) -> dict[str, Any]:
+        """What one run's result depends on: neither the other methods nor the other rates."""
+        return {key: value for key, value in asdict(self).items() if key not in ("methods", "rates")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiments:
+    """``sizes`` by kind of base model, ``budgets`` by task."""
+
+    name: str
+    sizes: Mapping[str, Sizes]
+    budgets: Mapping[str, Budget]
+    seeds: tuple[int, ...]
 
 
 MAIN = ("lora", "lora-16", "input", "block", "middle")
 PEERS = ("adalora", "loha", "lokr")
-ABLATIONS = ("block-1", "block-4", "block-all", "middle-1", "middle-4", "middle-all")
+PRE_NUM = ("block-1", "block-4", "block-all", "middle-1", "middle-4", "middle-all")
+RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+
+DECODER = Sizes()
+ENCODER = Sizes(hidden_size=64, intermediate_size=192, layers=6, sequence=96, batch=32, pretraining_steps=500)
+UNET = Sizes(hidden_size=32, sequence=8, batch=64, layers=1, pretraining_steps=1200, pretraining_rate=2e-3)
+
+_TEXT = Budget(methods=MAIN, steps=120, evaluations=6, batch=8, held_out=64, rates=RATES)
+_CLASSES = Budget(methods=MAIN, steps=80, evaluations=4, batch=16, held_out=384, rates=RATES)
+_IMAGES = Budget(
+    methods=("lora", "input", "block", "middle"), steps=120, evaluations=4, batch=32, held_out=256, rates=RATES
+)  # fmt: skip
+_QUICK = {"steps": 12, "evaluations": 2, "held_out": 16, "rates": (1e-2,), "calibration_batches": 4}
 
 SETS = {
-    "quick": Budget(
-        name="quick", model=QUICK, tasks=("python", "arithmetic"), methods=("lora", "input", "block", "middle"),
-        steps=40, evaluations=4, held_out=16, rates=(1e-2,), seeds=(0, 1), calibration_batches=4,
+    "quick": Experiments(
+        name="quick",
+        sizes={
+            "decoder": replace(DECODER, hidden_size=64, intermediate_size=192, layers=4, pretraining_steps=60),
+            "encoder": replace(ENCODER, layers=4, pretraining_steps=40, batch=8),
+            "unet": replace(UNET, pretraining_steps=120, batch=16),
+        },
+        budgets={
+            "python": replace(_TEXT, **_QUICK, methods=("lora", "input", "block", "middle")),
+            "arithmetic": replace(_TEXT, **_QUICK, methods=("lora", "block")),
+            "package": replace(_CLASSES, **_QUICK, methods=("lora", "block")),
+            "code": replace(_CLASSES, **_QUICK, methods=("lora", "block")),
+            "order": replace(_CLASSES, **_QUICK, methods=("lora", "block")),
+            "inverted": replace(_IMAGES, **_QUICK, methods=("lora", "block")),
+            "slanted": replace(_IMAGES, **_QUICK, methods=("lora", "block")),
+        },
+        seeds=(0, 1),
     ),
-    "main": Budget(
-        name="main", model=FULL, tasks=("python",), methods=MAIN,
-        steps=120, evaluations=12, held_out=64, rates=(5e-3, 1e-2, 2e-2), seeds=(0, 1, 2, 3, 4),
+    "cpu": Experiments(
+        name="cpu",
+        sizes={"decoder": DECODER, "encoder": ENCODER, "unet": UNET},
+        budgets={
+            "python": replace(_TEXT, methods=(*MAIN, *PEERS, *PRE_NUM)),
+            "arithmetic": replace(_TEXT, methods=(*MAIN, *PEERS)),
+            "package": _CLASSES,
+            "code": _CLASSES,
+            "order": _CLASSES,
+            "inverted": _IMAGES,
+            "slanted": _IMAGES,
+        },
+        seeds=(0, 1, 2, 3, 4),
     ),
-    "cpu": Budget(
-        name="cpu", model=FULL, tasks=("python", "arithmetic"), methods=(*MAIN, *PEERS, *ABLATIONS),
-        steps=120, evaluations=12, held_out=64, rates=(5e-3, 1e-2, 2e-2), seeds=(0, 1, 2, 3, 4),
+    "gpu": Experiments(  # the decoder has 100 million parameters
+        name="gpu",
+        sizes={
+            "decoder": replace(
+                DECODER, hidden_size=768, intermediate_size=2304, layers=12, heads=12, sequence=512, batch=16,
+                pretraining_steps=400, pretraining_rate=6e-4,
+            )
+        },
+        budgets={"python": replace(_TEXT, rates=(1e-3, 2e-3, 4e-3), batch=16, steps=100, methods=MAIN)},
+        seeds=(0, 1, 2, 3, 4),
     ),
 }  # fmt: skip

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.convergence.methods import BASELINE
 from benchmarks.convergence.runs import Spec
-from benchmarks.convergence.settings import TUNING_SEED
 
-BASELINE = "lora"
+Runs = dict[int, dict[str, Any]]  # results by seed
+WITHIN = 0.1  # of LoRA's number of parameters is "as many"
 
 
 @dataclass(frozen=True)
 class Row:
     """A method on a task. ``difference`` is to LoRA's final loss with the same seed; p of a paired t-test, None if one.
 
-    ``steps`` and ``seconds`` are medians over the seeds that reached the final loss of LoRA with the same seed.
+    ``steps`` and ``seconds`` are medians over the seeds that reached the final loss of LoRA with the same seed;
+    ``metrics`` are means, with the spread, of what is measured beside the loss.
     """
 
     task: str
@@ -25,6 +27,7 @@ class Row:
     rate: float
     seeds: int
     parameters: int
+    step_seconds: float
     loss: float
     spread: float
     difference: float
@@ -33,8 +36,8 @@ class Row:
     reached: int
     steps: float | None
     seconds: float | None
-    exact_match: float | None
-    lost_shares: dict[str, list[float]]
+    metrics: dict[str, tuple[float, float]]
+    merges: dict[str, list[dict[str, float]]]
 
 
 def crossing(curve: list[dict[str, Any]], key: str, target: float) -> float | None:
@@ -48,27 +51,32 @@ def crossing(curve: list[dict[str, Any]], key: str, target: float) -> float | No
 
 
 def loss_at(curve: list[dict[str, Any]], seconds: float) -> float:
-    """A run's loss after so many seconds of training, interpolated; its last one if it was done by then."""
+    """A run's loss after so many seconds of training, interpolated; its last if it was done by then."""
     for before, after in pairwise(curve):
-        if after["seconds"] >= seconds:
+        if before["seconds"] <= seconds < after["seconds"]:
             share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
             return float(before["loss"] + share * (after["loss"] - before["loss"]))
     return float(curve[-1]["loss"])
 
 
-def summarize(results: list[dict[str, Any]]) -> list[Row]:
-    """One row per task and method with final runs; LoRA first, then by final loss.
-
-    Raises:
-        ValueError: a task has no final run of LoRA, or a method lacks seeds that LoRA has.
-    """
-    final: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+def final_runs(results: list[dict[str, Any]]) -> dict[str, dict[str, Runs]]:
+    """By task, method and seed; runs that tuned a rate are left out."""
+    found: dict[str, dict[str, Runs]] = {}
     for result in results:
         spec = Spec(**result["spec"])
-        if spec.seed != TUNING_SEED:
-            final.setdefault(spec.task, {}).setdefault(spec.method, {})[spec.seed] = result
+        if not spec.tunes:
+            found.setdefault(spec.task, {}).setdefault(spec.method, {})[spec.seed] = result
+    return found
+
+
+def summarize(results: list[dict[str, Any]]) -> list[Row]:
+    """One row per task and method, LoRA first, then by loss.
+
+    Raises:
+        ValueError: a method lacks seeds that LoRA has, or the other way round.
+    """
     rows: list[Row] = []
-    for task, methods in sorted(final.items(), reverse=True):
+    for task, methods in final_runs(results).items():
         if BASELINE not in methods:
             raise ValueError(f"task {task!r} has no final run of {BASELINE!r} to compare with")
         found = [_row(task, method, runs, methods[BASELINE]) for method, runs in methods.items()]
@@ -76,7 +84,13 @@ def summarize(results: list[dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def _row(task: str, method: str, runs: dict[int, dict[str, Any]], lora: dict[int, dict[str, Any]]) -> Row:
+def as_many_parameters(rows: list[Row]) -> list[Row]:
+    """Those of one task that train as many parameters as LoRA, within a tenth."""
+    lora = next(row for row in rows if row.method == BASELINE)
+    return [row for row in rows if abs(row.parameters / lora.parameters - 1) <= WITHIN]
+
+
+def _row(task: str, method: str, runs: Runs, lora: Runs) -> Row:
     from scipy.stats import ttest_rel
 
     if runs.keys() != lora.keys():
@@ -89,15 +103,21 @@ def _row(task: str, method: str, runs: dict[int, dict[str, Any]], lora: dict[int
         [at for c, t in zip(own, targets, strict=True) if (at := crossing(c, key, t)) is not None]
         for key in ("step", "seconds")
     )
-    matches = [c[-1]["exact_match"] for c in own if "exact_match" in c[-1]]
     first = runs[seeds[0]]
+    names = [name for name in first["final"] if name not in ("step", "seconds", "loss")]
     return Row(
         task, method, first["spec"]["rate"], len(seeds), first["trained_parameters"],
-        statistics.mean(losses), statistics.stdev(losses) if len(seeds) > 1 else 0.0,
+        statistics.median(runs[s]["seconds_per_step"] for s in seeds),
+        *mean_and_spread(losses),
         statistics.mean(a - b for a, b in zip(losses, targets, strict=True)),
         float(ttest_rel(losses, targets).pvalue) if paired else None,
         statistics.mean(loss_at(c, t[-1]["seconds"]) for c, t in zip(own, theirs, strict=True)),
         len(steps), statistics.median(steps) if steps else None, statistics.median(seconds) if seconds else None,
-        statistics.mean(matches) if matches else None,
-        {name: [runs[s]["merges"][name]["lost_share"] for s in seeds] for name in first["merges"]},
+        {name: mean_and_spread([runs[s]["final"][name] for s in seeds]) for name in names},
+        {name: [runs[s]["merges"][name] for s in seeds] for name in first["merges"]},
     )  # fmt: skip
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation; the latter is 0 for one value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

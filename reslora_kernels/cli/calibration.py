@@ -22,13 +22,17 @@ def needs_data(config: ResLoRAConfig, method: MergeMethod | None) -> bool:
     return not (config.shortcut == "input" and (method or config.merge) == "weights")
 
 
-def check_data(config: ResLoRAConfig, method: MergeMethod | None, data: str | None, sequential: bool) -> bool:
+def check_data(
+    config: ResLoRAConfig, method: MergeMethod | None, data: str | None, sequential: bool, extra_rank: int
+) -> bool:
     """Whether data is needed.
 
     Raises:
-        ValueError: it is and ``--data`` is not given, or ``--sequential`` goes with another method.
+        ValueError: it is and ``--data`` is not given, ``--sequential`` goes with another method, or ``--extra-rank``
+            without it.
     """
     chosen = method or config.merge
+    check_extra_rank(sequential, extra_rank)
     if sequential and chosen != "least_squares" and hands_on(config.shortcut, config.pre_num):
         raise ValueError(f"--sequential needs --method least_squares, got {chosen}")
     needed = needs_data(config, method)
@@ -39,6 +43,12 @@ def check_data(config: ResLoRAConfig, method: MergeMethod | None, data: str | No
             f"give --data with some of the training data{alternative}"
         )
     return needed
+
+
+def check_extra_rank(sequential: bool, extra_rank: int) -> None:
+    """ValueError if ``--extra-rank`` is given without ``--sequential``."""
+    if extra_rank and not sequential:
+        raise ValueError(f"--extra-rank {extra_rank} needs --sequential")
 
 
 def read_batches(

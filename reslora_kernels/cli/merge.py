@@ -24,6 +24,7 @@ from reslora_kernels.cli.options import (
     Data,
     Device,
     DType,
+    ExtraRank,
     MaxLength,
     Method,
     Overwrite,
@@ -46,6 +47,7 @@ def merge(
     calibration_examples: CalibrationExamples = 128,
     max_length: MaxLength = None,
     sequential: Sequential = False,
+    extra_rank: ExtraRank = 0,
     torch_dtype_name: DType = "auto",
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -59,7 +61,7 @@ def merge(
     chosen = parse_method("--method", method)
     torch_dtype(torch_dtype_name)
     target = torch_device(device)
-    needed = check_data(read_adapter_config(adapter), chosen, data, sequential)
+    needed = check_data(read_adapter_config(adapter), chosen, data, sequential, extra_rank)
     check_replaceable(out, overwrite, "config.json", (adapter, base))
     model_config = load_model_config("--base", base, trust_remote_code)
     source = tokenizer_source(adapter, base)
@@ -77,6 +79,7 @@ def merge(
         chosen,
         calibration=None if batches is None else on_device(batches, target),
         sequential=sequential and needed,
+        extra_rank=extra_rank if needed else 0,
         keep_original=False,
     )
     with whole_folder(out) as folder:

@@ -160,7 +160,9 @@ def test_merged_block_model_equals_the_adapted_one(
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--sequential"], ["--method", "input"]], ids=lambda o: " ".join(o) or "default"
+    "options",
+    [[], ["--sequential", "--extra-rank", "3"], ["--method", "input"]],
+    ids=lambda o: " ".join(o) or "default",
 )
 def test_export_is_the_merged_model(
     options: list[str],
@@ -177,7 +179,7 @@ def test_export_is_the_merged_model(
     assert ("input" if options[-1:] == ["input"] else "least_squares") in capsys.readouterr().out
     assert main(["export", *common, "--out", str(tmp_path / "peft")]) == 0
     printed = capsys.readouterr().out
-    assert "max_lora_rank a server needs: 4" in printed
+    assert f"max_lora_rank a server needs: {7 if options[-1:] == ['3'] else 4}" in printed
     assert str(tmp_path / "peft") in printed
     served = PeftModel.from_pretrained(load(base), tmp_path / "peft")
     torch.testing.assert_close(logits(served), logits(load(tmp_path / "merged")), rtol=1e-4, atol=1e-5)
@@ -233,6 +235,7 @@ def test_overwrite_replaces_what_the_command_wrote_only(
         ("input", [], "or --method weights, which needs none"),
         ("input", ["--method", "average"], "--method must be one of input, weights, least_squares, got 'average'"),
         ("input", ["--method", "input", "--sequential", "--data", "x"], "--sequential needs --method least_squares"),
+        ("middle", ["--extra-rank", "4", "--data", "x"], "--extra-rank 4 needs --sequential"),
         ("middle", ["--data", "./missing.jsonl"], "--data './missing.jsonl' does not exist"),
         ("middle", ["--device", "tpu"], "--device must be one of"),
         ("middle", ["--torch-dtype", "int4"], "--torch-dtype must be one of"),

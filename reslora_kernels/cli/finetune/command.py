@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reslora_kernels.cli.calibration import needs_data
+from reslora_kernels.cli.calibration import check_extra_rank, needs_data
 from reslora_kernels.cli.finetune import results
 from reslora_kernels.cli.finetune.preparation import prepare
 from reslora_kernels.cli.loading import (
@@ -24,6 +24,7 @@ from reslora_kernels.cli.options import (
     Device,
     DType,
     ExcludeModules,
+    ExtraRank,
     LayersToTransform,
     LoraAlpha,
     MaxLength,
@@ -100,6 +101,7 @@ def finetune(
     merge: Annotated[bool, typer.Option("--merge", help="Also save the merged model, in OUTPUT_DIR/merged.")] = False,
     export: Annotated[bool, typer.Option("--export", help="Also save a PEFT adapter, in OUTPUT_DIR/peft.")] = False,
     sequential: Sequential = False,
+    extra_rank: ExtraRank = 0,
     calibration_examples: CalibrationExamples = 128,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT_DIR.")] = False,
     overwrite: Annotated[
@@ -120,6 +122,7 @@ def finetune(
         exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, use_rslora=use_rslora, bias=bias,
         shortcut=shortcut, pre_num=pre_num, merge=merge_method, backend=backend,
     )  # fmt: skip
+    check_extra_rank(sequential, extra_rank)
     if sequential and needs_data(config, None) and config.merge != "least_squares":
         raise ValueError(f"--sequential needs --merge-method least_squares, got {config.merge}")
     torch_dtype(torch_dtype_name)
@@ -215,7 +218,9 @@ def finetune(
     }
     if merge or export:
         batches = results.calibration_for(config, prepared.train, calibration_examples, seed, network.device)
-        options = {"calibration": batches, "sequential": sequential and batches is not None}
+        options = {"calibration": batches}
+        if batches is not None:
+            options |= {"sequential": sequential, "extra_rank": extra_rank}
         network.eval()
         if export and first:
             record["peft"] = results.export_trained(network, prepared.tokenizer, output_dir / "peft", options)

@@ -1,0 +1,77 @@
+"""What is measured of a trained model beside its figures: what merging costs, norms of adapters and of gradients."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.convergence.tasks.kinds import Batch, Task
+from reslora_kernels import collect_statistics, merge_reslora
+from reslora_kernels.config import MergeMethod
+from reslora_kernels.merging import unmerge_reslora
+from reslora_kernels.model import Record, adapted_layers, record_of
+from reslora_kernels.shortcuts import hands_on
+
+SMALLER = (1, 2, 4, 8)  # calibration batches that least squares is tried with, too
+
+
+def is_ours(model: nn.Module) -> bool:
+    """Whether the model is adapted by this package, not by PEFT."""
+    return isinstance(model.__dict__.get("_reslora"), Record)
+
+
+def merges(
+    model: nn.Module, task: Task, calibration: list[Batch], held_out: Batch, before: dict[str, float], start: float
+) -> dict[str, dict[str, float]]:
+    """By method: the figures after the merge, and the share of fine-tuning's gain in loss that it lost.
+
+    Args:
+        before: the figures of the trained model; ``start`` the loss before training.
+    """
+    if not is_ours(model):
+        return {}
+    config, inputs = record_of(model).config, [task.inputs(batch) for batch in calibration]
+    ways: dict[str, dict[str, Any]] = {"exact": {}}
+    if hands_on(config.shortcut, config.pre_num):
+        ways = {
+            f"least_squares, {count}": {"method": "least_squares", "calibration": inputs[:count]}
+            for count in SMALLER
+            if count < len(inputs)
+        }
+        with torch.no_grad(), collect_statistics(model) as statistics:
+            for batch in inputs:
+                model(**batch)
+        methods: tuple[MergeMethod, ...] = get_args(MergeMethod)
+        ways |= {method: {"method": method, "statistics": statistics} for method in methods}
+        sequential = {"method": "least_squares", "calibration": inputs, "sequential": True}
+        ways |= {"sequential": sequential, "sequential, 2r": sequential | {"extra_rank": config.r}}
+    found = {}
+    for name, arguments in ways.items():
+        merge_reslora(model, **arguments)
+        after = task.figures(model, held_out)
+        found[name] = after | {"lost_share": (after["loss"] - before["loss"]) / (start - before["loss"])}
+        unmerge_reslora(model)
+    return found
+
+
+def adapter_norms(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Frobenius norms of A and B of each layer."""
+    if not is_ours(model):
+        return {}
+    return {
+        name: {"A": float(layer.lora_A.detach().norm()), "B": float(layer.lora_B.detach().norm())}
+        for name, layer in adapted_layers(model).items()
+    }
+
+
+def gradient_norms(model: nn.Module, task: Task, batch: Batch) -> dict[str, float]:
+    """The norm of the loss's gradient by A and B of each layer together; gradients that are there are left alone."""
+    if not is_ours(model):
+        return {}
+    layers = adapted_layers(model)
+    parameters: list[Tensor] = [matrix for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
+    gradients = torch.autograd.grad(task.loss(model, batch), parameters)
+    norms = torch.stack([gradient.square().sum() for gradient in gradients]).view(-1, 2).sum(1).sqrt()
+    return dict(zip(layers, norms.tolist(), strict=True))

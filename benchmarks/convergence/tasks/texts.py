@@ -1,0 +1,107 @@
+"""Labelled text that comes with CPython, split once and for all into a part to train on and a part held out."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import random
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGES = ("asyncio", "email", "idlelib", "importlib", "logging", "tkinter")
+HELD_OUT = 5  # one text in so many, chosen by its digest
+_CODE = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
+
+
+class Labelled(NamedTuple):
+    text: str
+    label: int
+
+
+class Split(NamedTuple):
+    """Neither part holds a text of the other; each is in a fixed random order."""
+
+    train: tuple[Labelled, ...]
+    held_out: tuple[Labelled, ...]
+
+
+@cache
+def docstrings() -> Split:
+    """Docstrings of the standard library; the label is the place of their package in ``PACKAGES``."""
+    found: dict[str, int] = {}
+    for label, package in enumerate(PACKAGES):
+        for path in sorted((_library() / package).rglob("*.py")):
+            if "test" not in path.as_posix().removeprefix(_library().as_posix()):
+                found |= {text: label for text in _docstrings(path) if found.get(text, label) == label}
+    return _split(found.items())
+
+
+@cache
+def lines() -> Split:
+    """Lines of the standard library's code (label 0) and of the help topics' prose (label 1), without indentation."""
+    code = {line for path in sorted(_library().glob("*.py")) for line in _code_lines(path)}
+    prose = {line.strip() for line in _prose().splitlines() if not line.startswith("    ") and len(line.split()) > 4}
+    count = min(len(code), len(prose))
+    return _split(
+        (line, label)
+        for label, lines in enumerate((code, prose))
+        for line in random.Random(0).sample(sorted(lines), count)
+    )
+
+
+@cache
+def sentence_pairs() -> Split:
+    """Two neighbouring sentences of the help topics: as they stand (label 1) or the other way round (label 0)."""
+    coin = random.Random(0)
+    pairs: list[tuple[str, int]] = []
+    for paragraph in re.split(r"\n\s*\n", _prose()):
+        sentences = re.split(r"(?<=[.?!])\s+", " ".join(paragraph.split()))
+        for first, second in zip(sentences[::2], sentences[1::2], strict=False):
+            if min(len(first), len(second)) > 15 and first[0].isupper() and second[0].isupper():
+                right = coin.randrange(2)
+                pairs.append((f"{first}\n{second}" if right else f"{second}\n{first}", right))
+    return _split(pairs)
+
+
+def _split(texts: Iterable[tuple[str, int]]) -> Split:
+    parts: tuple[list[Labelled], list[Labelled]] = ([], [])
+    for text, label in sorted(texts):
+        digest = hashlib.sha256("".join(sorted(text.split("\n"))).encode()).digest()  # a pair's order does not count
+        parts[digest[0] % HELD_OUT == 0].append(Labelled(text, label))
+    for part in parts:
+        random.Random(0).shuffle(part)
+    return Split(*map(tuple, parts))
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _prose() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
+            text = " ".join((ast.get_docstring(node) or "").split())
+            if len(text) > 20:
+                yield text
+
+
+def _code_lines(path: Path) -> Iterator[str]:
+    source = path.read_text(encoding="utf-8")
+    rows: dict[int, int] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in _CODE and token.start[0] == token.end[0]:
+            rows[token.start[0]] = rows.get(token.start[0], 0) + 1
+    text = source.splitlines()
+    return (text[row - 1].strip() for row, tokens in rows.items() if tokens > 3 and len(text[row - 1].strip()) > 20)
