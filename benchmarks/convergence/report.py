@@ -1,20 +1,36 @@
-"""REPORT.md and one figure per task, from a folder's runs and nothing else."""
+"""REPORT.md and report.html with their figures, from a folder's runs and nothing else."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.methods import METHODS
-from benchmarks.convergence.runs import Spec, read_all
-from benchmarks.convergence.settings import TUNING_SEED
-from benchmarks.convergence.summary import BASELINE, Row, summarize
-from benchmarks.convergence.tasks import TASKS
+from benchmarks.convergence import figures, step_times
+from benchmarks.convergence.methods import BASELINE, METHODS
+from benchmarks.convergence.runs import read_all
+from benchmarks.convergence.summary import Row, Runs, as_many_parameters, final_runs, summarize
+
+HERE = Path(__file__).parent
+GOAL = {"up to 4": 0.01, "all": 0.02}  # of fine-tuning's gain that least squares may lose, by pre_num
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what is said under it, a table, and figures by file name."""
+
+    title: str
+    level: int = 2
+    text: str = ""
+    header: tuple[str, ...] = ()
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    images: tuple[tuple[str, str], ...] = ()
 
 
 def write_report(folder: Path) -> Path:
-    """Write the report beside the runs and return its path.
+    """Write both reports beside the runs and return the path of the HTML one.
 
     Raises:
         ValueError: the folder has no runs, or not all of a set (see ``summarize``).
@@ -22,85 +38,222 @@ def write_report(folder: Path) -> Path:
     results = read_all(folder)
     if not results:
         raise ValueError(f"{str(folder)!r} has no runs: python -m benchmarks.convergence run --out {folder}")
-    rows = summarize(results)
-    parts = ["# Convergence", _provenance(results)]
-    for task in dict.fromkeys(row.task for row in rows):
-        own = [row for row in rows if row.task == task]
-        figure = f"{task}.png"
-        _draw(task, results, folder / figure)
-        parts += [f"## {TASKS[task].title}", _losses(own), f"![losses over steps]({figure})", _merge_table(own)]
-    report = folder / "REPORT.md"
-    report.write_text("\n\n".join(part for part in parts if part) + "\n")
-    return report
+    rows = summarize(results, step_times.read_all(folder))
+    by_task = final_runs(results)
+    sections = [Section("Convergence", 1, _provenance(results)), _headline(rows, by_task), _merge_goal(rows)]
+    for task, runs in by_task.items():
+        sections += _task(task, [row for row in rows if row.task == task], runs, folder)
+    for name, render in (("REPORT.md", _markdown), ("report.html", _html)):
+        (folder / name).write_text(render(sections))
+    return folder / "report.html"
 
 
 def _provenance(results: list[dict[str, Any]]) -> str:
-    machine, budget = results[0]["machine"], results[0]["budget"]
-    model = budget["model"]
+    machine = results[0]["machine"]
     commits = sorted({str(result["commit"][0])[:10] for result in results})
     return (
-        f"A LLaMA over bytes ({model['layers']} layers of width {model['hidden_size']}), pre-trained on English prose "
-        f"for {model['pretraining_steps']} steps, then {budget['steps']} steps of {model['batch']} sequences with each "
-        f"method. Learning rates are the best of a grid on a seed of their own. {machine['cpu']}, {machine['threads']} "
-        f"threads, torch {machine['torch']}, commit {', '.join(commits)}. Losses are held-out nats per predicted byte."
+        "Each method adapts a copy of the same pre-trained model for the same number of steps, on the same batches for "
+        "the same seed, with the best learning rate of the same grid on a seed of its own. Losses are held-out. "
+        f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads a run, torch {machine['torch']}, commit "
+        f"{', '.join(commits)}."
     )
 
 
-def _losses(rows: list[Row]) -> str:
-    matched = any(row.exact_match is not None for row in rows)
-    header = (
-        "| method | parameters | rate | final loss | to LoRA, same seed | p | loss at LoRA's time "
-        "| steps to LoRA's loss | seconds |" + (" exact match |" if matched else "")
-    )
-    lines = [header, "|---" * header.count("|", 1) + "|"]
+def _titles(runs: dict[str, Runs]) -> dict[str, Any]:
+    """The description of the task that these runs are of."""
+    description: dict[str, Any] = next(iter(next(iter(runs.values())).values()))["task"]
+    return description
+
+
+def _headline(rows: list[Row], by_task: dict[str, dict[str, Runs]]) -> Section:
+    """What a user asks first: how soon is LoRA's final loss reached, and is the loss lower in the end?"""
+    lines = []
     for row in rows:
-        reached = f" ({row.reached} of {row.seeds})" if row.reached < row.seeds else ""
-        difference = "" if row.method == BASELINE else f"{row.difference:+.4f}"
-        line = (
-            f"| {METHODS[row.method].title} | {row.parameters:,} | {row.rate:g} | {row.loss:.4f} ± {row.spread:.4f} | "
-            f"{difference} | {'' if row.p is None else f'{row.p:.2g}'} | "
-            f"{row.loss_at_loras_time:.4f} | {'never' if row.steps is None else f'{row.steps:.0f}{reached}'} | "
-            f"{'' if row.seconds is None else f'{row.seconds:.1f}'} |"
+        lora = next(other for other in rows if other.task == row.task and other.method == BASELINE)
+        if row.method in ("input", "block", "middle"):
+            lines.append(
+                (
+                    _titles(by_task[row.task])["title"], METHODS[row.method].title, _steps(row, lora),
+                    _seconds(row, lora), f"{row.difference:+.4f}", _p(row), row.verdict,
+                )
+            )  # fmt: skip
+    return Section(
+        "Steps and seconds to LoRA's final loss",
+        text="Medians over the seeds that reach the final loss of LoRA with the same seed; of LoRA's own in brackets.",
+        header=("task", "method", "steps", "seconds", "final loss to LoRA's", "p", "verdict"),
+        rows=lines,
+    )
+
+
+def _merge_goal(rows: list[Row]) -> Section:
+    lines = []
+    for row in rows:
+        if "least_squares" not in row.merges:
+            continue
+        goal = GOAL["all" if row.method.endswith("-all") else "up to 4"]
+        shares = {name: [merge["lost_share"] for merge in merges] for name, merges in row.merges.items()}
+        best = min(("least_squares", "sequential", "sequential, 2r"), key=lambda name: statistics.mean(shares[name]))
+        mean = statistics.mean(shares[best])
+        lines.append(
+            (
+                row.task,
+                METHODS[row.method].title,
+                best,
+                f"{mean:.2%}",
+                f"{goal:.0%}",
+                "met" if mean <= goal else "missed",
+            )
         )
-        lines.append(line + (f" {row.exact_match:.1%} |" if row.exact_match is not None else ""))
-    tests = f"{rows[0].seeds} seeds; mean ± standard deviation; p of a paired t-test over seeds."
-    return "\n".join(lines) + f"\n\n{tests}"
+    return Section(
+        "What the best least-squares merge costs",
+        text="The share of fine-tuning's gain in held-out loss that merging loses, mean over the seeds.",
+        header=("task", "method", "merge", "lost", "goal", ""),
+        rows=lines,
+    )
 
 
-def _merge_table(rows: list[Row]) -> str:
-    """The share of fine-tuning's gain that each merge loses: the mean over seeds and the worst seed."""
-    merged = [row for row in rows if row.lost_shares.keys() - {"exact"}]
+def _task(task: str, rows: list[Row], runs: dict[str, Runs], folder: Path) -> list[Section]:
+    about, lora = _titles(runs), rows[0]
+    budget = next(iter(runs[BASELINE].values()))["budget"]
+    figures.losses(runs, folder / f"{task}.png", about)
+    metrics = tuple(lora.metrics)
+    return [
+        Section(
+            about["title"],
+            text=f"{budget['steps']} steps of {budget['batch']} examples, {lora.seeds} seeds; loss in {about['unit']}; "
+            "mean ± standard deviation; p of a paired t-test of the final losses over seeds.",
+            images=((f"{task}.png", "losses over steps"),),
+        ),
+        Section(
+            "Equal steps", 3,
+            header=("method", "parameters", "rate", "final loss", "to LoRA's", "p", *(_spoken(m) for m in metrics)),
+            rows=[
+                (
+                    METHODS[row.method].title, f"{row.parameters:,}", f"{row.rate:g}",
+                    f"{row.loss:.4f} ± {row.spread:.4f}", _difference(row, row.difference), _p(row),
+                    *("{:.1%} ± {:.1%}".format(*row.metrics[metric]) for metric in metrics),
+                )
+                for row in rows
+            ],
+        ),
+        Section(
+            "Equal time", 3,
+            "The loss after as many seconds as LoRA's steps take; and how soon LoRA's final loss is reached.",
+            header=("method", "ms a step", "loss at LoRA's time", "to LoRA's", "steps to LoRA's loss", "seconds"),
+            rows=[
+                (
+                    METHODS[row.method].title, f"{row.step_seconds * 1e3:.1f}", f"{row.loss_at_loras_time:.4f}",
+                    _difference(row, row.loss_at_loras_time - lora.loss), _steps(row, lora), _seconds(row, lora),
+                )
+                for row in rows
+            ],
+        ),
+        Section(
+            "Equal parameters", 3,
+            "The methods that train as many parameters as LoRA, within a tenth, by final loss.",
+            header=("method", "parameters", "final loss"),
+            rows=[
+                (METHODS[row.method].title, f"{row.parameters:,}", f"{row.loss:.4f} ± {row.spread:.4f}")
+                for row in sorted(as_many_parameters(rows), key=lambda row: row.loss)
+            ],
+        ),
+        *_merging(rows, metrics),
+        *_ablations(task, rows, runs, folder, about),
+    ]  # fmt: skip
+
+
+def _merging(rows: list[Row], metrics: tuple[str, ...]) -> list[Section]:
+    """The share of fine-tuning's gain that each merge loses, and the figures after it."""
+    merged = [row for row in rows if row.merges.keys() - {"exact"}]
     if not merged:
-        return ""
-    names = list(merged[0].lost_shares)
-    lines = ["Share of fine-tuning's gain in loss that merging lost, mean (worst seed):", ""]
-    lines += ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for row in merged:
-        cells = [f"{statistics.mean(row.lost_shares[n]):.1%} ({max(row.lost_shares[n]):.1%})" for n in names]
-        lines.append(f"| {METHODS[row.method].title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        return []
+    names = [name for name in merged[0].merges if name != "exact" and not name.startswith("least_squares, ")]
+
+    def share(row: Row, name: str) -> str:
+        shares = [merge["lost_share"] for merge in row.merges[name]]
+        return f"{statistics.mean(shares):.1%} ({max(shares):.1%})"
+
+    def figure(row: Row, name: str, metric: str) -> str:
+        mean = statistics.mean(merge[metric] for merge in row.merges[name])
+        return f"{mean:.4f}" if metric == "loss" else f"{mean:.1%}"
+
+    after = ("loss", *(metric for metric in metrics if metric in merged[0].merges[names[0]]))
+    return [
+        Section(
+            "Merging", 3, "Share of fine-tuning's gain in loss that merging loses, mean over the seeds (worst seed).",
+            ("method", *names), [(METHODS[row.method].title, *(share(row, name) for name in names)) for row in merged],
+        ),
+        *(
+            Section(
+                f"{_spoken(metric).capitalize()} before and after merging", 4, "",
+                ("method", "before", *names),
+                [
+                    (
+                        METHODS[row.method].title,
+                        f"{row.loss:.4f}" if metric == "loss" else f"{row.metrics[metric][0]:.1%}",
+                        *(figure(row, name, metric) for name in names),
+                    )
+                    for row in merged
+                ],
+            )
+            for metric in after
+        ),
+    ]  # fmt: skip
 
 
-def _draw(task: str, results: list[dict[str, Any]], path: Path) -> None:
-    """Mean loss over steps with the seeds' spread."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _ablations(task: str, rows: list[Row], runs: dict[str, Runs], folder: Path, about: dict[str, Any]) -> list[Section]:
+    drawn: list[tuple[str, str, Callable[[Path], bool]]] = [
+        ("pre-num", "Final loss against pre_num", lambda path: figures.pre_num(rows, path, about)),
+        ("calibration", "Cost of merging by least squares against calibration batches",
+         lambda path: figures.calibration(rows, path)),
+        ("norms", "Difference of an adapter's norm from LoRA's, by layer", lambda path: figures.norms(runs, path)),
+        ("gradients", "Norm of the gradient by layer, early and late", lambda path: figures.gradients(runs, path)),
+        ("samples", "Images at equal steps, first seed", lambda path: figures.samples(runs, path)),
+    ]  # fmt: skip
+    found = [
+        Section(title, 3, images=((f"{task}-{name}.png", title.lower()),))
+        for name, title, draw in drawn
+        if draw(folder / f"{task}-{name}.png")
+    ]
+    return found
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    curves: dict[str, list[list[dict[str, Any]]]] = {}
-    for result in results:
-        spec = Spec(**result["spec"])
-        if spec.task == task and spec.seed != TUNING_SEED:
-            curves.setdefault(spec.method, []).append(result["curve"])
-    for method, seeds in curves.items():
-        steps = [point["step"] for point in seeds[0]][1:]
-        losses = [[curve[i]["loss"] for curve in seeds] for i in range(1, len(steps) + 1)]
-        mean = [statistics.mean(values) for values in losses]
-        line = axes.plot(steps, mean, label=METHODS[method].title, linewidth=2 if method == BASELINE else 1.3)[0]
-        axes.fill_between(steps, [min(v) for v in losses], [max(v) for v in losses], color=line.get_color(), alpha=0.12)
-    axes.set(xlabel="step", ylabel="held-out loss, nats per byte", title=TASKS[task].title)
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
+
+def _spoken(metric: str) -> str:
+    return "F1" if metric == "f1" else metric.replace("_", " ")
+
+
+def _difference(row: Row, value: float) -> str:
+    return "" if row.method == BASELINE else f"{value:+.4f}"
+
+
+def _p(row: Row) -> str:
+    return "" if row.p is None else f"{row.p:.2g}"
+
+
+def _steps(row: Row, lora: Row) -> str:
+    if row.steps is None:
+        return "never"
+    reached = f", {row.reached} of {row.seeds} seeds" if row.reached < row.seeds else ""
+    return f"{row.steps:.0f} ({lora.steps:.0f}{reached})"
+
+
+def _seconds(row: Row, lora: Row) -> str:
+    return "never" if row.seconds is None else f"{row.seconds:.1f} ({lora.seconds:.1f})"
+
+
+def _markdown(sections: list[Section]) -> str:
+    parts: list[str] = []
+    for section in sections:
+        parts += [f"{'#' * section.level} {section.title}", section.text]
+        if section.rows:
+            lines = [section.header, ("---",) * len(section.header), *section.rows]
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts += [f"![{text}]({name})" for name, text in section.images]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _html(sections: list[Section]) -> str:
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2").render(sections=sections)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import nn
 from benchmarks.convergence import measures
 from benchmarks.convergence.methods import METHODS, adapted
 from benchmarks.convergence.settings import TUNING_SEED, Experiments
-from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.tasks.kinds import Batch, Task
 from benchmarks.convergence.training import training_steps
 from reslora_kernels.cli.bench.results import commit_of, machine_of
@@ -43,10 +41,7 @@ class Spec:
 
 
 def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec) -> dict[str, Any]:
-    """The run's result as plain values. Seconds are a run's median step times the number of steps.
-
-    A run that tunes is measured before and after, and no more.
-    """
+    """The run's result as plain values. A run that tunes is measured before and after, and no more."""
     budget, sizes, method = experiments.budgets[spec.task], experiments.sizes[task.kind], METHODS[spec.method]
     device = next(base.parameters()).device
     batches = [on(batch, device) for batch in task.train(sizes, budget.steps, budget.batch, spec.seed)]
@@ -57,24 +52,23 @@ def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec)
     marks = [round(budget.steps * i / evaluations) for i in range(1, evaluations + 1)]
     curve: list[dict[str, Any]] = [{"step": 0} | task.figures(model, held_out)]
     gradients: dict[int, dict[str, float]] = {}
+    samples: dict[int, list[Any]] = {}
     optimizer = torch.optim.AdamW(trained, spec.rate, weight_decay=0.0)
-    times, start = [], _now(device)
     for step, _ in enumerate(training_steps(model, optimizer, batches, budget.warmup_steps, task.loss), 1):
         method.after_step(model, step)
-        times.append(_now(device) - start)
         if step in marks:
             curve.append({"step": step} | task.figures(model, held_out))
             if not spec.tunes and step in (marks[0], marks[-1]):
                 gradients[step] = measures.gradient_norms(model, task, held_out)
-        start = _now(device)
-    seconds = statistics.median(times)
+            if spec.seed == experiments.seeds[0] and (images := task.samples(model)) is not None:
+                samples[step] = images
     result = {
         "spec": asdict(spec),
+        "task": task.description(),
         "budget": budget.of_a_run(),
         "sizes": asdict(sizes),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
-        "seconds_per_step": seconds,
-        "curve": [{"seconds": seconds * point["step"]} | point for point in curve],
+        "curve": curve,
         "machine": machine_of(device),
         "commit": commit_of(Path(__file__).parents[2]),
     }
@@ -87,6 +81,7 @@ def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec)
         "merges": measures.merges(model, task, calibration, held_out, curve[-1], curve[0]["loss"]),
         "adapter_norms": measures.adapter_norms(model),
         "gradient_norms": gradients,
+        "samples": samples,
     }
 
 
@@ -95,13 +90,7 @@ def on(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def missing(experiments: Experiments, folder: Path, *, tuning: bool) -> list[Spec]:
+def missing(experiments: Experiments, tasks: Mapping[str, Task], folder: Path, *, tuning: bool) -> list[Spec]:
     """The runs without a file: those that choose the learning rates, or, once those are done, the others.
 
     Raises:
@@ -113,18 +102,20 @@ def missing(experiments: Experiments, folder: Path, *, tuning: bool) -> list[Spe
             if not tuning:
                 rate = best_rate(experiments, folder, task, method)
                 wanted += [Spec(task, method, rate, seed) for seed in experiments.seeds]
-            elif len(budget.rates) > 1:
+            elif len(budget.rates) > 1 and budget.tuned_like(method) == method:
                 wanted += [Spec(task, method, rate, TUNING_SEED) for rate in budget.rates]
     for spec in wanted:
         if spec.file(folder).exists():
-            _refuse_other_settings(spec.file(folder), experiments, spec)
+            _refuse_other_settings(spec.file(folder), experiments, tasks[spec.task])
     return [spec for spec in wanted if not spec.file(folder).exists()]
 
 
-def _refuse_other_settings(path: Path, experiments: Experiments, spec: Spec) -> None:
-    found = json.loads(path.read_text())
-    found = found["budget"] | found["sizes"]
-    own = experiments.budgets[spec.task].of_a_run() | asdict(experiments.sizes[TASKS[spec.task].kind])
+def _refuse_other_settings(path: Path, experiments: Experiments, task: Task) -> None:
+    result = json.loads(path.read_text())
+    name = result["spec"]["task"]
+    found = result["task"] | {f"budget.{k}": v for k, v in result["budget"].items()} | result["sizes"]
+    own = task.description() | {f"budget.{k}": v for k, v in experiments.budgets[name].of_a_run().items()}
+    own |= asdict(experiments.sizes[task.kind])
     different = sorted(key for key in found.keys() | own.keys() if found.get(key) != own.get(key))
     if different:
         raise ValueError(f"{path} is of a run with other settings ({', '.join(different)}): use another folder")
@@ -143,8 +134,8 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
 
 
 def best_rate(experiments: Experiments, folder: Path, task: str, method: str) -> float:
-    """The rate of the grid whose tuning run ended with the lowest loss."""
-    rates = experiments.budgets[task].rates
+    """The rate of the grid whose tuning run ended with the lowest loss; see ``Budget.tuned_like``."""
+    rates, method = experiments.budgets[task].rates, experiments.budgets[task].tuned_like(method)
     if len(rates) == 1:
         return rates[0]
     files = {rate: Spec(task, method, rate, TUNING_SEED).file(folder) for rate in rates}

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 TUNING_SEED = 1000  # of the runs that choose a method's learning rate; no other run uses it
+MAIN = ("lora", "lora-16", "input", "block", "middle")
+PEERS = ("adalora", "loha", "lokr")
+PRE_NUM = ("block-1", "block-4", "block-all", "middle-1", "middle-4", "middle-all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,11 @@ class Budget:
     calibration_batches: int = 16
     warmup_steps: int = 10
 
+    def tuned_like(self, method: str) -> str:
+        """The method whose rate this one trains with: where only pre_num differs, that of the same shortcut."""
+        shortcut = method.split("-")[0]
+        return shortcut if method in PRE_NUM and shortcut in self.methods else method
+
     def of_a_run(self) -> dict[str, Any]:
         """What one run's result depends on: neither the other methods nor the other rates."""
         return {key: value for key, value in asdict(self).items() if key not in ("methods", "rates")}
@@ -50,17 +58,25 @@ class Experiments:
     budgets: Mapping[str, Budget]
     seeds: tuple[int, ...]
 
+    def only(self, tasks: tuple[str, ...]) -> Experiments:
+        """A part of the set.
 
-MAIN = ("lora", "lora-16", "input", "block", "middle")
-PEERS = ("adalora", "loha", "lokr")
-PRE_NUM = ("block-1", "block-4", "block-all", "middle-1", "middle-4", "middle-all")
-RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+        Raises:
+            ValueError: a task that it does not have.
+        """
+        for task in tasks:
+            if task not in self.budgets:
+                raise ValueError(f"--tasks must be of {', '.join(self.budgets)}, got {task!r}")
+        return replace(self, budgets={task: self.budgets[task] for task in tasks})
+
+
+RATES = (1e-2, 2e-2, 4e-2)
 
 DECODER = Sizes()
 ENCODER = Sizes(hidden_size=64, intermediate_size=192, layers=6, sequence=96, batch=32, pretraining_steps=500)
 UNET = Sizes(hidden_size=32, sequence=8, batch=64, layers=1, pretraining_steps=1200, pretraining_rate=2e-3)
 
-_TEXT = Budget(methods=MAIN, steps=120, evaluations=6, batch=8, held_out=64, rates=RATES)
+_TEXT = Budget(methods=MAIN, steps=80, evaluations=5, batch=8, held_out=48, rates=RATES)
 _CLASSES = Budget(methods=MAIN, steps=80, evaluations=4, batch=16, held_out=384, rates=RATES)
 _IMAGES = Budget(
     methods=("lora", "input", "block", "middle"), steps=120, evaluations=4, batch=32, held_out=256, rates=RATES
@@ -112,3 +128,46 @@ SETS = {
         seeds=(0, 1, 2, 3, 4),
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A pre-trained model and data of the user's own, by path or id."""
+
+    kind: str
+    model: str
+    data: str
+    dtype: str = "bfloat16"
+
+    @property
+    def task(self) -> str:
+        """Its name in file names."""
+        return f"given-{self.kind}"
+
+
+def of_given(
+    given: Given, *, methods: str, steps: int, batch: int, sequence: int, held_out: int, rates: str, seeds: int
+) -> Experiments:
+    """The set of runs of ``given``; ``methods`` and ``rates`` are separated by commas.
+
+    Raises:
+        ValueError: a method that is not there, or a rate that is no number above 0.
+    """
+    from benchmarks.convergence.methods import BASELINE, METHODS
+
+    names = tuple(dict.fromkeys((BASELINE, *methods.split(","))))
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {name!r}")
+    try:
+        numbers = tuple(float(rate) for rate in rates.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) <= 0:
+        raise ValueError(f"--rates must be numbers above 0, as in 1e-4,3e-4, got {rates!r}")
+    budget = Budget(
+        methods=names, steps=steps, evaluations=min(steps, 6), batch=batch, held_out=held_out, rates=numbers,
+        warmup_steps=max(1, min(steps // 10, 100)),
+    )  # fmt: skip
+    sizes = {given.kind: Sizes(sequence=sequence, pretraining_steps=0)}
+    return Experiments(name="given", sizes=sizes, budgets={given.task: budget}, seeds=tuple(range(seeds)))

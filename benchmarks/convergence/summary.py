@@ -18,7 +18,8 @@ WITHIN = 0.1  # of LoRA's number of parameters is "as many"
 class Row:
     """A method on a task. ``difference`` is to LoRA's final loss with the same seed; p of a paired t-test, None if one.
 
-    ``steps`` and ``seconds`` are medians over the seeds that reached the final loss of LoRA with the same seed;
+    ``steps`` is the median over the seeds that reached the final loss of LoRA with the same seed;
+    ``loss_at_loras_time`` is after as many seconds as all of LoRA's steps take;
     ``metrics`` are means, with the spread, of what is measured beside the loss.
     """
 
@@ -35,26 +36,39 @@ class Row:
     loss_at_loras_time: float
     reached: int
     steps: float | None
-    seconds: float | None
     metrics: dict[str, tuple[float, float]]
     merges: dict[str, list[dict[str, float]]]
 
+    @property
+    def seconds(self) -> float | None:
+        """To the final loss of LoRA."""
+        return None if self.steps is None else self.steps * self.step_seconds
 
-def crossing(curve: list[dict[str, Any]], key: str, target: float) -> float | None:
-    """Where a run's loss is ``target`` first, in ``key`` ("step" or "seconds"), interpolated; None if never."""
+    @property
+    def verdict(self) -> str:
+        """Whether the loss differs from LoRA's, at the 5 % level."""
+        if self.p is None:
+            return ""
+        if self.p >= 0.05:
+            return "no significant difference"
+        return "better than LoRA" if self.difference < 0 else "worse than LoRA"
+
+
+def crossing(curve: list[dict[str, Any]], target: float) -> float | None:
+    """The step at which a run's loss is ``target`` first, interpolated; None if never."""
     for before, after in zip([curve[0], *curve], curve, strict=False):
         if after["loss"] <= target:
             span = before["loss"] - after["loss"]
             share = (before["loss"] - target) / span if span else 1.0
-            return float(before[key] + share * (after[key] - before[key]))
+            return float(before["step"] + share * (after["step"] - before["step"]))
     return None
 
 
-def loss_at(curve: list[dict[str, Any]], seconds: float) -> float:
-    """A run's loss after so many seconds of training, interpolated; its last if it was done by then."""
+def loss_at(curve: list[dict[str, Any]], step: float) -> float:
+    """A run's loss after so many steps, interpolated; its last if it was done by then."""
     for before, after in pairwise(curve):
-        if before["seconds"] <= seconds < after["seconds"]:
-            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
+        if before["step"] <= step < after["step"]:
+            share = (step - before["step"]) / (after["step"] - before["step"])
             return float(before["loss"] + share * (after["loss"] - before["loss"]))
     return float(curve[-1]["loss"])
 
@@ -69,8 +83,8 @@ def final_runs(results: list[dict[str, Any]]) -> dict[str, dict[str, Runs]]:
     return found
 
 
-def summarize(results: list[dict[str, Any]]) -> list[Row]:
-    """One row per task and method, LoRA first, then by loss.
+def summarize(results: list[dict[str, Any]], step_seconds: dict[str, dict[str, float]]) -> list[Row]:
+    """One row per task and method, LoRA first, then by loss; ``step_seconds`` by task and method.
 
     Raises:
         ValueError: a method lacks seeds that LoRA has, or the other way round.
@@ -79,7 +93,8 @@ def summarize(results: list[dict[str, Any]]) -> list[Row]:
     for task, methods in final_runs(results).items():
         if BASELINE not in methods:
             raise ValueError(f"task {task!r} has no final run of {BASELINE!r} to compare with")
-        found = [_row(task, method, runs, methods[BASELINE]) for method, runs in methods.items()]
+        times = step_seconds[task]
+        found = [_row(task, method, runs, methods[BASELINE], times) for method, runs in methods.items()]
         rows += sorted(found, key=lambda row: (row.method != BASELINE, row.loss))
     return rows
 
@@ -90,7 +105,7 @@ def as_many_parameters(rows: list[Row]) -> list[Row]:
     return [row for row in rows if abs(row.parameters / lora.parameters - 1) <= WITHIN]
 
 
-def _row(task: str, method: str, runs: Runs, lora: Runs) -> Row:
+def _row(task: str, method: str, runs: Runs, lora: Runs, times: dict[str, float]) -> Row:
     from scipy.stats import ttest_rel
 
     if runs.keys() != lora.keys():
@@ -99,20 +114,18 @@ def _row(task: str, method: str, runs: Runs, lora: Runs) -> Row:
     own, theirs = [runs[s]["curve"] for s in seeds], [lora[s]["curve"] for s in seeds]
     losses, targets = [c[-1]["loss"] for c in own], [c[-1]["loss"] for c in theirs]
     paired = method != BASELINE and len(seeds) > 1
-    steps, seconds = (
-        [at for c, t in zip(own, targets, strict=True) if (at := crossing(c, key, t)) is not None]
-        for key in ("step", "seconds")
-    )
+    steps = [at for c, t in zip(own, targets, strict=True) if (at := crossing(c, t)) is not None]
+    as_long = own[0][-1]["step"] * times[BASELINE] / times[method]  # steps in the time of all of LoRA's
     first = runs[seeds[0]]
     names = [name for name in first["final"] if name not in ("step", "seconds", "loss")]
     return Row(
         task, method, first["spec"]["rate"], len(seeds), first["trained_parameters"],
-        statistics.median(runs[s]["seconds_per_step"] for s in seeds),
+        times[method],
         *mean_and_spread(losses),
         statistics.mean(a - b for a, b in zip(losses, targets, strict=True)),
         float(ttest_rel(losses, targets).pvalue) if paired else None,
-        statistics.mean(loss_at(c, t[-1]["seconds"]) for c, t in zip(own, theirs, strict=True)),
-        len(steps), statistics.median(steps) if steps else None, statistics.median(seconds) if seconds else None,
+        statistics.mean(loss_at(c, as_long) for c in own),
+        len(steps), statistics.median(steps) if steps else None,
         {name: mean_and_spread([runs[s]["final"][name] for s in seeds]) for name in names},
         {name: [runs[s]["merges"][name] for s in seeds] for name in first["merges"]},
     )  # fmt: skip

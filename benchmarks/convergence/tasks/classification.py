@@ -1,8 +1,9 @@
-"""Classification with a RoBERTa over bytes, pre-trained by masked-language modelling on prose and source."""
+"""Classification with a RoBERTa over byte pairs, pre-trained by masked-language modelling on prose and source."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating
 from benchmarks.convergence.training import training_steps
 from reslora_kernels.cli.demo import data
 
-START, PAD, MASK = 256, 257, 258  # tokens beside the 256 bytes
+START, PAD, MASK, SEPARATOR = range(4)  # tokens before those that are learnt
+VOCABULARY = 1000
 MASKED = 0.15
 
 
 class Classification(Task):
-    """Batches are {"input_ids", "attention_mask" [examples, bytes + 1], "labels" [examples]}."""
+    """Batches are {"input_ids", "attention_mask" [examples, tokens], "labels" [examples]}."""
 
     kind = "encoder"
     unit = "nats"
@@ -40,13 +42,15 @@ class Classification(Task):
         """Masked-language modelling on the help topics and the standard library's source."""
         half = sizes.batch // 2
         parts = [
-            data.random_batches(corpus.train, sizes.pretraining_steps, half, sizes.sequence, seed)
-            for seed, corpus in enumerate((data.prose(), data.python_source()))
+            data.random_batches(
+                torch.tensor(_tokenizer().encode(text).ids), sizes.pretraining_steps, half, sizes.sequence, seed
+            )
+            for seed, text in enumerate(_corpora())
         ]
         generator = torch.Generator().manual_seed(0)
         batches = [_masked(tokens, generator) for tokens in torch.cat(parts, dim=1)]
         optimizer = torch.optim.AdamW(model.parameters(), sizes.pretraining_rate, betas=(0.9, 0.95), weight_decay=0.1)
-        for _ in training_steps(model, optimizer, batches, 10, _masked_loss):
+        for _ in training_steps(model, optimizer, batches, sizes.pretraining_steps // 10, _masked_loss):
             pass
 
     def prepared(self, model: nn.Module) -> nn.Module:
@@ -92,13 +96,14 @@ def _config(sizes: Sizes) -> Any:
     from transformers import RobertaConfig
 
     return RobertaConfig(
-        vocab_size=MASK + 1,
+        vocab_size=VOCABULARY,
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
         max_position_embeddings=sizes.sequence + 1 + PAD + 1,  # RoBERTa counts positions from the padding token's id
         type_vocab_size=1,
+        initializer_range=sizes.hidden_size**-0.5,  # RoBERTa's 0.02 is for widths of about a thousand
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         bos_token_id=START,
@@ -108,7 +113,10 @@ def _config(sizes: Sizes) -> Any:
 
 
 def _masked(tokens: Tensor, generator: torch.Generator) -> Batch:
+    """Texts [B, bytes] behind the start token, which is never hidden."""
+    tokens = nn.functional.pad(tokens, (1, 0), value=START)
     hidden = torch.rand(tokens.shape, generator=generator) < MASKED
+    hidden[:, 0] = False
     return {"input_ids": tokens.masked_fill(hidden, MASK), "labels": tokens.masked_fill(~hidden, -100)}
 
 
@@ -118,14 +126,35 @@ def _masked_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _encoded(examples: Sequence[texts.Labelled], most: int) -> Batch:
-    """The first ``most`` bytes of each; of two lines the same number of bytes each."""
+    """The first ``most`` tokens of each; of two sentences the same number of tokens each."""
     ids = torch.full((len(examples), most + 1), PAD)
     for row, (text, _) in enumerate(examples):
-        parts = text.split("\n")
-        content = b"\n".join(part.encode()[: most // len(parts) - (len(parts) > 1)] for part in parts)
+        parts = [encoding.ids for encoding in _tokenizer().encode_batch(text.split("\n"))]
+        each = most // len(parts)
+        content = [token for part in parts for token in (SEPARATOR, *part)[: each + (len(parts) == 1)]][-most:]
         ids[row, : len(content) + 1] = torch.tensor([START, *content])
     labels = torch.tensor([label for _, label in examples])
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
+
+
+def _corpora() -> list[str]:
+    return [bytes(corpus.train.tolist()).decode(errors="ignore") for corpus in (data.prose(), data.python_source())]
+
+
+@cache
+def _tokenizer() -> Any:
+    """Byte pairs of the texts that the encoder is pre-trained on."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "<mask>", "</s>"]
+    tokenizer.train_from_iterator(
+        (line for text in _corpora() for line in text.splitlines()),
+        VOCABULARY,
+        special_tokens=special,
+        show_progress=False,
+    )
+    return tokenizer
 
 
 package_of_docstring = Classification("Which package a docstring is from", len(texts.PACKAGES), texts.docstrings)

@@ -96,6 +96,11 @@ class Digits(Task):
         found = self._classifier().predict(images.flatten(1).numpy())
         return {"digits_recognised": float((torch.from_numpy(found) == digits).float().mean())}
 
+    def samples(self, model: nn.Module) -> list[Any]:
+        """One image of each digit."""
+        images: list[Any] = ((drawn(model, torch.arange(10), seed=1)[:, 0] + 1) * 127.5).round().int().tolist()
+        return images
+
     def _styled(self, part: int) -> tuple[Tensor, Tensor]:
         images, labels = _digits()[part]
         return self.style(images), labels

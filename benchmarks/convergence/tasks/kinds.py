@@ -71,6 +71,14 @@ class Task(ABC):
         """What is measured at the end of a run beside ``figures``."""
         return {}
 
+    def samples(self, model: nn.Module) -> list[Any] | None:
+        """What the model makes, to be looked at: images [count, height, width] of 0 (black) to 255; None if nothing."""
+        return None
+
+    def description(self) -> dict[str, Any]:
+        """What a report says of the task."""
+        return {"title": self.title, "kind": self.kind, "unit": self.unit}
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
