@@ -59,7 +59,9 @@ class Classification(Task):
 
         config: Any = model.config
         torch.manual_seed(0)
-        whole = RobertaForSequenceClassification(RobertaConfig(**config.to_dict() | {"num_labels": self.classes}))
+        whole = RobertaForSequenceClassification(
+            RobertaConfig(**config.to_dict() | {"id2label": dict(enumerate(range(self.classes)))})
+        )
         whole.roberta.load_state_dict(model.roberta.state_dict())
         return whole
 

@@ -18,7 +18,7 @@ VOCABULARY = {word: i + 1 for i, word in enumerate(("a", "handwritten", *WORDS))
 CAPTION_TOKENS = 4
 TIMESTEPS = 200
 SAMPLING_STEPS = 20
-PER_DIGIT = 20  # images drawn of each for the classifier
+PER_DIGIT = 10  # images drawn of each for the classifier
 SIDE = 8
 
 
