@@ -25,8 +25,8 @@ def pretrained(task: Task, sizes: Sizes, folder: Path, device: torch.device) -> 
     from safetensors.torch import load_model, save_model
 
     path, model = weights_file(task, sizes, folder), task.base(sizes)
-    if not sizes.pretraining_steps:
-        return model  # it came pre-trained
+    if task.comes_trained:
+        return model
     if path.exists():
         load_model(model, path)
         return model

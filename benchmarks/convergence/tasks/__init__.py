@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from benchmarks.convergence.settings import Given
 from benchmarks.convergence.tasks.classification import code_or_prose, package_of_docstring, sentence_order
@@ -21,8 +22,9 @@ TASKS: dict[str, Task] = {
 }
 
 
+@cache
 def tasks_of(given: Given | None) -> Mapping[str, Task]:
-    """The tasks above, or the one of a given model and data.
+    """The tasks above, or the one of a given model and data; the same objects every time.
 
     Raises:
         ValueError: as ``given_task`` says.

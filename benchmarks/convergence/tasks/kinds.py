@@ -25,6 +25,7 @@ class Task(ABC):
         metrics: the names of the figures beside the loss; higher is better.
         trained_whole: names of modules that every method trains in full beside its adapters.
         targets: names of the linear layers that are adapted.
+        comes_trained: ``base`` loads trained weights, which nothing needs to keep.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Task(ABC):
     metrics: tuple[str, ...] = ()
     trained_whole: tuple[str, ...] = ()
     targets: tuple[str, ...]
+    comes_trained: bool = False
 
     @abstractmethod
     def base(self, sizes: Sizes) -> nn.Module:

@@ -1,0 +1,157 @@
+"""Models and data sets by path or hub id: reading them, splitting rows, drawing from them, and what is adapted."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from benchmarks.convergence.tasks.kinds import Batch
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+HELD_OUT_NAMES = ("validation", "validation_matched", "valid", "val", "dev", "test")  # the first that there is
+PART = 10  # a data set in one piece holds out one row in so many
+ROWS_AT_ONCE = 8  # of held-out data that a model sees
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+T = TypeVar("T")
+
+
+@contextmanager
+def reading(argument: str, value: str) -> Iterator[None]:
+    """Whatever is wrong with a path or hub id becomes a ``ValueError`` that names the argument."""
+    looks_like_a_file = Path(value).suffix in FORMATS
+    if not Path(value).exists() and (looks_like_a_file or not _HUB_ID.fullmatch(value)):
+        raise ValueError(f"{argument} must be a path that exists or a hub id, got {value!r}")
+    try:
+        yield
+    except (OSError, ConnectionError) as error:
+        raise ValueError(f"{argument} {value!r} cannot be read: {error}") from error
+
+
+def datasets_of(data: str, *, images: bool = False) -> tuple[Any, Any]:
+    """The ``datasets.Dataset`` to train on and the one held out, which holds no row of the other.
+
+    A data set without a held-out part gives away the tenth of its rows with the lowest digests.
+
+    Raises:
+        ValueError: ``data`` cannot be read, or a part has no rows.
+    """
+    from datasets import Image
+
+    with reading("data", data):
+        parts = _local(Path(data), images) if Path(data).exists() else _hub(data)
+    held_out = next((parts[name] for name in HELD_OUT_NAMES if name in parts), None)
+    train = parts.get("train", next(iter(parts.values())) if len(parts) == 1 else None)
+    if train is None:
+        raise ValueError(f"data {data!r} must have a part named train, got {', '.join(parts)}")
+    if held_out is None or held_out is train:
+        texts = [name for name, feature in train.features.items() if not isinstance(feature, Image)]
+        rows = train.select_columns(texts).to_list() if texts else []
+        order = sorted(range(len(rows)), key=lambda i: hashlib.sha256(repr(sorted(rows[i].items())).encode()).digest())
+        cut = max(1, len(order) // PART)
+        train, held_out = train.select(sorted(order[cut:])), train.select(sorted(order[:cut]))
+    for name, part in (("train", train), ("held-out", held_out)):
+        refuse_empty(part, name, data)
+    return train, held_out
+
+
+def refuse_empty(part: Collection[Any], name: str, data: str) -> None:
+    """Raises ``ValueError`` where a part has no rows."""
+    if not len(part):
+        raise ValueError(f"data {data!r} must have at least one row to train on and one held out: no {name} rows")
+
+
+def refuse_columns(data: str, found: Sequence[str], known: Sequence[Sequence[str]]) -> ValueError:
+    """The error for columns that are not understood."""
+    listed = "; ".join("{" + ", ".join(columns) + "}" for columns in known)
+    return ValueError(f"data {data!r} must have the columns of one of {listed}; got {{{', '.join(found)}}}")
+
+
+def _local(path: Path, images: bool) -> dict[str, Any]:
+    """Parts by name; those of a folder are its files or, of images, its folders named after them."""
+    from datasets import load_dataset
+
+    if images:
+        if not path.is_dir():
+            raise ValueError(f"data must be a folder of images with metadata.jsonl, got the file {str(path)!r}")
+        return dict(load_dataset("imagefolder", data_dir=str(path)))
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix in FORMATS]
+    if not files:
+        raise ValueError(f"data {str(path)!r} must be or hold files that end in {', '.join(FORMATS)}: there are none")
+    if len(files) == 1:
+        return {"train": _table(files[0])}
+    parts: dict[str, Any] = {}
+    for name in ("train", *HELD_OUT_NAMES):
+        found = [file for file in files if file.stem == name] or [file for file in files if file.stem.startswith(name)]
+        if found and (name == "train" or len(parts) == 1):
+            parts[name] = _table(found[0])
+    if "train" not in parts:
+        raise ValueError(f"data {str(path)!r} must have a file named train.*, got {', '.join(f.name for f in files)}")
+    return parts
+
+
+def _table(file: Path) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if not file.stat().st_size:
+        raise ValueError(f"data: {str(file)!r} is empty")
+    more = {"delimiter": "\t", "quoting": 3} if file.suffix == ".tsv" else {}
+    try:
+        return load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", **more)
+    except DatasetGenerationError as error:
+        raise ValueError(f"data: {str(file)!r} is not a table of rows: {error.__cause__ or error}") from error
+
+
+def _hub(data: str) -> dict[str, Any]:
+    from datasets import get_dataset_config_names, load_dataset
+
+    name, _, config = data.partition(":")
+    known = [] if config else get_dataset_config_names(name)
+    if len(known) > 1:
+        config = next((usual for usual in ("main", "default") if usual in known), "")
+        if not config:
+            raise ValueError(f"data {data!r} must name a configuration, as {name}:{known[0]}: {', '.join(known)}")
+    return dict(load_dataset(name, config or None))
+
+
+def shuffled(rows: Sequence[T]) -> list[T]:
+    """In a random order that is always the same: files are often sorted by label."""
+    return random.Random(0).sample(list(rows), len(rows))
+
+
+def drawn(rows: int, count: int, examples: int, generator: torch.Generator) -> list[list[int]]:
+    """``count`` lists of ``examples`` row numbers."""
+    found: list[list[int]] = torch.randint(rows, (count, examples), generator=generator).tolist()
+    return found
+
+
+def pieces(batch: Batch) -> Iterator[Batch]:
+    """A batch in parts of ``ROWS_AT_ONCE`` examples."""
+    for start in range(0, len(next(iter(batch.values()))), ROWS_AT_ONCE):
+        yield {name: tensor[start : start + ROWS_AT_ONCE] for name, tensor in batch.items()}
+
+
+def linears_of_layers(model: nn.Module) -> tuple[str, ...]:
+    """The linear layers inside numbered layers, by what follows the number: "self_attn.q_proj"; no output head.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = set()
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
+        if isinstance(module, nn.Linear) and numbers:
+            found.add(".".join(parts[numbers[-1] + 1 :]))
+    if not found:
+        raise ValueError(f"model must have torch.nn.Linear in numbered layers, a {type(model).__name__} has none")
+    return tuple(sorted(found))
