@@ -13,24 +13,31 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.convergence import runs, settings, summary, tasks
+from benchmarks.convergence import bases, measures, runs, settings, step_times, summary
 from benchmarks.convergence.__main__ import app
-from benchmarks.convergence.methods import METHODS
+from benchmarks.convergence.methods import METHODS, adapted
 from benchmarks.convergence.report import write_report
-from reslora_kernels.cli.demo.settings import QUICK
+from benchmarks.convergence.settings import Sizes
+from benchmarks.convergence.tasks import TASKS, images, language, texts
 
-TINY = settings.Budget(
+SIZES = Sizes(
+    hidden_size=32, intermediate_size=48, layers=2, sequence=32, batch=2, pretraining_steps=4, pretraining_rate=1e-3
+)  # fmt: skip
+BUDGET = settings.Budget(
+    methods=("lora", "middle", "adalora"), steps=6, evaluations=2, batch=2, held_out=4, rates=(5e-3, 1e-2),
+    calibration_batches=2, warmup_steps=2,
+)  # fmt: skip
+TINY = settings.Experiments(
     name="tiny",
-    model=QUICK.replace(hidden_size=32, intermediate_size=48, layers=2, pretraining_steps=6, batch=2, sequence=32),
-    tasks=("python", "arithmetic"),
-    methods=("lora", "middle", "adalora"),
-    steps=6,
-    evaluations=2,
-    held_out=4,
-    rates=(5e-3, 1e-2),
+    sizes={"decoder": SIZES, "encoder": SIZES, "unet": dataclasses.replace(SIZES, hidden_size=16, layers=1)},
+    budgets={
+        "python": BUDGET,
+        "code": dataclasses.replace(BUDGET, methods=("lora", "input"), rates=(1e-2,)),
+        "slanted": dataclasses.replace(BUDGET, methods=("lora", "block"), rates=(1e-2,)),
+    },
     seeds=(0, 1),
-    calibration_batches=2,
 )
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -38,53 +45,114 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(settings.SETS, "tiny", TINY)
 
 
-def run(folder: Path) -> str:
-    result = CliRunner().invoke(app, ["run", "--set", "tiny", "--out", str(folder)])
+def run(folder: Path, *more: str) -> str:
+    result = CliRunner().invoke(app, ["run", "--set", "tiny", "--device", "cpu", "--out", str(folder), *more])
     assert result.exit_code == 0, result.output
     return result.output
 
 
+@pytest.mark.slow
 def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
     run(tmp_path)
     files = sorted(tmp_path.glob("*.json"))
-    assert len(files) == 2 * 3 * (2 + 2)  # tasks, methods, rates and seeds
+    assert len(files) == 3 * (2 + 2) + 2 * (2 + 2)  # methods times rates and seeds, or seeds alone
     first = {path: path.read_text() for path in files}
     lost = tmp_path / "python-middle-0.01-1000.json"
     lost.unlink()
-    run(tmp_path)
-    again = json.loads(lost.read_text())
-    before = json.loads(first.pop(lost))
-    for curve in (again["curve"], before["curve"]):
-        for point in curve:
-            del point["seconds"]
-    assert again["curve"] == before["curve"] and again["merges"] == before["merges"]
+    run(tmp_path, "--tasks", "python")
+    again, before = json.loads(lost.read_text()), json.loads(first.pop(lost))
+    assert again["curve"] == before["curve"]
     assert {path: path.read_text() for path in first} == first
-    assert not runs.missing(TINY, tmp_path, runs.best_rates(TINY, tmp_path))
-    with pytest.raises(ValueError, match=r"other settings \(steps\)"):
-        runs.missing(dataclasses.replace(TINY, steps=7), tmp_path, None)
+    assert not runs.missing(TINY, TASKS, tmp_path, tuning=False)
+    other = dataclasses.replace(TINY, budgets={"python": dataclasses.replace(BUDGET, steps=7)})
+    with pytest.raises(ValueError, match=r"other settings \(budget.steps\)"):
+        runs.missing(other, TASKS, tmp_path, tuning=True)
     if (Path(__file__).parents[1] / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{40}", again["commit"][0])
-    report = (tmp_path / "REPORT.md").read_text()
-    assert (tmp_path / "python.png").stat().st_size > 5000
-    for row in summary.summarize(runs.read_all(tmp_path)):
-        assert f"{row.loss:.4f} ± {row.spread:.4f}" in report
-    assert len(re.findall(r"\d+\.\d% \|", report)) >= 3
+    rows = summary.summarize(runs.read_all(tmp_path), step_times.read_all(tmp_path))
+    assert len(rows) == 3 + 2 + 2
+    for name in ("REPORT.md", "report.html"):
+        report = (tmp_path / name).read_text()
+        for row in rows:
+            assert f"{row.loss:.4f} ± {row.spread:.4f}" in report
+        shown = set(re.findall(r"[a-z]+(?:-[a-z]+)?\.png", report))
+        kinds = ("calibration", "norms", "gradients")
+        assert {"python.png", "code.png", "slanted.png", "slanted-samples.png"} <= shown
+        assert {f"{task}-{kind}.png" for task in ("python", "code") for kind in kinds} <= shown
+        assert all((tmp_path / figure).stat().st_size > 3000 for figure in shown)
+
+
+@pytest.mark.slow
+def test_two_runs_at_a_time_give_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets = {"python": dataclasses.replace(BUDGET, methods=("lora",), rates=(1e-2,))}
+    monkeypatch.setitem(settings.SETS, "tiny", dataclasses.replace(TINY, budgets=budgets))
+    curves = []
+    for jobs in "12":
+        run(tmp_path / jobs, "--jobs", jobs)
+        found = [json.loads(path.read_text()) for path in sorted((tmp_path / jobs).glob("*.json"))]
+        curves.append([point["loss"] for result in found for point in result["curve"]])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_every_task_is_the_same_for_the_same_seed_and_shows_its_figures(task: str, tmp_path: Path) -> None:
+    own, sizes = TASKS[task], TINY.sizes[TASKS[task].kind]
+    first, again, other = (own.train(sizes, 1, 3, seed)[0] for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    held_out = own.held_out(sizes, 4)
+    base = bases.base_of(own, dataclasses.replace(sizes, pretraining_steps=1), tmp_path, CPU)
+    figures = own.figures(base, held_out)
+    assert figures["loss"] == pytest.approx(own.loss(base, held_out).item(), rel=1e-4)
+    assert set(own.metrics) <= figures.keys() | own.final_figures(base, held_out).keys()
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_learns_and_starts_from_the_base_model(method: str, tmp_path: Path) -> None:
-    base = runs.base_model(TINY, tmp_path)
-    result = runs.train_one(base, dataclasses.replace(TINY, steps=12), runs.Spec("python", method, 1e-2, 0))
-    held_out = tasks.TASKS["python"].held_out(TINY.held_out)
+    base, task = bases.base_of(TASKS["python"], SIZES, tmp_path, CPU), TASKS["python"]
+    steps = dataclasses.replace(BUDGET, steps=12, evaluations=1)
+    experiments = dataclasses.replace(TINY, budgets={"python": steps})
+    result = runs.train_one(base, task, experiments, runs.Spec("python", method, 1e-2, settings.TUNING_SEED))
     with torch.no_grad():
-        assert result["curve"][0]["loss"] == pytest.approx(tasks.loss_of(base, held_out).item(), rel=1e-5)
+        loss = task.loss(base, task.held_out(SIZES, BUDGET.held_out)).item()
+    assert result["curve"][0]["loss"] == pytest.approx(loss, rel=1e-5)
     assert result["curve"][-1]["loss"] < result["curve"][0]["loss"]
+
+
+def test_gradient_norms_are_those_of_the_loss(tmp_path: Path) -> None:
+    task = TASKS["python"]
+    model = adapted(bases.base_of(task, SIZES, tmp_path, CPU), task, "input", 1, 0)
+    batch = task.held_out(SIZES, 2)
+    norms = measures.gradient_norms(model, task, batch)
+    task.loss(model, batch).backward()
+    for name, layer in measures.adapted_layers(model).items():
+        expected = torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()]).norm().item()
+        assert norms[name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_texts_held_out_are_not_trained_on() -> None:
+    for source in (texts.docstrings, texts.lines, texts.sentence_pairs):
+        split = source()
+        train, held_out = ({text for text, _ in part} for part in split)
+        assert not train & held_out and len(held_out) > 100
+        assert len({label for _, label in split.held_out}) == len({label for _, label in split.train}) > 1
+
+
+def test_styles_change_the_digits_and_the_classifier_knows_them() -> None:
+    upright = images._digits()[1][0]
+    assert torch.equal(images.inverted(upright), -upright)
+    slanted = images.slanted(upright)
+    assert slanted.shape == upright.shape and slanted.min() >= -1 and slanted.max() <= 1
+    for name in ("inverted", "slanted"):
+        task = TASKS[name]
+        drawn, labels = task._styled(1)
+        assert (task._classifier().predict(drawn.flatten(1).numpy()) == labels.numpy()).mean() > 0.9
 
 
 def test_problems_have_their_answers() -> None:
     generator = random.Random(0)
     for _ in range(50):
-        question, answer = tasks.problem(generator)
+        question, answer = language.problem(generator)
         numbers = [int(n) for n in re.findall(r"\d+", question)]
         if "buys" in question:
             expected = numbers[0] + numbers[1]
@@ -93,39 +161,56 @@ def test_problems_have_their_answers() -> None:
         else:
             expected = 2 * numbers[0] + numbers[1]
         assert int(answer) == expected >= 0
-        assert len(question + answer) <= tasks.PROBLEM_BYTES
+        assert len(question + answer) <= language.PROBLEM_BYTES
 
 
-def curve(*points: tuple[float, float]) -> list[dict[str, Any]]:
-    return [{"step": 10 * i, "seconds": s, "loss": loss} for i, (s, loss) in enumerate(points)]
+def curve(*losses: float) -> list[dict[str, Any]]:
+    return [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses)]
 
 
 def test_crossings_and_paired_tests() -> None:
-    falling = curve((0, 4.0), (2, 2.0), (4, 1.0))
-    assert summary.crossing(falling, "step", 1.5) == 15
-    assert summary.crossing(falling, "seconds", 3.0) == 1
-    assert summary.crossing(falling, "step", 0.5) is None
-    assert summary.loss_at(falling, 3) == 1.5 and summary.loss_at(falling, 9) == 1.0
+    falling = curve(4.0, 2.0, 1.0)
+    assert summary.crossing(falling, 1.5) == 15
+    assert summary.crossing(falling, 4.5) == 0
+    assert summary.crossing(falling, 0.5) is None
+    assert summary.loss_at(falling, 15) == 1.5 and summary.loss_at(falling, 90) == 1.0
 
     def result(method: str, seed: int, last: float) -> dict[str, Any]:
+        own = curve(4.0, last)
         return {
             "spec": {"task": "python", "method": method, "rate": 0.01, "seed": seed},
-            "curve": curve((0, 4.0), (2, last)), "trained_parameters": 7, "merges": {},
+            "curve": own, "final": own[-1], "trained_parameters": 7, "merges": {},
         }  # fmt: skip
 
     results = [result("lora", s, 2 + s / 10) for s in range(3)] + [result("block", s, 1.9 + s / 9) for s in range(3)]
-    lora, block = summary.summarize(results)
-    assert (lora.method, lora.p, lora.difference) == ("lora", None, 0)
+    lora, block = summary.summarize(results, {"python": {"lora": 1.0, "block": 2.0}})
+    assert (lora.method, lora.p, lora.difference, lora.seconds) == ("lora", None, 0, 10)
     assert block.difference == pytest.approx(-0.1 + 1 / 9 - 1 / 10)
-    assert block.p is not None and block.p < 0.05
+    assert block.p is not None and block.p < 0.05 and block.verdict == "better than LoRA"
+    assert block.loss_at_loras_time == pytest.approx((4.0 + 1.9 + 1 / 9) / 2)  # five of its ten steps
     with pytest.raises(ValueError, match="finish the set first"):
-        summary.summarize(results[:-1])
+        summary.summarize(results[:-1], {"python": {"lora": 1.0, "block": 2.0}})
     with pytest.raises(ValueError, match="no final run of 'lora'"):
-        summary.summarize(results[3:])
+        summary.summarize(results[3:], {"python": {"block": 2.0}})
 
 
-def test_bad_arguments(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "huge"], "--set must be one of quick, cpu, gpu, got 'huge'"),
+        (["--tasks", "python,chess"], "--tasks must be of python"),
+        (["--model", "x"], "--model and --data go together"),
+        (["--model", "x", "--data", "y", "--methods", "lora,best"], "got 'best'"),
+        (["--model", "x", "--data", "y", "--rates", "fast"], "--rates must be numbers above 0"),
+        (["--model", "x", "--data", "y", "--dtype", "int8"], "--dtype must be one of"),
+        (["--kind", "oracle", "--model", "x", "--data", "y"], "kind must be one of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(options: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", *options, "--out", str(tmp_path / "new")])
+    said = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and message in said, said
+    assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="has no runs"):
         write_report(tmp_path)
-    result = CliRunner().invoke(app, ["run", "--set", "huge", "--out", str(tmp_path)])
-    assert result.exit_code == 2 and "must be one of quick, main, cpu" in result.output

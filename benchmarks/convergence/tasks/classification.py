@@ -50,7 +50,7 @@ class Classification(Task):
         generator = torch.Generator().manual_seed(0)
         batches = [_masked(tokens, generator) for tokens in torch.cat(parts, dim=1)]
         optimizer = torch.optim.AdamW(model.parameters(), sizes.pretraining_rate, betas=(0.9, 0.95), weight_decay=0.1)
-        for _ in training_steps(model, optimizer, batches, sizes.pretraining_steps // 10, _masked_loss):
+        for _ in training_steps(model, optimizer, batches, max(1, sizes.pretraining_steps // 10), _masked_loss):
             pass
 
     def prepared(self, model: nn.Module) -> nn.Module:
