@@ -195,7 +195,7 @@ def test_decoder(name: str, llama: str, written: Any, tmp_path: Path) -> None:
 
 def test_only_the_answer_counts(llama: str, written: Any) -> None:
     task: Any = given_task("decoder", llama, written({"train.jsonl": GSM8K}))
-    for most in (64, 14):  # a long question loses its beginning, no part of the answer
+    for most in (64, 20):  # a long question loses its beginning, no part of the answer
         for batch in (task.train(Sizes(sequence=most), 1, 6, 0)[0], task.held_out(Sizes(sequence=most), 6)):
             assert batch["input_ids"].shape[1] <= most and (batch["input_ids"][:, 0] == 0).all()
             for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
@@ -209,16 +209,16 @@ def test_only_the_answer_counts(llama: str, written: Any) -> None:
 def test_generation_that_copies_the_answer_is_right(llama: str, written: Any) -> None:
     """A model trained on one row alone says its answer."""
     task: Any = given_task("decoder", llama, written({"train.jsonl": GSM8K[5:7], "test.jsonl": GSM8K[6:7]}))
-    base = task.base(SIZES).requires_grad_(False)
-    held_out = task.held_out(SIZES, 1)
-    model = adapted(base, task, "lora-16", 10, 0).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-2, weight_decay=0.0)
-    assert task.final_figures(model, held_out) == {"exact_match": 0.0}
-    for _ in range(60):
+    base, held_out = task.base(SIZES).train(), task.held_out(SIZES, 1)
+    assert task.final_figures(base, held_out) == {"exact_match": 0.0}
+    optimizer = torch.optim.AdamW(base.parameters(), 1e-2, weight_decay=0.0)
+    for _ in range(40):
         optimizer.zero_grad()
-        task.loss(model, held_out).backward()
+        task.loss(base, held_out).backward()
         optimizer.step()
-    assert task.final_figures(model, held_out) == {"exact_match": 1.0}
+    for method in ("block", "middle", "loha"):
+        model = adapted(base.requires_grad_(False).eval(), task, method, 10, 0)
+        assert task.final_figures(model, held_out) == {"exact_match": 1.0}
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -258,7 +258,7 @@ def test_bad_images(diffusion: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one of \{image, text\}.*got \{image, words\}"):
         given_task("unet", diffusion, images(tmp_path / "a", "words"))
     (tmp_path / "file.jsonl").write_text("{}")
-    with pytest.raises(ValueError, match="must be a folder of images with metadata.jsonl"):
+    with pytest.raises(ValueError, match=r"must be a folder of images with metadata\.jsonl"):
         given_task("unet", diffusion, str(tmp_path / "file.jsonl"))
     path = Path(diffusion, "scheduler", "scheduler_config.json")
     config = json.loads(path.read_text())
@@ -283,16 +283,16 @@ def test_bad_arguments(llama: str, roberta: str, written: Any, tmp_path: Path) -
         given_task("decoder", "/no/model", one)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match="model .* cannot be read"):
+    with pytest.raises(ValueError, match=r"model .* cannot be read"):
         given_task("decoder", str(empty), one).base(SIZES)
-    with pytest.raises(ValueError, match="must be or hold files that end in .jsonl, .json, .csv"):
+    with pytest.raises(ValueError, match=r"must be or hold files that end in \.jsonl, \.json"):
         given_task("decoder", llama, str(empty))
 
 
 @pytest.mark.parametrize(
     ("kind", "files", "message"),
     [
-        ("decoder", {"train.jsonl": [{"q": "1", "a": "2"}] * 3}, r"one of \{question, answer\};.*\{text\}; got \{q, a\}"),
+        ("decoder", {"train.jsonl": [{"q": "1", "a": "2"}] * 3}, r"\{question, answer\};.*\{text\}; got \{q, a\}"),
         ("encoder", {"train.jsonl": [{"sentence": "1"}] * 3}, r"\{sentence, label\}.*; got \{sentence\}"),
         ("decoder", {"train.jsonl": GSM8K[:1]}, "no train rows"),
         ("decoder", {"train.jsonl": []}, "it is empty"),

@@ -32,7 +32,9 @@ def reading(argument: str, value: str) -> Iterator[None]:
         raise ValueError(f"{argument} must be a path that exists or a hub id, got {value!r}")
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if str(error).startswith(argument):  # said so already
+            raise
         raise ValueError(f"{argument} {value!r} cannot be read: {error}") from error
 
 
