@@ -96,20 +96,19 @@ class GivenLanguage(Language):
 
     def figures(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         """The loss, and of choices how often the likeliest per token is the right one."""
-        losses, right = [], []
+        total, tokens, right = 0.0, 0, []
         with evaluating(model):
             for piece in sources.pieces(batch):
-                losses.append(self._losses(model, piece["input_ids"], piece["labels"]))
-                if "answer" in batch:
-                    ids, labels = piece["choice_ids"].flatten(0, 1), piece["choice_labels"].flatten(0, 1)
-                    nats = torch.cat(
-                        [
-                            _per_token(self._losses(model, i, t))
-                            for i, t in zip(ids.split(8), labels.split(8), strict=True)
-                        ]
-                    )
-                    right.append(nats.view(len(piece["answer"]), -1).argmin(1) == piece["answer"])
-        total, tokens = torch.cat([torch.stack([one.sum(), (one != 0).sum()])[None] for one in losses]).sum(0).tolist()
+                losses, counts = self._losses(model, piece["input_ids"], piece["labels"])
+                total, tokens = total + float(losses.sum()), tokens + int(counts.sum())
+                if "answer" not in batch:
+                    continue
+                of_choices = [
+                    self._losses(model, ids, labels)
+                    for ids, labels in zip(piece["choice_ids"].unbind(1), piece["choice_labels"].unbind(1), strict=True)
+                ]
+                nats = torch.stack([losses / counts for losses, counts in of_choices], 1)  # 0 / 0 where there is none
+                right.append(nats.nan_to_num(torch.inf).argmin(1) == piece["answer"])
         found = {"loss": total / tokens}
         return found | ({"accuracy": float(torch.cat(right).float().mean())} if right else {})
 
@@ -144,10 +143,11 @@ class GivenLanguage(Language):
         said: list[str] = self._tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
         return said
 
-    def _losses(self, model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-        """[rows, tokens - 1], zero where there is no label."""
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        return nn.functional.cross_entropy(logits.mT, labels[:, 1:], ignore_index=IGNORED, reduction="none")
+    def _losses(self, model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed over the labels of each row, and how many they are."""
+        logits, labels = model(input_ids=ids, use_cache=False).logits[:, :-1].float(), labels[:, 1:]
+        nats = nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
+        return nats.sum(1), (labels != IGNORED).sum(1)
 
     def _encoded(self, texts: Sequence[tuple[str, str]], most: int) -> Batch:
         rows = [self._tokens(*pair, min(most, self._tokenizer.model_max_length)) for pair in texts]
@@ -183,12 +183,6 @@ def final_answer(text: str) -> str | float:
         return float(re.sub(r"[$,\s]", "", text).rstrip("."))
     except ValueError:
         return text
-
-
-def _per_token(losses: Tensor) -> Tensor:
-    """Mean over a row's labels; infinite without any."""
-    count = (losses != 0).sum(1)
-    return torch.where(count > 0, losses.sum(1) / count.clamp(min=1), torch.inf)
 
 
 def _number(value: Any) -> str:

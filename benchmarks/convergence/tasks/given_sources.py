@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import random
 import re
@@ -31,7 +32,9 @@ def reading(argument: str, value: str) -> Iterator[None]:
         raise ValueError(f"{argument} must be a path that exists or a hub id, got {value!r}")
     try:
         yield
-    except (OSError, ConnectionError) as error:
+    except (OSError, ValueError) as error:
+        if str(error).startswith(argument):  # said so already
+            raise
         raise ValueError(f"{argument} {value!r} cannot be read: {error}") from error
 
 
@@ -87,28 +90,29 @@ def _local(path: Path, images: bool) -> dict[str, Any]:
     if not files:
         raise ValueError(f"data {str(path)!r} must be or hold files that end in {', '.join(FORMATS)}: there are none")
     if len(files) == 1:
-        return {"train": _table(files[0])}
+        return {"train": _table(files)}
     parts: dict[str, Any] = {}
     for name in ("train", *HELD_OUT_NAMES):
         found = [file for file in files if file.stem == name] or [file for file in files if file.stem.startswith(name)]
         if found and (name == "train" or len(parts) == 1):
-            parts[name] = _table(found[0])
+            parts[name] = _table(found)
     if "train" not in parts:
         raise ValueError(f"data {str(path)!r} must have a file named train.*, got {', '.join(f.name for f in files)}")
     return parts
 
 
-def _table(file: Path) -> Any:
+def _table(files: list[Path]) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    if not file.stat().st_size:
-        raise ValueError(f"data: {str(file)!r} is empty")
-    more = {"delimiter": "\t", "quoting": 3} if file.suffix == ".tsv" else {}
+    names, suffix = [str(file) for file in files], files[0].suffix
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"data {names[0]!r} must have rows: it is empty")
+    more = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
     try:
-        return load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", **more)
+        return load_dataset(FORMATS[suffix], data_files=names, split="train", **more)
     except DatasetGenerationError as error:
-        raise ValueError(f"data: {str(file)!r} is not a table of rows: {error.__cause__ or error}") from error
+        raise ValueError(f"data {names[0]!r} must be a table of rows: {error.__cause__ or error}") from error
 
 
 def _hub(data: str) -> dict[str, Any]:
