@@ -28,6 +28,16 @@ struct SharedTile {
     }
 };
 
+// The place of a tile among [rows, columns] of them: ``group`` rows are walked together, so that both operands of the
+// blocks that run at one time stay in L2.
+RESLORA_DEVICE void tile_of(std::int64_t tile, std::int64_t rows, std::int64_t columns, std::int64_t group,
+                            std::int64_t& row, std::int64_t& column) {
+    const std::int64_t first = tile / (group * columns) * group, within = tile % (group * columns);
+    const std::int64_t height = rows - first < group ? rows - first : group;
+    row = first + within % height;
+    column = within / height;
+}
+
 RESLORA_DEVICE float load_as_float(const void* data, Type type, std::int64_t at) {
     switch (type) {
         case FLOAT16: return to_float(static_cast<const Fp16*>(data)[at]);
