@@ -155,7 +155,7 @@ RESLORA_DEVICE void consume(P pipeline, const HopperMatmul& p, int consumer) {
 }
 
 template <class P>
-__global__ void __launch_bounds__(P::THREADS, 1) augmented_matmul_sm90_kernel(const __grid_constant__ HopperMatmul p) {
+__global__ void __launch_bounds__(P::THREADS, 1) augmented_matmul_hopper_kernel(const __grid_constant__ HopperMatmul p) {
     const P pipeline = P::make();
     pipeline.start();
     const int role = thread_id() / WARPGROUP;
@@ -184,7 +184,7 @@ void launch_kernel(const AugmentedMatmul& p, Device device) {
                               static_cast<int>(p.t.columns), {p.sums[0], p.sums[1]}};
     const std::int64_t tiles = blocks(p.x.rows, P::CLUSTER * P::BM) * blocks(p.y.columns, P::BN);
     const std::int64_t clusters = device.processors / P::CLUSTER;
-    run("augmented_matmul_sm90", &augmented_matmul_sm90_kernel<P>,
+    run("augmented_matmul_hopper", &augmented_matmul_hopper_kernel<P>,
         {P::CLUSTER * (tiles < clusters ? tiles : clusters), 1, 1}, P::THREADS, P::SHARED_BYTES, params, device,
         P::CLUSTER);
 }
