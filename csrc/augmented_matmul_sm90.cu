@@ -118,11 +118,12 @@ RESLORA_DEVICE void consume(P pipeline, const HopperMatmul& p, int consumer) {
         pipeline.ring.advance(low_rank_steps + steps);
         tiles.tile += tiles.stride;
     }
-    while (tiles.left()) {
+    for (int count = 0; tiles.left(); ++count) {
         int row, column;
         tiles.place<P>(row, column);
         row += first_row;
         float acc[P::BLOCKS][P::BN / 2] = {};
+        pipeline.await_turn(consumer, count);
         RESLORA_KEEP_LOOP
         for (int k = 0; k < p.rank; k += DEPTH) {
             pipeline.multiply(acc, first_row, (p.rank - k + 15) / 16);
@@ -142,6 +143,7 @@ RESLORA_DEVICE void consume(P pipeline, const HopperMatmul& p, int consumer) {
             previous = pipeline.ring.stage;
             pipeline.ring.advance();
         }
+        pipeline.pass_turn(consumer);
         wgmma_wait<0>();
         pipeline.release(previous);
         RESLORA_UNROLL

@@ -43,7 +43,8 @@ struct Pipeline {
     static constexpr int B_BOX_ROWS = W_BY_K ? BN / CLUSTER : DEPTH;  // a box holds [n, 64 k], or [64 k, 64 n]
     static constexpr int STORE_BYTES = 2 * SQUARE;                    // two boxes of y for each consumer
     static constexpr int BARRIERS_AT = STAGES * STAGE_BYTES + 2 * STORE_BYTES;
-    static constexpr int SHARED_BYTES = EIGHT_LINES + BARRIERS_AT + 2 * STAGES * static_cast<int>(sizeof(Barrier));
+    static constexpr int BARRIERS = 2 * STAGES + 2;
+    static constexpr int SHARED_BYTES = EIGHT_LINES + BARRIERS_AT + BARRIERS * static_cast<int>(sizeof(Barrier));
     static constexpr int THREADS = 3 * WARPGROUP;
     static_assert(SHARED_BYTES <= 232448, "a block cannot have more");
 
@@ -62,6 +63,7 @@ struct Pipeline {
     }
     RESLORA_DEVICE Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(base + BARRIERS_AT) + stage; }
     RESLORA_DEVICE Barrier* empty(int stage) const { return full(stage) + STAGES; }
+    RESLORA_DEVICE Barrier* turn(int consumer) const { return full(2 * STAGES) + consumer; }
 
     // By all threads. A stage is full when its bytes are there, empty when each warp that reads it, in every block of
     // the cluster, has let go of it.
@@ -71,6 +73,7 @@ struct Pipeline {
                 mbarrier_init(full(stage), 1);
                 mbarrier_init(empty(stage), (PING_PONG ? 4 : 8) * CLUSTER);
             }
+            for (int consumer = 0; consumer < 2; ++consumer) mbarrier_init(turn(consumer), 4);
             fence_barrier_init();
         }
         meet();
@@ -124,6 +127,14 @@ struct Pipeline {
                                    descriptor_after(right, step * (W_BY_K ? 32 : 16 * LINE)), Element{});
         }
         wgmma_commit();
+    }
+    // PING_PONG: a consumer starts its ``count``-th tile when all warps of the other have seen its tile's stages arrive.
+    // Without this a wait could mistake an earlier round of a stage for its own: parity tells only two apart.
+    RESLORA_DEVICE void await_turn(int consumer, int count) const {
+        if constexpr (PING_PONG) mbarrier_wait(turn(consumer), (count ^ consumer ^ 1) & 1);
+    }
+    RESLORA_DEVICE void pass_turn(int consumer) const {
+        if (PING_PONG && thread_id() % 32 == 0) mbarrier_arrive(turn(consumer ^ 1));
     }
     RESLORA_DEVICE void release(int stage) const {
         if (thread_id() % 32 != 0) return;
