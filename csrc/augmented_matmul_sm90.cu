@@ -126,7 +126,7 @@ RESLORA_DEVICE void consume(P pipeline, const HopperMatmul& p, int consumer) {
         pipeline.await_turn(consumer, count);
         RESLORA_KEEP_LOOP
         for (int k = 0; k < p.rank; k += DEPTH) {
-            pipeline.multiply(acc, first_row, (p.rank - k + 15) / 16);
+            pipeline.multiply_part(acc, first_row, p.rank - k < DEPTH ? (p.rank - k + 15) / 16 : DEPTH / 16);
             wgmma_wait<0>();
             pipeline.release(pipeline.ring.stage);
             pipeline.ring.advance();
@@ -137,7 +137,7 @@ RESLORA_DEVICE void consume(P pipeline, const HopperMatmul& p, int consumer) {
         int previous = -1;
         RESLORA_KEEP_LOOP
         for (int step = 0; step < steps; ++step) {
-            pipeline.multiply(acc, first_row, DEPTH / 16);
+            pipeline.multiply(acc, first_row);
             wgmma_wait<1>();  // of the stage before
             if (previous >= 0) pipeline.release(previous);
             previous = pipeline.ring.stage;

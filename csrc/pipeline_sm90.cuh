@@ -112,22 +112,33 @@ struct Pipeline {
         else tma_load(to, map, column, row, arrived);
     }
 
-    // By a consumer: begins acc [64 BLOCKS, BN] += a b over the first 16 ``steps`` k of the current stage.
-    RESLORA_DEVICE void multiply(float (&acc)[BLOCKS][BN / 2], int first_row, int steps) const {
+    // By a consumer: begins acc [64 BLOCKS, BN] += a b of the current stage.
+    RESLORA_DEVICE void multiply(float (&acc)[BLOCKS][BN / 2], int first_row) const {
         mbarrier_wait(full(ring.stage), ring.parity);
-        const std::uint64_t left = wgmma_descriptor(a(ring.stage) + first_row * LINE, 16, EIGHT_LINES);
-        const std::uint64_t right = wgmma_descriptor(b(ring.stage), W_BY_K ? 16 : SQUARE, EIGHT_LINES);
         wgmma_fence();
         RESLORA_UNROLL
-        for (int step = 0; step < DEPTH / 16; ++step) {
-            if (step >= steps) break;
-            RESLORA_UNROLL
-            for (int block = 0; block < BLOCKS; ++block)
-                wgmma<BN, !W_BY_K>(acc[block], descriptor_after(left, block * SQUARE + step * 32),
-                                   descriptor_after(right, step * (W_BY_K ? 32 : 16 * LINE)), Element{});
-        }
+        for (int step = 0; step < DEPTH / 16; ++step) multiply_step(acc, first_row, step);
         wgmma_commit();
     }
+    // The same of its first 16 ``steps`` k only. (With a way out of the loop above, ptxas adds fences of its own.)
+    RESLORA_DEVICE void multiply_part(float (&acc)[BLOCKS][BN / 2], int first_row, int steps) const {
+        mbarrier_wait(full(ring.stage), ring.parity);
+        RESLORA_KEEP_LOOP
+        for (int step = 0; step < steps; ++step) {
+            wgmma_fence();
+            multiply_step(acc, first_row, step);
+            wgmma_commit();
+        }
+    }
+    RESLORA_DEVICE void multiply_step(float (&acc)[BLOCKS][BN / 2], int first_row, int step) const {
+        const std::uint64_t left = wgmma_descriptor(a(ring.stage) + first_row * LINE, 16, EIGHT_LINES);
+        const std::uint64_t right = wgmma_descriptor(b(ring.stage), W_BY_K ? 16 : SQUARE, EIGHT_LINES);
+        RESLORA_UNROLL
+        for (int block = 0; block < BLOCKS; ++block)
+            wgmma<BN, !W_BY_K>(acc[block], descriptor_after(left, block * SQUARE + step * 32),
+                               descriptor_after(right, step * (W_BY_K ? 32 : 16 * LINE)), Element{});
+    }
+
     // PING_PONG: a consumer starts its ``count``-th tile when all warps of the other have seen its tile's stages arrive.
     // Without this a wait could mistake an earlier round of a stage for its own: parity tells only two apart.
     RESLORA_DEVICE void await_turn(int consumer, int count) const {
