@@ -7,7 +7,7 @@
 namespace reslora {
 namespace {
 
-constexpr int GROUP = 8;  // tile rows that are walked together, so that both operands stay in L2
+constexpr std::int64_t GROUP = 8;  // tile rows that are walked together, so that both operands stay in L2
 constexpr int ONE_PASS_RANK = 32;
 
 struct Large {

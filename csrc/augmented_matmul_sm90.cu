@@ -30,10 +30,9 @@ struct Tiles {
     RESLORA_DEVICE bool left() const { return tile < rows * columns; }
     template <class P>
     RESLORA_DEVICE void place(int& row, int& column) const {
-        std::int64_t r, c;
-        tile_of(tile, rows, columns, (P::PING_PONG ? 8 : 16) / P::CLUSTER, r, c);
-        row = (static_cast<int>(r) * P::CLUSTER + (P::CLUSTER > 1 ? cluster_rank() : 0)) * P::BM;
-        column = static_cast<int>(c) * P::BN;
+        tile_of(tile, rows, columns, P::GROUP / P::CLUSTER, row, column);
+        row = (row * P::CLUSTER + (P::CLUSTER > 1 ? cluster_rank() : 0)) * P::BM;
+        column *= P::BN;
     }
 };
 

@@ -38,6 +38,7 @@ struct Pipeline {
     using Element = Element_;
     static constexpr bool W_BY_K = W_BY_K_, PING_PONG = PING_PONG_;
     static constexpr int CLUSTER = CLUSTER_, BM = 128, BN = PING_PONG ? 128 : 256, STAGES = PING_PONG ? 6 : 4;
+    static constexpr int GROUP = PING_PONG ? 8 : 16;  // rows of tiles that are walked together: x and w in equal parts
     static constexpr int BLOCKS = PING_PONG ? 2 : 1;  // of 64 rows, for each consumer
     static constexpr int A_BYTES = BM * LINE, B_BYTES = BN * LINE, STAGE_BYTES = A_BYTES + B_BYTES;
     static constexpr int B_BOX_ROWS = W_BY_K ? BN / CLUSTER : DEPTH;  // a box holds [n, 64 k], or [64 k, 64 n]

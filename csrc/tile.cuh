@@ -30,10 +30,10 @@ struct SharedTile {
 
 // The place of a tile among [rows, columns] of them: ``group`` rows are walked together, so that both operands of the
 // blocks that run at one time stay in L2.
-RESLORA_DEVICE void tile_of(std::int64_t tile, std::int64_t rows, std::int64_t columns, std::int64_t group,
-                            std::int64_t& row, std::int64_t& column) {
-    const std::int64_t first = tile / (group * columns) * group, within = tile % (group * columns);
-    const std::int64_t height = rows - first < group ? rows - first : group;
+template <class Index>
+RESLORA_DEVICE void tile_of(Index tile, Index rows, Index columns, Index group, Index& row, Index& column) {
+    const Index first = tile / (group * columns) * group, within = tile % (group * columns);
+    const Index height = rows - first < group ? rows - first : group;
     row = first + within % height;
     column = within / height;
 }

@@ -36,7 +36,16 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DRESLORA_EMULATED", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+OPTIONS = [
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DRESLORA_EMULATED",
+    "-DRESLORA_HAS_SM90",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+]
 FAST = ["-O2"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
@@ -73,7 +82,6 @@ def build(
     """
     includes = [f"-I{HERE}", f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     sources = [*sorted(csrc.glob("*.cu")), csrc / "bindings.cpp", *sorted(HERE.glob("emulator*.cpp"))]
-    sources = [source for source in sources if not source.stem.endswith("_sm90")]
     made_before = objects or {}
 
     def compile_one(source: Path) -> Path:

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks.gpu_check import hopper as gpu_check
 from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.testing import assert_close_to_truth
 
@@ -100,6 +101,20 @@ def test_same_bits_whatever_the_schedule(variant: str, extension: Path | None, d
             cuda_on_cpu.set_seed(extension, seed)
         again = run(call, values, cuda)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_what_the_gpu_check_checks(variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "DEVICE", device.type)
+    monkeypatch.setattr(gpu_check, "CHECKED", gpu_check.CHECKED[:1])
+    with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
+        gpu_check.check(variant)
+    assert asked.call_count == 6
+    given = gpu_check.operands((70, 72, 136, 8), "dx with dropout", BF16, seed=1)
+    given["scale"] = 3.0
+    y = torch.zeros(70, 136, dtype=BF16, device=device)
+    gpu_check.multiply(given, y)
+    with pytest.raises(AssertionError):
+        assert_close_to_truth(y, gpu_check.result(given | {"scale": 2.0}, torch.float64), y, "another scale")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
