@@ -13,7 +13,9 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #define UNPOISON(stack) __asan_unpoison_memory_region((stack).data(), (stack).size())
+#define POISON(from, bytes) __asan_poison_memory_region(from, bytes)
 #else
+#define POISON(from, bytes) (void)0
 #define UNPOISON(stack) (void)0
 #endif
 
@@ -54,12 +56,13 @@ Place block, grid;
 std::vector<Block> cluster;
 std::vector<Thread> threads;
 unsigned char* shared = nullptr;
-std::int64_t shared_size = 0;
+std::int64_t shared_size = 0, shared_begin = 0;
 std::mt19937 chance(0);
 Statistics statistics{};
 
 namespace {
 
+constexpr int SHARED_AT = 1024;  // the system has what is before
 constexpr int WARP = 32, STACK_BYTES = 256 << 10;
 constexpr unsigned CHANGE_OF_WARP = 64;  // on average one warp runs so many steps ahead of the others
 
@@ -120,6 +123,7 @@ bool step(int warp) {
         ran = true;
     }
     current = nullptr;
+    if (ran && failure.empty()) warp_has_run(lanes->rank, lanes->id / WARP);
     const auto count = [&](State state) {
         return std::count_if(lanes, lanes + WARP, [&](const Thread& t) { return t.state == state; });
     };
@@ -132,16 +136,25 @@ bool step(int warp) {
     return true;
 }
 
-bool release_barrier() {
+bool release_barrier(int rank) {
     const std::size_t count = threads.size() / cluster.size();
-    bool released = false;
-    for (auto first = threads.begin(); first != threads.end(); first += count) {
-        if (!std::all_of(first, first + count, [](const Thread& t) { return t.state == State::AT_BARRIER; })) continue;
-        ++statistics.barriers;
-        for (auto thread = first; thread != first + count; ++thread) thread->state = State::READY;
-        released = true;
+    const auto first = threads.begin() + rank * count;
+    if (!std::all_of(first, first + count, [](const Thread& t) { return t.state == State::AT_BARRIER; })) return false;
+    ++statistics.barriers;
+    for (auto thread = first; thread != first + count; ++thread) thread->state = State::READY;
+    return true;
+}
+
+// A step of the warp that is ahead; else of another one of its block; else of the other blocks.
+bool step_ahead(int ahead) {
+    const int blocks = static_cast<int>(cluster.size()), warps = static_cast<int>(threads.size()) / WARP / blocks;
+    for (int i = 0; i < blocks; ++i) {
+        const int rank = (ahead / warps + i) % blocks;
+        for (int j = 0; j < warps; ++j)
+            if (step(rank * warps + (ahead + j) % warps)) return true;
+        if (failure.empty() && release_barrier(rank)) return true;
     }
-    return released;
+    return false;
 }
 
 void one_event() {
@@ -177,9 +190,7 @@ void run_cluster() {
             continue;
         }
         if (chance() % CHANGE_OF_WARP == 0) ahead = static_cast<int>(chance() % warps);
-        bool ran = false;
-        for (int i = 0; i < warps && !ran; ++i) ran = step((ahead + i) % warps);
-        if (ran || release_barrier()) continue;
+        if (step_ahead(ahead)) continue;
         if (!events.empty()) {
             one_event();
             continue;
@@ -244,13 +255,16 @@ void launch(const char* name, Place size, int count, int shared_bytes, const std
     if (count % WARP || count > 1024) failure = "the number of threads must be a multiple of 32, at most 1024";
     if (size.x < 1 || size.y < 1 || size.z < 1 || size.x >= 1LL << 31 || size.y > 65535 || size.z > 65535)
         failure = "no such grid";
-    if (cluster_size < 1 || cluster_size > 8 || size.x % cluster_size) failure = "the grid is not made of such clusters";
+    if (cluster_size < 1 || cluster_size > 8 || size.x % cluster_size) failure = "the grid has no such clusters";
     if (shared_bytes > 227 << 10) failure = "more shared memory than a block may have";
     ++statistics.launches;
     grid = size;
     kernel = &body;
     shared_size = shared_bytes;
-    if (static_cast<int>(threads.size()) != count * cluster_size) threads = std::vector<Thread>(count * cluster_size);
+    const int past = static_cast<int>(chance() % 8) * 128;  // no more is aligned than what the sources ask for
+    shared_begin = SHARED_AT + past;
+    const int all = count * cluster_size;
+    if (static_cast<int>(threads.size()) != all) threads = std::vector<Thread>(all);
     pending.assign(threads.size() / WARP, nullptr);
     std::vector<std::int64_t> order(failure.empty() ? size.x * size.y * size.z / cluster_size : 0);
     for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int64_t>(i) * cluster_size;
@@ -261,10 +275,12 @@ void launch(const char* name, Place size, int count, int shared_bytes, const std
         cluster.clear();
         for (int rank = 0; rank < cluster_size; ++rank) {
             void* made = nullptr;
-            if (posix_memalign(&made, 1024, shared_bytes + 1)) throw std::bad_alloc();
+            if (posix_memalign(&made, SHARED_AT, past + shared_bytes + 1)) throw std::bad_alloc();
             memory.emplace_back(static_cast<unsigned char*>(made), std::free);
-            std::memset(made, 0xFF, shared_bytes);
-            cluster.push_back({{i % size.x + rank, i / size.x % size.y, i / size.x / size.y}, memory.back().get(), count});
+            POISON(made, past);
+            unsigned char* begin = memory.back().get() + past;
+            std::memset(begin, 0xFF, shared_bytes);
+            cluster.push_back({{i % size.x + rank, i / size.x % size.y, i / size.x / size.y}, begin, count});
         }
         try {
             run_cluster();

@@ -62,7 +62,7 @@ extern Place block, grid;
 extern std::vector<Block> cluster;
 extern std::vector<Thread> threads;
 extern unsigned char* shared;
-extern std::int64_t shared_size;
+extern std::int64_t shared_size, shared_begin;  // begin: its address on the device
 extern std::mt19937 chance;
 extern Statistics statistics;
 
@@ -83,6 +83,7 @@ void launch(const char* name, Place grid, int threads, int shared_bytes, const s
 
 // Of the units that only sm_90 has, in emulator_sm90.cpp.
 void cluster_begins();
+void warp_has_run(int rank, int warp);
 void thread_ends();
 void cluster_ends();
 

@@ -1,6 +1,7 @@
 // Barriers of sm_90 and the two views of shared memory: the threads', and that of the units beside them.
 #include "emulator_sm90.h"
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <utility>
@@ -24,8 +25,13 @@ struct Named {
     std::int64_t generation;
 };
 
+constexpr int WARP = 32, ANYONE = 33;
+
 struct Memory {  // of a block
-    std::vector<unsigned char> seen_by_units;
+    // What the units see, and what all threads had written when the last warp stopped; empty until the first use.
+    std::vector<unsigned char> seen_by_units, written;
+    std::vector<unsigned char> writer;             // by byte: 1 + the warp whose write no fence has followed
+    std::vector<std::int64_t> unfenced[ANYONE + 1];  // bytes, by writer
     std::map<std::int64_t, Transaction> barriers;
     Named named[16];
 };
@@ -48,7 +54,7 @@ Transaction& at(int rank, std::int64_t offset, const char* instruction) {
         fail(std::string(instruction) + ": there is no " + name_of(rank, offset));
     Barrier word;
     std::memcpy(&word, cluster[rank].shared + offset, 8);
-    if (word != MARK) fail(std::string(instruction) + ": something else was written over the " + name_of(rank, offset));
+    if (word != MARK) fail(std::string(instruction) + ": something was written over the " + name_of(rank, offset));
     return found->second;
 }
 
@@ -76,58 +82,111 @@ void arrive(int rank, std::int64_t offset, std::int64_t bytes, const char* instr
     go_on(barrier, rank, offset);
 }
 
+// What has changed was written by this one.
+void find_writes(int rank, int writer) {
+    constexpr std::int64_t AT_ONCE = 1024;
+    Memory& memory = memories[rank];
+    const unsigned char* now = cluster[rank].shared;
+    for (std::int64_t from = 0; from < shared_size; from += AT_ONCE) {
+        const std::int64_t bytes = std::min(AT_ONCE, shared_size - from);
+        if (std::memcmp(now + from, &memory.written[from], bytes) == 0) continue;
+        for (std::int64_t i = from; i < from + bytes; ++i) {
+            if (now[i] == memory.written[i]) continue;
+            memory.written[i] = now[i];
+            memory.writer[i] = static_cast<unsigned char>(writer);
+            memory.unfenced[writer].push_back(i);
+        }
+    }
+}
+
+Memory& memory_in_use(int rank) {
+    Memory& memory = memories[rank];
+    if (!memory.written.empty()) return memory;
+    memory.seen_by_units.assign(shared_size, 0xFF);
+    memory.written.assign(shared_size, 0xFF);
+    memory.writer.assign(shared_size, 0);
+    find_writes(rank, ANYONE);
+    return memory;
+}
+
+void publish(Memory& memory, int writer) {
+    for (std::int64_t i : memory.unfenced[writer]) {
+        if (memory.writer[i] != writer) continue;
+        memory.seen_by_units[i] = memory.written[i];
+        memory.writer[i] = 0;
+    }
+    memory.unfenced[writer].clear();
+}
+
+void announce_barriers() {
+    for (auto& entry : memories[current->rank].barriers)
+        if (entry.second.made_by == current->index) entry.second.announced = true;
+}
+
 }  // namespace
+
+void warp_has_run(int rank, int warp) {
+    if (!memories[rank].written.empty()) find_writes(rank, warp + 1);
+}
 
 std::int64_t offset_of(const void* address) { return static_cast<const unsigned char*>(address) - shared; }
 
-std::int64_t swizzled(std::int64_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
+std::int64_t swizzled(std::int64_t offset) {
+    const std::int64_t address = shared_begin + offset;
+    return (address ^ (address >> 7 & 7) << 4) - shared_begin;
+}
 
 unsigned char* shared_of(int rank, std::int64_t offset, std::int64_t bytes, const char* instruction) {
     if (offset < 0 || offset + bytes > shared_size)
         fail(std::string(instruction) + ": address outside of shared memory");
     if (cluster[rank].running == 0) fail(std::string(instruction) + ": to a block that has ended");
-    auto& seen = memories[rank].seen_by_units;
-    if (seen.empty()) seen.assign(shared_size, 0xFF);
+    memory_in_use(rank);
     return cluster[rank].shared + offset;
 }
 
 const unsigned char* fenced_shared(int rank, std::int64_t offset, std::int64_t bytes, const char* instruction) {
     const unsigned char* of_threads = shared_of(rank, offset, bytes, instruction);
-    const unsigned char* of_units = memories[rank].seen_by_units.data() + offset;
-    if (std::memcmp(of_threads, of_units, bytes) != 0)
-        fail(std::string(instruction) + ": at byte " + std::to_string(offset) +
-             " of shared memory, threads have written with no fence_async_shared since, or too early");
-    return of_units;
+    const Memory& memory = memories[rank];
+    const unsigned char* of_units = memory.seen_by_units.data() + offset;
+    if (std::memcmp(of_threads, of_units, bytes) == 0) return of_units;
+    const std::int64_t first = std::mismatch(of_threads, of_threads + bytes, of_units).first - of_threads + offset;
+    const int writer = memory.writer[first];
+    fail(std::string(instruction) + ": at byte " + std::to_string(first) + " of shared memory, " +
+         (writer == 0 || writer == ANYONE ? "a thread" : "warp " + std::to_string(writer - 1)) +
+         " has written with no fence_async_shared since, or too early");
 }
 
 void write_from_async(int rank, std::int64_t offset, const void* from, std::int64_t bytes) {
     std::memcpy(shared_of(rank, offset, bytes, "tma_load"), from, bytes);
-    std::memcpy(memories[rank].seen_by_units.data() + offset, from, bytes);
+    Memory& memory = memories[rank];
+    std::memcpy(&memory.seen_by_units[offset], from, bytes);
+    std::memcpy(&memory.written[offset], from, bytes);
+    std::memset(&memory.writer[offset], 0, bytes);
 }
 
-// All writes of all threads until now: those of one thread cannot be told from another's.
+// For all of its warp: what the lanes of a warp have written is not told apart.
 void fence_async_shared() {
-    for (auto& entry : memories[current->rank].barriers)
-        if (entry.second.made_by == current->index) entry.second.announced = true;
-    const unsigned char* written = shared_of(current->rank, 0, shared_size, "fence_async_shared");
-    auto& seen = memories[current->rank].seen_by_units;
-    if (std::memcmp(seen.data(), written, shared_size) != 0) std::memcpy(seen.data(), written, shared_size);
+    announce_barriers();
+    Memory& memory = memory_in_use(current->rank);
+    const int writer = current->id / WARP + 1;
+    find_writes(current->rank, writer);
+    publish(memory, writer);
+    publish(memory, ANYONE);
 }
 
 void mbarrier_init(Barrier* barrier, int count) {
     const std::int64_t offset = offset_of(barrier);
-    if (offset < 0 || offset % 8 || offset + 8 > shared_size) fail("mbarrier_init: misaligned or outside of shared memory");
+    if (offset < 0 || offset % 8 || offset + 8 > shared_size)
+        fail("mbarrier_init: misaligned or outside of shared memory");
     if (count < 1 || count > MOST) fail("mbarrier_init: no such count");
+    memory_in_use(current->rank);
     const Transaction fresh{count, count, 0, 0, current->index, false};
     if (!memories[current->rank].barriers.emplace(offset, fresh).second)
         fail("mbarrier_init: there is a " + name_of(current->rank, offset) + " already");
     std::memcpy(barrier, &MARK, 8);
 }
 
-void fence_barrier_init() {
-    for (auto& entry : memories[current->rank].barriers)
-        if (entry.second.made_by == current->index) entry.second.announced = true;
-}
+void fence_barrier_init() { announce_barriers(); }
 
 void mbarrier_expect(Barrier* barrier, int bytes) {
     if (bytes < 0 || bytes > MOST) fail("mbarrier_expect: no such number of bytes");
@@ -147,8 +206,10 @@ void mbarrier_wait(Barrier* barrier, int parity) {
     const int rank = current->rank;
     const std::int64_t offset = offset_of(barrier);
     const Transaction* waited = &at(rank, offset, "mbarrier_wait");
-    wait_until([=] { return (waited->phase & 1) != parity; },
-               [=] { return name_of(rank, offset) + ", parity " + std::to_string(parity) + ", where " + counts(*waited); });
+    const auto name = [=] {
+        return name_of(rank, offset) + ", parity " + std::to_string(parity) + ", where " + counts(*waited);
+    };
+    wait_until([=] { return (waited->phase & 1) != parity; }, name);
 }
 
 void require_barrier(int rank, std::int64_t barrier, const char* instruction) {
@@ -175,11 +236,11 @@ void named_barrier(int id, int count) {
         barrier.arrived = 0;
         ++barrier.generation;
     }
-    wait_until([&barrier, before] { return barrier.generation != before; },
-               [&barrier, id] {
-                   return "named barrier " + std::to_string(id) + ", where " + std::to_string(barrier.arrived) + " of " +
-                          std::to_string(barrier.threads) + " have arrived";
-               });
+    const auto name = [&barrier, id] {
+        return "named barrier " + std::to_string(id) + ", where " + std::to_string(barrier.arrived) + " of " +
+               std::to_string(barrier.threads) + " have arrived";
+    };
+    wait_until([&barrier, before] { return barrier.generation != before; }, name);
 }
 
 void cluster_arrive() {

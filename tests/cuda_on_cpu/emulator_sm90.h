@@ -55,8 +55,6 @@ void complete_bytes(int rank, std::int64_t barrier, std::int64_t bytes);
 void require_barrier(int rank, std::int64_t barrier, const char* instruction);
 std::int64_t offset_of(const void* address);
 std::int64_t swizzled(std::int64_t offset);
-void barriers_begin();
-void barriers_end();
 void copies_begin();
 void thread_copies_end();
 void products_begin();

@@ -16,6 +16,7 @@ struct Stores {  // of a thread
     std::deque<std::vector<std::shared_ptr<Event>>> groups;
 };
 std::vector<Stores> stores;
+std::vector<int> loads_in_flight;  // to each block of the cluster
 
 void require_box(const TensorMap* map, std::int64_t offset, const char* instruction) {
     if (reinterpret_cast<std::uintptr_t>(map) % 64 != 0) fail(std::string(instruction) + ": misaligned tensor map");
@@ -67,7 +68,7 @@ TensorMap make_tensor_map(const void* base, std::int64_t rows, std::int64_t colu
     require(row_stride_elements < 1LL << 39, "the row stride is too large");
     require(rows >= 1 && columns >= 1 && rows <= 1LL << 32 && columns <= 1LL << 32, "no such size");
     require(box_rows >= 1 && box_rows <= 256, "a box has 1 to 256 rows");
-    require(box_columns == ELEMENTS, "a box has 64 columns: how narrower ones lie in 128-byte swizzle is not documented");
+    require(box_columns == ELEMENTS, "a box has 64 columns: it is not documented how narrower ones lie");
     auto* data = const_cast<unsigned char*>(static_cast<const unsigned char*>(base));
     return {MARK, data, rows, columns, 2 * row_stride_elements, box_rows, {}};
 }
@@ -83,7 +84,9 @@ void tma_load_multicast(void* to, const TensorMap* map, int column, int row, Bar
         fenced_shared(rank, offset, bytes, "tma_load");
         const std::vector<unsigned char> poison(bytes, 0xFF);
         write_from_async(rank, offset, poison.data(), bytes);
+        ++loads_in_flight[rank];
         later([map = *map, column, row, rank, offset, at, bytes] {
+            --loads_in_flight[rank];
             load_box(map, column, row, rank, offset);
             complete_bytes(rank, at, bytes);
         });
@@ -110,10 +113,15 @@ void tma_store_wait_read(int left) {
         for (const auto& event : groups.front()) settle(*event);
 }
 
-void copies_begin() { stores = std::vector<Stores>(threads.size()); }
+void copies_begin() {
+    stores = std::vector<Stores>(threads.size());
+    loads_in_flight.assign(cluster.size(), 0);
+}
 
 void thread_copies_end() {
     const Stores& mine = stores[current->index];
+    if (cluster[current->rank].running == 1 && loads_in_flight[current->rank])
+        fail("bulk loads are still in flight to a block that has ended");
     if (!mine.open.empty()) fail("bulk stores were issued and never committed");
     for (const auto& group : mine.groups)
         if (!group.empty()) fail("bulk stores may still read shared memory when the kernel ends");

@@ -9,8 +9,7 @@ namespace emulator {
 namespace {
 
 constexpr int WARP = 32, ROWS = 16, K = 16;
-constexpr std::int64_t WINDOW = 1024;          // where a block's shared memory begins
-constexpr std::uint32_t POISON = 0xFFC0FFEE;   // NaN: what registers hold while a product is in flight
+constexpr std::uint32_t POISON = 0xFFC0FFEE;  // NaN: what registers hold while a product is in flight
 
 struct Sum {  // [16, n] of a warp
     float* registers[WARP];
@@ -56,12 +55,12 @@ struct Operand {
         if (start & 0x380) fail("wgmma: the descriptor's address is not in the first row of a 1024-byte pattern");
         for (int chunk = 0; chunk < outer * K / 8; ++chunk) {
             // By k: two chunks of 8 k for each row. MN-major: a chunk of 8 rows for each k.
-            const int row = mn_major ? first + chunk / K * 8 : first + chunk / 2, k = mn_major ? chunk % K : chunk % 2 * 8;
+            const int row = first + (mn_major ? chunk / K * 8 : chunk / 2), k = mn_major ? chunk % K : chunk % 2 * 8;
             const std::int64_t linear =
                 mn_major ? start + row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128
                          : start + row / 8 * stride + row % 8 * 128 + k * 2;
             std::uint16_t bits[8];
-            std::memcpy(bits, fenced_shared(rank, swizzled(linear) - WINDOW, 16, "wgmma"), 16);
+            std::memcpy(bits, fenced_shared(rank, swizzled(linear - shared_begin), 16, "wgmma"), 16);
             for (int e = 0; e < 8; ++e)
                 values[mn_major ? (row - first + e) * K + k : (row - first) * K + k + e] = to_float(bits[e]);
         }
@@ -148,7 +147,7 @@ void wait(Unit& unit, int left) {
 }  // namespace
 
 std::uint64_t wgmma_descriptor(const void* address, int leading_bytes, int stride_bytes) {
-    const std::int64_t from = offset_of(address) + WINDOW;
+    const std::int64_t from = offset_of(address) + shared_begin;
     if (from % 16 || leading_bytes % 16 || stride_bytes % 16) fail("wgmma_descriptor: not a multiple of 16 bytes");
     if (leading_bytes < 0 || leading_bytes >> 18 || stride_bytes < 0 || stride_bytes >> 18)
         fail("wgmma_descriptor: a stride that does not fit in");
