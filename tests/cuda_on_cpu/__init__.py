@@ -36,8 +36,8 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
-OPTIONS += ["-DRESLORA_EMULATED", "-DRESLORA_HAS_SM90"]
+OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DRESLORA_EMULATED"]
+OPTIONS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FAST = ["-O2"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
@@ -74,10 +74,7 @@ def build(
     """
     includes = [f"-I{HERE}", f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     sources = [*sorted(csrc.glob("*.cu")), csrc / "bindings.cpp", *sorted(HERE.glob("emulator*.cpp"))]
-<<<<<<< HEAD
-=======
     has_sm90 = ["-DRESLORA_HAS_SM90"] * any(source.stem.endswith("_sm90") for source in csrc.glob("*.cu"))
->>>>>>> emulator
     made_before = objects or {}
 
     def compile_one(source: Path) -> Path:
