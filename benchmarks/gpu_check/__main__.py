@@ -1,5 +1,5 @@
 """python -m benchmarks.gpu_check                    build, correctness, sanitizer, speed, in nine minutes
-python -m benchmarks.gpu_check --part correctness    one part (repeatable): build, correctness, sanitizer, speed, hopper, tune
+python -m benchmarks.gpu_check --part correctness    one part (repeatable), also hopper and tune, which it leaves out
 python -m benchmarks.gpu_check --ready               whether this interpreter has all that the check needs
 
 Runs in whatever interpreter starts it. The part build installs this package there, in place, with its CUDA extension;

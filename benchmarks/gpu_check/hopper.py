@@ -1,4 +1,4 @@
-"""The Hopper kernel on a GPU of compute capability 9.0: each variant against float64, then timed beside the frozen linear.
+"""The Hopper kernel on sm_90: each variant against float64, then timed beside the frozen linear.
 
 python -m benchmarks.gpu_check.hopper --output hopper.json
 

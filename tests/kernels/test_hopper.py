@@ -110,11 +110,10 @@ def test_what_the_gpu_check_checks(variant: str, device: torch.device, monkeypat
         gpu_check.check(variant)
     assert asked.call_count == 6
     given = gpu_check.operands((70, 72, 136, 8), "dx with dropout", BF16, seed=1)
-    given["scale"] = 3.0
     y = torch.zeros(70, 136, dtype=BF16, device=device)
-    gpu_check.multiply(given, y)
-    with pytest.raises(AssertionError):
-        assert_close_to_truth(y, gpu_check.result(given | {"scale": 2.0}, torch.float64), y, "another scale")
+    gpu_check.multiply(given | {"scale": 3.0}, y)
+    with pytest.raises(AssertionError, match="another scale"):
+        assert_close_to_truth(y, *(gpu_check.result(given, dtype) for dtype in (torch.float64, BF16)), "another scale")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
