@@ -39,7 +39,8 @@ def test_hopper_rules() -> None:
     instructions = {"HGMMA": 9, "UTMALDG": 4, "UTMASTG": 4}
     assert check(Row("90a", "a_hopper_kernel<Bf16>", 168, 0, instructions, [], [40, 232], [])) == []
     assert check(Row("90a", "a_hopper_kernel<Bf16>", 168, 0, {"HGMMA": 9}, [], [], ["C7508", "C7520"])) == [
-        "no UTMALDG", "no UTMASTG", "registers of the roles: [], not [40, 232]", "ptxas remarks C7508", "ptxas remarks C7520",
+        "no UTMALDG", "no UTMASTG", "registers of the roles: [], not [40, 232]",
+        "ptxas remarks C7508", "ptxas remarks C7520",
     ]  # fmt: skip
 
 
