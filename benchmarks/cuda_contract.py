@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -29,15 +29,22 @@ from .compile_contract import ATOMICS
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "89", "90a", "100", "120")
-OPTIONS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin")
+OPTIONS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas=-v")
 FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
 USAGE = re.compile(r"^ Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.MULTILINE)
+REMARK = re.compile(r"\((C75\d\d)\).* in function '(\S+?)'")  # of ptxas, on wgmma and setmaxnreg
+ROLE = re.compile(r"\bUSETMAXREG\S* (?:UP\d, )?(0x[0-9a-f]+)")
+CONSUMER, PRODUCER = 232, 40  # registers of a thread of csrc/augmented_matmul_sm90.cu, in 2 and 1 warpgroups
+KEPT = ("HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "UTMASTG", "LDL", "STL", *ATOMICS)
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 
 
 @dataclass
 class Row:
-    """One kernel on one architecture; ``stack_bytes`` a thread, and the instructions that matter."""
+    """One kernel on one architecture; ``stack_bytes`` a thread, and the instructions that matter.
+
+    ``role_registers`` are those of setmaxnreg, ``remarks`` the numbers of what ptxas said on wgmma and setmaxnreg.
+    """
 
     arch: str
     kernel: str
@@ -45,6 +52,8 @@ class Row:
     stack_bytes: int
     instructions: dict[str, int]
     violations: list[str]
+    role_registers: list[int] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def compile_source(source: Path, arch: str) -> tuple[list[Row], float]:
@@ -59,17 +68,19 @@ def compile_source(source: Path, arch: str) -> tuple[list[Row], float]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
         started = time.perf_counter()
-        _output(nvcc, *OPTIONS, f"-arch=sm_{arch}", str(source), "-o", str(cubin))
+        said = _run(nvcc, *OPTIONS, f"-arch=sm_{arch}", str(source), "-o", str(cubin)).stderr
         seconds = time.perf_counter() - started
         usage = _output(*_tool("cuobjdump"), "--dump-resource-usage", str(cubin))
         code = _output(*_tool("cuobjdump"), "-sass", str(cubin))
     names, texts = FUNCTION.findall(code), FUNCTION.split(code)[2::2]
-    counts = {name: Counter(INSTRUCTION.findall(text)) for name, text in zip(names, texts, strict=True)}
+    by_name = dict(zip(names, texts, strict=True))
     rows = []
     for name, registers, stack, _, local in USAGE.findall(usage):
-        count = counts[name]
-        found = {key: count[key] for key in ("HMMA", "LDSM", "LDGSTS", "LDL", "STL", *ATOMICS) if count[key]}
+        count = Counter(INSTRUCTION.findall(by_name[name]))
+        found = {key: count[key] for key in KEPT if count[key]}
         row = Row(arch, _readable(name), int(registers), int(stack) + int(local), found, [])
+        row.role_registers = sorted({int(number, 16) for number in ROLE.findall(by_name[name])})
+        row.remarks = sorted({code for code, function in REMARK.findall(said) if function == name})
         row.violations = check(row)
         rows.append(row)
     return sorted(rows, key=lambda row: row.kernel), seconds
@@ -88,6 +99,11 @@ def check(row: Row) -> list[str]:
         broken.append("no LDSM")
     if "Math" in row.kernel and not count.get("LDGSTS"):
         broken.append("no LDGSTS")
+    if "hopper" in row.kernel:
+        broken += [f"no {name}" for name in ("HGMMA", "UTMALDG", "UTMASTG") if not count.get(name)]
+        if row.role_registers != [PRODUCER, CONSUMER]:
+            broken.append(f"registers of the roles: {row.role_registers}, not {[PRODUCER, CONSUMER]}")
+    broken += [f"ptxas remarks {code}" for code in row.remarks]
     broken += [f"atomics: {count[name]} {name}" for name in ATOMICS if name in count]
     return broken
 
@@ -109,15 +125,19 @@ def _tool(name: str) -> list[str]:
 
 
 def _output(*command: str) -> str:
+    return _run(*command).stdout
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{finished.stderr}")
-    return finished.stdout
+    return finished
 
 
 def contract(sources: Sequence[Path], archs: Sequence[str], jobs: int) -> Iterator[tuple[str, str, list[Row], float]]:
     """(source, architecture, rows, seconds of nvcc) of each pair."""
-    pairs = [(source, arch) for arch in archs for source in sources]
+    pairs = [(path, arch) for arch in archs for path in sources if arch == "90a" or not path.stem.endswith("_sm90")]
     with ThreadPoolExecutor(jobs) as pool:
         for (source, arch), (rows, seconds) in zip(
             pairs, pool.map(lambda pair: compile_source(*pair), pairs), strict=True

@@ -7,7 +7,7 @@
 namespace reslora {
 namespace {
 
-constexpr int GROUP = 8;  // tile rows that are walked together, so that both operands stay in L2
+constexpr std::int64_t GROUP = 8;  // tile rows that are walked together, so that both operands stay in L2
 constexpr int ONE_PASS_RANK = 32;
 
 struct Large {
@@ -20,14 +20,6 @@ struct Small {
 template <class Math, class Tile, bool W_BY_K, bool ONE_PASS>
 using Matmul =
     BlockMatmul<Math, Tile::SIZE, Tile::SIZE, Tile::WARPS_M, 2, true, W_BY_K, 4, ONE_PASS ? ONE_PASS_RANK : 0>;
-
-RESLORA_DEVICE void tile_of(std::int64_t block, std::int64_t rows, std::int64_t columns, std::int64_t& row,
-                            std::int64_t& column) {
-    const std::int64_t first = block / (GROUP * columns) * GROUP, within = block % (GROUP * columns);
-    const std::int64_t height = rows - first < GROUP ? rows - first : GROUP;
-    row = first + within % height;
-    column = within / height;
-}
 
 template <class Element>
 RESLORA_DEVICE void store_pair(const AugmentedMatmul& p, std::int64_t row, std::int64_t column, float first,
@@ -57,7 +49,8 @@ __global__ void __launch_bounds__(64 * Tile::WARPS_M, 1) augmented_matmul_kernel
     using M = Matmul<Math, Tile, W_BY_K, ONE_PASS>;
     using Element = typename M::Element;
     std::int64_t row, column;
-    tile_of(block_id().x, (p.x.rows + M::BM - 1) / M::BM, (p.y.columns + M::BN - 1) / M::BN, row, column);
+    tile_of(block_id().x, (p.x.rows + M::BM - 1) / M::BM, (p.y.columns + M::BN - 1) / M::BN, GROUP, row,
+            column);
     const bool first_column = column == 0;
     row *= M::BM;
     column *= M::BN;

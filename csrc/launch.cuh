@@ -15,15 +15,24 @@ inline std::int64_t blocks(std::int64_t size, std::int64_t block) { return (size
 
 #ifdef __CUDACC__
 template <class Params>
-void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device device) {
+void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device device,
+         int cluster = 1) {
     cudaError_t error = cudaSuccess;
     if (shared > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error == cudaSuccess) {
+        cudaLaunchAttribute shape{};
+        shape.id = cudaLaunchAttributeClusterDimension;
+        shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+        cudaLaunchConfig_t launch{};
+        launch.gridDim =
+            dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+        launch.blockDim = dim3(threads);
+        launch.dynamicSmemBytes = shared;
+        launch.stream = reinterpret_cast<cudaStream_t>(device.stream);
+        launch.attrs = &shape;
+        launch.numAttrs = cluster > 1;
         void* arguments[] = {&params};
-        error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
-                                 dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-                                      static_cast<unsigned>(grid.z)),
-                                 dim3(threads), arguments, shared, reinterpret_cast<cudaStream_t>(device.stream));
+        error = cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), arguments);
     }
     if (error != cudaSuccess) {
         cudaGetLastError();  // it is raised here; the next launch must not report it again
@@ -35,8 +44,9 @@ void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int s
 }
 #else
 template <class Params>
-void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device) {
-    emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [&] { kernel(params); });
+void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device,
+         int cluster = 1) {
+    emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [&] { kernel(params); }, cluster);
 }
 #endif
 

@@ -7,6 +7,8 @@ namespace reslora {
 enum Type : int { FLOAT32, FLOAT16, BFLOAT16, FLOAT64 };
 enum Math : int { MATH_BFLOAT16, MATH_FLOAT16, MATH_TF32, MATH_IEEE };  // float32 products: TF32, or exact ones
 
+enum Hopper : int { COOPERATIVE = 1, COOPERATIVE_PAIR, PING_PONG, PING_PONG_PAIR };  // see pipeline_sm90.cuh
+
 enum Access : int { ELEMENTS, CONVERTED, COPIED };  // one at a time; float32 four at a time; 16 bytes as they are
 
 // A matrix [rows, columns] to read. Strides count elements. No data: there is none.
@@ -94,6 +96,7 @@ struct Device {
 // Each raises std::runtime_error with the kernel's name and configuration where the launch fails.
 void project(const Project&, Math, Device);
 void augmented_matmul(const AugmentedMatmul&, Math, bool large, Device);
+void augmented_matmul_sm90(const AugmentedMatmul&, Math, Hopper, Device);  // ``a`` and side are not for it
 void low_rank_grads(const LowRankGrads&, Math, std::int64_t parts, Device);
 void finish(const Sum&, const Sum&, Device);
 

@@ -28,6 +28,16 @@ struct SharedTile {
     }
 };
 
+// The place of a tile among [rows, columns] of them: ``group`` rows are walked together, so that both operands of the
+// blocks that run at one time stay in L2.
+template <class Index>
+RESLORA_DEVICE void tile_of(Index tile, Index rows, Index columns, Index group, Index& row, Index& column) {
+    const Index first = tile / (group * columns) * group, within = tile % (group * columns);
+    const Index height = rows - first < group ? rows - first : group;
+    row = first + within % height;
+    column = within / height;
+}
+
 RESLORA_DEVICE float load_as_float(const void* data, Type type, std::int64_t at) {
     switch (type) {
         case FLOAT16: return to_float(static_cast<const Fp16*>(data)[at]);

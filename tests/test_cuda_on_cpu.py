@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from reslora_kernels.backends import hopper
+
 from . import cuda_on_cpu
 
 REASON = cuda_on_cpu.unavailable_reason()
@@ -31,6 +33,7 @@ class Fault:
     planted: str
     caught: str
     sanitized: bool = False
+    variant: str = "off"  # of the Hopper kernel
 
 
 FAULTS = [
@@ -85,10 +88,60 @@ FAULTS = [
         "a row too many is written", "augmented_matmul_sm80.cu",
         "if (row >= p.x.rows ||", "if (row > p.x.rows ||", "AddressSanitizer: heap-buffer-overflow", sanitized=True,
     ),
+    Fault(
+        "consumers that take no turns", "augmented_matmul_sm90.cu",
+        "        pipeline.await_turn(consumer, count);\n", "", "is wrong|deadlock", variant="ping-pong",
+    ),
+    Fault(
+        "a turn passed by one warp", "pipeline_sm90.cuh",
+        "mbarrier_init(turn(consumer), 4);", "mbarrier_init(turn(consumer), 1);", "is wrong|deadlock",
+        variant="ping-pong-pair",
+    ),
+    Fault(
+        "a stage released while products read it", "augmented_matmul_sm90.cu",
+        "wgmma_wait<1>();", "wgmma_wait<2>();", "is wrong", variant="cooperative",
+    ),
+    Fault(
+        "a stage released in one block of the pair", "pipeline_sm90.cuh",
+        "block < CLUSTER; ++block) mbarrier", "block < 1; ++block) mbarrier", "deadlock", variant="cooperative-pair",
+    ),
+    Fault(
+        "each block with the same half of w", "pipeline_sm90.cuh",
+        "column + part * B_BOX_ROWS, arrived", "column, arrived", "is wrong", variant="cooperative-pair",
+    ),
+    Fault(
+        "a block that leaves its pair", "augmented_matmul_sm90.cu",
+        "    if constexpr (P::CLUSTER > 1) P::meet();\n", "", "has ended", variant="ping-pong-pair",
+    ),
+    Fault(
+        "a box written while it is stored", "augmented_matmul_sm90.cu",
+        "        if (thread == 0) tma_store_wait_read<1>();\n", "", "too early|is wrong", variant="ping-pong",
+    ),
+    Fault(
+        "a store with no fence", "augmented_matmul_sm90.cu",
+        "        fence_async_shared();\n", "", "no fence_async_shared", variant="cooperative",
+    ),
+    Fault(
+        "64 columns of w at another distance", "pipeline_sm90.cuh",
+        "W_BY_K ? 16 : SQUARE", "W_BY_K ? 16 : LINE", "dx is wrong", variant="cooperative",
+    ),
+    Fault(
+        "a step of the rank too few", "augmented_matmul_sm90.cu",
+        "(p.rank - k + 15) / 16", "(p.rank - k) / 16", "is wrong", variant="cooperative",
+    ),
+    Fault(
+        "the mask of another row", "augmented_matmul_sm90.cu", "i = row + 8 * half;", "i = row;", "dx is wrong",
+        variant="ping-pong",
+    ),
+    Fault(
+        "a word too many of the mask", "augmented_matmul_sm90.cu",
+        "i < p.rows && at < p.keep_words", "i <= p.rows", "AddressSanitizer: heap-buffer-overflow", sanitized=True,
+        variant="cooperative",
+    ),
 ]  # fmt: skip
 
 
-def run_calls(module: Path, seeds: int) -> subprocess.CompletedProcess[str]:
+def run_calls(module: Path, seeds: int, variant: str = "off") -> subprocess.CompletedProcess[str]:
     libraries = [
         subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout
         for name in ("asan", "ubsan")
@@ -98,7 +151,7 @@ def run_calls(module: Path, seeds: int) -> subprocess.CompletedProcess[str]:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "tests.cuda_on_cpu.run_calls", str(module), str(seeds)]
+    command = [sys.executable, "-m", "tests.cuda_on_cpu.run_calls", str(module), str(seeds), variant]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -127,9 +180,10 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cuda_on_cpu.build(folder, sources(folder), cuda_on_cpu.SANITIZED)
 
 
-def test_sources_are_clean(sanitized: Path) -> None:
+@pytest.mark.parametrize("variant", ["off", *hopper.VARIANTS])
+def test_sources_are_clean(variant: str, sanitized: Path) -> None:
     """Nothing is read or written out of bounds and nothing is undefined, whatever the schedule."""
-    finished = run_calls(sanitized, 2)
+    finished = run_calls(sanitized, 2, variant)
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
@@ -143,6 +197,6 @@ def test_planted_fault_is_caught(fault: Fault, tmp_path: Path, request: pytest.F
     concerned = {fault.source} if fault.source.endswith(".cu") else {path.name for path in csrc.glob("*.cu")}
     made = {name: path for name, path in made.items() if name not in concerned}
     module = cuda_on_cpu.build(tmp_path, csrc, cuda_on_cpu.SANITIZED if fault.sanitized else ["-O0"], made)
-    finished = run_calls(module, 20)
+    finished = run_calls(module, 20, fault.variant)
     assert finished.returncode != 0
     assert re.search(fault.caught, finished.stdout + finished.stderr), finished.stdout + finished.stderr

@@ -205,6 +205,20 @@ def speed(run: Runner, limit: float, sets: Sequence[str] = SETS, device: str = "
     return Outcome(FAILED if wrong or broke else PASSED if timed else UNFINISHED, summary, {"result": result})
 
 
+def hopper(run: Runner, limit: float) -> Outcome:
+    """The variants of the Hopper kernel: right or not, and their share of the speed of the frozen linear."""
+    probe = "import torch; from reslora_kernels.backends import cuda; "
+    probe += "raise SystemExit(torch.cuda.get_device_capability() != (9, 0) or not cuda._extension().HAS_SM90)"
+    if run([sys.executable, "-c", probe], limit).status != 0:
+        return Outcome(SKIPPED, "needs a GPU of compute capability 9.0 and the extension built for 90a")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "hopper.json"
+        finished = run([sys.executable, "-m", "benchmarks.gpu_check.hopper", f"--output={path}"], limit)
+        found = {"hopper": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
+    status = PASSED if finished.status == 0 else FAILED if finished.status else UNFINISHED
+    return Outcome(status, last_line(finished.output), found)
+
+
 def tune(run: Runner, limit: float) -> Outcome:
     """Every form and tile for the table of measured choices, ``reslora_kernels/kernels/measured.json``."""
     with tempfile.TemporaryDirectory() as folder:

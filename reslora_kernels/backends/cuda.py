@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import dropout
 from ..kernels.launch import Sum, precision
 from ..kernels.tiles import MAX_RANK
+from . import hopper
 from . import torch as library
 
 EXTENSION = "reslora_kernels._cuda"
@@ -95,7 +96,12 @@ def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     if _one_pass(x, weight.shape[0], rank, None, 1.0):
         return f"one pass: both products from one read of x, for at most {ONE_PASS_COLUMNS} columns of y"
     tile = LARGE_TILE if _large(x, weight.shape[0]) else LARGE_TILE // 2
-    return f"two passes: h first, then the matmul on top of the low-rank product, in tiles of {tile} x {tile}"
+    kernel = f"in tiles of {tile} x {tile}"
+    if name := hopper.asked_for():
+        reason = hopper.unsupported_reason(_extension(), x, weight.T, columns=weight.shape[0])
+        kernel += f", not by the Hopper kernel: {reason}" if reason else ""
+        kernel = kernel if reason else f"by the {name} Hopper kernel ({hopper.OPT_IN})"
+    return f"two passes: h first, then the matmul on top of the low-rank product, {kernel}"
 
 
 def forward(
@@ -123,17 +129,13 @@ def forward(
         if not len(a_cat):
             assert residual is not None
             given, u = residual.contiguous(), u[:0]
-            product: dict[str, Any] = {"t": _matrix(given)}
+            _augmented_matmul(x, weight.T, given, b_cat.T, y, scaling, bias=bias_address)
         elif _one_pass(x, y.shape[1], a_cat.shape[0], seed, scaling):
-            product = {"a": _matrix(a_cat), "side": side}
+            one_pass = {"a": _matrix(a_cat), "side": side}
+            _augmented_matmul(x, weight.T, None, b_cat.T, y, scaling, bias=bias_address, **one_pass)
         else:
             _project(x, a_cat, side, u.shape[1], seed, p)
-            product = {"t": _matrix(u)}
-        _extension().augmented_matmul(
-            _math(x.dtype), _device_of(x), _large(x, y.shape[1]), x=_matrix(x),
-            w=_matrix(weight.T), b=_matrix(b_cat.T), bias=bias_address, scale=scaling,
-            y=_output(y), **product,
-        )  # fmt: skip
+            _augmented_matmul(x, weight.T, u, b_cat.T, y, scaling, bias=bias_address)
     return y, handed, u
 
 
@@ -184,14 +186,29 @@ def backward(
         if need_dx:
             assert dh is not None
             keep, words = (0, 0) if bits is None else (bits.data_ptr(), bits.shape[1])
-            _extension().augmented_matmul(
-                _math(dy.dtype), _device_of(dy), _large(dy, k), x=_matrix(dy), w=_matrix(weight),
-                t=_matrix(dh), b=_matrix(a_cat), keep=keep, keep_words=words, scale=keep_scale,
-                y=_output(dx), first=sums[0], second=sums[1],
+            _augmented_matmul(
+                dy, weight, dh, a_cat, dx, keep_scale,
+                keep=keep, keep_words=words, first=sums[0], second=sums[1],
             )  # fmt: skip
         elif any(sums):
             _extension().finish(_device_of(dy), *sums)
     return dx, da, db, dresidual
+
+
+def _augmented_matmul(
+    x: Tensor, w: Tensor, t: Tensor | None, b: Tensor, y: Tensor, scale: float, **options: Any
+) -> None:
+    """y [M, N] = x w + scale t b and what ``options`` add: see csrc/params.h."""
+    matrices = {"x": x, "w": w, "b": b} if t is None else {"x": x, "w": w, "t": t, "b": b}
+    if t is not None and hopper.asked_for():
+        converted = matrices | {"b": b.to(x.dtype)}  # [R, N], which the copy engine cannot convert on the way
+        if hopper.same_order(w, b) and t.stride(1) == 1:
+            options["hopper"] = hopper.variant_of(_extension(), *converted.values(), columns=y.shape[1])
+            matrices = converted if options["hopper"] else matrices
+    _extension().augmented_matmul(
+        _math(x.dtype), _device_of(x), _large(x, y.shape[1]), scale=scale, y=_output(y),
+        **{name: _matrix(matrix) for name, matrix in matrices.items()}, **options,
+    )  # fmt: skip
 
 
 def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, seed: Tensor | None, p: float) -> None:

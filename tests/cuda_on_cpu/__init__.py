@@ -36,7 +36,8 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DRESLORA_EMULATED", "-Wall", "-Wno-unknown-pragmas"]
+OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DRESLORA_EMULATED"]
+OPTIONS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FAST = ["-O2"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
@@ -59,6 +60,9 @@ class Statistics:
     bank_conflicts: int
     multiplications: int
     barriers: int
+    tensor_loads: int
+    tensor_stores: int
+    group_multiplications: int
 
 
 def build(
@@ -69,15 +73,15 @@ def build(
     Each object file lies beside it; ``objects`` are those, by their source's name, that another build has made.
     """
     includes = [f"-I{HERE}", f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    sources = [*sorted(csrc.glob("*.cu")), csrc / "bindings.cpp", HERE / "emulator.cpp"]
-    sources = [source for source in sources if not source.stem.endswith("_sm90")]
+    sources = [*sorted(csrc.glob("*.cu")), csrc / "bindings.cpp", *sorted(HERE.glob("emulator*.cpp"))]
+    has_sm90 = ["-DRESLORA_HAS_SM90"] * any(source.stem.endswith("_sm90") for source in csrc.glob("*.cu"))
     made_before = objects or {}
 
     def compile_one(source: Path) -> Path:
         if source.name in made_before:
             return made_before[source.name]
         made = folder / f"{source.name}.o"
-        _run(["g++", *OPTIONS, *options, *includes, "-x", "c++", "-c", str(source), "-o", str(made)])
+        _run(["g++", *OPTIONS, *has_sm90, *options, *includes, "-x", "c++", "-c", str(source), "-o", str(made)])
         return made
 
     with ThreadPoolExecutor() as pool:

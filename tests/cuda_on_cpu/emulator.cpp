@@ -2,15 +2,20 @@
 #include "emulator.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #define UNPOISON(stack) __asan_unpoison_memory_region((stack).data(), (stack).size())
+#define POISON(from, bytes) __asan_poison_memory_region(from, bytes)
 #else
+#define POISON(from, bytes) (void)0
 #define UNPOISON(stack) (void)0
 #endif
 
@@ -48,17 +53,23 @@ namespace emulator {
 
 Thread* current = nullptr;
 Place block, grid;
+std::vector<Block> cluster;
+std::vector<Thread> threads;
 unsigned char* shared = nullptr;
-std::int64_t shared_size = 0;
+std::int64_t shared_size = 0, shared_begin = 0;
 std::mt19937 chance(0);
 Statistics statistics{};
 
 namespace {
 
+constexpr int SHARED_AT = 1024;  // the system has what is before
 constexpr int WARP = 32, STACK_BYTES = 256 << 10;
 constexpr unsigned CHANGE_OF_WARP = 64;  // on average one warp runs so many steps ahead of the others
 
-std::vector<Thread> threads;
+struct Failed {};  // thrown by fail() where no thread runs
+
+std::vector<std::shared_ptr<Event>> events;
+unsigned event_every = 0;  // steps; 0 until drawn
 std::vector<WarpInstruction> pending;
 void* scheduler = nullptr;
 const std::function<void()>* kernel = nullptr;
@@ -74,13 +85,18 @@ void start() {
     if (!current->open.empty()) failure = "copies were issued and never committed";
     for (const auto& group : current->groups)
         if (!group.empty()) failure = "copies are still in flight when the kernel ends";
+    thread_ends();
+    --cluster[current->rank].running;
     suspend(State::DONE);
 }
 
-void prepare(Thread& thread, int id) {
+void prepare(Thread& thread, int index) {
+    const int count = static_cast<int>(threads.size() / cluster.size());
     thread.stack.resize(STACK_BYTES);
     UNPOISON(thread.stack);
-    thread.id = id;
+    thread.index = index;
+    thread.id = index % count;
+    thread.rank = index / count;
     thread.state = State::READY;
     thread.open.clear();
     thread.groups.clear();
@@ -95,16 +111,23 @@ void prepare(Thread& thread, int id) {
 // Lets every lane of a warp run until it waits; performs the warp-wide instruction at which all 32 have arrived.
 bool step(int warp) {
     Thread* lanes = &threads[warp * WARP];
+    block = cluster[lanes->rank].place;
+    shared = cluster[lanes->rank].shared;
     bool ran = false;
     const unsigned first = chance();
     for (unsigned i = 0; i < WARP && failure.empty(); ++i) {
         current = &lanes[(first + i) % WARP];
+        if (current->state == State::BLOCKED && current->may_go_on()) current->state = State::READY;
         if (current->state != State::READY) continue;
         reslora_switch_stack(&scheduler, current->stack_pointer);
         ran = true;
     }
-    const auto waiting = std::count_if(lanes, lanes + WARP, [](const Thread& t) { return t.state == State::AT_WARP; });
-    if (waiting == 0 || !failure.empty()) return ran;
+    current = nullptr;
+    if (ran && failure.empty()) warp_has_run(lanes->rank, lanes->id / WARP);
+    const auto count = [&](State state) {
+        return std::count_if(lanes, lanes + WARP, [&](const Thread& t) { return t.state == state; });
+    };
+    if (count(State::AT_WARP) == 0 || count(State::BLOCKED) != 0 || !failure.empty()) return ran;
     for (int lane = 0; lane < WARP; ++lane)
         if (lanes[lane].state != State::AT_WARP || lanes[lane].instruction != lanes[0].instruction)
             return failure = "the lanes of a warp are at different instructions", true;
@@ -113,31 +136,76 @@ bool step(int warp) {
     return true;
 }
 
-void run_block() {
+bool release_barrier(int rank) {
+    const std::size_t count = threads.size() / cluster.size();
+    const auto first = threads.begin() + rank * count;
+    if (!std::all_of(first, first + count, [](const Thread& t) { return t.state == State::AT_BARRIER; })) return false;
+    ++statistics.barriers;
+    for (auto thread = first; thread != first + count; ++thread) thread->state = State::READY;
+    return true;
+}
+
+// A step of the warp that is ahead; else of another one of its block; else of the other blocks.
+bool step_ahead(int ahead) {
+    const int blocks = static_cast<int>(cluster.size()), warps = static_cast<int>(threads.size()) / WARP / blocks;
+    for (int i = 0; i < blocks; ++i) {
+        const int rank = (ahead / warps + i) % blocks;
+        for (int j = 0; j < warps; ++j)
+            if (step(rank * warps + (ahead + j) % warps)) return true;
+        if (failure.empty() && release_barrier(rank)) return true;
+    }
+    return false;
+}
+
+void one_event() {
+    std::swap(events[chance() % events.size()], events.back());
+    const std::shared_ptr<Event> event = std::move(events.back());
+    events.pop_back();
+    settle(*event);
+}
+
+std::string deadlock() {
+    std::map<std::string, int> waiting;
+    for (const Thread& thread : threads)
+        if (thread.state == State::BLOCKED)
+            ++waiting[thread.waits_for()];
+        else if (thread.state == State::AT_BARRIER)
+            ++waiting["a barrier that others never reach"];
+    std::string message = "deadlock: some threads wait at ";
+    for (auto it = waiting.begin(); it != waiting.end(); ++it)
+        message += (it == waiting.begin() ? "" : "; ") + it->first + " (" + std::to_string(it->second) + " threads)";
+    return message;
+}
+
+void run_cluster() {
     const int warps = static_cast<int>(threads.size()) / WARP;
-    for (std::size_t id = 0; id < threads.size(); ++id) prepare(threads[id], static_cast<int>(id));
+    for (std::size_t i = 0; i < threads.size(); ++i) prepare(threads[i], static_cast<int>(i));
+    cluster_begins();
+    events.clear();
+    event_every = 0;
     int ahead = 0;
     while (failure.empty()) {
-        if (chance() % CHANGE_OF_WARP == 0) ahead = static_cast<int>(chance() % warps);
-        bool ran = false;
-        for (int i = 0; i < warps && !ran; ++i) ran = step((ahead + i) % warps);
-        if (ran) continue;
-        const auto at_barrier =
-            std::count_if(threads.begin(), threads.end(), [](const Thread& t) { return t.state == State::AT_BARRIER; });
-        if (at_barrier == 0) return;
-        if (at_barrier != static_cast<std::ptrdiff_t>(threads.size())) {
-            failure = "deadlock: some threads wait at a barrier that others never reach";
-            return;
+        if (!events.empty() && chance() % event_every == 0) {
+            one_event();
+            continue;
         }
-        ++statistics.barriers;
-        for (Thread& thread : threads) thread.state = State::READY;
+        if (chance() % CHANGE_OF_WARP == 0) ahead = static_cast<int>(chance() % warps);
+        if (step_ahead(ahead)) continue;
+        if (!events.empty()) {
+            one_event();
+            continue;
+        }
+        if (std::all_of(threads.begin(), threads.end(), [](const Thread& t) { return t.state == State::DONE; })) break;
+        failure = deadlock();
     }
+    if (failure.empty()) cluster_ends();
 }
 
 }  // namespace
 
 void fail(const std::string& message) {
     failure = message;
+    if (current == nullptr) throw Failed{};
     suspend(State::DONE);
     std::abort();  // a thread that failed is not resumed
 }
@@ -155,7 +223,7 @@ void warp_wide(const char* instruction, const void* argument, void* result, Warp
     current->instruction = instruction;
     current->argument = argument;
     current->result = result;
-    pending[current->id / WARP] = perform;
+    pending[current->index / WARP] = perform;
     suspend(State::AT_WARP);
 }
 
@@ -164,31 +232,63 @@ void land(const Copy& copy) {
     std::memset(copy.to + copy.bytes, 0, 16 - copy.bytes);
 }
 
-void launch(const char* name, Place size, int count, int shared_bytes, const std::function<void()>& body) {
+void wait_until(std::function<bool()> may_go_on, std::function<std::string()> waits_for) {
+    if (may_go_on() && chance() % 4 != 0) return;
+    current->may_go_on = std::move(may_go_on);
+    current->waits_for = std::move(waits_for);
+    suspend(State::BLOCKED);
+}
+
+std::shared_ptr<Event> later(std::function<void()> happen) {
+    // At once, or at some time, or not before nothing else can run.
+    if (event_every == 0) event_every = std::array{1u, 8u, 128u, 1u << 31}[chance() % 4];
+    return events.emplace_back(std::make_shared<Event>(Event{std::move(happen)}));
+}
+
+void settle(Event& event) {
+    if (const std::function<void()> happen = std::exchange(event.happen, nullptr)) happen();
+}
+
+void launch(const char* name, Place size, int count, int shared_bytes, const std::function<void()>& body,
+            int cluster_size) {
     failure.clear();
     if (count % WARP || count > 1024) failure = "the number of threads must be a multiple of 32, at most 1024";
     if (size.x < 1 || size.y < 1 || size.z < 1 || size.x >= 1LL << 31 || size.y > 65535 || size.z > 65535)
         failure = "no such grid";
+    if (cluster_size < 1 || cluster_size > 8 || size.x % cluster_size) failure = "the grid has no such clusters";
     if (shared_bytes > 227 << 10) failure = "more shared memory than a block may have";
     ++statistics.launches;
     grid = size;
     kernel = &body;
-    if (static_cast<int>(threads.size()) != count) threads = std::vector<Thread>(count);
-    pending.assign(count / WARP, nullptr);
-    std::vector<std::int64_t> order(failure.empty() ? size.x * size.y * size.z : 0);
-    for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int64_t>(i);
+    shared_size = shared_bytes;
+    const int past = static_cast<int>(chance() % 8) * 128;  // no more is aligned than what the sources ask for
+    shared_begin = SHARED_AT + past;
+    const int all = count * cluster_size;
+    if (static_cast<int>(threads.size()) != all) threads = std::vector<Thread>(all);
+    pending.assign(threads.size() / WARP, nullptr);
+    std::vector<std::int64_t> order(failure.empty() ? size.x * size.y * size.z / cluster_size : 0);
+    for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int64_t>(i) * cluster_size;
     std::shuffle(order.begin(), order.end(), chance);
     for (std::int64_t i : order) {
-        block = {i % size.x, i / size.x % size.y, i / size.x / size.y};
-        // A block of its own from the heap, so that AddressSanitizer sees its bounds. All NaN at first.
-        const std::unique_ptr<unsigned char, void (*)(void*)> memory(
-            static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128 + 128)), std::free);
-        shared = memory.get();
-        shared_size = shared_bytes;
-        std::memset(shared, 0xFF, shared_bytes);
-        run_block();
+        // A piece of its own from the heap for each block, so that AddressSanitizer sees its bounds. All NaN at first.
+        std::vector<std::unique_ptr<unsigned char, void (*)(void*)>> memory;
+        cluster.clear();
+        for (int rank = 0; rank < cluster_size; ++rank) {
+            void* made = nullptr;
+            if (posix_memalign(&made, SHARED_AT, past + shared_bytes + 1)) throw std::bad_alloc();
+            memory.emplace_back(static_cast<unsigned char*>(made), std::free);
+            POISON(made, past);
+            unsigned char* begin = memory.back().get() + past;
+            std::memset(begin, 0xFF, shared_bytes);
+            cluster.push_back({{i % size.x + rank, i / size.x % size.y, i / size.x / size.y}, begin, count});
+        }
+        try {
+            run_cluster();
+        } catch (const Failed&) {
+        }
         if (!failure.empty()) break;
     }
+    events.clear();
     if (!failure.empty())
         throw std::runtime_error(std::string("CUDA kernel ") + name + "[grid " + std::to_string(size.x) + " x " +
                                  std::to_string(size.y) + " x " + std::to_string(size.z) + ", " +

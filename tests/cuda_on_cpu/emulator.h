@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -19,13 +20,17 @@ struct Copy {  // of cp.async
     int bytes;
 };
 
-enum class State { READY, AT_BARRIER, AT_WARP, DONE };
+enum class State { READY, BLOCKED, AT_BARRIER, AT_WARP, DONE };
 
 struct Thread {
     void* stack_pointer = nullptr;
     std::vector<char> stack;
-    int id = 0;
+    int id = 0;     // in its block
+    int index = 0;  // in its cluster
+    int rank = 0;   // of its block in the cluster
     State state = State::DONE;
+    std::function<bool()> may_go_on;           // of a blocked thread
+    std::function<std::string()> waits_for;    // for the message when it never may
     std::vector<Copy> open;                // issued, not yet in a group
     std::deque<std::vector<Copy>> groups;  // not yet waited for, oldest first
     // What this thread brings to a warp-wide instruction, and where its result goes.
@@ -39,22 +44,47 @@ using WarpInstruction = void (*)(Thread* lanes);
 
 struct Statistics {  // of everything since the last reset
     std::int64_t launches, copies, late_copies, matrix_loads, bank_conflicts, multiplications, barriers;
+    std::int64_t tensor_loads, tensor_stores, group_multiplications;
+};
+
+struct Block {  // of the cluster that runs
+    Place place;
+    unsigned char* shared;
+    int running;  // threads that have not ended
+};
+
+struct Event {  // what a unit beside the threads does, at a time of its own
+    std::function<void()> happen;
 };
 
 extern Thread* current;
 extern Place block, grid;
+extern std::vector<Block> cluster;
+extern std::vector<Thread> threads;
 extern unsigned char* shared;
-extern std::int64_t shared_size;
+extern std::int64_t shared_size, shared_begin;  // begin: its address on the device
 extern std::mt19937 chance;
 extern Statistics statistics;
 
-// Ends the launch with this message.
+// Ends the launch with this message; from a thread or from an event.
 [[noreturn]] void fail(const std::string& message);
 void require_shared(const void* address, int bytes, const char* instruction);
 void barrier();
 void warp_wide(const char* instruction, const void* argument, void* result, WarpInstruction perform);
 void land(const Copy& copy);
-// Raises std::runtime_error for what would be a fault, a hang or a race on the device.
-void launch(const char* name, Place grid, int threads, int shared_bytes, const std::function<void()>& kernel);
+void wait_until(std::function<bool()> may_go_on, std::function<std::string()> waits_for);
+// Happens when chance has it, at the latest when nothing else can; or now, with settle.
+std::shared_ptr<Event> later(std::function<void()> happen);
+void settle(Event& event);
+// Raises std::runtime_error for what would be a fault, a hang or a race on the device. The blocks of a cluster,
+// neighbours in x, run together.
+void launch(const char* name, Place grid, int threads, int shared_bytes, const std::function<void()>& kernel,
+            int cluster_size = 1);
+
+// Of the units that only sm_90 has, in emulator_sm90.cpp.
+void cluster_begins();
+void warp_has_run(int rank, int warp);
+void thread_ends();
+void cluster_ends();
 
 }  // namespace emulator

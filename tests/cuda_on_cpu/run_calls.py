@@ -1,16 +1,19 @@
-"""python -m tests.cuda_on_cpu.run_calls MODULE SEEDS: small exact calls through an emulated extension, as a process.
+"""python -m tests.cuda_on_cpu.run_calls MODULE SEEDS [VARIANT]: small exact calls through an emulated extension.
+
+With a variant of the Hopper kernel, calls for that.
 
 Prints the first wrong result or bank conflict and exits with 1; what the emulator or a sanitizer finds ends it too.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from reslora_kernels.backends import cuda
+from reslora_kernels.backends import cuda, hopper
 
 from ..kernels.calls import Call, draw, run, truth
 from . import load, set_seed, take_statistics
@@ -23,19 +26,25 @@ CALLS = [
     Call("one element a time", 40, 257, 100, 24, 8, BF16, torch.float32, p=0.5, layout="sliced"),
     Call("parts of K", 3, 1032, 40, 16, 16, BF16, BF16),
 ]
+HOPPER_CALLS = [
+    Call("several tiles", 200, 136, 520, 24, 24, BF16, BF16),
+    Call("dropout, two stages of ranks", 130, 264, 520, 72, 72, BF16, BF16, p=0.5),
+    Call("one tile", 64, 64, 520, 40, 40, BF16, BF16),
+]
 
 
-def main(module: str, seeds: int) -> int:
+def main(module: str, seeds: int, variant: str = "off") -> int:
     """0 if every result is exact whatever the schedule, and no access of ldmatrix met a bank twice."""
     path = Path(module)
     extension = load(path)
     cuda._extension = lambda: extension  # type: ignore[assignment]
+    os.environ[hopper.OPT_IN] = variant
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     for seed in range(seeds):
         set_seed(path, seed)
-        for large in (False, True):
+        for large in (False, True) if variant == "off" else (False,):
             cuda._large = lambda *_: large  # type: ignore[assignment]  # noqa: B023
-            for call in CALLS:
+            for call in CALLS if variant == "off" else HOPPER_CALLS:
                 values = draw(call, torch.device("cpu"), integers=True)
                 expected = truth(call, values)
                 for name, result in run(call, values, cuda).items():
@@ -49,4 +58,4 @@ def main(module: str, seeds: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1], int(sys.argv[2])))
+    raise SystemExit(main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))

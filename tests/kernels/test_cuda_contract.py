@@ -26,6 +26,24 @@ def test_kernels_hold_the_contract(source: str) -> None:
     assert [violation for row in rows for violation in row.violations] == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
+def test_hopper_kernels_hold_the_contract() -> None:
+    rows, _ = compile_source(CSRC / "augmented_matmul_sm90.cu", "90a")
+    assert len({row.kernel for row in rows}) == 16  # two types, two orders of W, two forms, alone and in pairs
+    assert all("hopper" in row.kernel and row.registers == 168 for row in rows)  # of each thread, until roles part
+    assert [violation for row in rows for violation in row.violations] == []
+
+
+def test_hopper_rules() -> None:
+    instructions = {"HGMMA": 9, "UTMALDG": 4, "UTMASTG": 4}
+    assert check(Row("90a", "a_hopper_kernel<Bf16>", 168, 0, instructions, [], [40, 232], [])) == []
+    assert check(Row("90a", "a_hopper_kernel<Bf16>", 168, 0, {"HGMMA": 9}, [], [], ["C7508", "C7520"])) == [
+        "no UTMALDG", "no UTMASTG", "registers of the roles: [], not [40, 232]",
+        "ptxas remarks C7508", "ptxas remarks C7520",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("kernel", "stack", "instructions", "violations"),
     [

@@ -1,0 +1,161 @@
+// How one producer thread and the consumer warpgroups of sm_90a pass stages of shared memory to each other, and where
+// the operands of wgmma lie in a stage.
+#pragma once
+#include "ptx_sm90.cuh"
+
+namespace reslora {
+
+constexpr int LINE = 128;                    // bytes of a swizzled row: 64 elements
+constexpr int DEPTH = LINE / 2;              // k in a stage
+constexpr int EIGHT_LINES = 8 * LINE;        // after which the swizzle repeats
+constexpr int SQUARE = DEPTH * LINE;         // bytes of a 64 x 64 box
+constexpr int WARPGROUP = 128;
+
+enum Role : int { FIRST_CONSUMER, SECOND_CONSUMER, PRODUCER };  // by warpgroup
+
+// The next stage to fill or to drain, and the parity of the round in which it is.
+template <int STAGES>
+struct Ring {
+    int stage = 0, parity = 0;
+
+    RESLORA_DEVICE void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+    RESLORA_DEVICE void advance(int steps) {
+        stage += steps;
+        parity ^= stage / STAGES & 1;
+        stage %= STAGES;
+    }
+};
+
+// PING_PONG: the two consumers take tiles of [128, 128] in turn, so that one multiplies while the other stores. Else
+// they share a tile of [128, 256], 64 rows each. CLUSTER blocks, one below the other, share the tile of w.
+template <class Element_, bool W_BY_K_, bool PING_PONG_, int CLUSTER_>
+struct Pipeline {
+    using Element = Element_;
+    static constexpr bool W_BY_K = W_BY_K_, PING_PONG = PING_PONG_;
+    static constexpr int CLUSTER = CLUSTER_, BM = 128, BN = PING_PONG ? 128 : 256, STAGES = PING_PONG ? 6 : 4;
+    static constexpr int GROUP = PING_PONG ? 8 : 16;  // rows of tiles that are walked together: x and w in equal parts
+    static constexpr int BLOCKS = PING_PONG ? 2 : 1;  // of 64 rows, for each consumer
+    static constexpr int A_BYTES = BM * LINE, B_BYTES = BN * LINE, STAGE_BYTES = A_BYTES + B_BYTES;
+    static constexpr int B_BOX_ROWS = W_BY_K ? BN / CLUSTER : DEPTH;  // a box holds [n, 64 k], or [64 k, 64 n]
+    static constexpr int STORE_BYTES = 2 * SQUARE;                    // two boxes of y for each consumer
+    static constexpr int BARRIERS_AT = STAGES * STAGE_BYTES + 2 * STORE_BYTES;
+    static constexpr int BARRIERS = 2 * STAGES + 2;
+    static constexpr int SHARED_BYTES = EIGHT_LINES + BARRIERS_AT + BARRIERS * static_cast<int>(sizeof(Barrier));
+    static constexpr int THREADS = 3 * WARPGROUP;
+    static_assert(SHARED_BYTES <= 232448, "a block cannot have more");
+
+    unsigned char* base;  // aligned to where the swizzle repeats
+    Ring<STAGES> ring;
+
+    RESLORA_DEVICE static Pipeline make() {
+        unsigned char* memory = shared_memory();
+        const unsigned over = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(memory) % EIGHT_LINES);
+        return {memory + (EIGHT_LINES - over) % EIGHT_LINES, {}};
+    }
+    RESLORA_DEVICE unsigned char* a(int stage) const { return base + stage * STAGE_BYTES; }
+    RESLORA_DEVICE unsigned char* b(int stage) const { return a(stage) + A_BYTES; }
+    RESLORA_DEVICE unsigned char* store_box(int consumer, int box) const {
+        return base + STAGES * STAGE_BYTES + consumer * STORE_BYTES + box * SQUARE;
+    }
+    RESLORA_DEVICE Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(base + BARRIERS_AT) + stage; }
+    RESLORA_DEVICE Barrier* empty(int stage) const { return full(stage) + STAGES; }
+    RESLORA_DEVICE Barrier* turn(int consumer) const { return full(2 * STAGES) + consumer; }
+
+    // By all threads. A stage is full when its bytes are there, empty when each warp that reads it, in every block of
+    // the cluster, has let go of it.
+    RESLORA_DEVICE void start() const {
+        if (thread_id() == 0) {
+            for (int stage = 0; stage < STAGES; ++stage) {
+                mbarrier_init(full(stage), 1);
+                mbarrier_init(empty(stage), (PING_PONG ? 4 : 8) * CLUSTER);
+            }
+            for (int consumer = 0; consumer < 2; ++consumer) mbarrier_init(turn(consumer), 4);
+            fence_barrier_init();
+        }
+        meet();
+    }
+    // No block may leave while others of its cluster still write to it.
+    RESLORA_DEVICE static void meet() {
+        if constexpr (CLUSTER > 1) {
+            cluster_arrive();
+            cluster_wait();
+        } else {
+            barrier();
+        }
+    }
+
+    // By the producer: a [BM, 64] at (row, k), b [64, BN] at (k, column), the latter in as many parts as sharers.
+    RESLORA_DEVICE void fill(const TensorMap* map_a, const TensorMap* map_b, int row, int column, int k) {
+        mbarrier_wait(empty(ring.stage), ring.parity ^ 1);
+        Barrier* arrived = full(ring.stage);
+        mbarrier_expect(arrived, STAGE_BYTES);
+        tma_load(a(ring.stage), map_a, k, row, arrived);
+        const int part = CLUSTER > 1 ? cluster_rank() : 0;
+        if constexpr (W_BY_K) {
+            load_b(b(ring.stage) + part * B_BOX_ROWS * LINE, map_b, k, column + part * B_BOX_ROWS, arrived);
+        } else {
+            constexpr int BOXES = BN / DEPTH / CLUSTER;
+            RESLORA_UNROLL
+            for (int i = 0; i < BOXES; ++i) {
+                const int box = part * BOXES + i;
+                load_b(b(ring.stage) + box * SQUARE, map_b, column + box * DEPTH, k, arrived);
+            }
+        }
+        ring.advance();
+    }
+    RESLORA_DEVICE static void load_b(void* to, const TensorMap* map, int column, int row, Barrier* arrived) {
+        if constexpr (CLUSTER > 1) tma_load_multicast(to, map, column, row, arrived, (1 << CLUSTER) - 1);
+        else tma_load(to, map, column, row, arrived);
+    }
+
+    // By a consumer: begins acc [64 BLOCKS, BN] += a b of the current stage.
+    RESLORA_DEVICE void multiply(float (&acc)[BLOCKS][BN / 2], int first_row) const {
+        mbarrier_wait(full(ring.stage), ring.parity);
+        wgmma_fence();
+        RESLORA_UNROLL
+        for (int step = 0; step < DEPTH / 16; ++step) multiply_step(acc, first_row, step);
+        wgmma_commit();
+    }
+    // The same of its first 16 ``steps`` k only. (With a way out of the loop above, ptxas adds fences of its own.)
+    RESLORA_DEVICE void multiply_part(float (&acc)[BLOCKS][BN / 2], int first_row, int steps) const {
+        mbarrier_wait(full(ring.stage), ring.parity);
+        RESLORA_KEEP_LOOP
+        for (int step = 0; step < steps; ++step) {
+            wgmma_fence();
+            multiply_step(acc, first_row, step);
+            wgmma_commit();
+        }
+    }
+    RESLORA_DEVICE void multiply_step(float (&acc)[BLOCKS][BN / 2], int first_row, int step) const {
+        const std::uint64_t left = wgmma_descriptor(a(ring.stage) + first_row * LINE, 16, EIGHT_LINES);
+        const std::uint64_t right = wgmma_descriptor(b(ring.stage), W_BY_K ? 16 : SQUARE, EIGHT_LINES);
+        RESLORA_UNROLL
+        for (int block = 0; block < BLOCKS; ++block)
+            wgmma<BN, !W_BY_K>(acc[block], descriptor_after(left, block * SQUARE + step * 32),
+                               descriptor_after(right, step * (W_BY_K ? 32 : 16 * LINE)), Element{});
+    }
+
+    // PING_PONG: a consumer starts its ``count``-th tile when all warps of the other have seen its tile's stages arrive.
+    // Without this a wait could mistake an earlier round of a stage for its own: parity tells only two apart.
+    RESLORA_DEVICE void await_turn(int consumer, int count) const {
+        if constexpr (PING_PONG) mbarrier_wait(turn(consumer), (count ^ consumer ^ 1) & 1);
+    }
+    RESLORA_DEVICE void pass_turn(int consumer) const {
+        if (PING_PONG && thread_id() % 32 == 0) mbarrier_arrive(turn(consumer ^ 1));
+    }
+    RESLORA_DEVICE void release(int stage) const {
+        if (thread_id() % 32 != 0) return;
+        if constexpr (CLUSTER > 1) {
+            for (int block = 0; block < CLUSTER; ++block) mbarrier_arrive_cluster(empty(stage), block);
+        } else {
+            mbarrier_arrive(empty(stage));
+        }
+    }
+};
+
+}  // namespace reslora

@@ -1,0 +1,164 @@
+"""The Hopper kernel against float64, by the rules of test_cuda_backend: every variant, both orders of W, ragged sizes.
+
+On a GPU of compute capability 9.0 the extension that was built; without a GPU the same source in the emulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.gpu_check import hopper as gpu_check
+from reslora_kernels.backends import cuda, hopper
+from reslora_kernels.testing import assert_close_to_truth
+
+from .. import cuda_on_cpu
+from .calls import Call, draw, run, truth
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CALLS = [
+    Call("several tiles for a block, ragged edges", 300, 200, 520, 16, 16, BF16, BF16),
+    Call("nothing but one tile, which it does not fill", 64, 72, 520, 40, 40, FP16, FP16, scaling=0.5),
+    Call("dropout, a handed stack over two stages of ranks", 200, 264, 536, 72, 72, BF16, FP32, hand=(8, 72), p=0.5),
+    Call("dropout, few kept", 130, 136, 528, 8, 8, FP16, FP16, p=0.9, bias=False),
+    Call("one step of K, two of ranks", 257, 64, 776, 128, 128, FP16, BF16, c=2.0),
+    Call("u is given", 100, 104, 264, 0, 24, residual=True),
+]
+EXACT = [call for call in CALLS if call.p in (0.0, 0.5)]
+
+
+def name_of(value: object) -> str | None:
+    return value.why if isinstance(value, Call) else None
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """The emulated extension; None where there is a GPU for the real one."""
+    if torch.cuda.is_available():
+        return None
+    if reason := cuda_on_cpu.unavailable_reason():
+        pytest.skip(reason)
+    return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture(autouse=True)
+def extension(emulated: Path | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path | None]:
+    if emulated is None:
+        if reason := cuda.unavailable_reason():
+            pytest.skip(reason)
+        if torch.cuda.get_device_capability() != (9, 0) or not cuda._extension().HAS_SM90:
+            pytest.skip("needs a GPU of compute capability 9.0 and a build for it")
+    else:
+        module = cuda_on_cpu.load(emulated)
+        monkeypatch.setattr(cuda, "_extension", lambda: module)
+        cuda_on_cpu.set_seed(emulated, 1)
+    yield emulated
+
+
+@pytest.fixture(params=hopper.VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(hopper.OPT_IN, request.param)
+    return request.param
+
+
+def run_twice(call: Call, values: dict) -> dict[str, torch.Tensor]:
+    """Forward and backward, both with the Hopper kernel."""
+    with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
+        results = run(call, values, cuda)
+        expected = 2 if call.rank else 1  # without a rank of its own the backward pass has nothing to fuse
+        assert asked.call_count == expected
+        for given in asked.call_args_list:
+            assert hopper.unsupported_reason(*given.args, **given.kwargs) is None
+    return results
+
+
+@pytest.mark.parametrize("call", EXACT, ids=name_of)
+def test_integers_come_out_bit_for_bit(call: Call, variant: str, device: torch.device, poisoned: None) -> None:
+    values = draw(call, device, integers=True)
+    expected = truth(call, values)
+    for name, result in run_twice(call, values).items():
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+
+
+@pytest.mark.parametrize("call", CALLS, ids=name_of)
+def test_error_at_most_twice_plain_pytorchs(call: Call, variant: str, device: torch.device, poisoned: None) -> None:
+    values = draw(call, device, integers=False)
+    expected, plain = truth(call, values), run(call, values)
+    for name, result in run_twice(call, values).items():
+        assert_close_to_truth(result, expected[name], plain[name], name)
+
+
+def test_same_bits_whatever_the_schedule(variant: str, extension: Path | None, device: torch.device) -> None:
+    call = CALLS[2]
+    values = draw(call, device, integers=False)
+    first = run_twice(call, values)
+    for seed in range(2 if extension else 250):
+        if extension:
+            cuda_on_cpu.set_seed(extension, seed)
+        again = run(call, values, cuda)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_what_the_gpu_check_checks(variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "DEVICE", device.type)
+    monkeypatch.setattr(gpu_check, "CHECKED", gpu_check.CHECKED[:1])
+    with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
+        gpu_check.check(variant)
+    assert asked.call_count == 6
+    given = gpu_check.operands((70, 72, 136, 8), "dx with dropout", BF16, seed=1)
+    y = torch.zeros(70, 136, dtype=BF16, device=device)
+    gpu_check.multiply(given | {"scale": 3.0}, y)
+    with pytest.raises(AssertionError, match="another scale"):
+        assert_close_to_truth(y, *(gpu_check.result(given, dtype) for dtype in (torch.float64, BF16)), "another scale")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_what_is_not_finite_comes_out_in_its_row_only(value: float, variant: str, device: torch.device) -> None:
+    call = Call("", 130, 104, 520, 24, 24)
+    values = draw(call, device, integers=False)
+    values["x"][7, 99] = values["dy"][5, 71] = value
+    results = run_twice(call, values)
+    for name, row in (("y", 7), ("u", 7), ("dx", 5)):
+        assert (~results[name].isfinite().all(1)).nonzero().flatten().tolist() == [row], name
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (Call("", 63, 72, 520, 40, 40), "fewer than 64 rows"),
+        (Call("", 70, 72, 520, 40, 40, FP32), "float16 or bfloat16"),
+        (Call("", 70, 72, 521, 40, 40), "not a multiple of 16 bytes"),
+        (Call("", 70, 72, 520, 36, 36), "not aligned"),
+        (Call("", 70, 72, 520, 40, 40, layout="sliced"), "not aligned"),
+    ],
+    ids=["few rows", "float32", "odd width", "odd rank", "odd addresses"],
+)
+def test_what_it_cannot_take_goes_to_the_portable_kernel(
+    call: Call, reason: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    values = draw(call, device, integers=True)
+    x, others = values["x"], (values["weight"].T, values["b_cat"].T.to(values["x"].dtype))
+    assert reason in (hopper.unsupported_reason(cuda._extension(), x, *others, columns=call.n) or "")
+    expected = truth(call, values)
+    for name, result in run(call, values, cuda).items():
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+
+
+def test_nobody_gets_it_unasked(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    values = draw(CALLS[0], device, integers=False)
+    x, weight = values["x"], values["weight"]
+    monkeypatch.delenv(hopper.OPT_IN, raising=False)
+    assert hopper.variant_of(cuda._extension(), x, weight.T, columns=520) == 0
+    assert "Hopper" not in cuda.explain(x, weight, 16)
+    monkeypatch.setenv(hopper.OPT_IN, "ping-pong")
+    assert hopper.variant_of(cuda._extension(), x, weight.T, columns=520) == 3
+    assert "by the ping-pong Hopper kernel (RESLORA_CUDA_HOPPER)" in cuda.explain(x, weight, 16)
+    assert "not by the Hopper kernel: x has fewer than 64 rows" in cuda.explain(x[:63], weight, 16)
+    monkeypatch.setenv(hopper.OPT_IN, "fast")
+    with pytest.raises(ValueError, match="RESLORA_CUDA_HOPPER must be 'off' or one of 'cooperative', "):
+        hopper.asked_for()
