@@ -212,7 +212,7 @@ def test_generation_that_copies_the_answer_is_right(llama: str, written: Any) ->
     base, held_out = task.base(SIZES).train(), task.held_out(SIZES, 1)
     assert task.final_figures(base, held_out) == {"exact_match": 0.0}
     optimizer = torch.optim.AdamW(base.parameters(), 1e-2, weight_decay=0.0)
-    for _ in range(40):
+    for _ in range(100):
         optimizer.zero_grad()
         task.loss(base, held_out).backward()
         optimizer.step()
