@@ -109,7 +109,7 @@ FAULTS = [
     Fault("a copy to an odd address", "i * BOX_BYTES, &p.a", "i * BOX_BYTES + 16, &p.a", "misaligned address"),
     Fault("a copy of other rows", "row + 64 * i, full", "row + 64 * i + 1, full", "is wrong"),
     Fault("too little shared memory", "+ 1024 - 128", "- 128", "outside of shared"),
-    Fault("tiles at a multiple of 128", "shared_memory() + (1024 - misplaced) % 1024", "shared_memory()", "first row|wrong"),
+    Fault("tiles at a multiple of 128", "(1024 - misplaced) % 1024", "misplaced * 0", "not in the first row|is wrong"),
 ]  # fmt: skip
 
 

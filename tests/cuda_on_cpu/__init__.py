@@ -9,13 +9,22 @@ The scheduler in ``emulator.cpp`` is as unkind as CUDA's programming model allow
 - a barrier that some threads never reach, lanes of a warp at different instructions, a misaligned or out-of-bounds
   address of ldmatrix or cp.async, a copy in flight when the kernel ends: each is an error with the kernel's name;
 - bank conflicts of ldmatrix are counted;
+- the blocks of a cluster run together, one far ahead of the others; shared memory begins at any multiple of 128 bytes;
+- what sm_90 does beside the threads (``emulator_tma.cpp``, ``emulator_wgmma.cpp``, twins in ``host_ptx_sm90.h``) comes
+  at once, at some time, or not before nothing else can: a bulk load's destination is NaN until it lands, a bulk store
+  reads and writes when it likes, wgmma reads its operands as late as its wait and its registers are NaN until then;
+- these units see of shared memory only what a warp's fence_async_shared has followed; reading past it is an error with
+  the warp's number. So are an mbarrier that more bytes or arrivals reach than it counts, one that is not announced or
+  is overwritten, registers that change under wgmma or with no wgmma_fence, loads to a block that has ended, and
+  whatever is not committed or not waited for. A deadlock names each barrier and what it lacks;
 - built with AddressSanitizer and UndefinedBehaviorSanitizer, all accesses are checked, global and shared.
 
 ``build`` compiles csrc/ with it to an extension module, which ``reslora_kernels.backends.cuda`` takes in place of the
 real one, so that checks, launch parameters and kernels are tested as one path.
 
 What only a GPU can prove: that nvcc's code does what the sources say, that the twins do what the instructions do, the
-order in which a tensor core adds, memory ordering between threads without a barrier, occupancy, and every speed.
+order in which a tensor core adds, memory ordering between threads without a barrier, occupancy, and every speed; of
+sm_90 also a fence that some lanes of a warp lack and registers that are written between wgmma_fence and wgmma.
 """
 
 from __future__ import annotations
