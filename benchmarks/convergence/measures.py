@@ -14,6 +14,7 @@ from reslora_kernels.merging import unmerge_reslora
 from reslora_kernels.model import Record, adapted_layers, record_of
 from reslora_kernels.shortcuts import hands_on
 
+AT_A_TIME = 8
 SMALLER = (1, 2, 4, 8)  # calibration batches that least squares is tried with, too
 
 
@@ -67,11 +68,19 @@ def adapter_norms(model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def gradient_norms(model: nn.Module, task: Task, batch: Batch) -> dict[str, float]:
-    """The norm of the loss's gradient by A and B of each layer together; gradients that are there are left alone."""
+    """The norm of the loss's gradient by A and B of each layer together; gradients that are there are left alone.
+
+    The loss is the mean over pieces of ``AT_A_TIME`` examples, which is what memory is needed for.
+    """
     if not is_ours(model):
         return {}
-    layers = adapted_layers(model)
+    layers, count = adapted_layers(model), len(next(iter(batch.values())))
     parameters: list[Tensor] = [matrix for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
-    gradients = torch.autograd.grad(task.loss(model, batch), parameters)
-    norms = torch.stack([gradient.square().sum() for gradient in gradients]).view(-1, 2).sum(1).sqrt()
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    for start in range(0, count, AT_A_TIME):
+        piece = {name: tensor[start : start + AT_A_TIME] for name, tensor in batch.items()}
+        share = len(next(iter(piece.values()))) / count
+        for total, gradient in zip(sums, torch.autograd.grad(task.loss(model, piece), parameters), strict=True):
+            total += share * gradient
+    norms = torch.stack([total.square().sum() for total in sums]).view(-1, 2).sum(1).sqrt()
     return dict(zip(layers, norms.tolist(), strict=True))
