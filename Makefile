@@ -38,10 +38,10 @@ test-fast: $(VENV)/.installed-dev ## The same without the tests marked slow
 
 bench: $(VENV)/.installed-dev ## Measure layers and models against their peers on this machine; ARGS=--quick for the short of it
 	$(BIN)/reslora bench $(ARGS)
-	$(BIN)/python -m benchmarks.convergence run --set quick --out build/convergence-quick
+	$(BIN)/python -m benchmarks.convergence run --set quick --jobs 2 --out build/convergence-quick
 
-convergence: $(VENV)/.installed-dev ## The paper's experiments on small models, five seeds each; ARGS="--set main" for a part; resumable
-	$(BIN)/python -m benchmarks.convergence run --out build/convergence $(or $(ARGS),--set cpu)
+convergence: $(VENV)/.installed-dev ## The paper's experiments on small models, five seeds each; ARGS="--tasks python" for a part; resumable
+	$(BIN)/python -m benchmarks.convergence run --set cpu --jobs 2 --out build/convergence $(ARGS)
 
 bench-layers: $(VENV)/.installed-dev ## Time the layers under pytest-benchmark, for its own compare tools
 	$(BIN)/python -m pytest benchmarks/kernels --benchmark-json=$(RESULT) $(ARGS)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.convergence import report as convergence
 from reslora_kernels.cli.bench import results as bench
 from reslora_kernels.cli.bench.figures import draw_all
 from reslora_kernels.cli.bench.series import by_case, label, timed
@@ -74,6 +75,13 @@ def demo_table(path: Path) -> str:
         f"torch {machine['torch']}, commit {result['commit'][:10]} ([{path.name}](benchmarks/results/{path.name}))."
     )
     return "\n".join(rows)
+
+
+def convergence_table(folder: Path) -> str:
+    """Of a folder of convergence runs: steps and seconds to LoRA's final loss, for each task and shortcut."""
+    section = convergence.headline(folder)
+    link = f"[the report](benchmarks/results/{folder.name}/REPORT.md)"
+    return f"{convergence.table(section)}\n\n{section.text} Everything else, and what it was measured on: {link}."
 
 
 def bench_table(path: Path) -> str:
@@ -140,6 +148,7 @@ def _ratio(value: float | None, noise: float | None) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-layers": layers_table,
     "demo-cpu": demo_table,
+    "convergence-cpu": convergence_table,
     "bench-cpu": bench_table,
     "bench-gpu": bench_table,
 }
@@ -149,6 +158,8 @@ NOT_MEASURED = "Not measured yet."
 
 def newest(kind: str) -> Path | None:
     """The latest result of a kind; None if there is none."""
+    if kind.startswith("convergence-"):
+        return max((path for path in RESULTS.glob(f"{kind}-*") if path.is_dir()), default=None)
     if not kind.startswith("bench-"):
         return max(RESULTS.glob(f"{kind}-*.json"), default=None)
     found = []

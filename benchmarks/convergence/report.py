@@ -29,6 +29,16 @@ class Section:
     images: tuple[tuple[str, str], ...] = ()
 
 
+def headline(folder: Path) -> Section:
+    """The section that answers for all tasks of a folder of runs whether a shortcut pays.
+
+    Raises:
+        ValueError: as for ``write_report``.
+    """
+    results = read_all(folder)
+    return _headline(summarize(results, step_times.read_all(folder)), final_runs(results))
+
+
 def write_report(folder: Path) -> Path:
     """Write both reports beside the runs and return the path of the HTML one.
 
@@ -241,13 +251,18 @@ def _seconds(row: Row, lora: Row) -> str:
     return "never" if row.seconds is None else f"{row.seconds:.1f} ({lora.seconds:.1f})"
 
 
+def table(section: Section) -> str:
+    """In Markdown."""
+    lines = [section.header, ("---",) * len(section.header), *section.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _markdown(sections: list[Section]) -> str:
     parts: list[str] = []
     for section in sections:
         parts += [f"{'#' * section.level} {section.title}", section.text]
         if section.rows:
-            lines = [section.header, ("---",) * len(section.header), *section.rows]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            parts.append(table(section))
         parts += [f"![{text}]({name})" for name, text in section.images]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -124,7 +124,7 @@ def _refuse_other_settings(path: Path, experiments: Experiments, task: Task) -> 
 def write(result: dict[str, Any], path: Path) -> None:
     """Whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.write_text(json.dumps(result) + "\n")
     os.replace(temporary, path)
 
 
