@@ -90,7 +90,7 @@ FAULTS = [
     ),
     Fault(
         "consumers that take no turns", "augmented_matmul_sm90.cu",
-        "        pipeline.await_turn(consumer, count);\n", "", "is wrong|deadlock", variant="ping-pong",
+        "        pipeline.await_turn(consumer, count);\n", "", "is wrong|deadlock|more arrivals", variant="ping-pong",
     ),
     Fault(
         "a turn passed by one warp", "pipeline_sm90.cuh",
@@ -183,7 +183,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", ["off", *hopper.VARIANTS])
 def test_sources_are_clean(variant: str, sanitized: Path) -> None:
     """Nothing is read or written out of bounds and nothing is undefined, whatever the schedule."""
-    finished = run_calls(sanitized, 2, variant)
+    finished = run_calls(sanitized, 2 if variant == "off" else 1, variant)
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
@@ -197,6 +197,6 @@ def test_planted_fault_is_caught(fault: Fault, tmp_path: Path, request: pytest.F
     concerned = {fault.source} if fault.source.endswith(".cu") else {path.name for path in csrc.glob("*.cu")}
     made = {name: path for name, path in made.items() if name not in concerned}
     module = cuda_on_cpu.build(tmp_path, csrc, cuda_on_cpu.SANITIZED if fault.sanitized else ["-O0"], made)
-    finished = run_calls(module, 20, fault.variant)
+    finished = run_calls(module, 20 if fault.variant == "off" else 4, fault.variant)
     assert finished.returncode != 0
     assert re.search(fault.caught, finished.stdout + finished.stderr), finished.stdout + finished.stderr
