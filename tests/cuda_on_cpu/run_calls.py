@@ -29,6 +29,7 @@ CALLS = [
 HOPPER_CALLS = [
     Call("several tiles", 200, 136, 520, 24, 24, BF16, BF16),
     Call("dropout, two stages of ranks", 130, 264, 520, 72, 72, BF16, BF16, p=0.5),
+    Call("one pass", 300, 136, 264, 24, 16, BF16, BF16, hand=(8, 24), residual=True),
     Call("one tile", 64, 64, 520, 40, 40, BF16, BF16),
 ]
 
