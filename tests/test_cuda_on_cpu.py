@@ -127,11 +127,6 @@ FAULTS = [
         "        fence_async_shared();\n", "", "no fence_async_shared", variant="cooperative",
     ),
     Fault(
-        "u multiplied before all have written it", "augmented_matmul_one_pass_sm90.cu",
-        "fence_async_shared();\n        named_barrier(1 + consumer, WARPGROUP);\n", "fence_async_shared();\n",
-        "is wrong|too early", variant="cooperative",
-    ),
-    Fault(
         "u written over y while that is stored", "augmented_matmul_one_pass_sm90.cu",
         "        if (thread == 0) tma_store_wait_read<0>();  // of the tile before\n", "", "too early|is wrong",
         variant="cooperative",
