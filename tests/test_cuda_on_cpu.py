@@ -127,11 +127,6 @@ FAULTS = [
         "        fence_async_shared();\n", "", "no fence_async_shared", variant="cooperative",
     ),
     Fault(
-        "u written over y while that is stored", "augmented_matmul_one_pass_sm90.cu",
-        "        if (thread == 0) tma_store_wait_read<0>();  // of the tile before\n", "", "too early|is wrong",
-        variant="cooperative",
-    ),
-    Fault(
         "more bytes expected than b has", "pipeline_sm90.cuh",
         "EXTRA > 0 && !map_a ? B_BYTES : STAGE_BYTES", "STAGE_BYTES", "deadlock", variant="cooperative",
     ),
