@@ -34,7 +34,7 @@ FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
 USAGE = re.compile(r"^ Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.MULTILINE)
 REMARK = re.compile(r"\((C75\d\d)\).* in function '(\S+?)'")  # of ptxas, on wgmma and setmaxnreg
 ROLE = re.compile(r"\bUSETMAXREG\S* (?:UP\d, )?(0x[0-9a-f]+)")
-CONSUMER, PRODUCER = 232, 40  # registers of a thread of csrc/augmented_matmul_sm90.cu, in 2 and 1 warpgroups
+CONSUMER, PRODUCER = 232, 40  # registers of a thread of csrc/augmented_matmul*_sm90.cu, in 2 and 1 warpgroups
 KEPT = ("HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "UTMASTG", "LDL", "STL", *ATOMICS)
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 

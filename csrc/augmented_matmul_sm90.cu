@@ -3,7 +3,7 @@
 // is the first thing in the accumulator, scaled and masked there in float32, and the main loop adds x w on top.
 #include "epilogue.cuh"
 #include "launch.cuh"
-#include "pipeline_sm90.cuh"
+#include "tiles_sm90.cuh"
 
 namespace reslora {
 namespace {
@@ -16,24 +16,6 @@ struct HopperMatmul {
     float scale;
     int rows, columns, depth, rank;  // M, N, K, R
     Sum sums[2];
-};
-
-// The tiles of one block: every so many of those of the whole launch.
-struct Tiles {
-    int tile, stride, rows, columns;
-
-    template <class P>
-    RESLORA_DEVICE static Tiles make(const HopperMatmul& p) {
-        return {static_cast<int>(block_id().x) / P::CLUSTER, static_cast<int>(grid_size().x) / P::CLUSTER,
-                (p.rows + P::CLUSTER * P::BM - 1) / (P::CLUSTER * P::BM), (p.columns + P::BN - 1) / P::BN};
-    }
-    RESLORA_DEVICE bool left() const { return tile < rows * columns; }
-    template <class P>
-    RESLORA_DEVICE void place(int& row, int& column) const {
-        tile_of(tile, rows, columns, P::GROUP / P::CLUSTER, row, column);
-        row = (row * P::CLUSTER + (P::CLUSTER > 1 ? cluster_rank() : 0)) * P::BM;
-        column *= P::BN;
-    }
 };
 
 template <class P>
@@ -63,46 +45,6 @@ RESLORA_DEVICE void scale_and_mask(float (&acc)[BN / 2], const HopperMatmul& p, 
                 float& value = acc[16 * word + e / 2 * 4 + half * 2 + e % 2];
                 value = bits >> (e / 2 * 8 + e % 2) & 1u ? value * p.scale : 0.0f;
             }
-        }
-    }
-}
-
-// y [64, BN] at (row, column) = acc + bias: 64 columns at a time to one of two boxes of shared memory, from where the
-// copy engine takes them while this warpgroup goes on. It writes nothing beyond the edges of y.
-template <class P>
-RESLORA_DEVICE void store(const P& pipeline, const float (&acc)[P::BN / 2], const HopperMatmul& p, int consumer, int row,
-                          int column) {
-    using Element = typename P::Element;
-    struct alignas(4) Pair {
-        Element first, second;
-    };
-    const int thread = thread_id() % WARPGROUP, lane = thread % 32, r = thread / 32 * 16 + lane / 4;
-    const auto* bias = static_cast<const Element*>(p.bias);
-    RESLORA_UNROLL
-    for (int part = 0; part < P::BN / DEPTH; ++part) {
-        unsigned char* box = pipeline.store_box(consumer, part % 2);
-        if (thread == 0) tma_store_wait_read<1>();
-        named_barrier(1 + consumer, WARPGROUP);
-        RESLORA_UNROLL
-        for (int j = 0; j < 8; ++j) {
-            const int c = column + part * DEPTH + 8 * j + lane % 4 * 2;
-            const bool biased = bias && c < p.columns;  // N is even
-            const float left = biased ? to_float(bias[c]) : 0.0f, right = biased ? to_float(bias[c + 1]) : 0.0f;
-            RESLORA_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const int at = part * 32 + 4 * j + 2 * half;
-                Pair pair;
-                from_float(pair.first, acc[at] + left);
-                from_float(pair.second, acc[at + 1] + right);
-                // Row r + 8 half, whose number modulo 8 is that of r: a warp's stores meet 32 different banks.
-                *reinterpret_cast<Pair*>(box + (r + 8 * half) * LINE + (j ^ (r % 8)) * 16 + lane % 4 * 4) = pair;
-            }
-        }
-        fence_async_shared();
-        named_barrier(1 + consumer, WARPGROUP);
-        if (thread == 0) {
-            tma_store(&p.y, box, column + part * DEPTH, row);
-            tma_store_commit();
         }
     }
 }
@@ -172,15 +114,10 @@ __global__ void __launch_bounds__(P::THREADS, 1) augmented_matmul_hopper_kernel(
 
 template <class P>
 void launch_kernel(const AugmentedMatmul& p, Device device) {
-    const auto map = [](const Matrix& m, int box_rows) {  // of the matrix as its memory is ordered
-        const bool by_rows = m.column == 1;
-        return encode_tensor_map(m.data, m.type, by_rows ? m.rows : m.columns, by_rows ? m.columns : m.rows,
-                                 by_rows ? m.row : m.column, box_rows, DEPTH);
-    };
     const Matrix w = P::W_BY_K ? transposed(p.w) : p.w, b = P::W_BY_K ? transposed(p.b) : p.b;
     const Matrix y{p.y.data, p.y.columns, 1, p.x.rows, p.y.columns, p.y.type, COPIED};
-    const HopperMatmul params{map(p.x, P::BM), map(w, P::B_BOX_ROWS), map(p.t, P::BM), map(b, P::B_BOX_ROWS), map(y, 64),
-                              p.bias, p.keep, p.keep_words, p.scale, static_cast<int>(p.x.rows),
+    const HopperMatmul params{map_of(p.x, P::BM), map_of(w, P::B_BOX_ROWS), map_of(p.t, P::BM),
+                              map_of(b, P::B_BOX_ROWS), map_of(y, 64), p.bias, p.keep, p.keep_words, p.scale, static_cast<int>(p.x.rows),
                               static_cast<int>(p.y.columns), static_cast<int>(p.x.columns),
                               static_cast<int>(p.t.columns), {p.sums[0], p.sums[1]}};
     const std::int64_t tiles = blocks(p.x.rows, P::CLUSTER * P::BM) * blocks(p.y.columns, P::BN);
@@ -209,6 +146,7 @@ void launch_layout(const AugmentedMatmul& p, Hopper variant, Device device) {
 }  // namespace
 
 void augmented_matmul_sm90(const AugmentedMatmul& p, Math math, Hopper variant, Device device) {
+    if (p.a.data) return augmented_matmul_one_pass_sm90(p, math, device);
     if (math == MATH_BFLOAT16) launch_layout<Bf16>(p, variant, device);
     else launch_layout<Fp16>(p, variant, device);
 }

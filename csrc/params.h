@@ -96,7 +96,8 @@ struct Device {
 // Each raises std::runtime_error with the kernel's name and configuration where the launch fails.
 void project(const Project&, Math, Device);
 void augmented_matmul(const AugmentedMatmul&, Math, bool large, Device);
-void augmented_matmul_sm90(const AugmentedMatmul&, Math, Hopper, Device);  // ``a`` and side are not for it
+void augmented_matmul_sm90(const AugmentedMatmul&, Math, Hopper, Device);
+void augmented_matmul_one_pass_sm90(const AugmentedMatmul&, Math, Device);  // with ``a``, whose only form it is
 void low_rank_grads(const LowRankGrads&, Math, std::int64_t parts, Device);
 void finish(const Sum&, const Sum&, Device);
 

@@ -33,16 +33,17 @@ struct Ring {
 
 // PING_PONG: the two consumers take tiles of [128, 128] in turn, so that one multiplies while the other stores. Else
 // they share a tile of [128, 256], 64 rows each. CLUSTER blocks, one below the other, share the tile of w.
-template <class Element_, bool W_BY_K_, bool PING_PONG_, int CLUSTER_>
+// EXTRA rows of another matrix, by k, come with each stage of x and w and are multiplied with the same x.
+template <class Element_, bool W_BY_K_, bool PING_PONG_, int CLUSTER_, int EXTRA_ = 0>
 struct Pipeline {
     using Element = Element_;
     static constexpr bool W_BY_K = W_BY_K_, PING_PONG = PING_PONG_;
-    static constexpr int CLUSTER = CLUSTER_, BM = 128, BN = PING_PONG ? 128 : 256, STAGES = PING_PONG ? 6 : 4;
+    static constexpr int EXTRA = EXTRA_, CLUSTER = CLUSTER_, BM = 128, BN = PING_PONG ? 128 : 256, STAGES = PING_PONG ? 6 : 4;
     static constexpr int GROUP = PING_PONG ? 8 : 16;  // rows of tiles that are walked together: x and w in equal parts
     static constexpr int BLOCKS = PING_PONG ? 2 : 1;  // of 64 rows, for each consumer
-    static constexpr int A_BYTES = BM * LINE, B_BYTES = BN * LINE, STAGE_BYTES = A_BYTES + B_BYTES;
+    static constexpr int A_BYTES = BM * LINE, B_BYTES = BN * LINE, STAGE_BYTES = A_BYTES + B_BYTES + EXTRA * LINE;
     static constexpr int B_BOX_ROWS = W_BY_K ? BN / CLUSTER : DEPTH;  // a box holds [n, 64 k], or [64 k, 64 n]
-    static constexpr int STORE_BYTES = 2 * SQUARE;                    // two boxes of y for each consumer
+    static constexpr int STORE_BOXES = EXTRA ? 1 : 2, STORE_BYTES = STORE_BOXES * SQUARE;  // of y, for each consumer
     static constexpr int BARRIERS_AT = STAGES * STAGE_BYTES + 2 * STORE_BYTES;
     static constexpr int BARRIERS = 2 * STAGES + 2;
     static constexpr int SHARED_BYTES = EIGHT_LINES + BARRIERS_AT + BARRIERS * static_cast<int>(sizeof(Barrier));
@@ -59,6 +60,7 @@ struct Pipeline {
     }
     RESLORA_DEVICE unsigned char* a(int stage) const { return base + stage * STAGE_BYTES; }
     RESLORA_DEVICE unsigned char* b(int stage) const { return a(stage) + A_BYTES; }
+    RESLORA_DEVICE unsigned char* extra(int stage) const { return b(stage) + B_BYTES; }
     RESLORA_DEVICE unsigned char* store_box(int consumer, int box) const {
         return base + STAGES * STAGE_BYTES + consumer * STORE_BYTES + box * SQUARE;
     }
@@ -90,11 +92,14 @@ struct Pipeline {
     }
 
     // By the producer: a [BM, 64] at (row, k), b [64, BN] at (k, column), the latter in as many parts as sharers.
-    RESLORA_DEVICE void fill(const TensorMap* map_a, const TensorMap* map_b, int row, int column, int k) {
+    // The extra rows come with a; with no map_a, b comes alone.
+    RESLORA_DEVICE void fill(const TensorMap* map_a, const TensorMap* map_b, int row, int column, int k,
+                             const TensorMap* map_extra = nullptr) {
         mbarrier_wait(empty(ring.stage), ring.parity ^ 1);
         Barrier* arrived = full(ring.stage);
-        mbarrier_expect(arrived, STAGE_BYTES);
-        tma_load(a(ring.stage), map_a, k, row, arrived);
+        mbarrier_expect(arrived, EXTRA > 0 && !map_a ? B_BYTES : STAGE_BYTES);
+        if (EXTRA == 0 || map_a) tma_load(a(ring.stage), map_a, k, row, arrived);
+        if (EXTRA > 0 && map_a) tma_load(extra(ring.stage), map_extra, k, 0, arrived);
         const int part = CLUSTER > 1 ? cluster_rank() : 0;
         if constexpr (W_BY_K) {
             load_b(b(ring.stage) + part * B_BOX_ROWS * LINE, map_b, k, column + part * B_BOX_ROWS, arrived);
@@ -121,7 +126,23 @@ struct Pipeline {
         for (int step = 0; step < DEPTH / 16; ++step) multiply_step(acc, first_row, step);
         wgmma_commit();
     }
-    // The same of its first 16 ``steps`` k only. (With a way out of the loop above, ptxas adds fences of its own.)
+    // The same, and beside [64, EXTRA] += a (extra rows)ᵀ.
+    template <int COUNT>
+    RESLORA_DEVICE void multiply_both(float (&acc)[BLOCKS][BN / 2], float (&beside)[COUNT], int first_row) const {
+        static_assert(COUNT == EXTRA / 2 && BLOCKS == 1);
+        const std::uint64_t left = wgmma_descriptor(a(ring.stage) + first_row * LINE, 16, EIGHT_LINES);
+        const std::uint64_t right = wgmma_descriptor(extra(ring.stage), 16, EIGHT_LINES);
+        mbarrier_wait(full(ring.stage), ring.parity);
+        wgmma_fence();
+        RESLORA_UNROLL
+        for (int step = 0; step < DEPTH / 16; ++step) {
+            multiply_step(acc, first_row, step);
+            wgmma<EXTRA, false>(beside, descriptor_after(left, step * 32), descriptor_after(right, step * 32),
+                                Element{});
+        }
+        wgmma_commit();
+    }
+    // As multiply, of its first 16 ``steps`` k only. (With a way out of the loop above, ptxas adds fences of its own.)
     RESLORA_DEVICE void multiply_part(float (&acc)[BLOCKS][BN / 2], int first_row, int steps) const {
         mbarrier_wait(full(ring.stage), ring.parity);
         RESLORA_KEEP_LOOP

@@ -114,12 +114,21 @@ FAULTS = [
         "    if constexpr (P::CLUSTER > 1) P::meet();\n", "", "has ended", variant="ping-pong-pair",
     ),
     Fault(
-        "a box written while it is stored", "augmented_matmul_sm90.cu",
-        "        if (thread == 0) tma_store_wait_read<1>();\n", "", "too early|is wrong", variant="ping-pong",
+        "a box written while it is stored", "tiles_sm90.cuh",
+        "        if (thread == 0) tma_store_wait_read<P::STORE_BOXES - 1>();\n", "", "too early|is wrong",
+        variant="ping-pong",
     ),
     Fault(
-        "a store with no fence", "augmented_matmul_sm90.cu",
+        "a store with no fence", "tiles_sm90.cuh",
         "        fence_async_shared();\n", "", "no fence_async_shared", variant="cooperative",
+    ),
+    Fault(
+        "u multiplied with no fence", "augmented_matmul_one_pass_sm90.cu",
+        "        fence_async_shared();\n", "", "no fence_async_shared", variant="cooperative",
+    ),
+    Fault(
+        "more bytes expected than b has", "pipeline_sm90.cuh",
+        "EXTRA > 0 && !map_a ? B_BYTES : STAGE_BYTES", "STAGE_BYTES", "deadlock", variant="cooperative",
     ),
     Fault(
         "64 columns of w at another distance", "pipeline_sm90.cuh",

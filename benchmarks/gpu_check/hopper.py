@@ -2,8 +2,9 @@
 
 python -m benchmarks.gpu_check.hopper --output hopper.json
 
-A row has a shape, a form (forward, dx, dx with dropout), and for each variant and the portable kernel its microseconds
-and its share of the speed of torch.nn.functional.linear on the same operands, all from one process, in turns.
+A row has a shape, a form (forward, dx, dx with dropout, one pass), and for each variant and the portable kernel its
+microseconds and its share of the speed of torch.nn.functional.linear on the same operands, all from one process, in
+turns.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from reslora_kernels.testing import assert_close_to_truth
 SHAPES = [  # m, k, n, rank
     (8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (8192, 14336, 4096, 16), (2048, 4096, 4096, 16),
     (8192, 8192, 8192, 16), (8192, 4096, 4096, 64), (512, 4096, 4096, 16), (8192, 4096, 1024, 16),
+    (8192, 4096, 512, 16), (8192, 4096, 256, 16), (8192, 14336, 512, 16),
 ]  # fmt: skip
-CHECKED = [(300, 200, 520, 16), (1024, 1024, 1032, 72)]
+CHECKED = [(300, 200, 520, 16), (1024, 1024, 1032, 72), (300, 200, 264, 24)]
 FORMS = ("forward", "dx", "dx with dropout")
+ONE_PASS = "one pass"  # of the forward pass: beside y, u = x aᵀ is made and written
 DEVICE = "cuda"
 SETS, ROUNDS = 3, 20  # of operands, so that L2 does not hold them; of every provider in turn
 
@@ -42,7 +45,9 @@ def operands(shape: tuple[int, int, int, int], form: str, dtype: torch.dtype, se
         return torch.randn(size, generator=generator, device=DEVICE).mul_(size[-1] ** -0.5).to(dtype)
 
     given: dict[str, Any] = {"x": random(m, k), "t": random(m, rank), "bias": None, "keep": None, "scale": 2.0}
-    if form == "forward":
+    if form == ONE_PASS:
+        given |= {"t": None, "a": random(rank, k), "u": torch.empty(m, rank, dtype=dtype, device=DEVICE)}
+    if form in ("forward", ONE_PASS):
         return given | {"w": random(n, k).T, "b": random(n, rank).T, "bias": random(n)}
     given |= {"w": random(k, n), "b": random(rank, n)}
     if form == "dx with dropout":
@@ -54,15 +59,18 @@ def operands(shape: tuple[int, int, int, int], form: str, dtype: torch.dtype, se
 def multiply(given: dict[str, Any], y: Tensor) -> None:
     """One launch, by the variant that the environment names, else the portable kernel."""
     bias, keep = given["bias"], given["keep"]
+    one_pass = {"a": given["a"], "side": cuda._side(None, 0, given["u"], None, 0, 1.0, 1.0)} if "a" in given else {}
     cuda._augmented_matmul(
         given["x"], given["w"], given["t"], given["b"], y, given["scale"], bias=0 if bias is None else bias.data_ptr(),
         keep=0 if keep is None else keep.data_ptr(), keep_words=0 if keep is None else keep.shape[1],
+        **one_pass,
     )  # fmt: skip
 
 
 def result(given: dict[str, Any], dtype: torch.dtype) -> Tensor:
     """What it must come to, by PyTorch in ``dtype``."""
-    x, w, t, b = (given[name].to(dtype) for name in ("x", "w", "t", "b"))
+    x, w, b = (given[name].to(dtype) for name in ("x", "w", "b"))
+    t = x @ given["a"].to(dtype).T if "a" in given else given["t"].to(dtype)
     low_rank = given["scale"] * (t @ b)
     if given["keep"] is not None:
         bits = given["keep"][:, :, None] >> torch.arange(32, device=DEVICE, dtype=torch.int32) & 1
@@ -74,13 +82,25 @@ def result(given: dict[str, Any], dtype: torch.dtype) -> Tensor:
 def check(variant: str) -> None:
     """AssertionError names what is wrong with a variant."""
     for shape in CHECKED:
-        for form in FORMS:
-            for dtype in (torch.bfloat16, torch.float16):
-                given = operands(shape, form, dtype, seed=0)
-                y = torch.full((shape[0], shape[2]), float("nan"), dtype=dtype, device=DEVICE)
-                multiply(given, y)
-                what = f"{variant}, {form}, {dtype}, {shape}"
-                assert_close_to_truth(y, result(given, torch.float64), result(given, dtype), what)
+        for form in forms_of(shape):
+            check_shape(variant, shape, form)
+
+
+def check_shape(variant: str, shape: tuple[int, int, int, int], form: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        given = operands(shape, form, dtype, seed=0)
+        y = torch.full((shape[0], shape[2]), float("nan"), dtype=dtype, device=DEVICE)
+        multiply(given, y)
+        what = f"{variant}, {form}, {dtype}, {shape}"
+        assert_close_to_truth(y, result(given, torch.float64), result(given, dtype), what)
+        if form == ONE_PASS:
+            exact, plain = (given["x"].to(kind) @ given["a"].to(kind).T for kind in (torch.float64, dtype))
+            assert_close_to_truth(given["u"], exact, plain, f"u of {what}")
+
+
+def forms_of(shape: tuple[int, int, int, int]) -> tuple[str, ...]:
+    _, _, n, rank = shape
+    return (*FORMS, ONE_PASS) if n <= cuda.ONE_PASS_COLUMNS and rank <= cuda.ONE_PASS_RANK else FORMS
 
 
 def microseconds(providers: dict[str, Callable[[int], None]]) -> dict[str, float]:
@@ -104,7 +124,7 @@ def measure(shape: tuple[int, int, int, int], form: str, variants: Sequence[str]
     y = torch.empty(shape[0], shape[2], dtype=torch.bfloat16, device=DEVICE)
     frozen = [(given["x"], given["w"].T, given["bias"]) for given in every]
     providers: dict[str, Callable[[int], None]] = {"linear": lambda i: functional.linear(*frozen[i])}
-    for name in ("off", *variants):
+    for name in ("off", *(variants[:1] if form == ONE_PASS else variants)):  # one pass has one kernel for all
         providers[name] = lambda i, name=name: with_variant(name, lambda: multiply(every[i], y))
     times = microseconds(providers)
     shares = {name: round(times["linear"] / value, 4) for name, value in times.items()}
@@ -118,7 +138,7 @@ def with_variant(name: str, call: Callable[[], None]) -> None:
 
 def rows(variants: Sequence[str]) -> Iterator[dict[str, Any]]:
     for shape in SHAPES:
-        for form in FORMS:
+        for form in forms_of(shape):
             row = measure(shape, form, variants)
             shares = ", ".join(f"{name} {share:.3f}" for name, share in row["of_linear"].items() if name != "linear")
             print(f"{shape} {form}: linear {row['microseconds']['linear']:.1f} us; {shares}", flush=True)

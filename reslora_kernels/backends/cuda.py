@@ -93,14 +93,15 @@ def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
 
 def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     """How a forward pass without dropout would be computed, and why."""
-    if _one_pass(x, weight.shape[0], rank, None, 1.0):
-        return f"one pass: both products from one read of x, for at most {ONE_PASS_COLUMNS} columns of y"
+    one_pass = _one_pass(x, weight.shape[0], rank, None, 1.0)
     tile = LARGE_TILE if _large(x, weight.shape[0]) else LARGE_TILE // 2
     kernel = f"in tiles of {tile} x {tile}"
     if name := hopper.asked_for():
         reason = hopper.unsupported_reason(_extension(), x, weight.T, columns=weight.shape[0])
         kernel += f", not by the Hopper kernel: {reason}" if reason else ""
-        kernel = kernel if reason else f"by the {name} Hopper kernel ({hopper.OPT_IN})"
+        kernel = kernel if reason else f"by the {'one-pass' if one_pass else name} Hopper kernel ({hopper.OPT_IN})"
+    if one_pass:
+        return f"one pass: both products from one read of x, for at most {ONE_PASS_COLUMNS} columns of y, {kernel}"
     return f"two passes: h first, then the matmul on top of the low-rank product, {kernel}"
 
 
@@ -131,8 +132,7 @@ def forward(
             given, u = residual.contiguous(), u[:0]
             _augmented_matmul(x, weight.T, given, b_cat.T, y, scaling, bias=bias_address)
         elif _one_pass(x, y.shape[1], a_cat.shape[0], seed, scaling):
-            one_pass = {"a": _matrix(a_cat), "side": side}
-            _augmented_matmul(x, weight.T, None, b_cat.T, y, scaling, bias=bias_address, **one_pass)
+            _augmented_matmul(x, weight.T, None, b_cat.T, y, scaling, a=a_cat, side=side, bias=bias_address)
         else:
             _project(x, a_cat, side, u.shape[1], seed, p)
             _augmented_matmul(x, weight.T, u, b_cat.T, y, scaling, bias=bias_address)
@@ -196,15 +196,15 @@ def backward(
 
 
 def _augmented_matmul(
-    x: Tensor, w: Tensor, t: Tensor | None, b: Tensor, y: Tensor, scale: float, **options: Any
+    x: Tensor, w: Tensor, t: Tensor | None, b: Tensor, y: Tensor, scale: float, a: Tensor | None = None, **options: Any
 ) -> None:
-    """y [M, N] = x w + scale t b and what ``options`` add: see csrc/params.h."""
-    matrices = {"x": x, "w": w, "b": b} if t is None else {"x": x, "w": w, "t": t, "b": b}
-    if t is not None and hopper.asked_for():
-        converted = matrices | {"b": b.to(x.dtype)}  # [R, N], which the copy engine cannot convert on the way
-        if hopper.same_order(w, b) and t.stride(1) == 1:
-            options["hopper"] = hopper.variant_of(_extension(), *converted.values(), columns=y.shape[1])
-            matrices = converted if options["hopper"] else matrices
+    """y [M, N] = x w + scale t b and what ``options`` add: see csrc/params.h. Either t or ``a`` is given."""
+    given = {"t": t, "a": a}
+    matrices = {"x": x, "w": w, "b": b} | {name: matrix for name, matrix in given.items() if matrix is not None}
+    if hopper.asked_for() and hopper.in_order(w, b, t, a):
+        converted = {name: matrix.to(x.dtype) for name, matrix in matrices.items()}  # not by the copy engine on the way
+        options["hopper"] = hopper.variant_of(_extension(), *converted.values(), columns=y.shape[1])
+        matrices = converted if options["hopper"] else matrices
     _extension().augmented_matmul(
         _math(x.dtype), _device_of(x), _large(x, y.shape[1]), scale=scale, y=_output(y),
         **{name: _matrix(matrix) for name, matrix in matrices.items()}, **options,

@@ -1,6 +1,7 @@
 """When csrc/augmented_matmul_sm90.cu multiplies for the cuda backend: where it was asked for and can.
 
-It has not been measured, so nobody gets it unasked: ``RESLORA_CUDA_HOPPER`` names one of its variants.
+It has not been measured, so nobody gets it unasked: ``RESLORA_CUDA_HOPPER`` names one of its variants. One pass has a
+kernel of its own, csrc/augmented_matmul_one_pass_sm90.cu, whichever variant is named.
 """
 
 from __future__ import annotations
@@ -53,9 +54,13 @@ def unsupported_reason(extension: Any, x: Tensor, *others: Tensor, columns: int)
     return None
 
 
-def same_order(left: Tensor, right: Tensor) -> bool:
-    """Whether both lie in memory row by row, or both column by column."""
-    return left.stride(0) == right.stride(0) == 1 or (1 not in (left.stride(0), right.stride(0)))
+def in_order(w: Tensor, b: Tensor, t: Tensor | None, a: Tensor | None) -> bool:
+    """Whether w [K, N] and b [R, N] lie as a kernel takes them: in one pass, with ``a`` for t, column by column."""
+    first, second = w.stride(0), b.stride(0)
+    by_columns, by_rows = first == second == 1, 1 not in (first, second)
+    if a is not None:
+        return by_columns and a.stride(1) == 1 and b.shape[0] <= a.shape[0]
+    return (by_columns or by_rows) and t is not None and t.stride(1) == 1
 
 
 def _can_be_copied(matrix: Tensor) -> bool:

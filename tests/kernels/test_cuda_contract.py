@@ -35,6 +35,16 @@ def test_hopper_kernels_hold_the_contract() -> None:
     assert [violation for row in rows for violation in row.violations] == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
+def test_one_pass_hopper_kernels_hold_the_contract() -> None:
+    rows, _ = compile_source(CSRC / "augmented_matmul_one_pass_sm90.cu", "90a")
+    assert len({row.kernel for row in rows}) == 2  # two types
+    assert all("one_pass_hopper" in row.kernel and row.registers == 168 for row in rows)
+    assert {row.instructions["HGMMA"] for row in rows} == {4 * 2 + 2}  # a stage's, and those of u
+    assert [violation for row in rows for violation in row.violations] == []
+
+
 def test_hopper_rules() -> None:
     instructions = {"HGMMA": 9, "UTMALDG": 4, "UTMASTG": 4}
     assert check(Row("90a", "a_hopper_kernel<Bf16>", 168, 0, instructions, [], [40, 232], [])) == []

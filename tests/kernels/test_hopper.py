@@ -28,6 +28,22 @@ CALLS = [
     Call("one step of K, two of ranks", 257, 64, 776, 128, 128, FP16, BF16, c=2.0),
     Call("u is given", 100, 104, 264, 0, 24, residual=True),
 ]
+ONE_PASS = [
+    Call(
+        "one pass, several tiles for a block, handed on",
+        300,
+        200,
+        264,
+        32,
+        16,
+        hand=(16, 32),
+        residual=True,
+        c=2.0,
+    ),
+    Call("one pass, nothing but one tile, which it does not fill", 64, 72, 40, 8, 8, FP16, FP16, scaling=0.5),
+    Call("one pass, as wide as it may be, odd ranks", 130, 136, 512, 29, 24, BF16, BF16, hand=(13, 29), bias=False),
+    Call("one pass, one step of K", 129, 64, 72, 17, 8, FP16, FP32, scaling=1.0, residual=True),
+]
 EXACT = [call for call in CALLS if call.p in (0.0, 0.5)]
 
 
@@ -65,6 +81,23 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+def run_one_pass(call: Call, values: dict) -> dict[str, torch.Tensor]:
+    """Forward and backward, the forward pass with the Hopper kernel's one-pass form."""
+    with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
+        results = run(call, values, cuda)
+    first = asked.call_args_list[0]
+    assert first.args[-1].shape == values["a_cat"].shape
+    assert hopper.unsupported_reason(*first.args, **first.kwargs) is None
+    return results
+
+
+def forward(call: Call, values: dict) -> tuple[torch.Tensor, ...]:
+    stacks = values["a_cat"], values["b_cat"], values["residual"]
+    return cuda.forward(
+        values["x"], values["weight"], values["bias"], *stacks, None, call.c, call.scaling, 0.0, *call.hand
+    )
+
+
 def run_twice(call: Call, values: dict) -> dict[str, torch.Tensor]:
     """Forward and backward, both with the Hopper kernel."""
     with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
@@ -82,6 +115,77 @@ def test_integers_come_out_bit_for_bit(call: Call, variant: str, device: torch.d
     expected = truth(call, values)
     for name, result in run_twice(call, values).items():
         assert torch.equal(result, expected[name].to(result.dtype)), name
+
+
+@pytest.mark.parametrize("call", ONE_PASS, ids=name_of)
+def test_one_pass(call: Call, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    values = draw(call, device, integers=True)
+    expected = truth(call, values)
+    for name, result in run_one_pass(call, values).items():
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+    values = draw(call, device, integers=False)
+    expected, plain = truth(call, values), run(call, values)
+    for name, result in run_one_pass(call, values).items():
+        assert_close_to_truth(result, expected[name], plain[name], name)
+
+
+def test_one_pass_reads_each_tile_once_whatever_the_schedule(
+    extension: Path | None, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "ping-pong")  # one pass has one kernel for all
+    call = ONE_PASS[0]
+    values = draw(call, device, integers=False)
+    first = forward(call, values)
+    for seed in range(6 if extension else 250):
+        if extension:
+            cuda_on_cpu.set_seed(extension, seed)
+            cuda_on_cpu.take_statistics(extension)
+        assert all(map(torch.equal, first, forward(call, values)))
+        if extension:
+            counted = cuda_on_cpu.take_statistics(extension)
+            tiles, steps = 3 * 2, 4
+            assert counted.launches == 1
+            assert counted.tensor_loads == tiles * (3 * steps + 1)  # x, W, A; then B
+            assert counted.group_multiplications == 2 * tiles * (4 * 2 * steps + 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_one_pass_keeps_what_is_not_finite_in_its_row(
+    value: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    values = draw(ONE_PASS[0], device, integers=False)
+    values["x"][7, 99] = value
+    for result in forward(ONE_PASS[0], values):
+        assert (~result.isfinite().all(1)).nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call("few rows", 63, 72, 264, 16, 16),
+        Call("odd rank", 70, 72, 264, 16, 12),
+        Call("odd width", 70, 72, 261, 16, 16),
+        Call("w by columns", 70, 72, 264, 16, 16, layout="transposed weight"),
+        Call("everything by columns", 72, 72, 264, 16, 16, layout="transposed"),
+    ],
+    ids=name_of,
+)
+def test_one_pass_that_it_cannot_take_goes_to_the_portable_kernel(
+    call: Call, extension: Path | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    values = draw(call, device, integers=True)
+    expected = truth(call, values)
+    if extension:
+        cuda_on_cpu.take_statistics(extension)
+    y, _, u = forward(call, values)
+    assert torch.equal(y, expected["y"].to(y.dtype))
+    assert torch.equal(u, expected["u"].to(u.dtype))
+    if extension:
+        counted = cuda_on_cpu.take_statistics(extension)
+        assert (counted.launches, counted.tensor_loads) == (1, 0)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
@@ -108,6 +212,8 @@ def test_what_the_gpu_check_checks(variant: str, device: torch.device, monkeypat
     monkeypatch.setattr(gpu_check, "CHECKED", gpu_check.CHECKED[:1])
     with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
         gpu_check.check(variant)
+    assert asked.call_count == 6
+    gpu_check.check_shape(variant, (70, 72, 136, 8), gpu_check.ONE_PASS)
     assert asked.call_count == 6
     given = gpu_check.operands((70, 72, 136, 8), "dx with dropout", BF16, seed=1)
     y = torch.zeros(70, 136, dtype=BF16, device=device)
@@ -159,6 +265,8 @@ def test_nobody_gets_it_unasked(monkeypatch: pytest.MonkeyPatch, device: torch.d
     assert hopper.variant_of(cuda._extension(), x, weight.T, columns=520) == 3
     assert "by the ping-pong Hopper kernel (RESLORA_CUDA_HOPPER)" in cuda.explain(x, weight, 16)
     assert "not by the Hopper kernel: x has fewer than 64 rows" in cuda.explain(x[:63], weight, 16)
+    assert cuda.explain(x, weight[:264], 16).startswith("one pass: ")
+    assert "by the one-pass Hopper kernel (RESLORA_CUDA_HOPPER)" in cuda.explain(x, weight[:264], 16)
     monkeypatch.setenv(hopper.OPT_IN, "fast")
     with pytest.raises(ValueError, match="RESLORA_CUDA_HOPPER must be 'off' or one of 'cooperative', "):
         hopper.asked_for()

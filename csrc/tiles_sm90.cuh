@@ -1,0 +1,73 @@
+// What the kernels of sm_90a that multiply to y share: a block's tiles, their way out, the maps of the operands.
+#pragma once
+#include "launch.cuh"
+#include "pipeline_sm90.cuh"
+
+namespace reslora {
+
+// The tiles of one block: every so many of those of the whole launch.
+struct Tiles {
+    int tile, stride, rows, columns;
+
+    template <class P, class Params>
+    RESLORA_DEVICE static Tiles make(const Params& p) {
+        return {static_cast<int>(block_id().x) / P::CLUSTER, static_cast<int>(grid_size().x) / P::CLUSTER,
+                (p.rows + P::CLUSTER * P::BM - 1) / (P::CLUSTER * P::BM), (p.columns + P::BN - 1) / P::BN};
+    }
+    RESLORA_DEVICE bool left() const { return tile < rows * columns; }
+    template <class P>
+    RESLORA_DEVICE void place(int& row, int& column) const {
+        tile_of(tile, rows, columns, P::GROUP / P::CLUSTER, row, column);
+        row = (row * P::CLUSTER + (P::CLUSTER > 1 ? cluster_rank() : 0)) * P::BM;
+        column *= P::BN;
+    }
+};
+
+// y [64, BN] at (row, column) = acc + bias: 64 columns at a time to a box of shared memory, from where the copy engine
+// takes them while this warpgroup goes on. It writes nothing beyond the edges of y.
+template <class P, class Params>
+RESLORA_DEVICE void store(const P& pipeline, const float (&acc)[P::BN / 2], const Params& p, int consumer, int row,
+                          int column) {
+    using Element = typename P::Element;
+    struct alignas(4) Pair {
+        Element first, second;
+    };
+    const int thread = thread_id() % WARPGROUP, lane = thread % 32, r = thread / 32 * 16 + lane / 4;
+    const auto* bias = static_cast<const Element*>(p.bias);
+    RESLORA_UNROLL
+    for (int part = 0; part < P::BN / DEPTH; ++part) {
+        unsigned char* box = pipeline.store_box(consumer, part % P::STORE_BOXES);
+        if (thread == 0) tma_store_wait_read<P::STORE_BOXES - 1>();
+        named_barrier(1 + consumer, WARPGROUP);
+        RESLORA_UNROLL
+        for (int j = 0; j < 8; ++j) {
+            const int c = column + part * DEPTH + 8 * j + lane % 4 * 2;
+            const bool biased = bias && c < p.columns;  // N is even
+            const float left = biased ? to_float(bias[c]) : 0.0f, right = biased ? to_float(bias[c + 1]) : 0.0f;
+            RESLORA_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const int at = part * 32 + 4 * j + 2 * half;
+                Pair pair;
+                from_float(pair.first, acc[at] + left);
+                from_float(pair.second, acc[at + 1] + right);
+                // Row r + 8 half, whose number modulo 8 is that of r: a warp's stores meet 32 different banks.
+                *reinterpret_cast<Pair*>(box + (r + 8 * half) * LINE + (j ^ (r % 8)) * 16 + lane % 4 * 4) = pair;
+            }
+        }
+        fence_async_shared();
+        named_barrier(1 + consumer, WARPGROUP);
+        if (thread == 0) {
+            tma_store(&p.y, box, column + part * DEPTH, row);
+            tma_store_commit();
+        }
+    }
+}
+
+// Of the matrix as its memory is ordered.
+inline TensorMap map_of(const Matrix& m, int box_rows) {
+    const bool by_rows = m.column == 1;
+    return encode_tensor_map(m.data, m.type, by_rows ? m.rows : m.columns, by_rows ? m.columns : m.rows,
+                             by_rows ? m.row : m.column, box_rows, DEPTH);
+}
+
+}  // namespace reslora
