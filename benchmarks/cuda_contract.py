@@ -35,7 +35,7 @@ USAGE = re.compile(r"^ Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LO
 REMARK = re.compile(r"\((C75\d\d)\).* in function '(\S+?)'")  # of ptxas, on wgmma and setmaxnreg
 ROLE = re.compile(r"\bUSETMAXREG\S* (?:UP\d, )?(0x[0-9a-f]+)")
 CONSUMER, PRODUCER = 232, 40  # registers of a thread of csrc/augmented_matmul*_sm90.cu, in 2 and 1 warpgroups
-KEPT = ("HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "UTMASTG", "LDL", "STL", *ATOMICS)
+KEPT = ("HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "UTMASTG", "ACQBULK", "PREEXIT", "LDL", "STL", *ATOMICS)
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 
 
@@ -99,7 +99,9 @@ def check(row: Row) -> list[str]:
         broken.append("no LDSM")
     if "Math" in row.kernel and not count.get("LDGSTS"):
         broken.append("no LDGSTS")
-    if "hopper" in row.kernel:
+    if row.kernel.startswith("project_hopper"):
+        broken += [f"no {name}" for name in ("HGMMA", "UTMALDG", "ACQBULK", "PREEXIT") if not count.get(name)]
+    elif "hopper" in row.kernel:
         broken += [f"no {name}" for name in ("HGMMA", "UTMALDG", "UTMASTG") if not count.get(name)]
         if row.role_registers != [PRODUCER, CONSUMER]:
             broken.append(f"registers of the roles: {row.role_registers}, not {[PRODUCER, CONSUMER]}")

@@ -71,12 +71,15 @@ PYBIND11_MODULE(_cuda, m) {
     m.def(
         "project",
         [](int math, Device device, Matrix x, Matrix a, const SideChannel& side, Address seed, std::uint32_t threshold,
-           Address partial, std::int64_t split, std::int64_t parts) {
-            project({x, a, {at<const std::int64_t>(seed), threshold}, side, at<float>(partial), split, parts},
-                    static_cast<Math>(math), device);
+           Address partial, std::int64_t split, std::int64_t parts, [[maybe_unused]] bool hopper) {
+            const Project p{x, a, {at<const std::int64_t>(seed), threshold}, side, at<float>(partial), split, parts};
+#ifdef RESLORA_HAS_SM90
+            if (hopper) return project_sm90(p, static_cast<Math>(math), device);
+#endif
+            project(p, static_cast<Math>(math), device);
         },
         py::arg("math"), py::arg("device"), py::kw_only(), py::arg("x"), py::arg("a"), py::arg("side"), py::arg("seed"),
-        py::arg("threshold"), py::arg("partial"), py::arg("split"), py::arg("parts"));
+        py::arg("threshold"), py::arg("partial"), py::arg("split"), py::arg("parts"), py::arg("hopper") = false);
     m.def(
         "augmented_matmul",
         [](int math, Device device, bool large, Matrix x, Matrix w, std::optional<Matrix> t, Matrix b,

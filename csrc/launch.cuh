@@ -16,21 +16,28 @@ inline std::int64_t blocks(std::int64_t size, std::int64_t block) { return (size
 #ifdef __CUDACC__
 template <class Params>
 void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device device,
-         int cluster = 1) {
+         int cluster = 1, bool programmatic = false) {
     cudaError_t error = cudaSuccess;
     if (shared > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error == cudaSuccess) {
-        cudaLaunchAttribute shape{};
-        shape.id = cudaLaunchAttributeClusterDimension;
-        shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+        cudaLaunchAttribute attributes[2]{};
+        unsigned count = 0;
+        if (cluster > 1) {
+            attributes[count].id = cudaLaunchAttributeClusterDimension;
+            attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+        }
+        if (programmatic) {  // the kernel calls grid_dependency_wait
+            attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+        }
         cudaLaunchConfig_t launch{};
         launch.gridDim =
             dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
         launch.blockDim = dim3(threads);
         launch.dynamicSmemBytes = shared;
         launch.stream = reinterpret_cast<cudaStream_t>(device.stream);
-        launch.attrs = &shape;
-        launch.numAttrs = cluster > 1;
+        launch.attrs = attributes;
+        launch.numAttrs = count;
         void* arguments[] = {&params};
         error = cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), arguments);
     }
@@ -45,7 +52,7 @@ void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int s
 #else
 template <class Params>
 void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device,
-         int cluster = 1) {
+         int cluster = 1, bool = false) {
     emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [&] { kernel(params); }, cluster);
 }
 #endif

@@ -95,6 +95,8 @@ struct Device {
 
 // Each raises std::runtime_error with the kernel's name and configuration where the launch fails.
 void project(const Project&, Math, Device);
+void project_sm90(const Project&, Math, Device);  // no dropout; at most 128 columns of a product
+void finish_projection(const Project&, Math, Device);  // adds the parts, if there are any
 void augmented_matmul(const AugmentedMatmul&, Math, bool large, Device);
 void augmented_matmul_sm90(const AugmentedMatmul&, Math, Hopper, Device);
 void augmented_matmul_one_pass_sm90(const AugmentedMatmul&, Math, Device);  // with ``a``, whose only form it is

@@ -68,9 +68,13 @@ void launch_math(const Project& p, Device device) {
 }  // namespace
 
 void project(const Project& p, Math math, Device device) {
+    with_math(math, [&](auto tag) { launch_math<decltype(tag)>(p, device); });
+    finish_projection(p, math, device);
+}
+
+void finish_projection(const Project& p, Math math, Device device) {
+    if (p.partial == nullptr) return;
     with_math(math, [&](auto tag) {
-        launch_math<decltype(tag)>(p, device);
-        if (p.partial == nullptr) return;
         const std::int64_t wanted = blocks(p.x.rows * (p.a.rows + p.side.inner.columns), 128);
         run("finish_projection", &finish_projection_kernel<typename decltype(tag)::Element>,
             {wanted < device.processors ? wanted : device.processors, 1, 1}, 128, 0, p, device);

@@ -134,7 +134,9 @@ RESLORA_DEVICE void wgmma_wait() {
 }
 
 #define RESLORA_TEN(T) "%" #T "0, %" #T "1, %" #T "2, %" #T "3, %" #T "4, %" #T "5, %" #T "6, %" #T "7, %" #T "8, %" #T "9"
-#define RESLORA_16 RESLORA_TEN() ", %10, %11, %12, %13, %14, %15"
+#define RESLORA_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define RESLORA_16 RESLORA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define RESLORA_32 RESLORA_16 ", %16, %17, %18, %19, " RESLORA_TEN(2) ", %30, %31"
 #define RESLORA_64 RESLORA_TEN() ", " RESLORA_TEN(1) ", " RESLORA_TEN(2) ", " RESLORA_TEN(3) ", " RESLORA_TEN(4) ", " \
     RESLORA_TEN(5) ", %60, %61, %62, %63"
 #define RESLORA_128 RESLORA_64 ", %64, %65, %66, %67, %68, %69, " RESLORA_TEN(7) ", " RESLORA_TEN(8) ", "              \
@@ -151,23 +153,31 @@ RESLORA_DEVICE void wgmma_wait() {
 // the type of a and b.
 template <int N, bool B_MN_MAJOR>
 RESLORA_DEVICE void wgmma(float (&acc)[N / 2], std::uint64_t a, std::uint64_t b, Bf16) {
-    static_assert(N == 32 || N == 128 || N == 256);
+    static_assert(N == 16 || N == 32 || N == 64 || N == 128 || N == 256);
     if constexpr (N == 256)
         RESLORA_WGMMA("256", "bf16", RESLORA_128, "%128", "%129", "%130", RESLORA_ACC64(0), RESLORA_ACC64(64));
     else if constexpr (N == 128)
         RESLORA_WGMMA("128", "bf16", RESLORA_64, "%64", "%65", "%66", RESLORA_ACC64(0));
-    else
+    else if constexpr (N == 64)
+        RESLORA_WGMMA("64", "bf16", RESLORA_32, "%32", "%33", "%34", RESLORA_ACC16(0), RESLORA_ACC16(16));
+    else if constexpr (N == 32)
         RESLORA_WGMMA("32", "bf16", RESLORA_16, "%16", "%17", "%18", RESLORA_ACC16(0));
+    else
+        RESLORA_WGMMA("16", "bf16", RESLORA_8, "%8", "%9", "%10", RESLORA_ACC4(0), RESLORA_ACC4(4));
 }
 template <int N, bool B_MN_MAJOR>
 RESLORA_DEVICE void wgmma(float (&acc)[N / 2], std::uint64_t a, std::uint64_t b, Fp16) {
-    static_assert(N == 32 || N == 128 || N == 256);
+    static_assert(N == 16 || N == 32 || N == 64 || N == 128 || N == 256);
     if constexpr (N == 256)
         RESLORA_WGMMA("256", "f16", RESLORA_128, "%128", "%129", "%130", RESLORA_ACC64(0), RESLORA_ACC64(64));
     else if constexpr (N == 128)
         RESLORA_WGMMA("128", "f16", RESLORA_64, "%64", "%65", "%66", RESLORA_ACC64(0));
-    else
+    else if constexpr (N == 64)
+        RESLORA_WGMMA("64", "f16", RESLORA_32, "%32", "%33", "%34", RESLORA_ACC16(0), RESLORA_ACC16(16));
+    else if constexpr (N == 32)
         RESLORA_WGMMA("32", "f16", RESLORA_16, "%16", "%17", "%18", RESLORA_ACC16(0));
+    else
+        RESLORA_WGMMA("16", "f16", RESLORA_8, "%8", "%9", "%10", RESLORA_ACC4(0), RESLORA_ACC4(4));
 }
 #undef RESLORA_WGMMA
 #undef RESLORA_ACC64
@@ -175,7 +185,9 @@ RESLORA_DEVICE void wgmma(float (&acc)[N / 2], std::uint64_t a, std::uint64_t b,
 #undef RESLORA_ACC4
 #undef RESLORA_128
 #undef RESLORA_64
+#undef RESLORA_32
 #undef RESLORA_16
+#undef RESLORA_8
 #undef RESLORA_TEN
 
 // Registers of each thread of the warpgroup from here on. All its warps call it.

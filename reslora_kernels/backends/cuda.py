@@ -214,13 +214,18 @@ def _augmented_matmul(
 def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, seed: Tensor | None, p: float) -> None:
     """x aᵀ through the side channel; few rows: K in parts, so that the processors have something to do."""
     (m, k), rank = x.shape, a.shape[0]
-    wanted = _processors(x) // max(1, -(-m // ROWS_PER_BLOCK) * -(-max(rank, inner_columns) // ROWS_PER_BLOCK))
+    width, streamed = max(rank, inner_columns), False
+    if hopper.asked_for():
+        converted = a.to(x.dtype)  # which the copy engine cannot do on the way
+        streamed = hopper.projects(_extension(), x, converted, columns=width, dropout=seed is not None)
+        a = converted if streamed else a
+    wanted = _processors(x) // max(1, -(-m // ROWS_PER_BLOCK) * (1 if streamed else -(-width // ROWS_PER_BLOCK)))
     split, parts = _split(k, wanted, 256)
     partial = x.new_empty(parts, m, rank, dtype=torch.float32) if parts > 1 else None
     _extension().project(
         _math(x.dtype), _device_of(x), x=_matrix(x), a=_matrix(a), side=side,
         seed=0 if seed is None else seed.data_ptr(), threshold=dropout.threshold(p),
-        partial=0 if partial is None else partial.data_ptr(), split=split, parts=parts,
+        partial=0 if partial is None else partial.data_ptr(), split=split, parts=parts, hopper=streamed,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""When csrc/augmented_matmul_sm90.cu multiplies for the cuda backend: where it was asked for and can.
+"""When csrc/augmented_matmul_sm90.cu and csrc/project_sm90.cu work for the cuda backend: where asked for and able.
 
-It has not been measured, so nobody gets it unasked: ``RESLORA_CUDA_HOPPER`` names one of its variants. One pass has a
-kernel of its own, csrc/augmented_matmul_one_pass_sm90.cu, whichever variant is named.
+They have not been measured, so nobody gets them unasked: ``RESLORA_CUDA_HOPPER`` names a variant of the former, and
+with any of them come the latter and, for one pass, csrc/augmented_matmul_one_pass_sm90.cu.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 OPT_IN = "RESLORA_CUDA_HOPPER"
 VARIANTS = {"cooperative": 1, "cooperative-pair": 2, "ping-pong": 3, "ping-pong-pair": 4}  # as in csrc/params.h
 LEAST_ROWS = 64  # below, most of a tile of 128 rows would be of no use
+PROJECTED = 128  # columns of x aᵀ that a block has in registers
 ALIGNMENT = 16  # bytes: of a base and of a stride, for the copy engine
 
 
@@ -61,6 +62,20 @@ def in_order(w: Tensor, b: Tensor, t: Tensor | None, a: Tensor | None) -> bool:
     if a is not None:
         return by_columns and a.stride(1) == 1 and b.shape[0] <= a.shape[0]
     return (by_columns or by_rows) and t is not None and t.stride(1) == 1
+
+
+def projects(extension: Any, x: Tensor, a: Tensor, *, columns: int, dropout: bool) -> bool:
+    """Whether csrc/project_sm90.cu makes x aᵀ, of which ``columns`` are filled, from x [M, K] and a [R, K]."""
+    return asked_for() is not None and unprojected_reason(extension, x, a, columns=columns, dropout=dropout) is None
+
+
+def unprojected_reason(extension: Any, x: Tensor, a: Tensor, *, columns: int, dropout: bool) -> str | None:
+    """Why it does not: the portable kernel serves such a call instead."""
+    if dropout:
+        return "it draws no mask"
+    if columns > PROJECTED:
+        return f"the result has more than {PROJECTED} columns"
+    return unsupported_reason(extension, x, a, columns=0)
 
 
 def _can_be_copied(matrix: Tensor) -> bool:

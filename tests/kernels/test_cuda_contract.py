@@ -45,9 +45,23 @@ def test_one_pass_hopper_kernels_hold_the_contract() -> None:
     assert [violation for row in rows for violation in row.violations] == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
+def test_streaming_kernels_hold_the_contract() -> None:
+    rows, _ = compile_source(CSRC / "project_sm90.cu", "90a")
+    assert len({row.kernel for row in rows}) == 12  # two types; a by k in four widths, by columns in two
+    assert all(row.kernel.startswith("project_hopper_kernel<") for row in rows)
+    assert [violation for row in rows for violation in row.violations] == []
+
+
 def test_hopper_rules() -> None:
     instructions = {"HGMMA": 9, "UTMALDG": 4, "UTMASTG": 4}
     assert check(Row("90a", "a_hopper_kernel<Bf16>", 168, 0, instructions, [], [40, 232], [])) == []
+    streaming = {"HGMMA": 4, "UTMALDG": 2, "ACQBULK": 1, "PREEXIT": 1}
+    assert check(Row("90a", "project_hopper_kernel<Bf16>", 34, 0, streaming, [])) == []
+    assert check(Row("90a", "project_hopper_kernel<Bf16>", 34, 0, {"HMMA": 4}, [], [], ["C7520"])) == [
+        "no HGMMA", "no UTMALDG", "no ACQBULK", "no PREEXIT", "ptxas remarks C7520",
+    ]  # fmt: skip
     assert check(Row("90a", "a_hopper_kernel<Bf16>", 168, 0, {"HGMMA": 9}, [], [], ["C7508", "C7520"])) == [
         "no UTMALDG", "no UTMASTG", "registers of the roles: [], not [40, 232]",
         "ptxas remarks C7508", "ptxas remarks C7520",

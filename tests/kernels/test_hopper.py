@@ -1,4 +1,4 @@
-"""The Hopper kernel against float64, by the rules of test_cuda_backend: every variant, both orders of W, ragged sizes.
+"""The Hopper kernels against float64, by the rules of test_cuda_backend: every variant, both orders of W, ragged sizes.
 
 On a GPU of compute capability 9.0 the extension that was built; without a GPU the same source in the emulator.
 """
@@ -43,6 +43,13 @@ ONE_PASS = [
     Call("one pass, nothing but one tile, which it does not fill", 64, 72, 40, 8, 8, FP16, FP16, scaling=0.5),
     Call("one pass, as wide as it may be, odd ranks", 130, 136, 512, 29, 24, BF16, BF16, hand=(13, 29), bias=False),
     Call("one pass, one step of K", 129, 64, 72, 17, 8, FP16, FP32, scaling=1.0, residual=True),
+]
+PROJECTED = [  # and the parts of K in the two directions
+    (Call("16 columns, one stage", 257, 40, 520, 16, 16, BF16, BF16), (1, 1)),
+    (Call("32 columns, parts of K, handed columns", 100, 1288, 776, 32, 24, FP16, FP16, hand=(8, 32)), (2, 2)),
+    (Call("a residual for fewer columns than the rank", 70, 520, 520, 40, 8, BF16, FP32, residual=True), (2, 2)),
+    (Call("a ring of stages used again, 64", 200, 1160, 520, 56, 56, FP16, BF16, hand=(0, 40), residual=True), (1, 1)),
+    (Call("a ring of stages used again, 128", 130, 1032, 776, 120, 72, BF16, BF16, residual=True), (1, 1)),
 ]
 EXACT = [call for call in CALLS if call.p in (0.0, 0.5)]
 
@@ -186,6 +193,64 @@ def test_one_pass_that_it_cannot_take_goes_to_the_portable_kernel(
     if extension:
         counted = cuda_on_cpu.take_statistics(extension)
         assert (counted.launches, counted.tensor_loads) == (1, 0)
+
+
+def project_calls(call: Call, values: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The results, and the keywords with which each projection of them was launched."""
+    extension = cuda._extension()
+    with mock.patch.object(extension, "project", wraps=extension.project) as launched:
+        results = run(call, values, cuda)
+    return results, [given.kwargs for given in launched.call_args_list]
+
+
+@pytest.mark.parametrize(("call", "parts"), PROJECTED, ids=name_of)
+def test_projected_integers_come_out_bit_for_bit(
+    call: Call, parts: tuple[int, int], monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
+) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    values = draw(call, device, integers=True)
+    expected = truth(call, values)
+    results, launched = project_calls(call, values)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+    assert [given["hopper"] for given in launched] == [True, True]
+    if device.type == "cpu":
+        assert tuple(given["parts"] for given in launched) == parts
+
+
+@pytest.mark.parametrize("call", [call for call, _ in PROJECTED[1:3]], ids=name_of)
+def test_projected_error_at_most_twice_plain_pytorchs(
+    call: Call, monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
+) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    values = draw(call, device, integers=False)
+    expected, plain = truth(call, values), run(call, values)
+    for name, result in project_calls(call, values)[0].items():
+        assert_close_to_truth(result, expected[name], plain[name], name)
+
+
+@pytest.mark.parametrize(
+    ("call", "streamed"),
+    [
+        (Call("dropout", 70, 72, 520, 8, 8, p=0.5), [False, True]),
+        (Call("more ranks than a block holds", 70, 72, 520, 136, 136), [False, False]),
+        (Call("few rows", 63, 72, 520, 8, 8), [False, False]),
+        (Call("rows of B that the copy engine cannot have", 70, 72, 520, 36, 36), [True, False]),
+    ],
+    ids=name_of,
+)
+def test_what_cannot_be_streamed_is_projected_by_the_portable_kernel(
+    call: Call, streamed: list[bool], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    values = draw(call, device, integers=True)
+    expected = truth(call, values)
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    results, launched = project_calls(call, values)
+    assert [given["hopper"] for given in launched] == streamed
+    for name, result in results.items():
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+    monkeypatch.delenv(hopper.OPT_IN)
+    assert [given["hopper"] for given in project_calls(call, values)[1]] == [False, False]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
