@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     augmented_matmul_one_pass_hopper_kernel(const __grid_constant__ OnePassMatmul p) {
     const P pipeline = P::make();
     pipeline.start();
+    grid_dependency_wait();  // every thread: what this launch reads, adds up and writes over belongs to those before it
     const int role = thread_id() / WARPGROUP;
     if (role == PRODUCER) {
         set_registers_down<40>();
@@ -126,7 +127,8 @@ void launch_kernel(const AugmentedMatmul& p, Device device) {
                                static_cast<int>(p.x.columns), {p.sums[0], p.sums[1]}};
     const std::int64_t tiles = blocks(p.x.rows, P::BM) * blocks(p.y.columns, P::BN);
     run("augmented_matmul_one_pass_hopper", &augmented_matmul_one_pass_hopper_kernel<P>,
-        {tiles < device.processors ? tiles : device.processors, 1, 1}, P::THREADS, P::SHARED_BYTES, params, device);
+        {tiles < device.processors ? tiles : device.processors, 1, 1}, P::THREADS, P::SHARED_BYTES, params, device,
+        1, true);
 }
 
 }  // namespace

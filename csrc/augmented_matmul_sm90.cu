@@ -101,6 +101,7 @@ template <class P>
 __global__ void __launch_bounds__(P::THREADS, 1) augmented_matmul_hopper_kernel(const __grid_constant__ HopperMatmul p) {
     const P pipeline = P::make();
     pipeline.start();
+    grid_dependency_wait();  // every thread: what this launch reads, adds up and writes over belongs to those before it
     const int role = thread_id() / WARPGROUP;
     if (role == PRODUCER) {
         set_registers_down<40>();
@@ -124,7 +125,7 @@ void launch_kernel(const AugmentedMatmul& p, Device device) {
     const std::int64_t clusters = device.processors / P::CLUSTER;
     run("augmented_matmul_hopper", &augmented_matmul_hopper_kernel<P>,
         {P::CLUSTER * (tiles < clusters ? tiles : clusters), 1, 1}, P::THREADS, P::SHARED_BYTES, params, device,
-        P::CLUSTER);
+        P::CLUSTER, true);
 }
 
 template <class Element, bool W_BY_K>

@@ -147,6 +147,15 @@ FAULTS = [
         "i < p.rows && at < p.keep_words", "i <= p.rows", "AddressSanitizer: heap-buffer-overflow", sanitized=True,
         variant="cooperative",
     ),
+    Fault(
+        "a stage of x filled while it is read", "project_sm90.cu",
+        "        mbarrier_wait(empty(ring.stage), ring.parity ^ 1);\n", "", "is wrong|in flight|more",
+        variant="cooperative",
+    ),
+    Fault(
+        "a stage of x released while products read it", "project_sm90.cu",
+        "wgmma_wait<1>();", "wgmma_wait<2>();", "is wrong", variant="cooperative",
+    ),
 ]  # fmt: skip
 
 

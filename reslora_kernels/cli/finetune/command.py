@@ -218,7 +218,7 @@ def finetune(
     }
     if merge or export:
         batches = results.calibration_for(config, prepared.train, calibration_examples, seed, network.device)
-        options = {"calibration": batches}
+        options: dict[str, Any] = {"calibration": batches}
         if batches is not None:
             options |= {"sequential": sequential, "extra_rank": extra_rank}
         network.eval()
