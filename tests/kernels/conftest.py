@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils import deterministic
 
 from reslora_kernels.backends import select, triton
+from tests import cuda_on_cpu
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need, see ``poisoned``
 
@@ -36,3 +38,13 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """The emulated CUDA extension, built and loaded once; None where there is a GPU for the real one."""
+    if torch.cuda.is_available():
+        return None
+    if reason := cuda_on_cpu.unavailable_reason():
+        pytest.skip(reason)
+    return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda_on_cpu"))

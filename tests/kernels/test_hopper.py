@@ -58,16 +58,6 @@ def name_of(value: object) -> str | None:
     return value.why if isinstance(value, Call) else None
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """The emulated extension; None where there is a GPU for the real one."""
-    if torch.cuda.is_available():
-        return None
-    if reason := cuda_on_cpu.unavailable_reason():
-        pytest.skip(reason)
-    return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
 @pytest.fixture(autouse=True)
 def extension(emulated: Path | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path | None]:
     if emulated is None:
