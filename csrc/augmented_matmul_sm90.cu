@@ -99,18 +99,7 @@ RESLORA_DEVICE void consume(P pipeline, const HopperMatmul& p, int consumer) {
 
 template <class P>
 __global__ void __launch_bounds__(P::THREADS, 1) augmented_matmul_hopper_kernel(const __grid_constant__ HopperMatmul p) {
-    const P pipeline = P::make();
-    pipeline.start();
-    grid_dependency_wait();  // every thread: what this launch reads, adds up and writes over belongs to those before it
-    const int role = thread_id() / WARPGROUP;
-    if (role == PRODUCER) {
-        set_registers_down<40>();
-        if (thread_id() == PRODUCER * WARPGROUP) produce(pipeline, p);
-    } else {
-        set_registers_up<232>();
-        consume(pipeline, p, role);
-    }
-    if constexpr (P::CLUSTER > 1) P::meet();
+    play_roles<P>(p);
 }
 
 template <class P>

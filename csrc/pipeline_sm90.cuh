@@ -10,8 +10,16 @@ constexpr int DEPTH = LINE / 2;              // k in a stage
 constexpr int EIGHT_LINES = 8 * LINE;        // after which the swizzle repeats
 constexpr int SQUARE = DEPTH * LINE;         // bytes of a 64 x 64 box
 constexpr int WARPGROUP = 128;
+constexpr int MOST_SHARED_BYTES = 232448;    // that a block can have
 
 enum Role : int { FIRST_CONSUMER, SECOND_CONSUMER, PRODUCER };  // by warpgroup
+
+// Shared memory from the first place on where the swizzle begins: up to EIGHT_LINES further than its start.
+RESLORA_DEVICE unsigned char* swizzled_memory() {
+    unsigned char* memory = shared_memory();
+    const unsigned over = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(memory) % EIGHT_LINES);
+    return memory + (EIGHT_LINES - over) % EIGHT_LINES;
+}
 
 // The next stage to fill or to drain, and the parity of the round in which it is.
 template <int STAGES>
@@ -48,15 +56,13 @@ struct Pipeline {
     static constexpr int BARRIERS = 2 * STAGES + 2;
     static constexpr int SHARED_BYTES = EIGHT_LINES + BARRIERS_AT + BARRIERS * static_cast<int>(sizeof(Barrier));
     static constexpr int THREADS = 3 * WARPGROUP;
-    static_assert(SHARED_BYTES <= 232448, "a block cannot have more");
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES);
 
     unsigned char* base;  // aligned to where the swizzle repeats
     Ring<STAGES> ring;
 
     RESLORA_DEVICE static Pipeline make() {
-        unsigned char* memory = shared_memory();
-        const unsigned over = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(memory) % EIGHT_LINES);
-        return {memory + (EIGHT_LINES - over) % EIGHT_LINES, {}};
+        return {swizzled_memory(), {}};
     }
     RESLORA_DEVICE unsigned char* a(int stage) const { return base + stage * STAGE_BYTES; }
     RESLORA_DEVICE unsigned char* b(int stage) const { return a(stage) + A_BYTES; }

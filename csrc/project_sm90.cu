@@ -21,19 +21,17 @@ struct Stream {
     static constexpr bool A_BY_K = A_BY_K_;
     static constexpr int BM = 64, BN = BN_;
     static constexpr int SQUARES = BN / DEPTH, A_BYTES = BN * LINE, STAGE_BYTES = SQUARE + A_BYTES;
-    static constexpr int MOST = 232448, BARRIER_BYTES = 2 * static_cast<int>(sizeof(Barrier));
-    static constexpr int FIT = (MOST - EIGHT_LINES) / (STAGE_BYTES + BARRIER_BYTES), STAGES = FIT < 16 ? FIT : 16;
+    static constexpr int BARRIER_BYTES = 2 * static_cast<int>(sizeof(Barrier));
+    static constexpr int FIT = (MOST_SHARED_BYTES - EIGHT_LINES) / (STAGE_BYTES + BARRIER_BYTES), STAGES = FIT < 16 ? FIT : 16;
     static constexpr int SHARED_BYTES = EIGHT_LINES + STAGES * (STAGE_BYTES + BARRIER_BYTES);
     static constexpr int THREADS = WARPGROUP + 32;
-    static_assert(SHARED_BYTES <= MOST && STAGES >= 8 && (A_BY_K || SQUARES > 0) && A_BYTES % EIGHT_LINES == 0);
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES && STAGES >= 8 && (A_BY_K || SQUARES > 0) && A_BYTES % EIGHT_LINES == 0);
 
     unsigned char* base;  // aligned to where the swizzle repeats
     Ring<STAGES> ring;
 
     RESLORA_DEVICE static Stream make() {
-        unsigned char* memory = shared_memory();
-        const unsigned over = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(memory) % EIGHT_LINES);
-        return {memory + (EIGHT_LINES - over) % EIGHT_LINES, {}};
+        return {swizzled_memory(), {}};
     }
     RESLORA_DEVICE unsigned char* x(int stage) const { return base + stage * STAGE_BYTES; }
     RESLORA_DEVICE unsigned char* a(int stage) const { return x(stage) + SQUARE; }

@@ -151,34 +151,24 @@ RESLORA_DEVICE void wgmma_wait() {
 // acc [64, N] += a [64, 16] b [16, N], begun: acc is there after wgmma_commit and wgmma_wait. Thread t of the warpgroup
 // holds, at 4 j + i, row t / 32 * 16 + t % 32 / 4 + i / 2 * 8 and column 8 j + t % 4 * 2 + i % 2. The last argument is
 // the type of a and b.
-template <int N, bool B_MN_MAJOR>
-RESLORA_DEVICE void wgmma(float (&acc)[N / 2], std::uint64_t a, std::uint64_t b, Bf16) {
-    static_assert(N == 16 || N == 32 || N == 64 || N == 128 || N == 256);
-    if constexpr (N == 256)
-        RESLORA_WGMMA("256", "bf16", RESLORA_128, "%128", "%129", "%130", RESLORA_ACC64(0), RESLORA_ACC64(64));
-    else if constexpr (N == 128)
-        RESLORA_WGMMA("128", "bf16", RESLORA_64, "%64", "%65", "%66", RESLORA_ACC64(0));
-    else if constexpr (N == 64)
-        RESLORA_WGMMA("64", "bf16", RESLORA_32, "%32", "%33", "%34", RESLORA_ACC16(0), RESLORA_ACC16(16));
-    else if constexpr (N == 32)
-        RESLORA_WGMMA("32", "bf16", RESLORA_16, "%16", "%17", "%18", RESLORA_ACC16(0));
-    else
-        RESLORA_WGMMA("16", "bf16", RESLORA_8, "%8", "%9", "%10", RESLORA_ACC4(0), RESLORA_ACC4(4));
-}
-template <int N, bool B_MN_MAJOR>
-RESLORA_DEVICE void wgmma(float (&acc)[N / 2], std::uint64_t a, std::uint64_t b, Fp16) {
-    static_assert(N == 16 || N == 32 || N == 64 || N == 128 || N == 256);
-    if constexpr (N == 256)
-        RESLORA_WGMMA("256", "f16", RESLORA_128, "%128", "%129", "%130", RESLORA_ACC64(0), RESLORA_ACC64(64));
-    else if constexpr (N == 128)
-        RESLORA_WGMMA("128", "f16", RESLORA_64, "%64", "%65", "%66", RESLORA_ACC64(0));
-    else if constexpr (N == 64)
-        RESLORA_WGMMA("64", "f16", RESLORA_32, "%32", "%33", "%34", RESLORA_ACC16(0), RESLORA_ACC16(16));
-    else if constexpr (N == 32)
-        RESLORA_WGMMA("32", "f16", RESLORA_16, "%16", "%17", "%18", RESLORA_ACC16(0));
-    else
-        RESLORA_WGMMA("16", "f16", RESLORA_8, "%8", "%9", "%10", RESLORA_ACC4(0), RESLORA_ACC4(4));
-}
+#define RESLORA_WGMMA_OF(ELEMENT, TYPE)                                                                                \
+    template <int N, bool B_MN_MAJOR>                                                                                  \
+    RESLORA_DEVICE void wgmma(float (&acc)[N / 2], std::uint64_t a, std::uint64_t b, ELEMENT) {                        \
+        static_assert(N == 16 || N == 32 || N == 64 || N == 128 || N == 256);                                          \
+        if constexpr (N == 256)                                                                                        \
+            RESLORA_WGMMA("256", TYPE, RESLORA_128, "%128", "%129", "%130", RESLORA_ACC64(0), RESLORA_ACC64(64));      \
+        else if constexpr (N == 128)                                                                                   \
+            RESLORA_WGMMA("128", TYPE, RESLORA_64, "%64", "%65", "%66", RESLORA_ACC64(0));                             \
+        else if constexpr (N == 64)                                                                                    \
+            RESLORA_WGMMA("64", TYPE, RESLORA_32, "%32", "%33", "%34", RESLORA_ACC16(0), RESLORA_ACC16(16));           \
+        else if constexpr (N == 32)                                                                                    \
+            RESLORA_WGMMA("32", TYPE, RESLORA_16, "%16", "%17", "%18", RESLORA_ACC16(0));                              \
+        else                                                                                                           \
+            RESLORA_WGMMA("16", TYPE, RESLORA_8, "%8", "%9", "%10", RESLORA_ACC4(0), RESLORA_ACC4(4));                 \
+    }
+RESLORA_WGMMA_OF(Bf16, "bf16")
+RESLORA_WGMMA_OF(Fp16, "f16")
+#undef RESLORA_WGMMA_OF
 #undef RESLORA_WGMMA
 #undef RESLORA_ACC64
 #undef RESLORA_ACC16

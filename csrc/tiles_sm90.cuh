@@ -63,6 +63,23 @@ RESLORA_DEVICE void store(const P& pipeline, const float (&acc)[P::BN / 2], cons
     }
 }
 
+// A block's whole work, by the ``produce`` and ``consume`` of these parameters.
+template <class P, class Params>
+RESLORA_DEVICE void play_roles(const Params& p) {
+    const P pipeline = P::make();
+    pipeline.start();
+    grid_dependency_wait();  // every thread: what this launch reads, adds up and writes over belongs to those before it
+    const int role = thread_id() / WARPGROUP;
+    if (role == PRODUCER) {
+        set_registers_down<40>();
+        if (thread_id() == PRODUCER * WARPGROUP) produce(pipeline, p);
+    } else {
+        set_registers_up<232>();
+        consume(pipeline, p, role);
+    }
+    if constexpr (P::CLUSTER > 1) P::meet();
+}
+
 // Of the matrix as its memory is ordered.
 inline TensorMap map_of(const Matrix& m, int box_rows) {
     const bool by_rows = m.column == 1;

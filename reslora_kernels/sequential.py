@@ -44,7 +44,7 @@ def sequential_updates(
             if n == 0:
                 updates |= {layer: updates_of_chain(Chain([layer]), "exact", None, 0.0)[0] for layer in current}
                 continue
-            seen = {layer: _Seen(layer) for layer in current}
+            seen = {layer: _Seen(layer, extra_rank) for layer in current}
             for batch in calibration:
                 unmerged = _captured(model, current, batch)
                 with _replaced(updates):
@@ -56,17 +56,18 @@ def sequential_updates(
                 if not seen[layer].moments.calls:
                     raise ValueError("calibration gave no batch on a second run: with sequential=True pass a list")
                 name = layer.chain.name if layer.chain is not None else ""
-                updates[layer] = seen[layer].update(regularization, extra_rank, f"layer {n} of chain {name!r}")
+                updates[layer] = seen[layer].update(regularization, f"layer {n} of chain {name!r}")
     return updates
 
 
 class _Seen:
-    """Sums over the calibration batches of one layer."""
+    """Sums over the calibration batches of one layer; ``drift``, Σ (x_n - x̃_n)ᵀ x̃_n, where the rank may grow."""
 
-    def __init__(self, layer: ResLoRALinear) -> None:
-        self.layer = layer
+    def __init__(self, layer: ResLoRALinear, extra_rank: int) -> None:
+        self.layer, self.extra_rank = layer, extra_rank
         self.moments = LayerStatistics(layer.config, layer.whole_A, second_moments=True)
-        self.drift = torch.zeros_like(self.moments.gram) if self.moments.gram is not None else None
+        assert self.moments.gram is not None
+        self.drift = torch.zeros_like(self.moments.gram) if extra_rank else None
 
     def add(self, x: Tensor, x_merged: Tensor, v: Tensor | None) -> None:
         """One batch: x [..., K] in the unmerged and the merged model, v [..., r] in the unmerged one."""
@@ -75,17 +76,17 @@ class _Seen:
             x, x_merged = (t.detach().reshape(-1, t.shape[-1]).to(self.drift.dtype) for t in (x, x_merged))
             self.drift.addmm_((x - x_merged).T, x_merged)
 
-    def update(self, regularization: float, extra_rank: int, where: str) -> LowRankUpdate:
+    def update(self, regularization: float, where: str) -> LowRankUpdate:
         layer, moments = self.layer, self.moments
-        assert moments.gram is not None and moments.cross is not None and self.drift is not None
+        assert moments.gram is not None and moments.cross is not None
         a, b, s = layer.whole_A.detach().double(), layer.whole_B.detach().double(), layer.scaling
         factor = cholesky_factor(moments.gram, regularization, where)
         fitted = a + torch.cholesky_solve(moments.cross.double().T, factor).T
         error = relative_error(moments, a, fitted, b)
-        if extra_rank:
+        if self.drift is not None:
             drift = torch.cholesky_solve(self.drift.double().T, factor).T
             correction = layer.dense_weight(torch.float32).double() @ drift + s * b @ (a @ drift)
-            p = _main_directions(correction @ factor, extra_rank)
+            p = _main_directions(correction @ factor, self.extra_rank)
             fitted, b = torch.cat([fitted, p.T @ correction / s]), torch.cat([b, p], dim=1)
         wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
         return LowRankUpdate(fitted.to(wide), b.to(wide), s, "least_squares", error)

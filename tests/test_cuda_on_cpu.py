@@ -110,7 +110,7 @@ FAULTS = [
         "column + part * B_BOX_ROWS, arrived", "column, arrived", "is wrong", variant="cooperative-pair",
     ),
     Fault(
-        "a block that leaves its pair", "augmented_matmul_sm90.cu",
+        "a block that leaves its pair", "tiles_sm90.cuh",
         "    if constexpr (P::CLUSTER > 1) P::meet();\n", "", "has ended", variant="ping-pong-pair",
     ),
     Fault(

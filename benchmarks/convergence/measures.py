@@ -7,14 +7,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from benchmarks.convergence.tasks.kinds import Batch, Task
+from benchmarks.convergence.tasks.kinds import Batch, Task, pieces
 from reslora_kernels import collect_statistics, merge_reslora
 from reslora_kernels.config import MergeMethod
 from reslora_kernels.merging import unmerge_reslora
 from reslora_kernels.model import Record, adapted_layers, record_of
 from reslora_kernels.shortcuts import hands_on
 
-AT_A_TIME = 8
 SMALLER = (1, 2, 4, 8)  # calibration batches that least squares is tried with, too
 
 
@@ -70,15 +69,14 @@ def adapter_norms(model: nn.Module) -> dict[str, dict[str, float]]:
 def gradient_norms(model: nn.Module, task: Task, batch: Batch) -> dict[str, float]:
     """The norm of the loss's gradient by A and B of each layer together; gradients that are there are left alone.
 
-    The loss is the mean over pieces of ``AT_A_TIME`` examples, which is what memory is needed for.
+    The loss is the mean over ``pieces``, which is what memory is needed for.
     """
     if not is_ours(model):
         return {}
     layers, count = adapted_layers(model), len(next(iter(batch.values())))
     parameters: list[Tensor] = [matrix for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
     sums = [torch.zeros_like(parameter) for parameter in parameters]
-    for start in range(0, count, AT_A_TIME):
-        piece = {name: tensor[start : start + AT_A_TIME] for name, tensor in batch.items()}
+    for piece in pieces(batch):
         share = len(next(iter(piece.values()))) / count
         for total, gradient in zip(sums, torch.autograd.grad(task.loss(model, piece), parameters), strict=True):
             total += share * gradient

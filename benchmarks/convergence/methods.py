@@ -44,7 +44,7 @@ def _peft(title: str, config_of: Callable[[Any, int], Any], **more: Any) -> Meth
 
         config = config_of(peft, steps)
         config.target_modules, config.modules_to_save = set(task.targets), list(task.trained_whole) or None
-        adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted: nn.Module = peft.get_peft_model(model, config)
         return adapted
 
     return Method(title, adapt, **more)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.convergence.methods import adapted
-from benchmarks.convergence.runs import on
+from benchmarks.convergence.runs import on, write
 from benchmarks.convergence.settings import Experiments
 from benchmarks.convergence.tasks.kinds import Task
 from benchmarks.convergence.training import training_steps
@@ -48,8 +47,7 @@ def measure(
         "commit": commit_of(Path(__file__).parents[2]),
     }  # fmt: skip
     path.parent.mkdir(exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    write(result, path)
 
 
 def _one_stretch(model: nn.Module, task: Task, batches: list[dict[str, Any]], device: torch.device) -> float:

@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,19 +80,19 @@ def result(given: dict[str, Any], dtype: torch.dtype) -> Tensor:
     return y if given["bias"] is None else y + given["bias"].to(dtype)
 
 
-def check(variant: str) -> None:
+def check(name: str) -> None:
     """AssertionError names what is wrong with a variant."""
     for shape in CHECKED:
         for form in forms_of(shape):
-            check_shape(variant, shape, form)
+            check_shape(name, shape, form)
 
 
-def check_shape(variant: str, shape: tuple[int, int, int, int], form: str) -> None:
+def check_shape(name: str, shape: tuple[int, int, int, int], form: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         given = operands(shape, form, dtype, seed=0)
         y = torch.full((shape[0], shape[2]), float("nan"), dtype=dtype, device=DEVICE)
         multiply(given, y)
-        what = f"{variant}, {form}, {dtype}, {shape}"
+        what = f"{name}, {form}, {dtype}, {shape}"
         assert_close_to_truth(y, result(given, torch.float64), result(given, dtype), what)
         if form == ONE_PASS:
             exact, plain = (given["x"].to(kind) @ given["a"].to(kind).T for kind in (torch.float64, dtype))
@@ -104,15 +105,16 @@ def forms_of(shape: tuple[int, int, int, int]) -> tuple[str, ...]:
 
 
 def microseconds(providers: dict[str, Callable[[int], None]]) -> dict[str, float]:
-    """Medians of all providers, timed in turns with CUDA events."""
+    """Medians of all providers, each under the variant of its name, timed in turns with CUDA events."""
     times: dict[str, list[float]] = {name: [] for name in providers}
     for turn in range(ROUNDS + 3):
         for name, call in providers.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for operand in range(SETS):
-                call(operand)
-            stop.record()
+            with variant(name if name in hopper.VARIANTS else "off"):
+                start.record()
+                for operand in range(SETS):
+                    call(operand)
+                stop.record()
             stop.synchronize()
             if turn >= 3:
                 times[name].append(start.elapsed_time(stop) * 1000 / SETS)
@@ -125,15 +127,17 @@ def measure(shape: tuple[int, int, int, int], form: str, variants: Sequence[str]
     frozen = [(given["x"], given["w"].T, given["bias"]) for given in every]
     providers: dict[str, Callable[[int], None]] = {"linear": lambda i: functional.linear(*frozen[i])}
     for name in ("off", *(variants[:1] if form == ONE_PASS else variants)):  # one pass has one kernel for all
-        providers[name] = lambda i, name=name: with_variant(name, lambda: multiply(every[i], y))
+        providers[name] = lambda i: multiply(every[i], y)
     times = microseconds(providers)
     shares = {name: round(times["linear"] / value, 4) for name, value in times.items()}
     return {"m k n rank": shape, "form": form, "microseconds": times, "of_linear": shares}
 
 
-def with_variant(name: str, call: Callable[[], None]) -> None:
+@contextmanager
+def variant(name: str) -> Iterator[None]:
+    """The environment that asks for it inside the ``with`` block."""
     with mock.patch.dict("os.environ", {hopper.OPT_IN: name}):
-        call()
+        yield
 
 
 def rows(variants: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -153,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"wrong": {}, "rows": []}
     for name in hopper.VARIANTS:
         try:
-            with_variant(name, lambda name=name: check(name))
+            with variant(name):
+                check(name)
         except (AssertionError, RuntimeError) as error:
             report["wrong"][name] = str(error)[:300]
             print(f"{name}: {error}")

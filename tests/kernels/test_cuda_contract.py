@@ -13,9 +13,11 @@ from reslora_kernels.cli.toolchain import find_nvcc
 pytest.importorskip("triton", reason="the disassembler comes with Triton")
 CSRC = Path(__file__).parents[2] / "csrc"
 
+needs_compilers = pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
+
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
+@needs_compilers
 @pytest.mark.parametrize("source", ["project.cu", "low_rank_grads.cu"])
 def test_kernels_hold_the_contract(source: str) -> None:
     rows, _ = compile_source(CSRC / source, "90a")
@@ -27,7 +29,7 @@ def test_kernels_hold_the_contract(source: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
+@needs_compilers
 def test_hopper_kernels_hold_the_contract() -> None:
     rows, _ = compile_source(CSRC / "augmented_matmul_sm90.cu", "90a")
     assert len({row.kernel for row in rows}) == 16  # two types, two orders of W, two forms, alone and in pairs
@@ -36,7 +38,7 @@ def test_hopper_kernels_hold_the_contract() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
+@needs_compilers
 def test_one_pass_hopper_kernels_hold_the_contract() -> None:
     rows, _ = compile_source(CSRC / "augmented_matmul_one_pass_sm90.cu", "90a")
     assert len({row.kernel for row in rows}) == 2  # two types
@@ -46,7 +48,7 @@ def test_one_pass_hopper_kernels_hold_the_contract() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
+@needs_compilers
 def test_streaming_kernels_hold_the_contract() -> None:
     rows, _ = compile_source(CSRC / "project_sm90.cu", "90a")
     assert len({row.kernel for row in rows}) == 12  # two types; a by k in four widths, by columns in two

@@ -27,7 +27,7 @@ class Classification(Task):
     unit = "nats"
     metrics = ("accuracy", "f1")
     trained_whole = ("classifier",)
-    targets = ("query", "key", "value", "output.dense", "intermediate.dense")
+    targets: tuple[str, ...] = ("query", "key", "value", "output.dense", "intermediate.dense")
 
     def __init__(self, title: str, classes: int, source: Callable[[], texts.Split]) -> None:
         self.title, self.classes, self._source = title, classes, source

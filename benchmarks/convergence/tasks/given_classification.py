@@ -66,7 +66,8 @@ class GivenClassification(Classification):
         whole = [name for name, child in model.named_children() if name != model.base_model_prefix]
         self.trained_whole = tuple(name for name in whole if any(True for _ in getattr(model, name).parameters()))
         self.targets = sources.linears_of_layers(getattr(model, model.base_model_prefix))
-        return model  # type: ignore[no-any-return]
+        encoder: nn.Module = model
+        return encoder
 
     def pretrain(self, model: nn.Module, sizes: Sizes) -> None:
         """Nothing: the model comes trained."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.convergence.settings import Sizes
 from benchmarks.convergence.tasks import given_sources as sources
 from benchmarks.convergence.tasks.images import Digits, Drawing
-from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating
+from benchmarks.convergence.tasks.kinds import AT_A_TIME, Batch, Task, evaluating, pieces
 
 CAPTIONS = ("text", "caption", "prompt")
 
@@ -80,7 +80,7 @@ class GivenImages(Task):
 
     def figures(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         with evaluating(model):
-            found = [float(self.loss(model, piece)) * len(piece["sample"]) for piece in sources.pieces(batch)]
+            found = [float(self.loss(model, piece)) * len(piece["sample"]) for piece in pieces(batch)]
         return {"loss": sum(found) / len(batch["sample"])}
 
     def _noised(self, part: int, rows: list[int], side: int, generator: torch.Generator) -> Batch:
@@ -117,8 +117,8 @@ class GivenImages(Task):
         if side % factor:
             raise ValueError(f"sequence must be the images' side in pixels, a multiple of {factor}, got {side}")
         shift = vae.config.shift_factor or 0.0
-        for start in range(0, len(todo), sources.ROWS_AT_ONCE):
-            chosen = todo[start : start + sources.ROWS_AT_ONCE]
+        for start in range(0, len(todo), AT_A_TIME):
+            chosen = todo[start : start + AT_A_TIME]
             pixels = torch.stack([_pixels(self._parts[part][i]["image"], side) for i in chosen])
             with torch.no_grad():
                 found = vae.encode(pixels.to(device)).latent_dist

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.convergence.settings import Sizes
 from benchmarks.convergence.tasks import given_sources as sources
-from benchmarks.convergence.tasks.kinds import Batch, evaluating
+from benchmarks.convergence.tasks.kinds import Batch, evaluating, pieces
 from benchmarks.convergence.tasks.language import IGNORED, Language
 
 Row = dict[str, Any]
@@ -66,9 +66,9 @@ class GivenLanguage(Language):
         from transformers import AutoModelForCausalLM
 
         with sources.reading("model", self._model):
-            model = AutoModelForCausalLM.from_pretrained(self._model, dtype=self._dtype)
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(self._model, dtype=self._dtype)
         self.targets = sources.linears_of_layers(model)
-        return model  # type: ignore[no-any-return]
+        return model
 
     def pretrain(self, model: nn.Module, sizes: Sizes) -> None:
         """Nothing: the model comes trained."""
@@ -98,7 +98,7 @@ class GivenLanguage(Language):
         """The loss, and of choices how often the likeliest per token is the right one."""
         total, tokens, right = 0.0, 0, []
         with evaluating(model):
-            for piece in sources.pieces(batch):
+            for piece in pieces(batch):
                 losses, counts = self._losses(model, piece["input_ids"], piece["labels"])
                 total, tokens = total + float(losses.sum()), tokens + int(counts.sum())
                 if "answer" not in batch:
@@ -118,7 +118,7 @@ class GivenLanguage(Language):
             return {}
         right = []
         with evaluating(model):
-            for piece in sources.pieces(batch):
+            for piece in pieces(batch):
                 said = self._generated(model, piece)
                 meant = [
                     self._tokenizer.decode(ids[labels != IGNORED], skip_special_tokens=True)

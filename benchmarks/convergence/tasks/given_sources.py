@@ -14,12 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from benchmarks.convergence.tasks.kinds import Batch
-
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 HELD_OUT_NAMES = ("validation", "validation_matched", "valid", "val", "dev", "test")  # the first that there is
 PART = 10  # a data set in one piece holds out one row in so many
-ROWS_AT_ONCE = 8  # of held-out data that a model sees
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 T = TypeVar("T")
 
@@ -136,12 +133,6 @@ def drawn(rows: int, count: int, examples: int, generator: torch.Generator) -> l
     """``count`` lists of ``examples`` row numbers."""
     found: list[list[int]] = torch.randint(rows, (count, examples), generator=generator).tolist()
     return found
-
-
-def pieces(batch: Batch) -> Iterator[Batch]:
-    """A batch in parts of ``ROWS_AT_ONCE`` examples."""
-    for start in range(0, len(next(iter(batch.values()))), ROWS_AT_ONCE):
-        yield {name: tensor[start : start + ROWS_AT_ONCE] for name, tensor in batch.items()}
 
 
 def linears_of_layers(model: nn.Module) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class Digits(Task):
         """How many of ``PER_DIGIT`` images of each digit a classifier of real ones in this style takes for it."""
         digits = torch.arange(10).repeat_interleave(PER_DIGIT)
         images = drawn(model, digits, seed=0)
-        found = self._classifier().predict(images.flatten(1).numpy())
+        found = self._classifier.predict(images.flatten(1).numpy())
         return {"digits_recognised": float((torch.from_numpy(found) == digits).float().mean())}
 
     def samples(self, model: nn.Module) -> list[Any]:
@@ -105,7 +105,7 @@ class Digits(Task):
         images, labels = _digits()[part]
         return self.style(images), labels
 
-    @cache  # noqa: B019 (one instance per style, made at import)
+    @cached_property
     def _classifier(self) -> Any:
         from sklearn.svm import SVC
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.convergence.settings import Sizes
 
 Batch = dict[str, Any]  # tensors by name, examples first
+AT_A_TIME = 8  # examples, where memory counts
 
 
 class Task(ABC):
@@ -80,6 +81,12 @@ class Task(ABC):
     def description(self) -> dict[str, Any]:
         """What a report says of the task."""
         return {"title": self.title, "kind": self.kind, "unit": self.unit}
+
+
+def pieces(batch: Batch) -> Iterator[Batch]:
+    """A batch in parts of ``AT_A_TIME`` examples."""
+    for start in range(0, len(next(iter(batch.values()))), AT_A_TIME):
+        yield {name: tensor[start : start + AT_A_TIME] for name, tensor in batch.items()}
 
 
 @contextmanager

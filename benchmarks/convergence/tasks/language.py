@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.convergence.settings import Sizes
 from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating
-from benchmarks.convergence.training import training_steps
-from reslora_kernels.cli.demo import data
+from reslora_kernels.cli.demo import data, training
+from reslora_kernels.cli.demo.settings import Settings
 
 IGNORED = -100
 PROBLEM_BYTES = 112
@@ -24,32 +25,16 @@ class Language(Task):
 
     kind = "decoder"
     unit = "nats per byte"
-    targets = LINEARS
+    targets: tuple[str, ...] = LINEARS
 
     def base(self, sizes: Sizes) -> nn.Module:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=256,
-            hidden_size=sizes.hidden_size,
-            intermediate_size=sizes.intermediate_size,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            max_position_embeddings=4 * sizes.sequence,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-        return LlamaForCausalLM(config)
+        return training.new_model(_demo(sizes))
 
     def pretrain(self, model: nn.Module, sizes: Sizes) -> None:
         """On the prose of Python's help topics."""
         text = data.prose().train
         batches = data.random_batches(text, sizes.pretraining_steps, sizes.batch, sizes.sequence, seed=0)
-        optimizer = torch.optim.AdamW(model.parameters(), sizes.pretraining_rate, betas=(0.9, 0.95), weight_decay=0.1)
-        for _ in training_steps(model, optimizer, [_whole(tokens) for tokens in batches], 10, self.loss):
-            pass
+        training.pretrain(model, batches.to(next(model.parameters()).device), _demo(sizes), lambda loss: None)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {"input_ids": batch["input_ids"], "use_cache": False}
@@ -113,6 +98,10 @@ def problem(generator: random.Random) -> tuple[str, str]:
     x, y = generator.randint(2, 9), generator.randint(1, 9)
     text = template.format(a=a, b=b, x=x, y=y, z=y % x, things=generator.choice(THINGS))
     return f"{text} A: ", f"{solve(x, y)}\n"
+
+
+def _demo(sizes: Sizes) -> Settings:
+    return Settings(name="convergence", **asdict(sizes))
 
 
 def _whole(tokens: Tensor) -> Batch:
