@@ -36,9 +36,8 @@ def docstrings() -> Split:
     """Docstrings of the standard library; the label is the place of their package in ``PACKAGES``."""
     found: dict[str, int] = {}
     for label, package in enumerate(PACKAGES):
-        for path in sorted((_library() / package).rglob("*.py")):
-            if "test" not in path.as_posix().removeprefix(_library().as_posix()):
-                found |= {text: label for text in _docstrings(path) if found.get(text, label) == label}
+        for path in _modules(package):
+            found |= {text: label for text in _docstrings(path) if found.get(text, label) == label}
     return _split(found.items())
 
 
@@ -57,16 +56,21 @@ def lines() -> Split:
 
 @cache
 def sentence_pairs() -> Split:
-    """Two neighbouring sentences of the help topics: as they stand (label 1) or the other way round (label 0)."""
+    """Two neighbouring sentences of the help topics or of a docstring of the standard library.
+
+    As they stand (label 1) or the other way round (label 0).
+    """
+    paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", _prose())]
+    paragraphs += [text for path in _modules() for text in _docstrings(path)]
     coin = random.Random(0)
-    pairs: list[tuple[str, int]] = []
-    for paragraph in re.split(r"\n\s*\n", _prose()):
-        sentences = re.split(r"(?<=[.?!])\s+", " ".join(paragraph.split()))
+    pairs: dict[str, int] = {}
+    for paragraph in dict.fromkeys(paragraphs):
+        sentences = re.split(r"(?<=[.?!])\s+", paragraph)
         for first, second in zip(sentences[::2], sentences[1::2], strict=False):
             if min(len(first), len(second)) > 15 and first[0].isupper() and second[0].isupper():
                 right = coin.randrange(2)
-                pairs.append((f"{first}\n{second}" if right else f"{second}\n{first}", right))
-    return _split(pairs)
+                pairs[f"{first}\n{second}" if right else f"{second}\n{first}"] = right
+    return _split(pairs.items())
 
 
 def _split(texts: Iterable[tuple[str, int]]) -> Split:
@@ -81,6 +85,12 @@ def _split(texts: Iterable[tuple[str, int]]) -> Split:
 
 def _library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
+
+
+def _modules(package: str = "") -> list[Path]:
+    """The source files of the standard library, or of one package, but for tests and what is installed beside it."""
+    paths = sorted((_library() / package).rglob("*.py"))
+    return [p for p in paths if not re.search("test|site-packages|dist-packages", str(p.relative_to(_library())))]
 
 
 def _prose() -> str:
