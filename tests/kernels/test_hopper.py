@@ -6,6 +6,7 @@ On a GPU of compute capability 9.0 the extension that was built; without a GPU t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks.gpu_check import hopper as gpu_check
 from reslora_kernels.backends import cuda, hopper
+from reslora_kernels.kernels import measured
 from reslora_kernels.testing import assert_close_to_truth
 
 from .. import cuda_on_cpu
@@ -78,13 +80,18 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+def launched_matmuls(call: Call, values: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The results, and the keywords with which each matmul of them was launched."""
+    extension = cuda._extension()
+    with mock.patch.object(extension, "augmented_matmul", wraps=extension.augmented_matmul) as launched:
+        results = run(call, values, cuda)
+    return results, [given.kwargs for given in launched.call_args_list]
+
+
 def run_one_pass(call: Call, values: dict) -> dict[str, torch.Tensor]:
     """Forward and backward, the forward pass with the Hopper kernel's one-pass form."""
-    with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
-        results = run(call, values, cuda)
-    first = asked.call_args_list[0]
-    assert first.args[-1].shape == values["a_cat"].shape
-    assert hopper.unsupported_reason(*first.args, **first.kwargs) is None
+    results, launched = launched_matmuls(call, values)
+    assert "a" in launched[0] and launched[0]["hopper"] == 1
     return results
 
 
@@ -96,13 +103,11 @@ def forward(call: Call, values: dict) -> tuple[torch.Tensor, ...]:
 
 
 def run_twice(call: Call, values: dict) -> dict[str, torch.Tensor]:
-    """Forward and backward, both with the Hopper kernel."""
-    with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
-        results = run(call, values, cuda)
-        expected = 2 if call.rank else 1  # without a rank of its own the backward pass has nothing to fuse
-        assert asked.call_count == expected
-        for given in asked.call_args_list:
-            assert hopper.unsupported_reason(*given.args, **given.kwargs) is None
+    """Forward and backward, both with the variant of the Hopper kernel that the environment names."""
+    results, launched = launched_matmuls(call, values)
+    number = hopper.VARIANTS[hopper.setting()]
+    expected = 2 if call.rank else 1  # without a rank of its own the backward pass has nothing to fuse
+    assert [given["hopper"] for given in launched] == [number] * expected
     return results
 
 
@@ -239,7 +244,7 @@ def test_what_cannot_be_streamed_is_projected_by_the_portable_kernel(
     assert [given["hopper"] for given in launched] == streamed
     for name, result in results.items():
         assert torch.equal(result, expected[name].to(result.dtype)), name
-    monkeypatch.delenv(hopper.OPT_IN)
+    monkeypatch.setenv(hopper.OPT_IN, "off")
     assert [given["hopper"] for given in project_calls(call, values)[1]] == [False, False]
 
 
@@ -310,18 +315,81 @@ def test_what_it_cannot_take_goes_to_the_portable_kernel(
         assert torch.equal(result, expected[name].to(result.dtype)), name
 
 
-def test_nobody_gets_it_unasked(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     values = draw(CALLS[0], device, integers=False)
     x, weight = values["x"], values["weight"]
-    monkeypatch.delenv(hopper.OPT_IN, raising=False)
-    assert hopper.variant_of(cuda._extension(), x, weight.T, columns=520) == 0
-    assert "Hopper" not in cuda.explain(x, weight, 16)
     monkeypatch.setenv(hopper.OPT_IN, "ping-pong")
-    assert hopper.variant_of(cuda._extension(), x, weight.T, columns=520) == 3
-    assert "by the ping-pong Hopper kernel (RESLORA_CUDA_HOPPER)" in cuda.explain(x, weight, 16)
-    assert "not by the Hopper kernel: x has fewer than 64 rows" in cuda.explain(x[:63], weight, 16)
-    assert cuda.explain(x, weight[:264], 16).startswith("one pass: ")
-    assert "by the one-pass Hopper kernel (RESLORA_CUDA_HOPPER)" in cuda.explain(x, weight[:264], 16)
+    both = "two passes: h first, by the streaming Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong; then the matmul on top"
+    both += " of the low-rank product, by the ping-pong Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong"
+    assert cuda.explain(x, weight, 16) == both
+    assert cuda.explain(x[:63], weight, 16).count("not by a Hopper one: x has fewer than 64 rows") == 2
+    assert "h first, by the portable kernel, not by a Hopper one: the result has more than 128" in cuda.explain(
+        x, weight, 129
+    )
+    assert cuda.explain(x, weight[:264], 16).endswith("by the one-pass Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong")
+    monkeypatch.setenv(hopper.OPT_IN, "off")
+    assert (
+        cuda.explain(x, weight, 16).count("by the portable kernel, not by a Hopper one: RESLORA_CUDA_HOPPER=off") == 2
+    )
     monkeypatch.setenv(hopper.OPT_IN, "fast")
-    with pytest.raises(ValueError, match="RESLORA_CUDA_HOPPER must be 'off' or one of 'cooperative', "):
-        hopper.asked_for()
+    with pytest.raises(ValueError, match="RESLORA_CUDA_HOPPER must be 'auto', 'off' or one of 'cooperative', "):
+        hopper.setting()
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list]]:
+    """The measured table, still empty; nothing is asked for by the environment."""
+    monkeypatch.delenv(hopper.OPT_IN, raising=False)
+    found: dict[str, list] = {"cuda_matmuls": [], "cuda_projections": []}
+    monkeypatch.setattr(measured, "table", lambda: {hopper.GENERATION: found})
+    hopper.forget()
+    yield found
+    hopper.forget()
+
+
+def launches(call: Call, values: dict) -> tuple[list[int], list[bool]]:
+    """The number of the variant of each matmul, and whether each projection was streamed; all results exact."""
+    expected = truth(call, values)
+    results, projected = project_calls(call, values)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+    multiplied = [given.get("hopper", 0) for given in launched_matmuls(call, values)[1]]
+    return multiplied, [given["hopper"] for given in projected]
+
+
+def test_the_table_admits_what_it_knows_to_be_fastest(rows: dict[str, list], device: torch.device) -> None:
+    call = EXACT[0]
+    values = draw(call, device, integers=True)
+    x, weight = values["x"], values["weight"]
+    assert launches(call, values) == ([0, 0], [False, False])
+    assert cuda.explain(x, weight, 16).count("by the portable kernel, not by a Hopper one: none was measured near") == 2
+    bf16 = {"dtype": "torch.bfloat16", "m": call.m}
+    forward = bf16 | {"form": "forward", "n": call.n, "k": call.k, "rank": 16}
+    dx = bf16 | {"form": "dx", "n": call.k, "k": call.n, "rank": 16}
+    h, dh = bf16 | {"form": "h", "n": 16, "k": call.k}, bf16 | {"form": "dh", "n": 16, "k": call.n}
+    rows["cuda_matmuls"] += [
+        forward | {"microseconds": {"portable": 5.0, "cooperative": 4.0, "ping-pong": 3.0}},
+        dx | {"microseconds": {"portable": 5.0, "cooperative-pair": 6.0}},
+        dx | {"form": "dx with dropout", "microseconds": {"portable": 5.0, "cooperative": 4.0}},
+    ]
+    rows["cuda_projections"] += [
+        h | {"microseconds": {"portable": 3.0, "streaming": 4.0}},
+        dh | {"microseconds": {"portable": 3.0, "streaming": 2.0}},
+    ]
+    hopper.forget()
+    assert launches(call, values) == ([3, 0], [False, True])
+    said = cuda.explain(x, weight, 16)
+    assert "h first, by the portable kernel, not by a Hopper one: measured slower near this shape" in said
+    assert said.endswith("by the ping-pong Hopper kernel: measured fastest near this shape (3 us)")
+    assert "none was measured" in cuda.explain(x.half(), weight, 16)
+    assert launches(replace(call, p=0.5), values)[0] == [3, 1]
+
+
+def test_what_the_table_admits_is_looked_up_once(rows: dict[str, list], device: torch.device) -> None:
+    values = draw(CALLS[0], device, integers=False)
+    with mock.patch.object(hopper, "nearest", wraps=hopper.nearest) as looked_up:
+        first = run(CALLS[0], values, cuda)
+        assert looked_up.call_count == 4
+        again = run(CALLS[0], values, cuda)
+        assert looked_up.call_count == 4
+    assert all(torch.equal(first[name], again[name]) for name in first)
