@@ -98,7 +98,7 @@ def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     form = hopper.ONE_PASS if one_pass else hopper.form_of(weight.T, None, False)
     choice = hopper.matmul(_extension(), x, form, n, rank)
     reason = hopper.unsupported_reason(_extension(), x, weight.T, columns=n)
-    matmul = _kernel(choice._replace(kernel="one-pass") if one_pass and choice.kernel else choice, reason)
+    matmul = _kernel(choice, reason)
     tile = LARGE_TILE if _large(x, n) else LARGE_TILE // 2
     matmul += f", in tiles of {tile} x {tile}" if reason or choice.kernel is None else ""
     if one_pass:
@@ -217,7 +217,7 @@ def _augmented_matmul(
     if kernel is not None and hopper.in_order(w, b, t, a):
         converted = {name: matrix.to(x.dtype) for name, matrix in matrices.items()}  # not by the copy engine on the way
         if hopper.unsupported_reason(_extension(), *converted.values(), columns=y.shape[1]) is None:
-            options["hopper"], matrices = hopper.VARIANTS[kernel], converted
+            options["hopper"], matrices = hopper.VARIANTS.get(kernel, 1), converted  # in one pass any number will do
     _extension().augmented_matmul(
         _math(x.dtype), _device_of(x), _large(x, y.shape[1]), scale=scale, y=_output(y),
         **{name: _matrix(matrix) for name, matrix in matrices.items()}, **options,

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.measured import nearest
+from ..kernels import measured
 
 OPT_IN = "RESLORA_CUDA_HOPPER"
 AUTO, OFF = "auto", "off"
 VARIANTS = {"cooperative": 1, "cooperative-pair": 2, "ping-pong": 3, "ping-pong-pair": 4}  # as in csrc/params.h
-PORTABLE, STREAMING = "portable", "streaming"  # in the table, beside the variants: any other kernel; project_sm90.cu
+# What else the table compares: the kernels for all GPUs, augmented_matmul_one_pass_sm90.cu, project_sm90.cu.
+PORTABLE, IN_ONE_PASS, STREAMING = "portable", "one-pass", "streaming"
 FORWARD, DX, DX_MASKED, ONE_PASS = "forward", "dx", "dx with dropout", "one pass"  # forms of the matmul in the table
 H, DH = "h", "dh"  # and of the projection: a row by row, or column by column
 GENERATION = "sm_90"
@@ -73,6 +74,13 @@ def form_of(w: Tensor, a: Tensor | None, masked: bool) -> str:
     return DX_MASKED if masked else DX
 
 
+def kernels_of(form: str) -> tuple[str, ...]:
+    """The Hopper kernels for a form, by their names in the table."""
+    if form in (H, DH):
+        return (STREAMING,)
+    return (IN_ONE_PASS,) if form == ONE_PASS else tuple(VARIANTS)
+
+
 def matmul(extension: Any, x: Tensor, form: str, n: int, rank: int) -> Choice:
     """For x [M, K], ``n`` columns of y and ``rank`` rows of b; found once for each kind of call."""
     return _choice(setting(), extension, x.device, x.dtype, "cuda_matmuls", form, x.shape[0], n, x.shape[1], rank)
@@ -102,24 +110,24 @@ def _choice(
         return Choice(None, f"{OPT_IN}={OFF}")
     if reason := _unable_reason(extension, device, dtype, m):
         return Choice(None, reason)
-    kernels = tuple(VARIANTS) if kind == "cuda_matmuls" else (STREAMING,)
+    kernels = kernels_of(form)
     if asked != AUTO:
-        return Choice(asked if asked in kernels else STREAMING, f"{OPT_IN}={asked}")
+        return Choice(asked if asked in kernels else kernels[0], f"{OPT_IN}={asked}")
     sizes = {"m": m, "n": n, "k": k} | ({} if rank is None else {"rank": rank})
-    row = nearest(GENERATION, kind, sizes, {"form": form, "dtype": str(dtype)})
-    times = (
-        {name: row["microseconds"][name] for name in (PORTABLE, *kernels) if name in row["microseconds"]} if row else {}
-    )
+    row = measured.nearest(GENERATION, kind, sizes, {"form": form, "dtype": str(dtype)})
+    found = row["microseconds"] if row else {}
+    times = {name: found[name] for name in (PORTABLE, *kernels) if name in found}
     if not times:
         return Choice(None, "none was measured near this shape")
     fastest = min(times, key=times.__getitem__)
     if fastest == PORTABLE:
-        return Choice(None, f"measured slower near this shape than the portable one ({times[fastest]:.0f} us)")
+        return Choice(None, f"the portable one was measured fastest near this shape ({times[fastest]:.0f} us)")
     return Choice(fastest, f"measured fastest near this shape ({times[fastest]:.0f} us)")
 
 
-def forget() -> None:
-    """Choices made so far are made anew: the table has changed."""
+def admit(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """In this process, put rows of "cuda_matmuls" and "cuda_projections" in the place of those in use."""
+    measured.table().setdefault(GENERATION, {}).update(rows)
     _choice.cache_clear()
 
 

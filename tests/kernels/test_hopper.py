@@ -5,6 +5,7 @@ On a GPU of compute capability 9.0 the extension that was built; without a GPU t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from benchmarks.gpu_check import hopper as gpu_check
-from reslora_kernels.backends import cuda, hopper
+from benchmarks.gpu_check import hopper_launches
+from reslora_kernels.backends import cuda, hopper, select
 from reslora_kernels.kernels import measured
 from reslora_kernels.testing import assert_close_to_truth
 
@@ -267,6 +269,152 @@ def test_same_bits_whatever_the_schedule(variant: str, extension: Path | None, d
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_the_gpu_check_goes_through_its_motions(
+    no_table: None, extension: Path | None, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("make gpu-check ARGS='--part hopper' is the real thing")
+    path = tmp_path / "hopper.json"
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(select, "check", lambda name: None)
+    assert gpu_check.main(["--rehearse", f"--output={path}"]) == 0
+    found = json.loads(path.read_text())
+    assert found["finished"] and found["wrong"] == {} and found["running"] is None
+    assert {goal["goal"] for goal in found["goals"]} == {"forward", "both", "ahead of torch", "matmul"}
+    steps = found["steps"]
+    for launch in gpu_check.REHEARSAL.rows:
+        assert steps[f"time {launch}"]["row"]["microseconds"].keys() == set(gpu_check.kernels_for(launch))
+        assert ("of_bandwidth" in steps[f"time {launch}"]) == isinstance(launch, hopper_launches.Projection)
+    (case,) = gpu_check.REHEARSAL.layers
+    assert steps[f"layer {case}"]["of_frozen"].keys() == {"frozen", "torch", "off", *gpu_check.SETTINGS}
+    assert sum(name.startswith("replay") for name in steps) == len(hopper.VARIANTS)
+
+
+def test_the_gpu_check_finds_what_is_wrong(device: torch.device) -> None:
+    for launch, kernel in ((gpu_check.SMALL[2], "ping-pong"), (gpu_check.SIDE_CHANNELS[0], hopper.STREAMING)):
+        scaled = "scale" if isinstance(launch, hopper_launches.Matmul) else "raw_factor"
+        right = launch.expected
+        with mock.patch.object(type(launch), "expected", lambda self, v, t: right(v | {scaled: 3.0}, t)):
+            assert "largest" in hopper_launches.faults(launch, [kernel], device)[kernel]
+    few = replace(gpu_check.SMALL[0], m=63)
+    assert "another kernel serves" in hopper_launches.faults(few, ["cooperative"], device)["cooperative"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_one_pass_keeps_what_is_not_finite_in_its_row(
+    value: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    values = draw(ONE_PASS[0], device, integers=False)
+    values["x"][7, 99] = value
+    for result in forward(ONE_PASS[0], values):
+        assert (~result.isfinite().all(1)).nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call("few rows", 63, 72, 264, 16, 16),
+        Call("odd rank", 70, 72, 264, 16, 12),
+        Call("odd width", 70, 72, 261, 16, 16),
+        Call("w by columns", 70, 72, 264, 16, 16, layout="transposed weight"),
+        Call("everything by columns", 72, 72, 264, 16, 16, layout="transposed"),
+    ],
+    ids=name_of,
+)
+def test_one_pass_that_it_cannot_take_goes_to_the_portable_kernel(
+    call: Call, extension: Path | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    values = draw(call, device, integers=True)
+    expected = truth(call, values)
+    if extension:
+        cuda_on_cpu.take_statistics(extension)
+    y, _, u = forward(call, values)
+    assert torch.equal(y, expected["y"].to(y.dtype))
+    assert torch.equal(u, expected["u"].to(u.dtype))
+    if extension:
+        counted = cuda_on_cpu.take_statistics(extension)
+        assert (counted.launches, counted.tensor_loads) == (1, 0)
+
+
+def project_calls(call: Call, values: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The results, and the keywords with which each projection of them was launched."""
+    extension = cuda._extension()
+    with mock.patch.object(extension, "project", wraps=extension.project) as launched:
+        results = run(call, values, cuda)
+    return results, [given.kwargs for given in launched.call_args_list]
+
+
+@pytest.mark.parametrize(("call", "parts"), PROJECTED, ids=name_of)
+def test_projected_integers_come_out_bit_for_bit(
+    call: Call, parts: tuple[int, int], monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
+) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    values = draw(call, device, integers=True)
+    expected = truth(call, values)
+    results, launched = project_calls(call, values)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+    assert [given["hopper"] for given in launched] == [True, True]
+    if device.type == "cpu":
+        assert tuple(given["parts"] for given in launched) == parts
+
+
+@pytest.mark.parametrize("call", [call for call, _ in PROJECTED[1:3]], ids=name_of)
+def test_projected_error_at_most_twice_plain_pytorchs(
+    call: Call, monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
+) -> None:
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    values = draw(call, device, integers=False)
+    expected, plain = truth(call, values), run(call, values)
+    for name, result in project_calls(call, values)[0].items():
+        assert_close_to_truth(result, expected[name], plain[name], name)
+
+
+@pytest.mark.parametrize(
+    ("call", "streamed"),
+    [
+        (Call("dropout", 70, 72, 520, 8, 8, p=0.5), [False, True]),
+        (Call("more ranks than a block holds", 70, 72, 520, 136, 136), [False, False]),
+        (Call("few rows", 63, 72, 520, 8, 8), [False, False]),
+        (Call("rows of B that the copy engine cannot have", 70, 72, 520, 36, 36), [True, False]),
+    ],
+    ids=name_of,
+)
+def test_what_cannot_be_streamed_is_projected_by_the_portable_kernel(
+    call: Call, streamed: list[bool], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    values = draw(call, device, integers=True)
+    expected = truth(call, values)
+    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    results, launched = project_calls(call, values)
+    assert [given["hopper"] for given in launched] == streamed
+    for name, result in results.items():
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+    monkeypatch.setenv(hopper.OPT_IN, "off")
+    assert [given["hopper"] for given in project_calls(call, values)[1]] == [False, False]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=name_of)
+def test_error_at_most_twice_plain_pytorchs(call: Call, variant: str, device: torch.device, poisoned: None) -> None:
+    values = draw(call, device, integers=False)
+    expected, plain = truth(call, values), run(call, values)
+    for name, result in run_twice(call, values).items():
+        assert_close_to_truth(result, expected[name], plain[name], name)
+
+
+def test_same_bits_whatever_the_schedule(variant: str, extension: Path | None, device: torch.device) -> None:
+    call = CALLS[2]
+    values = draw(call, device, integers=False)
+    first = run_twice(call, values)
+    for seed in range(2 if extension else 250):
+        if extension:
+            cuda_on_cpu.set_seed(extension, seed)
+        again = run(call, values, cuda)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_what_the_gpu_check_checks(variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "DEVICE", device.type)
     monkeypatch.setattr(gpu_check, "CHECKED", gpu_check.CHECKED[:1])
@@ -337,14 +485,14 @@ def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.d
 
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list]]:
-    """The measured table, still empty; nothing is asked for by the environment."""
+def no_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The measured table is empty, and the environment asks for nothing."""
     monkeypatch.delenv(hopper.OPT_IN, raising=False)
-    found: dict[str, list] = {"cuda_matmuls": [], "cuda_projections": []}
-    monkeypatch.setattr(measured, "table", lambda: {hopper.GENERATION: found})
-    hopper.forget()
-    yield found
-    hopper.forget()
+    content: dict = {}
+    monkeypatch.setattr(measured, "table", lambda: content)
+    hopper._choice.cache_clear()
+    yield
+    hopper._choice.cache_clear()
 
 
 def launches(call: Call, values: dict) -> tuple[list[int], list[bool]]:
@@ -357,7 +505,7 @@ def launches(call: Call, values: dict) -> tuple[list[int], list[bool]]:
     return multiplied, [given["hopper"] for given in projected]
 
 
-def test_the_table_admits_what_it_knows_to_be_fastest(rows: dict[str, list], device: torch.device) -> None:
+def test_the_table_admits_what_it_knows_to_be_fastest(no_table: None, device: torch.device) -> None:
     call = EXACT[0]
     values = draw(call, device, integers=True)
     x, weight = values["x"], values["weight"]
@@ -367,27 +515,27 @@ def test_the_table_admits_what_it_knows_to_be_fastest(rows: dict[str, list], dev
     forward = bf16 | {"form": "forward", "n": call.n, "k": call.k, "rank": 16}
     dx = bf16 | {"form": "dx", "n": call.k, "k": call.n, "rank": 16}
     h, dh = bf16 | {"form": "h", "n": 16, "k": call.k}, bf16 | {"form": "dh", "n": 16, "k": call.n}
-    rows["cuda_matmuls"] += [
+    matmuls = [
         forward | {"microseconds": {"portable": 5.0, "cooperative": 4.0, "ping-pong": 3.0}},
         dx | {"microseconds": {"portable": 5.0, "cooperative-pair": 6.0}},
         dx | {"form": "dx with dropout", "microseconds": {"portable": 5.0, "cooperative": 4.0}},
     ]
-    rows["cuda_projections"] += [
+    projections = [
         h | {"microseconds": {"portable": 3.0, "streaming": 4.0}},
         dh | {"microseconds": {"portable": 3.0, "streaming": 2.0}},
     ]
-    hopper.forget()
+    hopper.admit({"cuda_matmuls": matmuls, "cuda_projections": projections})
     assert launches(call, values) == ([3, 0], [False, True])
     said = cuda.explain(x, weight, 16)
-    assert "h first, by the portable kernel, not by a Hopper one: measured slower near this shape" in said
+    assert "h first, by the portable kernel, not by a Hopper one: the portable one was measured fastest" in said
     assert said.endswith("by the ping-pong Hopper kernel: measured fastest near this shape (3 us)")
     assert "none was measured" in cuda.explain(x.half(), weight, 16)
     assert launches(replace(call, p=0.5), values)[0] == [3, 1]
 
 
-def test_what_the_table_admits_is_looked_up_once(rows: dict[str, list], device: torch.device) -> None:
+def test_what_the_table_admits_is_looked_up_once(no_table: None, device: torch.device) -> None:
     values = draw(CALLS[0], device, integers=False)
-    with mock.patch.object(hopper, "nearest", wraps=hopper.nearest) as looked_up:
+    with mock.patch.object(measured, "nearest", wraps=measured.nearest) as looked_up:
         first = run(CALLS[0], values, cuda)
         assert looked_up.call_count == 4
         again = run(CALLS[0], values, cuda)
