@@ -4,8 +4,8 @@ python -m benchmarks.gpu_check.hopper --output hopper.json
 python -m benchmarks.gpu_check.hopper --output rehearsal.json --rehearse    small shapes on a CPU, in the emulator
 
 The file is written at each step, and a step that takes a minute ends the process; started again with the same file, it
-goes on behind that step: "finished" says that it is through. A kernel that is wrong is not timed. Some 30 checks, 60
-rows of at most 7 x 40 launches and 8 layers of at most 8 x 30 passes are expected to take 3 to 4 minutes on an H100;
+goes on behind that step: "finished" says that it is through. A kernel that is wrong is not timed. 20 checks, 62 rows of
+at most 7 x 40 launches, 8 replays and 8 layers of at most 8 x 30 passes are expected to take 3 to 4 minutes on an H100;
 no row begins after half of --budget-seconds, no layer after all of them.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check import hopper_layers, hopper_launches
+from benchmarks.gpu_check import hopper_launches, hopper_layers
 from benchmarks.gpu_check.hopper_launches import LIBRARY, Launch, Matmul, Projection, launches_of
 from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import hopper

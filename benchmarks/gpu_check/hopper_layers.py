@@ -28,7 +28,7 @@ OURS = PROVIDERS["ours-cuda"]
 
 
 def check_replay(case: Case, setting: str, device: torch.device) -> None:
-    """Raise an AssertionError unless forward and backward, replayed from CUDA graphs, repeat what they gave when called.
+    """Raise an AssertionError unless forward and backward, replayed from CUDA graphs, give what they gave when called.
 
     On a CPU, which has no graphs, they are called again.
     """

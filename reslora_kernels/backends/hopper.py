@@ -131,12 +131,19 @@ def admit(rows: dict[str, list[dict[str, Any]]]) -> None:
     _choice.cache_clear()
 
 
-def _unable_reason(extension: Any, device: torch.device, dtype: torch.dtype, m: int) -> str | None:
-    """Why no Hopper kernel can serve such calls, wherever their operands lie."""
+def unavailable_reason(extension: Any, device: torch.device) -> str | None:
+    """Why no Hopper kernel can run on the device at all; None when they can."""
     if not getattr(extension, "HAS_SM90", False):
         return "this build has no code for sm_90a"
     if device.type == "cuda" and _capability(device.index) != (9, 0):
         return "the GPU is not of compute capability 9.0"
+    return None
+
+
+def _unable_reason(extension: Any, device: torch.device, dtype: torch.dtype, m: int) -> str | None:
+    """Why none can serve calls of a kind, wherever their operands lie."""
+    if reason := unavailable_reason(extension, device):
+        return reason
     if dtype not in (torch.float16, torch.bfloat16):
         return "it multiplies float16 or bfloat16"
     if m < LEAST_ROWS:
@@ -174,5 +181,5 @@ def _can_be_copied(matrix: Tensor) -> bool:
 
 
 @cache
-def _capability(index: int) -> tuple[int, int]:
+def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)

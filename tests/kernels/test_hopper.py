@@ -5,23 +5,16 @@ On a GPU of compute capability 9.0 the extension that was built; without a GPU t
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks.gpu_check import hopper as gpu_check
-from benchmarks.gpu_check import hopper_launches
-from reslora_kernels.backends import cuda, hopper, select
-from reslora_kernels.kernels import measured
+from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.testing import assert_close_to_truth
 
 from .. import cuda_on_cpu
-from .calls import Call, draw, run, truth
+from .calls import Call, draw, launched, run, truth
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CALLS = [
@@ -63,17 +56,8 @@ def name_of(value: object) -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def extension(emulated: Path | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path | None]:
-    if emulated is None:
-        if reason := cuda.unavailable_reason():
-            pytest.skip(reason)
-        if torch.cuda.get_device_capability() != (9, 0) or not cuda._extension().HAS_SM90:
-            pytest.skip("needs a GPU of compute capability 9.0 and a build for it")
-    else:
-        module = cuda_on_cpu.load(emulated)
-        monkeypatch.setattr(cuda, "_extension", lambda: module)
-        cuda_on_cpu.set_seed(emulated, 1)
-    yield emulated
+def extension(hopper_extension: Path | None) -> Path | None:
+    return hopper_extension
 
 
 @pytest.fixture(params=hopper.VARIANTS)
@@ -82,18 +66,10 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def launched_matmuls(call: Call, values: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """The results, and the keywords with which each matmul of them was launched."""
-    extension = cuda._extension()
-    with mock.patch.object(extension, "augmented_matmul", wraps=extension.augmented_matmul) as launched:
-        results = run(call, values, cuda)
-    return results, [given.kwargs for given in launched.call_args_list]
-
-
 def run_one_pass(call: Call, values: dict) -> dict[str, torch.Tensor]:
     """Forward and backward, the forward pass with the Hopper kernel's one-pass form."""
-    results, launched = launched_matmuls(call, values)
-    assert "a" in launched[0] and launched[0]["hopper"] == 1
+    results, made = launched(call, values, "augmented_matmul")
+    assert "a" in made[0] and made[0]["hopper"] == 1
     return results
 
 
@@ -106,10 +82,10 @@ def forward(call: Call, values: dict) -> tuple[torch.Tensor, ...]:
 
 def run_twice(call: Call, values: dict) -> dict[str, torch.Tensor]:
     """Forward and backward, both with the variant of the Hopper kernel that the environment names."""
-    results, launched = launched_matmuls(call, values)
+    results, made = launched(call, values, "augmented_matmul")
     number = hopper.VARIANTS[hopper.setting()]
     expected = 2 if call.rank else 1  # without a rank of its own the backward pass has nothing to fuse
-    assert [given["hopper"] for given in launched] == [number] * expected
+    assert [given["hopper"] for given in made] == [number] * expected
     return results
 
 
@@ -192,14 +168,6 @@ def test_one_pass_that_it_cannot_take_goes_to_the_portable_kernel(
         assert (counted.launches, counted.tensor_loads) == (1, 0)
 
 
-def project_calls(call: Call, values: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """The results, and the keywords with which each projection of them was launched."""
-    extension = cuda._extension()
-    with mock.patch.object(extension, "project", wraps=extension.project) as launched:
-        results = run(call, values, cuda)
-    return results, [given.kwargs for given in launched.call_args_list]
-
-
 @pytest.mark.parametrize(("call", "parts"), PROJECTED, ids=name_of)
 def test_projected_integers_come_out_bit_for_bit(
     call: Call, parts: tuple[int, int], monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
@@ -207,12 +175,12 @@ def test_projected_integers_come_out_bit_for_bit(
     monkeypatch.setenv(hopper.OPT_IN, "cooperative")
     values = draw(call, device, integers=True)
     expected = truth(call, values)
-    results, launched = project_calls(call, values)
+    results, made = launched(call, values, "project")
     for name, result in results.items():
         assert torch.equal(result, expected[name].to(result.dtype)), name
-    assert [given["hopper"] for given in launched] == [True, True]
+    assert [given["hopper"] for given in made] == [True, True]
     if device.type == "cpu":
-        assert tuple(given["parts"] for given in launched) == parts
+        assert tuple(given["parts"] for given in made) == parts
 
 
 @pytest.mark.parametrize("call", [call for call, _ in PROJECTED[1:3]], ids=name_of)
@@ -222,7 +190,7 @@ def test_projected_error_at_most_twice_plain_pytorchs(
     monkeypatch.setenv(hopper.OPT_IN, "cooperative")
     values = draw(call, device, integers=False)
     expected, plain = truth(call, values), run(call, values)
-    for name, result in project_calls(call, values)[0].items():
+    for name, result in launched(call, values, "project")[0].items():
         assert_close_to_truth(result, expected[name], plain[name], name)
 
 
@@ -242,12 +210,12 @@ def test_what_cannot_be_streamed_is_projected_by_the_portable_kernel(
     values = draw(call, device, integers=True)
     expected = truth(call, values)
     monkeypatch.setenv(hopper.OPT_IN, "cooperative")
-    results, launched = project_calls(call, values)
-    assert [given["hopper"] for given in launched] == streamed
+    results, made = launched(call, values, "project")
+    assert [given["hopper"] for given in made] == streamed
     for name, result in results.items():
         assert torch.equal(result, expected[name].to(result.dtype)), name
     monkeypatch.setenv(hopper.OPT_IN, "off")
-    assert [given["hopper"] for given in project_calls(call, values)[1]] == [False, False]
+    assert [given["hopper"] for given in launched(call, values, "project")[1]] == [False, False]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
@@ -267,167 +235,6 @@ def test_same_bits_whatever_the_schedule(variant: str, extension: Path | None, d
             cuda_on_cpu.set_seed(extension, seed)
         again = run(call, values, cuda)
         assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-def test_the_gpu_check_goes_through_its_motions(
-    no_table: None, extension: Path | None, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if device.type != "cpu":
-        pytest.skip("make gpu-check ARGS='--part hopper' is the real thing")
-    path = tmp_path / "hopper.json"
-    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(select, "check", lambda name: None)
-    assert gpu_check.main(["--rehearse", f"--output={path}"]) == 0
-    found = json.loads(path.read_text())
-    assert found["finished"] and found["wrong"] == {} and found["running"] is None
-    assert {goal["goal"] for goal in found["goals"]} == {"forward", "both", "ahead of torch", "matmul"}
-    steps = found["steps"]
-    for launch in gpu_check.REHEARSAL.rows:
-        assert steps[f"time {launch}"]["row"]["microseconds"].keys() == set(gpu_check.kernels_for(launch))
-        assert ("of_bandwidth" in steps[f"time {launch}"]) == isinstance(launch, hopper_launches.Projection)
-    (case,) = gpu_check.REHEARSAL.layers
-    assert steps[f"layer {case}"]["of_frozen"].keys() == {"frozen", "torch", "off", *gpu_check.SETTINGS}
-    assert sum(name.startswith("replay") for name in steps) == len(hopper.VARIANTS)
-
-
-def test_the_gpu_check_finds_what_is_wrong(device: torch.device) -> None:
-    for launch, kernel in ((gpu_check.SMALL[2], "ping-pong"), (gpu_check.SIDE_CHANNELS[0], hopper.STREAMING)):
-        scaled = "scale" if isinstance(launch, hopper_launches.Matmul) else "raw_factor"
-        right = launch.expected
-        with mock.patch.object(type(launch), "expected", lambda self, v, t: right(v | {scaled: 3.0}, t)):
-            assert "largest" in hopper_launches.faults(launch, [kernel], device)[kernel]
-    few = replace(gpu_check.SMALL[0], m=63)
-    assert "another kernel serves" in hopper_launches.faults(few, ["cooperative"], device)["cooperative"]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
-def test_one_pass_keeps_what_is_not_finite_in_its_row(
-    value: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
-    values = draw(ONE_PASS[0], device, integers=False)
-    values["x"][7, 99] = value
-    for result in forward(ONE_PASS[0], values):
-        assert (~result.isfinite().all(1)).nonzero().flatten().tolist() == [7]
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        Call("few rows", 63, 72, 264, 16, 16),
-        Call("odd rank", 70, 72, 264, 16, 12),
-        Call("odd width", 70, 72, 261, 16, 16),
-        Call("w by columns", 70, 72, 264, 16, 16, layout="transposed weight"),
-        Call("everything by columns", 72, 72, 264, 16, 16, layout="transposed"),
-    ],
-    ids=name_of,
-)
-def test_one_pass_that_it_cannot_take_goes_to_the_portable_kernel(
-    call: Call, extension: Path | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
-    values = draw(call, device, integers=True)
-    expected = truth(call, values)
-    if extension:
-        cuda_on_cpu.take_statistics(extension)
-    y, _, u = forward(call, values)
-    assert torch.equal(y, expected["y"].to(y.dtype))
-    assert torch.equal(u, expected["u"].to(u.dtype))
-    if extension:
-        counted = cuda_on_cpu.take_statistics(extension)
-        assert (counted.launches, counted.tensor_loads) == (1, 0)
-
-
-def project_calls(call: Call, values: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """The results, and the keywords with which each projection of them was launched."""
-    extension = cuda._extension()
-    with mock.patch.object(extension, "project", wraps=extension.project) as launched:
-        results = run(call, values, cuda)
-    return results, [given.kwargs for given in launched.call_args_list]
-
-
-@pytest.mark.parametrize(("call", "parts"), PROJECTED, ids=name_of)
-def test_projected_integers_come_out_bit_for_bit(
-    call: Call, parts: tuple[int, int], monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
-) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
-    values = draw(call, device, integers=True)
-    expected = truth(call, values)
-    results, launched = project_calls(call, values)
-    for name, result in results.items():
-        assert torch.equal(result, expected[name].to(result.dtype)), name
-    assert [given["hopper"] for given in launched] == [True, True]
-    if device.type == "cpu":
-        assert tuple(given["parts"] for given in launched) == parts
-
-
-@pytest.mark.parametrize("call", [call for call, _ in PROJECTED[1:3]], ids=name_of)
-def test_projected_error_at_most_twice_plain_pytorchs(
-    call: Call, monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
-) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
-    values = draw(call, device, integers=False)
-    expected, plain = truth(call, values), run(call, values)
-    for name, result in project_calls(call, values)[0].items():
-        assert_close_to_truth(result, expected[name], plain[name], name)
-
-
-@pytest.mark.parametrize(
-    ("call", "streamed"),
-    [
-        (Call("dropout", 70, 72, 520, 8, 8, p=0.5), [False, True]),
-        (Call("more ranks than a block holds", 70, 72, 520, 136, 136), [False, False]),
-        (Call("few rows", 63, 72, 520, 8, 8), [False, False]),
-        (Call("rows of B that the copy engine cannot have", 70, 72, 520, 36, 36), [True, False]),
-    ],
-    ids=name_of,
-)
-def test_what_cannot_be_streamed_is_projected_by_the_portable_kernel(
-    call: Call, streamed: list[bool], monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    values = draw(call, device, integers=True)
-    expected = truth(call, values)
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
-    results, launched = project_calls(call, values)
-    assert [given["hopper"] for given in launched] == streamed
-    for name, result in results.items():
-        assert torch.equal(result, expected[name].to(result.dtype)), name
-    monkeypatch.setenv(hopper.OPT_IN, "off")
-    assert [given["hopper"] for given in project_calls(call, values)[1]] == [False, False]
-
-
-@pytest.mark.parametrize("call", CALLS, ids=name_of)
-def test_error_at_most_twice_plain_pytorchs(call: Call, variant: str, device: torch.device, poisoned: None) -> None:
-    values = draw(call, device, integers=False)
-    expected, plain = truth(call, values), run(call, values)
-    for name, result in run_twice(call, values).items():
-        assert_close_to_truth(result, expected[name], plain[name], name)
-
-
-def test_same_bits_whatever_the_schedule(variant: str, extension: Path | None, device: torch.device) -> None:
-    call = CALLS[2]
-    values = draw(call, device, integers=False)
-    first = run_twice(call, values)
-    for seed in range(2 if extension else 250):
-        if extension:
-            cuda_on_cpu.set_seed(extension, seed)
-        again = run(call, values, cuda)
-        assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-def test_what_the_gpu_check_checks(variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "DEVICE", device.type)
-    monkeypatch.setattr(gpu_check, "CHECKED", gpu_check.CHECKED[:1])
-    with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
-        gpu_check.check(variant)
-    assert asked.call_count == 6
-    gpu_check.check_shape(variant, (70, 72, 136, 8), gpu_check.ONE_PASS)
-    assert asked.call_count == 6
-    given = gpu_check.operands((70, 72, 136, 8), "dx with dropout", BF16, seed=1)
-    y = torch.zeros(70, 136, dtype=BF16, device=device)
-    gpu_check.multiply(given | {"scale": 3.0}, y)
-    with pytest.raises(AssertionError, match="another scale"):
-        assert_close_to_truth(y, *(gpu_check.result(given, dtype) for dtype in (torch.float64, BF16)), "another scale")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
@@ -461,83 +268,3 @@ def test_what_it_cannot_take_goes_to_the_portable_kernel(
     expected = truth(call, values)
     for name, result in run(call, values, cuda).items():
         assert torch.equal(result, expected[name].to(result.dtype)), name
-
-
-def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    values = draw(CALLS[0], device, integers=False)
-    x, weight = values["x"], values["weight"]
-    monkeypatch.setenv(hopper.OPT_IN, "ping-pong")
-    both = "two passes: h first, by the streaming Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong; then the matmul on top"
-    both += " of the low-rank product, by the ping-pong Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong"
-    assert cuda.explain(x, weight, 16) == both
-    assert cuda.explain(x[:63], weight, 16).count("not by a Hopper one: x has fewer than 64 rows") == 2
-    assert "h first, by the portable kernel, not by a Hopper one: the result has more than 128" in cuda.explain(
-        x, weight, 129
-    )
-    assert cuda.explain(x, weight[:264], 16).endswith("by the one-pass Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong")
-    monkeypatch.setenv(hopper.OPT_IN, "off")
-    assert (
-        cuda.explain(x, weight, 16).count("by the portable kernel, not by a Hopper one: RESLORA_CUDA_HOPPER=off") == 2
-    )
-    monkeypatch.setenv(hopper.OPT_IN, "fast")
-    with pytest.raises(ValueError, match="RESLORA_CUDA_HOPPER must be 'auto', 'off' or one of 'cooperative', "):
-        hopper.setting()
-
-
-@pytest.fixture
-def no_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The measured table is empty, and the environment asks for nothing."""
-    monkeypatch.delenv(hopper.OPT_IN, raising=False)
-    content: dict = {}
-    monkeypatch.setattr(measured, "table", lambda: content)
-    hopper._choice.cache_clear()
-    yield
-    hopper._choice.cache_clear()
-
-
-def launches(call: Call, values: dict) -> tuple[list[int], list[bool]]:
-    """The number of the variant of each matmul, and whether each projection was streamed; all results exact."""
-    expected = truth(call, values)
-    results, projected = project_calls(call, values)
-    for name, result in results.items():
-        assert torch.equal(result, expected[name].to(result.dtype)), name
-    multiplied = [given.get("hopper", 0) for given in launched_matmuls(call, values)[1]]
-    return multiplied, [given["hopper"] for given in projected]
-
-
-def test_the_table_admits_what_it_knows_to_be_fastest(no_table: None, device: torch.device) -> None:
-    call = EXACT[0]
-    values = draw(call, device, integers=True)
-    x, weight = values["x"], values["weight"]
-    assert launches(call, values) == ([0, 0], [False, False])
-    assert cuda.explain(x, weight, 16).count("by the portable kernel, not by a Hopper one: none was measured near") == 2
-    bf16 = {"dtype": "torch.bfloat16", "m": call.m}
-    forward = bf16 | {"form": "forward", "n": call.n, "k": call.k, "rank": 16}
-    dx = bf16 | {"form": "dx", "n": call.k, "k": call.n, "rank": 16}
-    h, dh = bf16 | {"form": "h", "n": 16, "k": call.k}, bf16 | {"form": "dh", "n": 16, "k": call.n}
-    matmuls = [
-        forward | {"microseconds": {"portable": 5.0, "cooperative": 4.0, "ping-pong": 3.0}},
-        dx | {"microseconds": {"portable": 5.0, "cooperative-pair": 6.0}},
-        dx | {"form": "dx with dropout", "microseconds": {"portable": 5.0, "cooperative": 4.0}},
-    ]
-    projections = [
-        h | {"microseconds": {"portable": 3.0, "streaming": 4.0}},
-        dh | {"microseconds": {"portable": 3.0, "streaming": 2.0}},
-    ]
-    hopper.admit({"cuda_matmuls": matmuls, "cuda_projections": projections})
-    assert launches(call, values) == ([3, 0], [False, True])
-    said = cuda.explain(x, weight, 16)
-    assert "h first, by the portable kernel, not by a Hopper one: the portable one was measured fastest" in said
-    assert said.endswith("by the ping-pong Hopper kernel: measured fastest near this shape (3 us)")
-    assert "none was measured" in cuda.explain(x.half(), weight, 16)
-    assert launches(replace(call, p=0.5), values)[0] == [3, 1]
-
-
-def test_what_the_table_admits_is_looked_up_once(no_table: None, device: torch.device) -> None:
-    values = draw(CALLS[0], device, integers=False)
-    with mock.patch.object(measured, "nearest", wraps=measured.nearest) as looked_up:
-        first = run(CALLS[0], values, cuda)
-        assert looked_up.call_count == 4
-        again = run(CALLS[0], values, cuda)
-        assert looked_up.call_count == 4
-    assert all(torch.equal(first[name], again[name]) for name in first)
