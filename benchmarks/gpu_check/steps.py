@@ -6,7 +6,7 @@ import faulthandler
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Steps:
     def wrong(self) -> dict[str, str]:
         return self.found["wrong"]
 
-    def right(self, kernels: tuple[str, ...]) -> list[str]:
+    def right(self, kernels: Iterable[str]) -> list[str]:
+        """Those that are not known to be wrong."""
         return [kernel for kernel in kernels if kernel not in self.wrong]
 
     def run(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

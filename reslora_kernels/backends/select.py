@@ -136,7 +136,7 @@ def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int) -> tuple[str
         sizes = {"m": x.shape[0], "n": weight.shape[0], "k": weight.shape[1], "rank": rank}
         row = nearest(gpu_of(x.device).generation, "calls", sizes, {"dtype": str(x.dtype)})
         times = {name: row["microseconds"][name] for name in able if name in row["microseconds"]} if row else {}
-        if times:
+        if able[0] in times:
             name = min(times, key=times.__getitem__)
             return name, f"measured fastest near this shape ({times[name]:.0f} us)"
     return able[0], "first choice"

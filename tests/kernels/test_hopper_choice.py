@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from benchmarks import tune
 from benchmarks.gpu_check import hopper as gpu_check
 from benchmarks.gpu_check import hopper_launches
 from reslora_kernels.backends import cuda, hopper, select
-from reslora_kernels.cli.bench.timing import Samples
+from reslora_kernels.cli.bench.timing import Samples, Subject
 from reslora_kernels.kernels import measured
 
 from .calls import Call, draw, launched, run, truth
@@ -149,19 +148,18 @@ def test_tuning_admits_hopper_kernels_before_whole_calls(
 ) -> None:
     if device.type != "cpu":
         pytest.skip("make tune is the real thing")
-    monkeypatch.setattr(select, "unavailable_reason", lambda name: None)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
     monkeypatch.setattr(gpu_check, "FULL", gpu_check.REHEARSAL)
+    medians = {"library": 1e-5, "portable": 5e-6, "cooperative": 4e-6, "ping-pong": 1e-6, "streaming": 3e-6}
+
+    def timed(subjects: list[Subject], *_: object) -> dict[str, Samples]:
+        return {s.name: Samples([medians[s.name]], [0.0]) for s in subjects if s.name in medians}
+
+    monkeypatch.setattr(hopper_launches, "measure", timed)
     wrong = {"ping-pong": "planted"}
     monkeypatch.setattr(hopper_launches, "faults", lambda launch, kernels, *_: wrong if "ping-pong" in kernels else {})
-    medians = {"library": 1e-5, "portable": 5e-6, "cooperative": 4e-6, "streaming": 3e-6}
-    samples = {name: Samples([seconds], [0.0]) for name, seconds in medians.items()}
-    monkeypatch.setattr(
-        hopper_launches,
-        "measure",
-        lambda subjects, *_: {s.name: samples[s.name] for s in subjects if s.name in samples},
-    )
     chosen = [tune.Shape(CALL.m, CALL.k, CALL.n), tune.Shape(16, 64, 64), tune.Shape(300, 64, 64, 16, torch.float32)]
-    table = tune.hopper_rows(chosen, device, gpu_check.ONCE, math.inf)
+    table = tune.hopper_rows(chosen, device, gpu_check.ONCE)
     assert [(row["form"], row["n"], row["k"]) for row in table["cuda_matmuls"]] == [
         ("forward", 520, 200), ("dx", 200, 520), ("dx with dropout", 200, 520)
     ]  # fmt: skip
