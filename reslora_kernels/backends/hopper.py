@@ -114,7 +114,8 @@ def _choice(
     if asked != AUTO:
         return Choice(asked if asked in kernels else kernels[0], f"{OPT_IN}={asked}")
     sizes = {"m": m, "n": n, "k": k} | ({} if rank is None else {"rank": rank})
-    row = measured.nearest(GENERATION, kind, sizes, {"form": form, "dtype": str(dtype)})
+    exact: dict[str, str | bool] = {"form": form, "dtype": str(dtype)}
+    row = measured.nearest(GENERATION, kind, sizes, exact) if all(sizes.values()) else None
     found = row["microseconds"] if row else {}
     times = {name: found[name] for name in (PORTABLE, *kernels) if name in found}
     if not times:
