@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels import measured
 
-OPT_IN = "RESLORA_CUDA_HOPPER"
+VARIABLE = "RESLORA_CUDA_HOPPER"
 AUTO, OFF = "auto", "off"
 VARIANTS = {"cooperative": 1, "cooperative-pair": 2, "ping-pong": 3, "ping-pong-pair": 4}  # as in csrc/params.h
 # What else the table compares: the kernels for all GPUs, augmented_matmul_one_pass_sm90.cu, project_sm90.cu.
@@ -45,24 +45,24 @@ def setting() -> str:
     Raises:
         ValueError: none of these.
     """
-    name = os.environ.get(OPT_IN) or AUTO
+    name = os.environ.get(VARIABLE) or AUTO
     if name not in (AUTO, OFF) and name not in VARIANTS:
-        raise ValueError(f"{OPT_IN} must be 'auto', 'off' or one of {', '.join(map(repr, VARIANTS))}, got {name!r}")
+        raise ValueError(f"{VARIABLE} must be 'auto', 'off' or one of {', '.join(map(repr, VARIANTS))}, got {name!r}")
     return name
 
 
 @contextmanager
 def requested(name: str) -> Iterator[None]:
     """The setting inside; for measuring one kernel against another."""
-    before = os.environ.get(OPT_IN)
-    os.environ[OPT_IN] = name
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
     try:
         yield
     finally:
         if before is None:
-            del os.environ[OPT_IN]
+            del os.environ[VARIABLE]
         else:
-            os.environ[OPT_IN] = before
+            os.environ[VARIABLE] = before
 
 
 def form_of(w: Tensor, a: Tensor | None, masked: bool) -> str:
@@ -107,12 +107,12 @@ def _choice(
     rank: int | None,
 ) -> Choice:
     if asked == OFF:
-        return Choice(None, f"{OPT_IN}={OFF}")
+        return Choice(None, f"{VARIABLE}={OFF}")
     if reason := _unable_reason(extension, device, dtype, m):
         return Choice(None, reason)
     kernels = kernels_of(form)
     if asked != AUTO:
-        return Choice(asked if asked in kernels else kernels[0], f"{OPT_IN}={asked}")
+        return Choice(asked if asked in kernels else kernels[0], f"{VARIABLE}={asked}")
     sizes = {"m": m, "n": n, "k": k} | ({} if rank is None else {"rank": rank})
     exact: dict[str, str | bool] = {"form": form, "dtype": str(dtype)}
     row = measured.nearest(GENERATION, kind, sizes, exact) if all(sizes.values()) else None

@@ -62,7 +62,7 @@ def extension(hopper_extension: Path | None) -> Path | None:
 
 @pytest.fixture(params=hopper.VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(hopper.OPT_IN, request.param)
+    monkeypatch.setenv(hopper.VARIABLE, request.param)
     return request.param
 
 
@@ -99,7 +99,7 @@ def test_integers_come_out_bit_for_bit(call: Call, variant: str, device: torch.d
 
 @pytest.mark.parametrize("call", ONE_PASS, ids=name_of)
 def test_one_pass(call: Call, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=True)
     expected = truth(call, values)
     for name, result in run_one_pass(call, values).items():
@@ -113,7 +113,7 @@ def test_one_pass(call: Call, device: torch.device, poisoned: None, monkeypatch:
 def test_one_pass_reads_each_tile_once_whatever_the_schedule(
     extension: Path | None, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "ping-pong")  # one pass has one kernel for all
+    monkeypatch.setenv(hopper.VARIABLE, "ping-pong")  # one pass has one kernel for all
     call = ONE_PASS[0]
     values = draw(call, device, integers=False)
     first = forward(call, values)
@@ -134,7 +134,7 @@ def test_one_pass_reads_each_tile_once_whatever_the_schedule(
 def test_one_pass_keeps_what_is_not_finite_in_its_row(
     value: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(ONE_PASS[0], device, integers=False)
     values["x"][7, 99] = value
     for result in forward(ONE_PASS[0], values):
@@ -155,7 +155,7 @@ def test_one_pass_keeps_what_is_not_finite_in_its_row(
 def test_one_pass_that_it_cannot_take_goes_to_the_portable_kernel(
     call: Call, extension: Path | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=True)
     expected = truth(call, values)
     if extension:
@@ -172,7 +172,7 @@ def test_one_pass_that_it_cannot_take_goes_to_the_portable_kernel(
 def test_projected_integers_come_out_bit_for_bit(
     call: Call, parts: tuple[int, int], monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=True)
     expected = truth(call, values)
     results, made = launched(call, values, "project")
@@ -187,7 +187,7 @@ def test_projected_integers_come_out_bit_for_bit(
 def test_projected_error_at_most_twice_plain_pytorchs(
     call: Call, monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=False)
     expected, plain = truth(call, values), run(call, values)
     for name, result in launched(call, values, "project")[0].items():
@@ -209,12 +209,12 @@ def test_what_cannot_be_streamed_is_projected_by_the_portable_kernel(
 ) -> None:
     values = draw(call, device, integers=True)
     expected = truth(call, values)
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     results, made = launched(call, values, "project")
     assert [given["hopper"] for given in made] == streamed
     for name, result in results.items():
         assert torch.equal(result, expected[name].to(result.dtype)), name
-    monkeypatch.setenv(hopper.OPT_IN, "off")
+    monkeypatch.setenv(hopper.VARIABLE, "off")
     assert [given["hopper"] for given in launched(call, values, "project")[1]] == [False, False]
 
 
@@ -261,7 +261,7 @@ def test_what_is_not_finite_comes_out_in_its_row_only(value: float, variant: str
 def test_what_it_cannot_take_goes_to_the_portable_kernel(
     call: Call, reason: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=True)
     x, others = values["x"], (values["weight"].T, values["b_cat"].T.to(values["x"].dtype))
     assert reason in (hopper.unsupported_reason(cuda._extension(), x, *others, columns=call.n) or "")

@@ -27,7 +27,7 @@ CALL = Call("two passes", 300, 200, 520, 16, 16, torch.bfloat16, torch.bfloat16)
 def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     values = draw(CALL, device, integers=False)
     x, weight = values["x"], values["weight"]
-    monkeypatch.setenv(hopper.OPT_IN, "ping-pong")
+    monkeypatch.setenv(hopper.VARIABLE, "ping-pong")
     both = "two passes: h first, by the streaming Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong; then the matmul on top"
     both += " of the low-rank product, by the ping-pong Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong"
     assert cuda.explain(x, weight, 16) == both
@@ -36,11 +36,11 @@ def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.d
         x, weight, 129
     )
     assert cuda.explain(x, weight[:264], 16).endswith("by the one-pass Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong")
-    monkeypatch.setenv(hopper.OPT_IN, "off")
+    monkeypatch.setenv(hopper.VARIABLE, "off")
     assert (
         cuda.explain(x, weight, 16).count("by the portable kernel, not by a Hopper one: RESLORA_CUDA_HOPPER=off") == 2
     )
-    monkeypatch.setenv(hopper.OPT_IN, "fast")
+    monkeypatch.setenv(hopper.VARIABLE, "fast")
     with pytest.raises(ValueError, match="RESLORA_CUDA_HOPPER must be 'auto', 'off' or one of 'cooperative', "):
         hopper.setting()
 
@@ -48,7 +48,7 @@ def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.d
 @pytest.fixture
 def no_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The measured table is empty, and the environment asks for nothing."""
-    monkeypatch.delenv(hopper.OPT_IN, raising=False)
+    monkeypatch.delenv(hopper.VARIABLE, raising=False)
     content: dict = {}
     monkeypatch.setattr(measured, "table", lambda: content)
     hopper._choice.cache_clear()
