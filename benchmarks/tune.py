@@ -3,6 +3,9 @@
 python -m benchmarks.tune                            most important shapes first, until --budget-seconds are used up
 python -m benchmarks.tune --output measured.json     another file than the package's own
 
+On Hopper the CUDA backend's kernels come first, for at most a third of that time: whole calls of that backend are timed
+with those in use that were the fastest. One that hangs ends this; --without it the others are timed.
+
 The file keeps what it says of other GPU generations, and is whole at every moment; its format is documented in
 ``reslora_kernels/kernels/measured.py``.
 """
@@ -12,10 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +25,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from reslora_kernels.backends import select, triton
+from benchmarks.gpu_check import hopper as hopper_check
+from benchmarks.gpu_check.hopper_launches import launches_of
+from benchmarks.gpu_check.steps import Steps
+from benchmarks.gpu_check.steps import write as write_whole
+from reslora_kernels.backends import cuda, hopper, select, triton
 from reslora_kernels.cli.bench import results
 from reslora_kernels.cli.bench.capture import warmed_up
 from reslora_kernels.cli.bench.clocks import check_alive, clock_of
@@ -34,6 +40,7 @@ from reslora_kernels.kernels import tiles
 OUTPUT = Path(__file__).parents[1] / "reslora_kernels" / "kernels" / "measured.json"
 REPLAYED_ROWS = 512  # up to so many tokens a call is replayed from a graph: Python's launches take longer than it does
 SCALING = 2.0
+Table = dict[str, list[dict[str, Any]]]  # rows by kind
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ def shapes() -> Iterator[Shape]:
         yield from (Shape(m, k, n) for k, n in layers)
     for m in (8192, 2048):
         yield from (Shape(m, k, k) for k in (8192, 2048, 1024))
+    for m in (8192, 2048):
+        yield from (Shape(m, 4096, n) for n in (512, 256))
     for m in (8192, 2048, 16):
         yield from (Shape(m, 4096, 4096, rank) for rank in (64, 8, 32, 128))
     for m in (8192, 16):
@@ -103,11 +112,11 @@ def tune(
     gpu: tiles.Gpu,
     timer: Timer,
     chosen: Sequence[Shape],
-    keep: Callable[[dict[str, list[dict[str, Any]]]], None],
+    keep: Callable[[Table], None],
     deadline: float = math.inf,
-) -> dict[str, list[dict[str, Any]]]:
+) -> Table:
     """Rows "matmuls" and "calls" of the shapes that begin before the deadline; ``keep`` is told after each shape."""
-    table: dict[str, list[dict[str, Any]]] = {"matmuls": [], "calls": []}
+    table: Table = {"matmuls": [], "calls": []}
     for shape in chosen:
         if time.monotonic() >= deadline:
             break
@@ -125,8 +134,27 @@ def tune(
     return table
 
 
+def hopper_rows(
+    chosen: Sequence[Shape], device: torch.device, plan: Plan, deadline: float = math.inf, without: Sequence[str] = ()
+) -> Table:
+    """Rows "cuda_matmuls" and "cuda_projections" of the kernels that are right; this process then chooses by them.
+
+    Where there are no Hopper kernels there are no rows.
+    """
+    if select.unavailable_reason("cuda") or hopper.unavailable_reason(cuda._extension(), device):
+        return {}
+    steps = Steps()
+    steps.wrong.update(dict.fromkeys(without, "left out"))
+    hopper_check.check(steps, hopper_check.FULL.checked, device)
+    layers = [shape for shape in chosen if shape.m >= hopper.LEAST_ROWS and shape.dtype.itemsize == 2]
+    launches = [launch for s in layers for launch in launches_of(s.m, s.k, s.n, s.rank, s.dtype)]
+    table = hopper_check.rows(steps, dict.fromkeys(launches), device, plan, deadline)
+    hopper.admit(table)
+    return table
+
+
 def _fastest(
-    table: dict[str, list[dict[str, Any]]],
+    table: Table,
     shape: Shape,
     one_pass: bool,
     ways: list[Candidate],
@@ -257,9 +285,7 @@ def write(path: Path, generation: str, table: dict[str, Any], machine: dict[str,
     commit, _ = results.commit_of(results.SOURCE)
     versions = {name: machine.get(name) for name in ("torch", "triton", "cuda", "driver")}
     content[generation] = {"machine": machine.get("gpu"), "versions": versions, "commit": commit, **table}
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    write_whole(path, content)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,6 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--budget-seconds", type=float, default=540.0, help="begin no shape after this")
     parser.add_argument("--seconds", type=float, default=0.5, help="about so long for the candidates of one product")
+    known = (*hopper.VARIANTS, hopper.IN_ONE_PASS, hopper.STREAMING)
+    parser.add_argument("--without", action="append", default=[], choices=known, help="a Hopper kernel; repeatable")
     options = parser.parse_args(arguments)
     if reason := select.unavailable_reason("triton"):
         print(f"tuning needs the Triton backend: {reason}")
@@ -276,13 +304,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + options.budget_seconds
     timer = GpuTimer(device, Plan(most=100, least=10, seconds=options.seconds))
 
-    def keep(table: dict[str, list[dict[str, Any]]]) -> None:
-        write(options.output, gpu.generation, table, machine)
+    chosen = list(shapes())
+    plan = replace(hopper_check.FULL.row_plan, seconds=options.seconds)
+    served = hopper_rows(chosen, device, plan, time.monotonic() + options.budget_seconds / 3, options.without)
+
+    def keep(table: Table) -> None:
+        write(options.output, gpu.generation, served | table, machine)
         row = table["matmuls"][-1] if table["matmuls"] else {}
         print(f"{len(table['matmuls'])} products, {len(table['calls'])} calls; last: {row.get('others')}", flush=True)
 
-    table = tune(gpu, timer, list(shapes()), keep, deadline)
-    print(f"{options.output}: {gpu.generation}, {len(table['matmuls'])} products, {len(table['calls'])} calls")
+    keep({"matmuls": [], "calls": []})
+    with hopper.requested(hopper.AUTO):  # calls are timed as they will be served
+        table = served | tune(gpu, timer, chosen, keep, deadline)
+    found = ", ".join(f"{len(rows)} {kind}" for kind, rows in table.items())
+    print(f"{options.output}: {gpu.generation}, {found}")
     return 0
 
 

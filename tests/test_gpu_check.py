@@ -127,6 +127,42 @@ def test_verdicts(stand_in: StandIn, part: str, status: str, said: str, with_too
     assert report["parts"][part]["status"] == status and said in report["parts"][part]["summary"]
 
 
+def test_a_kernel_that_hangs_is_left_out_of_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script itself, with stand-ins for what it launches: the first kernel never comes back."""
+    script = """
+import sys, time
+from pathlib import Path
+from benchmarks.gpu_check import steps
+steps.STEP_SECONDS = 1.0
+one = steps.Steps(Path(sys.argv[1].partition("=")[2]))
+def work():
+    for kernel in one.right(("slow", "fast")):
+        one.launching(kernel)
+        time.sleep(30 * (kernel == "slow"))
+    return {"ran": one.right(("slow", "fast"))}
+one.run("first", lambda: {"ran": []})
+one.run("second", work)
+one.run("third", work)
+one.finish(goals=[])
+"""
+    tries: list[int | None] = []
+
+    def runner(command: Sequence[str], limit: float, **environment: str) -> Finished:
+        if "benchmarks.gpu_check.hopper" not in command:
+            return Finished(0, "", 0.0)
+        finished = parts.run_child([sys.executable, "-c", script, command[3]], limit)
+        tries.append(finished.status)
+        return finished
+
+    outcome = parts.hopper(runner, 200.0)
+    assert tries == [1, 0] and outcome.status == parts.FAILED
+    assert outcome.summary.startswith("second: it hung, or ended the process")
+    found = outcome.details["hopper"]
+    assert found["steps"] == {
+        "first": {"ran": []}, "second": {"failed": "it hung, or ended the process"}, "third": {"ran": ["fast"]}
+    }  # fmt: skip
+
+
 def test_without_the_sanitizer_it_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts.shutil, "which", lambda name: None)
     monkeypatch.setattr(parts.Path, "is_file", lambda self: False)

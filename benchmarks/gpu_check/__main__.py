@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check import parts
+from benchmarks.gpu_check.steps import write
 
 NEEDED = ("torch", "triton", "pytest", "pytest_timeout", "rich", "typer", "safetensors")
 RESULTS = parts.ROOT / "benchmarks" / "results"
@@ -124,13 +124,6 @@ def default_path(machine: dict[str, Any], commit: str | None) -> Path:
     while path.exists():
         path, number = RESULTS / f"{stem}-{number}.json", number + 1
     return path
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(staged, path)
 
 
 def print_summary(report: dict[str, Any], path: Path) -> None:

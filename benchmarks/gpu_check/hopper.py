@@ -1,174 +1,242 @@
-"""The Hopper kernel on sm_90: each variant against float64, then timed beside the frozen linear.
+"""The Hopper kernels on sm_90: right or not, how fast alone, in graphs, and in whole layers beside the goals.
 
 python -m benchmarks.gpu_check.hopper --output hopper.json
+python -m benchmarks.gpu_check.hopper --output rehearsal.json --rehearse    small shapes on a CPU, as tests do it
 
-A row has a shape, a form (forward, dx, dx with dropout, one pass), and for each variant and the portable kernel its
-microseconds and its share of the speed of torch.nn.functional.linear on the same operands, all from one process, in
-turns.
+The file is written at each step, and a step that takes a minute ends the process; started again with the same file, it
+goes on behind that step: "finished" says that it is through. A kernel that is wrong is not timed. 20 checks, 62 rows of
+at most 7 x 40 launches, 8 replays and 8 layers of at most 8 x 30 passes are expected to take 3 to 4 minutes on an H100;
+no row begins after half of --budget-seconds, no layer after all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-from reslora_kernels.backends import cuda, hopper
-from reslora_kernels.testing import assert_close_to_truth
+from benchmarks.gpu_check import hopper_launches, hopper_layers
+from benchmarks.gpu_check.hopper_launches import LIBRARY, Launch, Matmul, Projection, launches_of
+from benchmarks.gpu_check.steps import Steps
+from reslora_kernels.backends import hopper
+from reslora_kernels.cli.bench import cases
+from reslora_kernels.cli.bench.cases import LORA, Case
+from reslora_kernels.cli.bench.clocks import check_alive, clock_of, one_line
+from reslora_kernels.cli.bench.roofline import measure_rates
+from reslora_kernels.cli.bench.timing import Plan
 
-SHAPES = [  # m, k, n, rank
+BF16, FP16 = torch.bfloat16, torch.float16
+# Times of a whole layer relative to the frozen linear's; the least share of the library's speed that a matmul reaches,
+# its low-rank product included.
+GOALS = {"forward": 1.03, "both": 1.06}
+MATMUL_GOAL = 0.99
+SETTINGS = (*hopper.VARIANTS, hopper.AUTO)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is checked and timed. ``alone``: adapters in the type of x, so that nothing is converted on the way."""
+
+    checked: Sequence[Launch]
+    rows: Sequence[Launch]
+    alone: Sequence[Launch]
+    replayed: Sequence[Case]
+    layers: Sequence[Case]
+    row_plan: Plan
+    layer_plan: Plan
+
+
+def _checked(m: int, k: int, n: int, rank: int, dtype: torch.dtype) -> list[Launch]:
+    """Every form in ``dtype``; adapters in float32 with bfloat16, else the same."""
+    adapter = torch.float32 if dtype == BF16 else dtype
+    return [replace(launch, adapter=adapter) for launch in launches_of(m, k, n, rank, dtype)]
+
+
+SIDE_CHANNELS: list[Launch] = [  # few rows, so that K is in parts, and many
+    Projection(hopper.H, 100, 32, 1288, FP16, FP16, raw_start=8),
+    Projection(hopper.H, 300, 16, 4096, BF16, extra_start=0, raw_start=0),
+    Projection(hopper.DH, 70, 56, 1032, BF16, extra_start=8, raw_start=0),
+    Projection(hopper.DH, 1030, 120, 776, FP16, FP16, extra_start=40, raw_start=64),
+]
+SHAPES = [  # m, k, n, rank of a layer
     (8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (8192, 14336, 4096, 16), (2048, 4096, 4096, 16),
     (8192, 8192, 8192, 16), (8192, 4096, 4096, 64), (512, 4096, 4096, 16), (8192, 4096, 1024, 16),
-    (8192, 4096, 512, 16), (8192, 4096, 256, 16), (8192, 14336, 512, 16),
+    (8192, 4096, 512, 16), (8192, 4096, 256, 16), (8192, 14336, 512, 16), (8192, 4096, 4096, 128),
 ]  # fmt: skip
-CHECKED = [(300, 200, 520, 16), (1024, 1024, 1032, 72), (300, 200, 264, 24)]
-FORMS = ("forward", "dx", "dx with dropout")
-ONE_PASS = "one pass"  # of the forward pass: beside y, u = x aᵀ is made and written
-DEVICE = "cuda"
-SETS, ROUNDS = 3, 20  # of operands, so that L2 does not hold them; of every provider in turn
+FULL = Program(
+    checked=[
+        *_checked(300, 200, 520, 16, BF16), *_checked(300, 200, 264, 24, FP16), *_checked(1024, 1024, 1032, 72, FP16),
+        *SIDE_CHANNELS,
+    ],
+    rows=list(dict.fromkeys(launch for shape in SHAPES for launch in launches_of(*shape, BF16))),
+    alone=[
+        Matmul(form, 8192, n, k, 16, BF16, BF16)
+        for n, k in ((4096, 4096), (14336, 4096), (4096, 14336)) for form in (hopper.FORWARD, hopper.DX)
+    ],
+    replayed=[Case(1024, 1024, n, layers=2, methods=(LORA,)) for n in (1024, 256)],
+    layers=[
+        replace(case, methods=(LORA,))
+        for case in (*cases.standard(True), Case(2048, 4096, 4096), Case(8192, 5120, 5120), Case(8192, 8192, 8192))
+    ],
+    row_plan=Plan(most=40, least=10, seconds=0.6, hold=True, input_sets=hopper_launches.SETS),
+    layer_plan=Plan(most=30, least=10, seconds=6.0, hold=True),
+)  # fmt: skip
+SMALL = list(launches_of(70, 136, 72, 8, BF16))
+ONCE = Plan(most=1, least=1, warmup=0)
+REHEARSAL = Program(
+    checked=[*SMALL, SIDE_CHANNELS[2]],
+    rows=SMALL,
+    alone=[Matmul(hopper.FORWARD, 70, 72, 136, 8, BF16, BF16)],
+    replayed=[Case(70, 136, 520, 8, layers=1, methods=(LORA,))],
+    layers=[Case(70, 136, 520, 8, layers=1, methods=(LORA,))],
+    row_plan=ONCE,
+    layer_plan=ONCE,
+)
 
 
-def operands(shape: tuple[int, int, int, int], form: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """Arguments of the augmented matmul: w of the forward pass lies by k, that of dx by columns."""
-    m, k, n, rank = shape
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=DEVICE).mul_(size[-1] ** -0.5).to(dtype)
-
-    given: dict[str, Any] = {"x": random(m, k), "t": random(m, rank), "bias": None, "keep": None, "scale": 2.0}
-    if form == ONE_PASS:
-        given |= {"t": None, "a": random(rank, k), "u": torch.empty(m, rank, dtype=dtype, device=DEVICE)}
-    if form in ("forward", ONE_PASS):
-        return given | {"w": random(n, k).T, "b": random(n, rank).T, "bias": random(n)}
-    given |= {"w": random(k, n), "b": random(rank, n)}
-    if form == "dx with dropout":
-        size = (m, -(-n // 32))
-        given["keep"] = torch.randint(-(2**31), 2**31, size, generator=generator, device=DEVICE).to(torch.int32)
-    return given
+def kernels_for(launch: Launch) -> tuple[str, ...]:
+    return (hopper.PORTABLE, *hopper.kernels_of(launch.form))
 
 
-def multiply(given: dict[str, Any], y: Tensor) -> None:
-    """One launch, by the variant that the environment names, else the portable kernel."""
-    bias, keep = given["bias"], given["keep"]
-    one_pass = {"a": given["a"], "side": cuda._side(None, 0, given["u"], None, 0, 1.0, 1.0)} if "a" in given else {}
-    cuda._augmented_matmul(
-        given["x"], given["w"], given["t"], given["b"], y, given["scale"], bias=0 if bias is None else bias.data_ptr(),
-        keep=0 if keep is None else keep.data_ptr(), keep_words=0 if keep is None else keep.shape[1],
-        **one_pass,
-    )  # fmt: skip
+def check(steps: Steps, launches: Iterable[Launch], device: torch.device) -> None:
+    """One step for each; kernels that were wrong before are left out."""
+    for launch in launches:
+        steps.run(f"check {launch}", lambda launch=launch: _faults(steps, launch, device))
 
 
-def result(given: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """What it must come to, by PyTorch in ``dtype``."""
-    x, w, b = (given[name].to(dtype) for name in ("x", "w", "b"))
-    t = x @ given["a"].to(dtype).T if "a" in given else given["t"].to(dtype)
-    low_rank = given["scale"] * (t @ b)
-    if given["keep"] is not None:
-        bits = given["keep"][:, :, None] >> torch.arange(32, device=DEVICE, dtype=torch.int32) & 1
-        low_rank = low_rank * bits.flatten(1)[:, : w.shape[1]]
-    y = x @ w + low_rank
-    return y if given["bias"] is None else y + given["bias"].to(dtype)
+def _faults(steps: Steps, launch: Launch, device: torch.device) -> dict[str, Any]:
+    found = hopper_launches.faults(launch, steps.right(kernels_for(launch)), device, steps.launching)
+    steps.wrong.update(found)
+    steps.launching(None)
+    return {"wrong": found}
 
 
-def check(name: str) -> None:
-    """AssertionError names what is wrong with a variant."""
-    for shape in CHECKED:
-        for form in forms_of(shape):
-            check_shape(name, shape, form)
+def rows(
+    steps: Steps, launches: Iterable[Launch], device: torch.device, plan: Plan, deadline: float = math.inf
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the measured table, of the launches that begin before the deadline; each is checked first.
+
+    A kernel that proves wrong at any of them is in no row.
+    """
+    table: dict[str, list[dict[str, Any]]] = {Matmul.table: [], Projection.table: []}
+    for launch in launches:
+        if time.monotonic() >= deadline:
+            break
+        found = steps.run(f"time {launch}", lambda launch=launch: _time(steps, launch, device, plan))
+        if "row" in found:
+            table[launch.table].append(found["row"])
+            shares = ", ".join(f"{name} {share:.3f}" for name, share in found["of_library"].items())
+            print(f"{launch}: {found['library']:.1f} us; of its speed: {shares}", flush=True)
+    for row in (row for kind in table.values() for row in kind):
+        row["microseconds"] = {name: row["microseconds"][name] for name in steps.right(row["microseconds"])}
+    return table
 
 
-def check_shape(name: str, shape: tuple[int, int, int, int], form: str) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        given = operands(shape, form, dtype, seed=0)
-        y = torch.full((shape[0], shape[2]), float("nan"), dtype=dtype, device=DEVICE)
-        multiply(given, y)
-        what = f"{name}, {form}, {dtype}, {shape}"
-        assert_close_to_truth(y, result(given, torch.float64), result(given, dtype), what)
-        if form == ONE_PASS:
-            exact, plain = (given["x"].to(kind) @ given["a"].to(kind).T for kind in (torch.float64, dtype))
-            assert_close_to_truth(given["u"], exact, plain, f"u of {what}")
+def _time(steps: Steps, launch: Launch, device: torch.device, plan: Plan) -> dict[str, Any]:
+    """A row, and how it compares with the library's time for the product alone."""
+    _faults(steps, launch, device)
+    row = hopper_launches.times(launch, steps.right(kernels_for(launch)), device, plan)
+    library = row.pop(LIBRARY)
+    shares = {name: round(library / value, 4) for name, value in row["microseconds"].items()}
+    return {"row": row, LIBRARY: library, "of_library": shares}
 
 
-def forms_of(shape: tuple[int, int, int, int]) -> tuple[str, ...]:
-    _, _, n, rank = shape
-    return (*FORMS, ONE_PASS) if n <= cuda.ONE_PASS_COLUMNS and rank <= cuda.ONE_PASS_RANK else FORMS
-
-
-def microseconds(providers: dict[str, Callable[[int], None]]) -> dict[str, float]:
-    """Medians of all providers, each under the variant of its name, timed in turns with CUDA events."""
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for turn in range(ROUNDS + 3):
-        for name, call in providers.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with variant(name if name in hopper.VARIANTS else "off"):
-                start.record()
-                for operand in range(SETS):
-                    call(operand)
-                stop.record()
-            stop.synchronize()
-            if turn >= 3:
-                times[name].append(start.elapsed_time(stop) * 1000 / SETS)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def measure(shape: tuple[int, int, int, int], form: str, variants: Sequence[str]) -> dict[str, Any]:
-    every = [operands(shape, form, torch.bfloat16, seed) for seed in range(SETS)]
-    y = torch.empty(shape[0], shape[2], dtype=torch.bfloat16, device=DEVICE)
-    frozen = [(given["x"], given["w"].T, given["bias"]) for given in every]
-    providers: dict[str, Callable[[int], None]] = {"linear": lambda i: functional.linear(*frozen[i])}
-    for name in ("off", *(variants[:1] if form == ONE_PASS else variants)):  # one pass has one kernel for all
-        providers[name] = lambda i: multiply(every[i], y)
-    times = microseconds(providers)
-    shares = {name: round(times["linear"] / value, 4) for name, value in times.items()}
-    return {"m k n rank": shape, "form": form, "microseconds": times, "of_linear": shares}
-
-
-@contextmanager
-def variant(name: str) -> Iterator[None]:
-    """The environment that asks for it inside the ``with`` block."""
-    with mock.patch.dict("os.environ", {hopper.OPT_IN: name}):
-        yield
-
-
-def rows(variants: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for shape in SHAPES:
-        for form in forms_of(shape):
-            row = measure(shape, form, variants)
-            shares = ", ".join(f"{name} {share:.3f}" for name, share in row["of_linear"].items() if name != "linear")
-            print(f"{shape} {form}: linear {row['microseconds']['linear']:.1f} us; {shares}", flush=True)
-            yield row
+def share_bandwidth(steps: Steps, launches: Iterable[Launch], rate: float) -> None:
+    """Beside each projection that was timed, the share of a copy's bytes a second at which x, a and h were moved."""
+    for launch in launches:
+        found = steps.found["steps"].get(f"time {launch}", {})
+        if isinstance(launch, Projection) and "row" in found:
+            times = found["row"]["microseconds"] | {LIBRARY: found[LIBRARY]}
+            moved = launch.bytes_moved() / rate * 1e6
+            found["of_bandwidth"] = {name: round(moved / value, 4) for name, value in times.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, then time; 1 where a variant is wrong, which is then not timed."""
+    """Check, then time; 1 where a kernel is wrong or a step failed."""
+    options = _options(arguments)
+    program, device = (REHEARSAL, torch.device("cpu")) if options.rehearse else (FULL, torch.device("cuda"))
+    begun, budget = time.monotonic(), options.budget_seconds
+    steps = Steps(options.output)
+    check(steps, program.checked, device)
+    copied = steps.run("rate of a copy", lambda: {"bytes a second": measure_rates([], device, clock_of(device)).copy})
+    rows(steps, program.alone, device, program.row_plan)
+    hopper.admit(rows(steps, program.rows, device, program.row_plan, begun + budget / 2))
+    if rate := copied.get("bytes a second"):
+        share_bandwidth(steps, program.rows, rate)
+    replays = [_replay(steps, case, name, device) for case in program.replayed for name in hopper.VARIANTS]
+    graphs = device.type == "cuda" and not any("failed" in found for found in replays)
+    for case in program.layers:
+        if time.monotonic() < begun + budget:
+            _layer(steps, case, device, program.layer_plan, graphs, begun + budget)
+    reached = goals(steps.found["steps"], program)
+    steps.finish(goals=reached)
+    failed = [name for name, found in steps.found["steps"].items() if "failed" in found]
+    for goal in reached:
+        said = f"{goal['goal']} of {goal['of']}: {goal['value']:.4f} by {goal['by']}, the goal is {goal['limit']}"
+        print(f"{said}: {'met' if goal['met'] else 'not met'}")
+    met = sum(goal["met"] for goal in reached)
+    print(f"{len(steps.wrong)} kernels wrong, {len(failed)} steps failed; {met} of {len(reached)} goals met")
+    return int(bool(steps.wrong or failed))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="the rows, written after each")
-    options = parser.parse_args(arguments)
-    report: dict[str, Any] = {"wrong": {}, "rows": []}
-    for name in hopper.VARIANTS:
+    parser.add_argument("--output", type=Path, required=True, help="what was found, written at each step")
+    parser.add_argument("--budget-seconds", type=float, default=400.0)
+    parser.add_argument("--rehearse", action="store_true", help="go through the motions on a machine without a GPU")
+    return parser.parse_args(arguments)
+
+
+def _replay(steps: Steps, case: Case, setting: str, device: torch.device) -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        steps.launching(setting)
         try:
-            with variant(name):
-                check(name)
-        except (AssertionError, RuntimeError) as error:
-            report["wrong"][name] = str(error)[:300]
-            print(f"{name}: {error}")
-    options.output.write_text(json.dumps(report))
-    for row in rows([name for name in hopper.VARIANTS if name not in report["wrong"]]):
-        report["rows"].append(row)
-        options.output.write_text(json.dumps(report, indent=1))
-    best = max((share, name) for row in report["rows"] for name, share in row["of_linear"].items() if name != "linear")
-    print(f"{len(report['wrong'])} variants wrong; the best share of linear is {best[0]:.3f}, by {best[1]}")
-    return int(bool(report["wrong"]))
+            hopper_layers.check_replay(case, setting, device)
+        except (AssertionError, RuntimeError) as error:  # it may still be right where it is not captured
+            check_alive(device)
+            return {"failed": one_line(error)}
+        return {"equal": True}
+
+    return {} if setting in steps.wrong else steps.run(f"replay {setting}: {case}", work)
+
+
+def _layer(steps: Steps, case: Case, device: torch.device, plan: Plan, graphs: bool, deadline: float) -> None:
+    settings = steps.right((hopper.OFF, *SETTINGS))
+    found = steps.run(
+        f"layer {case}",
+        lambda: hopper_layers.times(case, settings, device, plan, graphs, deadline, steps.launching),
+    )
+    for name, ratios in found.get("of_frozen", {}).items():
+        print(f"layer {case}, {name}: forward {ratios['forward']:.3f}, both {ratios['both']:.3f} of frozen", flush=True)
+
+
+def goals(found: dict[str, dict[str, Any]], program: Program) -> list[dict[str, Any]]:
+    """What the best setting with Hopper kernels reaches of each goal, by layer, and the best kernel by matmul alone."""
+    reached = []
+    for case in program.layers:
+        every = found.get(f"layer {case}", {}).get("of_frozen", {})
+        ours = {name: ratios for name, ratios in every.items() if name in SETTINGS}
+        limits = GOALS | ({"ahead of torch": every["torch"]["both"]} if "torch" in every else {})
+        for goal, limit in limits.items() if ours else ():
+            phase = goal if goal in GOALS else "both"
+            best = min(ours, key=lambda name: ours[name][phase])
+            value = ours[best][phase]
+            reached.append({"goal": goal, "of": str(case), "limit": limit, "by": best, "value": value})
+            reached[-1]["met"] = value <= limit if goal in GOALS else value < limit
+    for launch in program.alone:
+        every = found.get(f"time {launch}", {}).get("of_library", {})
+        ours = {name: share for name, share in every.items() if name in hopper.VARIANTS}
+        if ours:
+            best = max(ours, key=ours.__getitem__)
+            goal = {"goal": "matmul", "of": str(launch), "limit": MATMUL_GOAL, "by": best, "value": ours[best]}
+            reached.append(goal | {"met": ours[best] >= MATMUL_GOAL})
+    return reached
 
 
 if __name__ == "__main__":

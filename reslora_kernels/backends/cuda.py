@@ -93,16 +93,27 @@ def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
 
 def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     """How a forward pass without dropout would be computed, and why."""
-    one_pass = _one_pass(x, weight.shape[0], rank, None, 1.0)
-    tile = LARGE_TILE if _large(x, weight.shape[0]) else LARGE_TILE // 2
-    kernel = f"in tiles of {tile} x {tile}"
-    if name := hopper.asked_for():
-        reason = hopper.unsupported_reason(_extension(), x, weight.T, columns=weight.shape[0])
-        kernel += f", not by the Hopper kernel: {reason}" if reason else ""
-        kernel = kernel if reason else f"by the {'one-pass' if one_pass else name} Hopper kernel ({hopper.OPT_IN})"
+    n = weight.shape[0]
+    one_pass = _one_pass(x, n, rank, None, 1.0)
+    form = hopper.ONE_PASS if one_pass else hopper.form_of(weight.T, None, False)
+    choice = hopper.matmul(_extension(), x, form, n, rank)
+    reason = hopper.unsupported_reason(_extension(), x, weight.T, columns=n)
+    matmul = _kernel(choice, reason)
+    tile = LARGE_TILE if _large(x, n) else LARGE_TILE // 2
+    matmul += f", in tiles of {tile} x {tile}" if reason or choice.kernel is None else ""
     if one_pass:
-        return f"one pass: both products from one read of x, for at most {ONE_PASS_COLUMNS} columns of y, {kernel}"
-    return f"two passes: h first, then the matmul on top of the low-rank product, {kernel}"
+        return f"one pass: both products from one read of x, for at most {ONE_PASS_COLUMNS} columns of y, {matmul}"
+    projection = _kernel(
+        hopper.projection(_extension(), x, hopper.H, rank), hopper.unsupported_reason(_extension(), x, columns=0)
+    )
+    return f"two passes: h first, {projection}; then the matmul on top of the low-rank product, {matmul}"
+
+
+def _kernel(choice: hopper.Choice, unsupported: str | None) -> str:
+    """Which kernel serves, and why."""
+    if choice.kernel is None or unsupported:
+        return f"by the portable kernel, not by a Hopper one: {choice.reason if choice.kernel is None else unsupported}"
+    return f"by the {choice.kernel} Hopper kernel: {choice.reason}"
 
 
 def forward(
@@ -201,10 +212,12 @@ def _augmented_matmul(
     """y [M, N] = x w + scale t b and what ``options`` add: see csrc/params.h. Either t or ``a`` is given."""
     given = {"t": t, "a": a}
     matrices = {"x": x, "w": w, "b": b} | {name: matrix for name, matrix in given.items() if matrix is not None}
-    if hopper.asked_for() and hopper.in_order(w, b, t, a):
+    form = hopper.form_of(w, a, bool(options.get("keep")))
+    kernel, _ = hopper.matmul(_extension(), x, form, y.shape[1], b.shape[0])
+    if kernel is not None and hopper.in_order(w, b, t, a):
         converted = {name: matrix.to(x.dtype) for name, matrix in matrices.items()}  # not by the copy engine on the way
-        options["hopper"] = hopper.variant_of(_extension(), *converted.values(), columns=y.shape[1])
-        matrices = converted if options["hopper"] else matrices
+        if hopper.unsupported_reason(_extension(), *converted.values(), columns=y.shape[1]) is None:
+            options["hopper"], matrices = hopper.VARIANTS.get(kernel, 1), converted  # in one pass any number will do
     _extension().augmented_matmul(
         _math(x.dtype), _device_of(x), _large(x, y.shape[1]), scale=scale, y=_output(y),
         **{name: _matrix(matrix) for name, matrix in matrices.items()}, **options,
@@ -215,9 +228,10 @@ def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, seed: Tensor |
     """x aᵀ through the side channel; few rows: K in parts, so that the processors have something to do."""
     (m, k), rank = x.shape, a.shape[0]
     width, streamed = max(rank, inner_columns), False
-    if hopper.asked_for():
+    form = hopper.H if a.stride(1) == 1 else hopper.DH
+    if seed is None and hopper.projection(_extension(), x, form, width).kernel is not None:
         converted = a.to(x.dtype)  # which the copy engine cannot do on the way
-        streamed = hopper.projects(_extension(), x, converted, columns=width, dropout=seed is not None)
+        streamed = hopper.unsupported_reason(_extension(), x, converted, columns=0) is None
         a = converted if streamed else a
     wanted = _processors(x) // max(1, -(-m // ROWS_PER_BLOCK) * (1 if streamed else -(-width // ROWS_PER_BLOCK)))
     split, parts = _split(k, wanted, 256)

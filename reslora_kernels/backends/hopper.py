@@ -1,53 +1,163 @@
-"""When csrc/augmented_matmul_sm90.cu and csrc/project_sm90.cu work for the cuda backend: where asked for and able.
+"""Which calls of the cuda backend the Hopper kernels, csrc/*_sm90.cu, serve: those that they were measured fastest for.
 
-They have not been measured, so nobody gets them unasked: ``RESLORA_CUDA_HOPPER`` names a variant of the former, and
-with any of them come the latter and, for one pass, csrc/augmented_matmul_one_pass_sm90.cu.
+``RESLORA_CUDA_HOPPER`` is "auto" where it is not set: the table of ``kernels.measured`` names the fastest kernel near
+the call's shape, and where it knows none the portable kernel serves. "off" is the portable kernel for all; a variant's
+name asks for that variant of csrc/augmented_matmul_sm90.cu wherever it is able, for csrc/project_sm90.cu and, in one
+pass, for csrc/augmented_matmul_one_pass_sm90.cu, which have but one.
 """
 
 from __future__ import annotations
 
 import os
-from functools import cache
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-OPT_IN = "RESLORA_CUDA_HOPPER"
+from ..kernels import measured
+
+VARIABLE = "RESLORA_CUDA_HOPPER"
+AUTO, OFF = "auto", "off"
 VARIANTS = {"cooperative": 1, "cooperative-pair": 2, "ping-pong": 3, "ping-pong-pair": 4}  # as in csrc/params.h
+# What else the table compares: the kernels for all GPUs, augmented_matmul_one_pass_sm90.cu, project_sm90.cu.
+PORTABLE, IN_ONE_PASS, STREAMING = "portable", "one-pass", "streaming"
+FORWARD, DX, DX_MASKED, ONE_PASS = "forward", "dx", "dx with dropout", "one pass"  # forms of the matmul in the table
+H, DH = "h", "dh"  # and of the projection: a row by row, or column by column
+GENERATION = "sm_90"
 LEAST_ROWS = 64  # below, most of a tile of 128 rows would be of no use
 PROJECTED = 128  # columns of x aᵀ that a block has in registers
 ALIGNMENT = 16  # bytes: of a base and of a stride, for the copy engine
 
 
-def asked_for() -> str | None:
-    """The variant that the environment names, if any.
+class Choice(NamedTuple):
+    """The Hopper kernel that serves a kind of call, None for the portable one, and why."""
+
+    kernel: str | None
+    reason: str
+
+
+def setting() -> str:
+    """What the environment says: "auto", "off" or a variant.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: none of these.
     """
-    name = os.environ.get(OPT_IN) or "off"
-    if name != "off" and name not in VARIANTS:
-        raise ValueError(f"{OPT_IN} must be 'off' or one of {', '.join(map(repr, VARIANTS))}, got {name!r}")
-    return None if name == "off" else name
+    name = os.environ.get(VARIABLE) or AUTO
+    if name not in (AUTO, OFF) and name not in VARIANTS:
+        raise ValueError(f"{VARIABLE} must be 'auto', 'off' or one of {', '.join(map(repr, VARIANTS))}, got {name!r}")
+    return name
 
 
-def variant_of(extension: Any, x: Tensor, *others: Tensor, columns: int) -> int:
-    """The variant's number in the extension that multiplies x [M, K] and ``others`` to [M, columns]; 0 for none."""
-    name = asked_for()
-    return 0 if name is None or unsupported_reason(extension, x, *others, columns=columns) else VARIANTS[name]
+@contextmanager
+def requested(name: str) -> Iterator[None]:
+    """The setting inside; for measuring one kernel against another."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+
+def form_of(w: Tensor, a: Tensor | None, masked: bool) -> str:
+    """What the table calls the matmul with w [K, N] and, in one pass, ``a``: by the layout of w, whichever the pass."""
+    if a is not None:
+        return ONE_PASS
+    if w.stride(0) == 1:
+        return FORWARD
+    return DX_MASKED if masked else DX
+
+
+def kernels_of(form: str) -> tuple[str, ...]:
+    """The Hopper kernels for a form, by their names in the table."""
+    if form in (H, DH):
+        return (STREAMING,)
+    return (IN_ONE_PASS,) if form == ONE_PASS else tuple(VARIANTS)
+
+
+def matmul(extension: Any, x: Tensor, form: str, n: int, rank: int) -> Choice:
+    """For x [M, K], ``n`` columns of y and ``rank`` rows of b; found once for each kind of call."""
+    return _choice(setting(), extension, x.device, x.dtype, "cuda_matmuls", form, x.shape[0], n, x.shape[1], rank)
+
+
+def projection(extension: Any, x: Tensor, form: str, n: int) -> Choice:
+    """For x [M, K] and ``n`` columns of x aᵀ, no dropout; found once for each kind of call."""
+    if n > PROJECTED:
+        return Choice(None, f"the result has more than {PROJECTED} columns")
+    return _choice(setting(), extension, x.device, x.dtype, "cuda_projections", form, x.shape[0], n, x.shape[1], None)
+
+
+@lru_cache(maxsize=4096)
+def _choice(
+    asked: str,
+    extension: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: str,
+    form: str,
+    m: int,
+    n: int,
+    k: int,
+    rank: int | None,
+) -> Choice:
+    if asked == OFF:
+        return Choice(None, f"{VARIABLE}={OFF}")
+    if reason := _unable_reason(extension, device, dtype, m):
+        return Choice(None, reason)
+    kernels = kernels_of(form)
+    if asked != AUTO:
+        return Choice(asked if asked in kernels else kernels[0], f"{VARIABLE}={asked}")
+    sizes = {"m": m, "n": n, "k": k} | ({} if rank is None else {"rank": rank})
+    exact: dict[str, str | bool] = {"form": form, "dtype": str(dtype)}
+    row = measured.nearest(GENERATION, kind, sizes, exact) if all(sizes.values()) else None
+    found = row["microseconds"] if row else {}
+    times = {name: found[name] for name in (PORTABLE, *kernels) if name in found}
+    if not times:
+        return Choice(None, "none was measured near this shape")
+    fastest = min(times, key=times.__getitem__)
+    if fastest == PORTABLE:
+        return Choice(None, f"the portable one was measured fastest near this shape ({times[fastest]:.0f} us)")
+    return Choice(fastest, f"measured fastest near this shape ({times[fastest]:.0f} us)")
+
+
+def admit(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """In this process, put rows of "cuda_matmuls" and "cuda_projections" in the place of those in use."""
+    measured.table().setdefault(GENERATION, {}).update(rows)
+    _choice.cache_clear()
+
+
+def unavailable_reason(extension: Any, device: torch.device) -> str | None:
+    """Why no Hopper kernel can run on the device at all; None when they can."""
+    if not getattr(extension, "HAS_SM90", False):
+        return "this build has no code for sm_90a"
+    if device.type == "cuda" and _capability(device.index) != (9, 0):
+        return "the GPU is not of compute capability 9.0"
+    return None
+
+
+def _unable_reason(extension: Any, device: torch.device, dtype: torch.dtype, m: int) -> str | None:
+    """Why none can serve calls of a kind, wherever their operands lie."""
+    if reason := unavailable_reason(extension, device):
+        return reason
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "it multiplies float16 or bfloat16"
+    if m < LEAST_ROWS:
+        return f"x has fewer than {LEAST_ROWS} rows"
+    return None
 
 
 def unsupported_reason(extension: Any, x: Tensor, *others: Tensor, columns: int) -> str | None:
-    """Why it cannot: the portable kernel serves such a call instead."""
-    if not getattr(extension, "HAS_SM90", False):
-        return "this build has no code for sm_90a"
-    if x.is_cuda and _capability(x.device.index) != (9, 0):
-        return "the GPU is not of compute capability 9.0"
-    if x.dtype not in (torch.float16, torch.bfloat16) or any(other.dtype != x.dtype for other in others):
+    """Why none can multiply x [M, K] and ``others`` to [M, columns]: the portable kernel serves such a call instead."""
+    if reason := _unable_reason(extension, x.device, x.dtype, x.shape[0]):
+        return reason
+    if any(other.dtype != x.dtype for other in others):
         return "it multiplies float16 or bfloat16"
-    if x.shape[0] < LEAST_ROWS:
-        return f"x has fewer than {LEAST_ROWS} rows"
     if columns % (ALIGNMENT // x.element_size()):
         return f"the rows of the result are not a multiple of {ALIGNMENT} bytes"
     if x.stride(1) != 1 or not all(map(_can_be_copied, (x, *others))):
@@ -64,20 +174,6 @@ def in_order(w: Tensor, b: Tensor, t: Tensor | None, a: Tensor | None) -> bool:
     return (by_columns or by_rows) and t is not None and t.stride(1) == 1
 
 
-def projects(extension: Any, x: Tensor, a: Tensor, *, columns: int, dropout: bool) -> bool:
-    """Whether csrc/project_sm90.cu makes x aᵀ, of which ``columns`` are filled, from x [M, K] and a [R, K]."""
-    return asked_for() is not None and unprojected_reason(extension, x, a, columns=columns, dropout=dropout) is None
-
-
-def unprojected_reason(extension: Any, x: Tensor, a: Tensor, *, columns: int, dropout: bool) -> str | None:
-    """Why it does not: the portable kernel serves such a call instead."""
-    if dropout:
-        return "it draws no mask"
-    if columns > PROJECTED:
-        return f"the result has more than {PROJECTED} columns"
-    return unsupported_reason(extension, x, a, columns=0)
-
-
 def _can_be_copied(matrix: Tensor) -> bool:
     rows, columns = matrix.stride()
     step = rows if columns == 1 else columns
@@ -86,5 +182,5 @@ def _can_be_copied(matrix: Tensor) -> bool:
 
 
 @cache
-def _capability(index: int) -> tuple[int, int]:
+def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)

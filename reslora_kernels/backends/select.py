@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..kernels.measured import nearest
+from ..kernels.tiles import gpu_of
 
 PREFERENCE = ("triton", "cuda", "torch")  # "auto" takes the first that can serve the call, unless another was faster
 OVERRIDE = "RESLORA_BACKEND"
@@ -131,12 +132,11 @@ def choose(backend: str, x: Tensor, weight: Tensor, rank: int) -> ModuleType:
 
 def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int) -> tuple[str, str]:
     """The first backend by preference, unless the committed table knows a faster one near this shape."""
-    if "triton" in able and x.numel() and weight.numel():
-        generation = _require("triton").generation(x.device)
+    if x.numel() and weight.numel():
         sizes = {"m": x.shape[0], "n": weight.shape[0], "k": weight.shape[1], "rank": rank}
-        row = nearest(generation, "calls", sizes, {"dtype": str(x.dtype)})
+        row = nearest(gpu_of(x.device).generation, "calls", sizes, {"dtype": str(x.dtype)})
         times = {name: row["microseconds"][name] for name in able if name in row["microseconds"]} if row else {}
-        if times:
+        if able[0] in times:
             name = min(times, key=times.__getitem__)
             return name, f"measured fastest near this shape ({times[name]:.0f} us)"
     return able[0], "first choice"

@@ -81,13 +81,6 @@ def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
     return None
 
 
-def generation(device: torch.device) -> str:
-    """The GPU generation under which measurements of this device are filed."""
-    from ..kernels.tiles import gpu_of
-
-    return gpu_of(device).generation
-
-
 def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     """How a forward pass without dropout would be computed, and why."""
     return _forward_choice(x, weight, rank, None, 1.0).reason

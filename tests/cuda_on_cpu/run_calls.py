@@ -39,7 +39,7 @@ def main(module: str, seeds: int, variant: str = "off") -> int:
     path = Path(module)
     extension = load(path)
     cuda._extension = lambda: extension  # type: ignore[assignment]
-    os.environ[hopper.OPT_IN] = variant
+    os.environ[hopper.VARIABLE] = variant
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     for seed in range(seeds):
         set_seed(path, seed)

@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from reslora_kernels.backends import cuda
 from reslora_kernels.backends import torch as library
 from reslora_kernels.kernels import choice, tiles
 
@@ -121,3 +122,11 @@ def truth(call: Call, values: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """The results in float64 from the same, already rounded, values."""
     exact = {name: t if t is None else t.double() for name, t in values.items()}
     return run(call.with_truth_dtype(), exact)
+
+
+def launched(call: Call, values: dict[str, Tensor | None], kernel: str) -> tuple[dict[str, Tensor], list[dict]]:
+    """The results by the cuda backend, and the keywords with which each launch of ``kernel`` was made."""
+    extension = cuda._extension()
+    with mock.patch.object(extension, kernel, wraps=getattr(extension, kernel)) as made:
+        results = run(call, values, cuda)
+    return results, [given.kwargs for given in made.call_args_list]

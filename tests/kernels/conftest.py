@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from reslora_kernels.backends import select, triton
+from reslora_kernels.backends import cuda, select, triton
 from tests import cuda_on_cpu
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need, see ``poisoned``
@@ -48,3 +48,18 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
     if reason := cuda_on_cpu.unavailable_reason():
         pytest.skip(reason)
     return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture
+def hopper_extension(emulated: Path | None, monkeypatch: pytest.MonkeyPatch) -> Path | None:
+    """What the cuda backend loads has the Hopper kernels: this GPU's, or without a GPU the emulated extension."""
+    if emulated is None:
+        if reason := cuda.unavailable_reason():
+            pytest.skip(reason)
+        if torch.cuda.get_device_capability() != (9, 0) or not cuda._extension().HAS_SM90:
+            pytest.skip("needs a GPU of compute capability 9.0 and a build for it")
+    else:
+        module = cuda_on_cpu.load(emulated)
+        monkeypatch.setattr(cuda, "_extension", lambda: module)
+        cuda_on_cpu.set_seed(emulated, 1)
+    return emulated

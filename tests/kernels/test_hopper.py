@@ -5,19 +5,16 @@ On a GPU of compute capability 9.0 the extension that was built; without a GPU t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks.gpu_check import hopper as gpu_check
 from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.testing import assert_close_to_truth
 
 from .. import cuda_on_cpu
-from .calls import Call, draw, run, truth
+from .calls import Call, draw, launched, run, truth
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CALLS = [
@@ -59,32 +56,20 @@ def name_of(value: object) -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def extension(emulated: Path | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path | None]:
-    if emulated is None:
-        if reason := cuda.unavailable_reason():
-            pytest.skip(reason)
-        if torch.cuda.get_device_capability() != (9, 0) or not cuda._extension().HAS_SM90:
-            pytest.skip("needs a GPU of compute capability 9.0 and a build for it")
-    else:
-        module = cuda_on_cpu.load(emulated)
-        monkeypatch.setattr(cuda, "_extension", lambda: module)
-        cuda_on_cpu.set_seed(emulated, 1)
-    yield emulated
+def extension(hopper_extension: Path | None) -> Path | None:
+    return hopper_extension
 
 
 @pytest.fixture(params=hopper.VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(hopper.OPT_IN, request.param)
+    monkeypatch.setenv(hopper.VARIABLE, request.param)
     return request.param
 
 
 def run_one_pass(call: Call, values: dict) -> dict[str, torch.Tensor]:
     """Forward and backward, the forward pass with the Hopper kernel's one-pass form."""
-    with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
-        results = run(call, values, cuda)
-    first = asked.call_args_list[0]
-    assert first.args[-1].shape == values["a_cat"].shape
-    assert hopper.unsupported_reason(*first.args, **first.kwargs) is None
+    results, made = launched(call, values, "augmented_matmul")
+    assert "a" in made[0] and made[0]["hopper"] == 1
     return results
 
 
@@ -96,13 +81,11 @@ def forward(call: Call, values: dict) -> tuple[torch.Tensor, ...]:
 
 
 def run_twice(call: Call, values: dict) -> dict[str, torch.Tensor]:
-    """Forward and backward, both with the Hopper kernel."""
-    with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
-        results = run(call, values, cuda)
-        expected = 2 if call.rank else 1  # without a rank of its own the backward pass has nothing to fuse
-        assert asked.call_count == expected
-        for given in asked.call_args_list:
-            assert hopper.unsupported_reason(*given.args, **given.kwargs) is None
+    """Forward and backward, both with the variant of the Hopper kernel that the environment names."""
+    results, made = launched(call, values, "augmented_matmul")
+    number = hopper.VARIANTS[hopper.setting()]
+    expected = 2 if call.rank else 1  # without a rank of its own the backward pass has nothing to fuse
+    assert [given["hopper"] for given in made] == [number] * expected
     return results
 
 
@@ -116,7 +99,7 @@ def test_integers_come_out_bit_for_bit(call: Call, variant: str, device: torch.d
 
 @pytest.mark.parametrize("call", ONE_PASS, ids=name_of)
 def test_one_pass(call: Call, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=True)
     expected = truth(call, values)
     for name, result in run_one_pass(call, values).items():
@@ -130,7 +113,7 @@ def test_one_pass(call: Call, device: torch.device, poisoned: None, monkeypatch:
 def test_one_pass_reads_each_tile_once_whatever_the_schedule(
     extension: Path | None, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "ping-pong")  # one pass has one kernel for all
+    monkeypatch.setenv(hopper.VARIABLE, "ping-pong")  # one pass has one kernel for all
     call = ONE_PASS[0]
     values = draw(call, device, integers=False)
     first = forward(call, values)
@@ -151,7 +134,7 @@ def test_one_pass_reads_each_tile_once_whatever_the_schedule(
 def test_one_pass_keeps_what_is_not_finite_in_its_row(
     value: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(ONE_PASS[0], device, integers=False)
     values["x"][7, 99] = value
     for result in forward(ONE_PASS[0], values):
@@ -172,7 +155,7 @@ def test_one_pass_keeps_what_is_not_finite_in_its_row(
 def test_one_pass_that_it_cannot_take_goes_to_the_portable_kernel(
     call: Call, extension: Path | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=True)
     expected = truth(call, values)
     if extension:
@@ -185,37 +168,29 @@ def test_one_pass_that_it_cannot_take_goes_to_the_portable_kernel(
         assert (counted.launches, counted.tensor_loads) == (1, 0)
 
 
-def project_calls(call: Call, values: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """The results, and the keywords with which each projection of them was launched."""
-    extension = cuda._extension()
-    with mock.patch.object(extension, "project", wraps=extension.project) as launched:
-        results = run(call, values, cuda)
-    return results, [given.kwargs for given in launched.call_args_list]
-
-
 @pytest.mark.parametrize(("call", "parts"), PROJECTED, ids=name_of)
 def test_projected_integers_come_out_bit_for_bit(
     call: Call, parts: tuple[int, int], monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=True)
     expected = truth(call, values)
-    results, launched = project_calls(call, values)
+    results, made = launched(call, values, "project")
     for name, result in results.items():
         assert torch.equal(result, expected[name].to(result.dtype)), name
-    assert [given["hopper"] for given in launched] == [True, True]
+    assert [given["hopper"] for given in made] == [True, True]
     if device.type == "cpu":
-        assert tuple(given["parts"] for given in launched) == parts
+        assert tuple(given["parts"] for given in made) == parts
 
 
 @pytest.mark.parametrize("call", [call for call, _ in PROJECTED[1:3]], ids=name_of)
 def test_projected_error_at_most_twice_plain_pytorchs(
     call: Call, monkeypatch: pytest.MonkeyPatch, device: torch.device, poisoned: None
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=False)
     expected, plain = truth(call, values), run(call, values)
-    for name, result in project_calls(call, values)[0].items():
+    for name, result in launched(call, values, "project")[0].items():
         assert_close_to_truth(result, expected[name], plain[name], name)
 
 
@@ -234,13 +209,13 @@ def test_what_cannot_be_streamed_is_projected_by_the_portable_kernel(
 ) -> None:
     values = draw(call, device, integers=True)
     expected = truth(call, values)
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
-    results, launched = project_calls(call, values)
-    assert [given["hopper"] for given in launched] == streamed
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
+    results, made = launched(call, values, "project")
+    assert [given["hopper"] for given in made] == streamed
     for name, result in results.items():
         assert torch.equal(result, expected[name].to(result.dtype)), name
-    monkeypatch.delenv(hopper.OPT_IN)
-    assert [given["hopper"] for given in project_calls(call, values)[1]] == [False, False]
+    monkeypatch.setenv(hopper.VARIABLE, "off")
+    assert [given["hopper"] for given in launched(call, values, "project")[1]] == [False, False]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
@@ -260,21 +235,6 @@ def test_same_bits_whatever_the_schedule(variant: str, extension: Path | None, d
             cuda_on_cpu.set_seed(extension, seed)
         again = run(call, values, cuda)
         assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-def test_what_the_gpu_check_checks(variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "DEVICE", device.type)
-    monkeypatch.setattr(gpu_check, "CHECKED", gpu_check.CHECKED[:1])
-    with mock.patch.object(hopper, "variant_of", wraps=hopper.variant_of) as asked:
-        gpu_check.check(variant)
-    assert asked.call_count == 6
-    gpu_check.check_shape(variant, (70, 72, 136, 8), gpu_check.ONE_PASS)
-    assert asked.call_count == 6
-    given = gpu_check.operands((70, 72, 136, 8), "dx with dropout", BF16, seed=1)
-    y = torch.zeros(70, 136, dtype=BF16, device=device)
-    gpu_check.multiply(given | {"scale": 3.0}, y)
-    with pytest.raises(AssertionError, match="another scale"):
-        assert_close_to_truth(y, *(gpu_check.result(given, dtype) for dtype in (torch.float64, BF16)), "another scale")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
@@ -301,27 +261,10 @@ def test_what_is_not_finite_comes_out_in_its_row_only(value: float, variant: str
 def test_what_it_cannot_take_goes_to_the_portable_kernel(
     call: Call, reason: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    monkeypatch.setenv(hopper.OPT_IN, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=True)
     x, others = values["x"], (values["weight"].T, values["b_cat"].T.to(values["x"].dtype))
     assert reason in (hopper.unsupported_reason(cuda._extension(), x, *others, columns=call.n) or "")
     expected = truth(call, values)
     for name, result in run(call, values, cuda).items():
         assert torch.equal(result, expected[name].to(result.dtype)), name
-
-
-def test_nobody_gets_it_unasked(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    values = draw(CALLS[0], device, integers=False)
-    x, weight = values["x"], values["weight"]
-    monkeypatch.delenv(hopper.OPT_IN, raising=False)
-    assert hopper.variant_of(cuda._extension(), x, weight.T, columns=520) == 0
-    assert "Hopper" not in cuda.explain(x, weight, 16)
-    monkeypatch.setenv(hopper.OPT_IN, "ping-pong")
-    assert hopper.variant_of(cuda._extension(), x, weight.T, columns=520) == 3
-    assert "by the ping-pong Hopper kernel (RESLORA_CUDA_HOPPER)" in cuda.explain(x, weight, 16)
-    assert "not by the Hopper kernel: x has fewer than 64 rows" in cuda.explain(x[:63], weight, 16)
-    assert cuda.explain(x, weight[:264], 16).startswith("one pass: ")
-    assert "by the one-pass Hopper kernel (RESLORA_CUDA_HOPPER)" in cuda.explain(x, weight[:264], 16)
-    monkeypatch.setenv(hopper.OPT_IN, "fast")
-    with pytest.raises(ValueError, match="RESLORA_CUDA_HOPPER must be 'off' or one of 'cooperative', "):
-        hopper.asked_for()

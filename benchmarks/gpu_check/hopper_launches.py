@@ -1,0 +1,265 @@
+"""Single launches of the cuda backend's matmul and projection: what they must come to, and their times in turns.
+
+Both kinds have a ``form`` of ``reslora_kernels.backends.hopper``; ``n`` counts the columns of the product, ``k`` its
+terms, so that those of dx are the layer's K and N. A and B are in float32 as layers have them, unless ``adapter`` says
+otherwise: what a kernel needs to convert them first is in its time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from reslora_kernels.backends import cuda, hopper
+from reslora_kernels.cli.bench.clocks import check_alive, clock_of, one_line
+from reslora_kernels.cli.bench.timing import Plan, Subject, measure, percentiles
+from reslora_kernels.testing import assert_close_to_truth
+
+SETS = 3  # of operands, so that L2 does not hold them
+LIBRARY = "library"
+
+
+class Random:
+    """Values whose row sums stay near 1."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+        self.generator, self.device, self.dtype = torch.Generator(device).manual_seed(seed), device, dtype
+
+    def matrix(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        values = torch.randn(size, generator=self.generator, device=self.device)
+        return values.mul_(size[-1] ** -0.5).to(dtype or self.dtype)
+
+    def bits(self, rows: int, columns: int) -> Tensor:
+        """int32 [rows, columns / 32], up."""
+        size = (rows, -(-columns // 32))
+        drawn = torch.randint(-(2**31), 2**31, size, generator=self.generator, device=self.device)
+        return drawn.to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """y [m, n] = x w + bias + keep * (scale t b), in one pass with t = x aᵀ, which is written too."""
+
+    form: str
+    m: int
+    n: int
+    k: int
+    rank: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.float32
+    table = "cuda_matmuls"
+
+    def __str__(self) -> str:
+        return f"{self.form} M={self.m} N={self.n} K={self.k} r={self.rank} {_types(self)}"
+
+    def sizes(self) -> dict[str, Any]:
+        dtype = {"form": self.form, "dtype": str(self.dtype)}
+        return dtype | {"m": self.m, "n": self.n, "k": self.k, "rank": self.rank}
+
+    def draw(self, device: torch.device, seed: int) -> dict[str, Any]:
+        """w of the forward pass lies by k, that of dx by columns."""
+        random = Random(device, self.dtype, seed)
+        given = {"x": random.matrix(self.m, self.k), "scale": 2.0, "bias": None, "keep": None}
+        given["y"] = torch.full((self.m, self.n), float("nan"), dtype=self.dtype, device=device)
+        if self.form == hopper.ONE_PASS:
+            u = torch.full((self.m, self.rank), float("nan"), dtype=self.dtype, device=device)
+            given |= {"a": random.matrix(self.rank, self.k, dtype=self.adapter), "t": u}
+        else:
+            given["t"] = random.matrix(self.m, self.rank)
+        if self.form in (hopper.FORWARD, hopper.ONE_PASS):
+            given["w"], given["b"] = (
+                random.matrix(self.n, self.k).T,
+                random.matrix(self.n, self.rank, dtype=self.adapter).T,
+            )
+            return given | {"bias": random.matrix(self.n)}
+        given["w"], given["b"] = random.matrix(self.k, self.n), random.matrix(self.rank, self.n, dtype=self.adapter)
+        return given | ({"keep": random.bits(self.m, self.n)} if self.form == hopper.DX_MASKED else {})
+
+    def launch(self, given: dict[str, Any]) -> None:
+        bias, keep, a = given["bias"], given["keep"], given.get("a")
+        made = {} if a is None else {"a": a, "side": cuda._side(None, 0, given["t"], None, 0, 1.0, 1.0)}
+        cuda._augmented_matmul(
+            given["x"], given["w"], given["t"] if a is None else None, given["b"], given["y"], given["scale"],
+            bias=0 if bias is None else bias.data_ptr(), keep=0 if keep is None else keep.data_ptr(),
+            keep_words=0 if keep is None else keep.shape[1], **made,
+        )  # fmt: skip
+
+    def found(self, given: dict[str, Any]) -> dict[str, Tensor]:
+        return {"y": given["y"]} | ({"u": given["t"]} if "a" in given else {})
+
+    def expected(self, given: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+        """By PyTorch in ``dtype``."""
+        x, w, b = (given[name].to(dtype) for name in ("x", "w", "b"))
+        t = x @ given["a"].to(dtype).T if "a" in given else given["t"].to(dtype)
+        low_rank = given["scale"] * (t @ b)
+        if given["keep"] is not None:
+            bits = given["keep"][:, :, None] >> torch.arange(32, device=x.device, dtype=torch.int32) & 1
+            low_rank = low_rank * bits.flatten(1)[:, : w.shape[1]]
+        y = x @ w + low_rank
+        y = y if given["bias"] is None else y + given["bias"].to(dtype)
+        return {"y": y} | ({"u": t} if "a" in given else {})
+
+    def library(self, given: dict[str, Any]) -> object:
+        """The frozen matmul alone."""
+        return torch.nn.functional.linear(given["x"], given["w"].T, given["bias"])
+
+
+@dataclass(frozen=True)
+class Projection:
+    """h = x aᵀ [m, n] through the side channel: factor h + extra, and raw_factor h from column ``raw_start`` on.
+
+    ``extra`` covers columns from ``extra_start`` on. Without these two the result is x aᵀ as it is.
+    """
+
+    form: str
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.float32
+    extra_start: int | None = None
+    raw_start: int | None = None
+    table = "cuda_projections"
+
+    def __str__(self) -> str:
+        side = {"extra": self.extra_start, "raw": self.raw_start}
+        also = "".join(f", {name} from {start}" for name, start in side.items() if start is not None)
+        return f"{self.form} M={self.m} N={self.n} K={self.k} {_types(self)}{also}"
+
+    def sizes(self) -> dict[str, Any]:
+        return {"form": self.form, "dtype": str(self.dtype), "m": self.m, "n": self.n, "k": self.k}
+
+    def draw(self, device: torch.device, seed: int) -> dict[str, Any]:
+        """``a`` lies row by row for h; for dh it is B, transposed."""
+        random, m, n, k = Random(device, self.dtype, seed), self.m, self.n, self.k
+        given = {"x": random.matrix(m, k), "factor": 1.0, "raw_factor": 1.0, "extra": None, "raw": None}
+        a = random.matrix(*((n, k) if self.form == hopper.H else (k, n)), dtype=self.adapter)
+        given["a"] = a if self.form == hopper.H else a.T
+        given["inner"] = torch.full((m, n), float("nan"), dtype=self.dtype, device=device)
+        if self.extra_start is not None:
+            given |= {"extra": random.matrix(m, n - self.extra_start), "factor": 2.0}
+        if self.raw_start is not None:
+            raw = torch.full((m, n - self.raw_start), float("nan"), dtype=self.dtype, device=device)
+            given |= {"raw": raw, "raw_factor": 0.5}
+        return given
+
+    def launch(self, given: dict[str, Any]) -> None:
+        side = cuda._side(
+            given["extra"], self.extra_start or 0, given["inner"], given["raw"], self.raw_start or 0, given["factor"],
+            given["raw_factor"],
+        )  # fmt: skip
+        cuda._project(given["x"], given["a"], side, self.n, None, 0.0)
+
+    def found(self, given: dict[str, Any]) -> dict[str, Tensor]:
+        return {name: given[name] for name in ("inner", "raw") if given[name] is not None}
+
+    def expected(self, given: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+        """By PyTorch in ``dtype``."""
+        h = given["x"].to(dtype) @ given["a"].to(dtype).T
+        inner = given["factor"] * h
+        if given["extra"] is not None:
+            inner[:, self.extra_start :] += given["extra"].to(dtype)
+        return {"inner": inner, "raw": given["raw_factor"] * h[:, self.raw_start or 0 :]}
+
+    def library(self, given: dict[str, Any]) -> object:
+        """The product alone."""
+        return given["x"] @ given["a"].to(self.dtype).T
+
+    def bytes_moved(self) -> int:
+        """Of x, a and h, each once."""
+        return self.dtype.itemsize * (self.m * self.k + self.n * self.k + self.m * self.n)
+
+
+Launch = Matmul | Projection
+
+
+def _types(launch: Launch) -> str:
+    return f"{launch.dtype}, adapters {launch.adapter}".replace("torch.", "")
+
+
+def launches_of(m: int, k: int, n: int, rank: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """All that a layer K -> N with M tokens may launch, forward and backward, with dropout and without."""
+    yield Matmul(hopper.FORWARD, m, n, k, rank, dtype)
+    yield Matmul(hopper.DX, m, k, n, rank, dtype)
+    yield Matmul(hopper.DX_MASKED, m, k, n, rank, dtype)
+    if n <= cuda.ONE_PASS_COLUMNS and rank <= cuda.ONE_PASS_RANK:
+        yield Matmul(hopper.ONE_PASS, m, n, k, rank, dtype)
+    yield Projection(hopper.H, m, rank, k, dtype)
+    yield Projection(hopper.DH, m, rank, n, dtype)
+
+
+@contextmanager
+def recorded() -> Iterator[list[int]]:
+    """Inside, the list takes of each launch of the extension which Hopper kernel it asked for, 0 for a portable one."""
+    asked: list[int] = []
+    extension = cuda._extension()
+    with ExitStack() as patches:
+        for name in ("augmented_matmul", "project"):
+            original = getattr(extension, name)
+
+            def launch(*given: Any, original: Any = original, **named: Any) -> None:
+                asked.append(int(named.get("hopper", 0)))
+                original(*given, **named)
+
+            patches.enter_context(mock.patch.object(extension, name, launch))
+        yield asked
+
+
+def setting_for(kernel: str) -> str:
+    """What the environment must say for a kernel of the table to serve."""
+    named = {hopper.PORTABLE: hopper.OFF, hopper.IN_ONE_PASS: "cooperative", hopper.STREAMING: "cooperative"}
+    return named.get(kernel, kernel)
+
+
+def faults(
+    launch: Launch, kernels: Sequence[str], device: torch.device, launching: Callable[[str], None] = lambda kernel: None
+) -> dict[str, str]:
+    """What is wrong with each kernel that is: against float64, by the rule of ``testing``, or another one serves.
+
+    ``launching`` is told before each.
+
+    Raises:
+        DeviceLostError: the last one that was launched took the GPU along.
+    """
+    given, found = launch.draw(device, seed=0), {}
+    truth, plain = launch.expected(given, torch.float64), launch.expected(given, launch.dtype)
+    for kernel in kernels:
+        launching(kernel)
+        for tensor in launch.found(given).values():
+            tensor.fill_(float("nan"))
+        try:
+            with hopper.requested(setting_for(kernel)), recorded() as asked:
+                launch.launch(given)
+            if asked != [0 if kernel == hopper.PORTABLE else hopper.VARIANTS.get(kernel, 1)]:
+                raise AssertionError("another kernel serves in its place")
+            for name, result in launch.found(given).items():
+                assert_close_to_truth(result, truth[name], plain[name], name)
+        except (AssertionError, RuntimeError) as error:
+            found[kernel] = f"{launch}: {one_line(error)}"
+            check_alive(device)
+    return found
+
+
+def times(launch: Launch, kernels: Sequence[str], device: torch.device, plan: Plan) -> dict[str, Any]:
+    """A row of the measured table, and the library's microseconds beside it; medians of rounds in turns."""
+    every = [launch.draw(device, seed) for seed in range(SETS)]
+
+    def subject(kernel: str) -> Subject:
+        def run(index: int) -> None:
+            with hopper.requested(setting_for(kernel)):
+                launch.launch(every[index])
+
+        return Subject(kernel, run)
+
+    subjects = [Subject(LIBRARY, lambda index: launch.library(every[index])), *map(subject, kernels)]
+    samples = measure(subjects, clock_of(device), plan, lambda: check_alive(device))
+    medians = {name: percentiles(found.forward)[1] * 1e6 for name, found in samples.items() if found.failure is None}
+    microseconds = {name: round(value, 2) for name, value in medians.items()}
+    library = microseconds.pop(LIBRARY, None)
+    return launch.sizes() | {"microseconds": microseconds, LIBRARY: library}

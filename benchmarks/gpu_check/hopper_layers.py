@@ -1,0 +1,129 @@
+"""Whole layers by the cuda backend under each setting of ``RESLORA_CUDA_HOPPER``: captured as graphs, and timed.
+
+Layers, their inputs and what they must come to are those of ``reslora bench``.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_check.hopper_launches import recorded
+from reslora_kernels.backends import hopper
+from reslora_kernels.cli.bench.accuracy import Judge
+from reslora_kernels.cli.bench.capture import Pass, capture, eager, replayed
+from reslora_kernels.cli.bench.cases import LORA, Case
+from reslora_kernels.cli.bench.clocks import check_alive, clock_of, one_line
+from reslora_kernels.cli.bench.providers import FROZEN, PROVIDERS
+from reslora_kernels.cli.bench.timing import PHASES, Plan, Samples, Subject, measure, percentiles, relative
+from reslora_kernels.cli.bench.workload import cache_bytes, draw, input_sets
+
+TORCH = "torch"
+OURS = PROVIDERS["ours-cuda"]
+
+
+def check_replay(case: Case, setting: str, device: torch.device) -> None:
+    """Raise an AssertionError unless forward and backward, replayed from CUDA graphs, give what they gave when called.
+
+    On a CPU, which has no graphs, they are called again.
+    """
+    workload = draw(case, device)
+    one = Pass(OURS.build(workload, LORA), workload)
+    with hopper.requested(setting), recorded() as asked:
+        results = one.results()
+        if not any(asked):
+            raise AssertionError(f"no Hopper kernel serves {case}")
+        again = _replayed(one) if device.type == "cuda" else one.results()
+    for name, tensors in results.items():
+        for n, (found, expected) in enumerate(zip(again[name], tensors, strict=True)):
+            if not torch.equal(found, expected):
+                raise AssertionError(f"{setting}, {case}: {name} of layer {n} differs when it is replayed")
+
+
+def _replayed(one: Pass) -> dict[str, list[Tensor]]:
+    """y, dx, dA, dB of graphs whose outputs held something else before."""
+    replay = capture(one)
+    outputs, gradients, _ = replay.kept
+    for tensor in (*outputs, *gradients):
+        tensor.detach().fill_(float("nan"))
+    replay.forward.replay()
+    replay.backward.replay()
+    torch.cuda.synchronize()
+    count = len(one.workload.xs)
+    names = ("dx", "dA", "dB")
+    parts = {name: list(gradients[n * count : (n + 1) * count]) for n, name in enumerate(names)}
+    return {"y": [y.detach() for y in outputs]} | parts
+
+
+def times(
+    case: Case,
+    settings: Sequence[str],
+    device: torch.device,
+    plan: Plan,
+    graphs: bool,
+    deadline: float,
+    launching: Callable[[str | None], None],
+) -> dict[str, Any]:
+    """Each setting and the reordered library calls, "torch", relative to the frozen linears, in turns.
+
+    Who is wrong is refused, and not timed. ``graphs``: replayed, so that launching from Python is not measured.
+    ``launching`` is told before each setting's first launch, and with None when all of them take turns.
+    """
+    sets = [draw(case, device, seed) for seed in range(input_sets(case, cache_bytes(device), most=4))]
+    judge, subjects, refused = Judge(sets[0]), [], {}
+    for name in (FROZEN, TORCH, *settings):
+        provider = OURS if name in settings else PROVIDERS[FROZEN if name == FROZEN else "ours-torch"]
+        setting = name if name in settings else hopper.OFF
+        launching(setting if name in settings else None)
+        with hopper.requested(setting):
+            try:
+                refused[name] = judge.check(provider, LORA).refusal
+                if refused[name] is None:
+                    passes = [Pass(provider.build(workload, LORA), workload) for workload in sets]
+                    subjects.append(replayed(name, passes) if graphs else _under(setting, eager(name, passes)))
+            except Exception as error:  # whatever a library raises: the others go on
+                refused[name] = one_line(error)
+                check_alive(device)
+    launching(None)
+    del judge
+    gc.collect()
+    plan = replace(plan, input_sets=len(sets))
+    samples = measure(subjects, clock_of(device), plan, lambda: check_alive(device), deadline)
+    refused |= {name: found.failure for name, found in samples.items() if found.failure}
+    timed = {name: found for name, found in samples.items() if found.failure is None}
+    found = {"case": str(case), "graphs": graphs, "refused": {name: why for name, why in refused.items() if why}}
+    return found | {
+        "microseconds": {name: _medians(of) for name, of in timed.items()},
+        "of_frozen": {name: _ratios(of, timed[FROZEN]) for name, of in timed.items() if FROZEN in timed},
+    }
+
+
+def _under(setting: str, subject: Subject) -> Subject:
+    """The same, asked for anew whenever it is called."""
+
+    def forward(index: int) -> Any:
+        with hopper.requested(setting):
+            return subject.forward(index)
+
+    def backward(index: int, outputs: Any) -> Any:
+        assert subject.backward is not None
+        with hopper.requested(setting):
+            return subject.backward(index, outputs)
+
+    return Subject(subject.name, forward, backward)
+
+
+def _medians(samples: Samples) -> dict[str, float]:
+    return {phase: round(percentiles(samples.of(phase))[1] * 1e6, 2) for phase in PHASES}
+
+
+def _ratios(samples: Samples, frozen: Samples) -> dict[str, float]:
+    """Medians of the quotients of a round, by phase; "noise" is the larger half-width of their 95 % intervals."""
+    found = {phase: relative(samples.of(phase), frozen.of(phase)) for phase in PHASES}
+    ratios = {phase: round(quotient.median, 4) for phase, quotient in found.items()}
+    return ratios | {"noise": round(max(quotient.noise for quotient in found.values()), 4)}

@@ -1,0 +1,169 @@
+"""Which calls the Hopper kernels serve, by setting and by measured table, and the check of a GPU that measures them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks import tune
+from benchmarks.gpu_check import hopper as gpu_check
+from benchmarks.gpu_check import hopper_launches
+from reslora_kernels.backends import cuda, hopper, select
+from reslora_kernels.cli.bench.timing import Samples, Subject
+from reslora_kernels.kernels import measured
+
+from .calls import Call, draw, launched, run, truth
+
+pytestmark = pytest.mark.usefixtures("hopper_extension")
+CALL = Call("two passes", 300, 200, 520, 16, 16, torch.bfloat16, torch.bfloat16)
+
+
+def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    values = draw(CALL, device, integers=False)
+    x, weight = values["x"], values["weight"]
+    monkeypatch.setenv(hopper.VARIABLE, "ping-pong")
+    both = "two passes: h first, by the streaming Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong; then the matmul on top"
+    both += " of the low-rank product, by the ping-pong Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong"
+    assert cuda.explain(x, weight, 16) == both
+    assert cuda.explain(x[:63], weight, 16).count("not by a Hopper one: x has fewer than 64 rows") == 2
+    assert "h first, by the portable kernel, not by a Hopper one: the result has more than 128" in cuda.explain(
+        x, weight, 129
+    )
+    assert cuda.explain(x, weight[:264], 16).endswith("by the one-pass Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong")
+    monkeypatch.setenv(hopper.VARIABLE, "off")
+    assert (
+        cuda.explain(x, weight, 16).count("by the portable kernel, not by a Hopper one: RESLORA_CUDA_HOPPER=off") == 2
+    )
+    monkeypatch.setenv(hopper.VARIABLE, "fast")
+    with pytest.raises(ValueError, match="RESLORA_CUDA_HOPPER must be 'auto', 'off' or one of 'cooperative', "):
+        hopper.setting()
+
+
+@pytest.fixture
+def no_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The measured table is empty, and the environment asks for nothing."""
+    monkeypatch.delenv(hopper.VARIABLE, raising=False)
+    content: dict = {}
+    monkeypatch.setattr(measured, "table", lambda: content)
+    hopper._choice.cache_clear()
+    yield
+    hopper._choice.cache_clear()
+
+
+def launches(call: Call, values: dict) -> tuple[list[int], list[bool]]:
+    """The number of the variant of each matmul, and whether each projection was streamed; all results exact."""
+    expected = truth(call, values)
+    results, projected = launched(call, values, "project")
+    for name, result in results.items():
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+    multiplied = [given.get("hopper", 0) for given in launched(call, values, "augmented_matmul")[1]]
+    return multiplied, [given["hopper"] for given in projected]
+
+
+def test_the_table_admits_what_it_knows_to_be_fastest(no_table: None, device: torch.device) -> None:
+    values = draw(CALL, device, integers=True)
+    x, weight = values["x"], values["weight"]
+    assert launches(CALL, values) == ([0, 0], [False, False])
+    assert cuda.explain(x, weight, 16).count("by the portable kernel, not by a Hopper one: none was measured near") == 2
+    bf16 = {"dtype": "torch.bfloat16", "m": CALL.m}
+    forward = bf16 | {"form": "forward", "n": CALL.n, "k": CALL.k, "rank": 16}
+    dx = bf16 | {"form": "dx", "n": CALL.k, "k": CALL.n, "rank": 16}
+    h, dh = bf16 | {"form": "h", "n": 16, "k": CALL.k}, bf16 | {"form": "dh", "n": 16, "k": CALL.n}
+    matmuls = [
+        forward | {"microseconds": {"portable": 5.0, "cooperative": 4.0, "ping-pong": 3.0}},
+        dx | {"microseconds": {"portable": 5.0, "cooperative-pair": 6.0}},
+        dx | {"form": "dx with dropout", "microseconds": {"portable": 5.0, "cooperative": 4.0}},
+    ]
+    projections = [
+        h | {"microseconds": {"portable": 3.0, "streaming": 4.0}},
+        dh | {"microseconds": {"portable": 3.0, "streaming": 2.0}},
+    ]
+    hopper.admit({"cuda_matmuls": matmuls, "cuda_projections": projections})
+    assert launches(CALL, values) == ([3, 0], [False, True])
+    said = cuda.explain(x, weight, 16)
+    assert "h first, by the portable kernel, not by a Hopper one: the portable one was measured fastest" in said
+    assert said.endswith("by the ping-pong Hopper kernel: measured fastest near this shape (3 us)")
+    for other, w in ((x.half(), weight), (x, weight[:0])):
+        assert "none was measured" in cuda.explain(other, w, 16)
+    assert launches(replace(CALL, p=0.5), values)[0] == [3, 1]
+
+
+def test_what_the_table_admits_is_looked_up_once(no_table: None, device: torch.device) -> None:
+    values = draw(CALL, device, integers=False)
+    with mock.patch.object(measured, "nearest", wraps=measured.nearest) as looked_up:
+        first = run(CALL, values, cuda)
+        assert looked_up.call_count == 4
+        again = run(CALL, values, cuda)
+        assert looked_up.call_count == 4
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_gpu_check_goes_through_its_motions(
+    no_table: None, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("make gpu-check ARGS='--part hopper' is the real thing")
+    path = tmp_path / "hopper.json"
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(select, "check", lambda name: None)
+    assert gpu_check.main(["--rehearse", f"--output={path}"]) == 0
+    found = json.loads(path.read_text())
+    assert found["finished"] and found["wrong"] == {} and found["running"] is None
+    assert {goal["goal"] for goal in found["goals"]} == {"forward", "both", "ahead of torch", "matmul"}
+    steps = found["steps"]
+    for launch in gpu_check.REHEARSAL.rows:
+        assert steps[f"time {launch}"]["row"]["microseconds"].keys() == set(gpu_check.kernels_for(launch))
+        assert ("of_bandwidth" in steps[f"time {launch}"]) == isinstance(launch, hopper_launches.Projection)
+    (case,) = gpu_check.REHEARSAL.layers
+    assert steps[f"layer {case}"]["of_frozen"].keys() == {"frozen", "torch", "off", *gpu_check.SETTINGS}
+    assert sum(name.startswith("replay") for name in steps) == len(hopper.VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("launch", "kernel", "changed"),
+    [
+        (gpu_check.SMALL[2], "ping-pong", {"scale": 3.0}),
+        (gpu_check.SIDE_CHANNELS[0], hopper.STREAMING, {"raw_factor": 3.0}),
+    ],
+    ids=["matmul", "projection"],
+)
+def test_the_gpu_check_finds_what_is_wrong(
+    launch: hopper_launches.Launch, kernel: str, changed: dict, device: torch.device
+) -> None:
+    right = type(launch).expected
+    assert hopper_launches.faults(launch, [kernel], device) == {}
+    with mock.patch.object(type(launch), "expected", lambda self, given, dtype: right(self, given | changed, dtype)):
+        assert "largest error" in hopper_launches.faults(launch, [kernel], device)[kernel]
+    few = replace(launch, m=63)
+    assert "another kernel serves" in hopper_launches.faults(few, [kernel], device)[kernel]
+
+
+def test_tuning_admits_hopper_kernels_before_whole_calls(
+    no_table: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("make tune is the real thing")
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(gpu_check, "FULL", gpu_check.REHEARSAL)
+    medians = {"library": 1e-5, "portable": 5e-6, "cooperative": 4e-6, "ping-pong": 1e-6, "streaming": 3e-6}
+
+    def timed(subjects: list[Subject], *_: object) -> dict[str, Samples]:
+        return {s.name: Samples([medians[s.name]], [0.0]) for s in subjects if s.name in medians}
+
+    monkeypatch.setattr(hopper_launches, "measure", timed)
+    wrong = {"ping-pong": "planted"}
+    monkeypatch.setattr(hopper_launches, "faults", lambda launch, kernels, *_: wrong if "ping-pong" in kernels else {})
+    chosen = [tune.Shape(CALL.m, CALL.k, CALL.n), tune.Shape(16, 64, 64), tune.Shape(300, 64, 64, 16, torch.float32)]
+    table = tune.hopper_rows(chosen, device, gpu_check.ONCE)
+    assert [(row["form"], row["n"], row["k"]) for row in table["cuda_matmuls"]] == [
+        ("forward", 520, 200), ("dx", 200, 520), ("dx with dropout", 200, 520)
+    ]  # fmt: skip
+    assert [row["form"] for row in table["cuda_projections"]] == ["h", "dh"]
+    assert all("ping-pong" not in row["microseconds"] for row in table["cuda_matmuls"])
+    assert launches(CALL, draw(CALL, device, integers=True)) == ([1, 1], [True, True])
