@@ -14,6 +14,7 @@ from .chain import Chain
 from .config import MergeMethod, ResLoRAConfig
 from .coverage import table
 from .execution import call_with, undisturbed
+from .joint import joint_updates
 from .linear import ResLoRALinear
 from .model import adapted_layers, record_of, root_of
 from .quantized_linear import QuantizedResLoRALinear
@@ -67,7 +68,7 @@ def merge_reslora(
     statistics: Statistics | None = None,
     calibration: Iterable[Any] | None = None,
     sequential: bool = False,
-    extra_rank: int = 0,
+    joint_steps: int = 0,
     regularization: float = 1e-6,
     keep_original: bool = True,
     dequantize: bool = False,
@@ -85,9 +86,9 @@ def merge_reslora(
             tuple or list ``model(*batch)``, anything else ``model(batch)``.
         sequential: fit layer n of every chain on the model whose layers before n are merged already (least_squares
             only). Runs ``calibration`` twice per position of the longest chain, so it must be re-iterable.
-        extra_rank: by how much the rank of an update may grow in a ``sequential`` fit, to make up in layer n for what
-            the merges before it changed in its input. A merged weight costs the same with it; r is a good value, and
-            halves what least squares loses.
+        joint_steps: afterwards, steps of a joint fit of A and B of all layers to the unmerged model's output
+            (least_squares only, ``calibration`` re-iterable; see ``reslora_kernels.joint``). A step costs two forward
+            passes and a backward pass of one batch; 128 steps over 16 batches is a good value.
         regularization: λ as a share of the mean diagonal of G_n.
         keep_original: keep the weights, in main memory, so that ``unmerge_reslora`` can restore them.
         dequantize: let dequantised weights take the place of quantised ones, which cannot hold an update; kept
@@ -117,7 +118,7 @@ def merge_reslora(
         )
     updates = compute_updates(
         model, method,
-        statistics=statistics, calibration=calibration, sequential=sequential, extra_rank=extra_rank,
+        statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
         regularization=regularization,
     )  # fmt: skip
     _refuse_tied(root_of(model), layers)
@@ -161,7 +162,7 @@ def compute_updates(
     statistics: Statistics | None = None,
     calibration: Iterable[Any] | None = None,
     sequential: bool = False,
-    extra_rank: int = 0,
+    joint_steps: int = 0,
     regularization: float = 1e-6,
 ) -> dict[str, LowRankUpdate]:
     """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``."""
@@ -169,26 +170,27 @@ def compute_updates(
     refuse_sharded(model, "merged or exported", "save_adapter(model, path), then load and merge it in one process")
     record = record_of(model)
     config = record.config
-    method = _checked_method(config, method, statistics, calibration, sequential, extra_rank, regularization)
+    method = _checked_method(config, method, statistics, calibration, sequential, joint_steps, regularization)
     if not hands_on(config.shortcut, config.pre_num):
         calibration = None  # exact: data would change nothing
-    if calibration is not None and not sequential:
+    if calibration is not None and (joint_steps or not sequential):
         with undisturbed(model), collect_statistics(model) as statistics:
             for batch in calibration:
                 call_with(model, batch)
     if not record.chains and config.shortcut != "none":
         raise ValueError("the layers' execution order is not known yet: run one forward of the model before merging")
     chains = record.chains or [Chain([layer], name) for name, layer in layers.items()]
+    _check_statistics(statistics, layers)
+    seen = {layer: statistics.layers[name] for name, layer in layers.items()} if statistics else None
     if calibration is not None and sequential:
-        by_layer = sequential_updates(model, record.chains, calibration, regularization, extra_rank)
+        by_layer = sequential_updates(model, record.chains, calibration, regularization)
     else:
-        _check_statistics(statistics, layers)
         by_layer = {}
-        names = {id(layer): name for name, layer in layers.items()}
         for chain in chains:
-            seen = [statistics.layers[names[id(layer)]] for layer in chain.layers] if statistics else None
-            for layer, update in zip(chain.layers, updates_of_chain(chain, method, seen, regularization), strict=True):
-                by_layer[layer] = update
+            of_chain = [seen[layer] for layer in chain.layers] if seen else None
+            by_layer |= zip(chain.layers, updates_of_chain(chain, method, of_chain, regularization), strict=True)
+    if joint_steps and calibration is not None and seen:
+        by_layer = joint_updates(model, by_layer, seen, calibration, joint_steps)
     return {name: by_layer[layer] for name, layer in layers.items()}
 
 
@@ -198,7 +200,7 @@ def _checked_method(
     statistics: Statistics | None,
     calibration: Iterable[Any] | None,
     sequential: bool,
-    extra_rank: int,
+    joint_steps: int,
     regularization: float,
 ) -> MergeMethod:
     allowed = get_args(MergeMethod)
@@ -214,10 +216,10 @@ def _checked_method(
         raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
     if not isinstance(sequential, bool):
         raise TypeError(f"sequential must be True or False, got {sequential!r}")
-    if isinstance(extra_rank, bool) or not isinstance(extra_rank, int):
-        raise TypeError(f"extra_rank must be an int of 0 or more, got {extra_rank!r}")
-    if extra_rank < 0 or (extra_rank and not sequential):
-        raise ValueError(f"extra_rank must be 0, or more with sequential=True, got {extra_rank}")
+    if isinstance(joint_steps, bool) or not isinstance(joint_steps, int):
+        raise TypeError(f"joint_steps must be an int of 0 or more, got {joint_steps!r}")
+    if joint_steps < 0:
+        raise ValueError(f"joint_steps must be 0 or more, got {joint_steps}")
     if isinstance(regularization, bool) or not isinstance(regularization, (int, float)):
         raise TypeError(f"regularization must be a number of 0 or more, got {regularization!r}")
     if not (math.isfinite(regularization) and regularization >= 0):
@@ -225,9 +227,10 @@ def _checked_method(
     chosen: MergeMethod = method or config.merge  # type: ignore[assignment]
     if not hands_on(config.shortcut, config.pre_num):
         return chosen
-    if sequential and (chosen != "least_squares" or calibration is None or iter(calibration) is calibration):
+    again = "sequential=True" if sequential else f"joint_steps={joint_steps}" if joint_steps else None
+    if again and (chosen != "least_squares" or calibration is None or iter(calibration) is calibration):
         raise ValueError(
-            "sequential=True needs method='least_squares' and calibration as a list or another re-iterable, "
+            f"{again} needs method='least_squares' and calibration as a list or another re-iterable, "
             f"got method {chosen!r} and calibration of type {type(calibration).__name__}"
         )
     needs_data = not (config.shortcut == "input" and chosen == "weights")

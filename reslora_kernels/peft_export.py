@@ -51,7 +51,7 @@ def export_peft(
     statistics: Statistics | None = None,
     calibration: Iterable[Any] | None = None,
     sequential: bool = False,
-    extra_rank: int = 0,
+    joint_steps: int = 0,
     regularization: float = 1e-6,
     pattern: bool = False,
 ) -> ExportReport:
@@ -88,7 +88,7 @@ def export_peft(
     else:
         updates = compute_updates(
             model, method,
-            statistics=statistics, calibration=calibration, sequential=sequential, extra_rank=extra_rank,
+            statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
             regularization=regularization,
         )  # fmt: skip
     ranks = {name: update.rank for name, update in updates.items()}

@@ -2,18 +2,12 @@
 
 With x̃_n the input that layer n gets there, and x_n, v_n the input and the shortcut's part of u_n in the unmerged model,
 
-    A*_n = A_n + Σ v_nᵀ x̃_n (G̃_n + λI)⁻¹,   G̃_n = Σ x̃_nᵀ x̃_n,
-
-and, where the rank may grow, what earlier merges did to the input is made up for as far as x̃_n tells it:
-
-    D_n = (W_n + s B_n A_n) Σ (x_n - x̃_n)ᵀ x̃_n (G̃_n + λI)⁻¹,   ΔW_n = s B_n A*_n + P Pᵀ D_n,
-
-P [N, extra_rank] being the main directions of x̃_n D_nᵀ: no correction of that rank comes nearer to x̃_n D_nᵀ.
+    A*_n = A_n + Σ v_nᵀ x̃_n (G̃_n + λI)⁻¹,   G̃_n = Σ x̃_nᵀ x̃_n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,13 +18,11 @@ from .chain import Chain
 from .execution import call_with, undisturbed
 from .linear import ResLoRALinear
 from .statistics import LayerStatistics
-from .updates import LowRankUpdate, cholesky_factor, relative_error, updates_of_chain
-
-OVERSAMPLING, ITERATIONS = 8, 4  # of the randomised decomposition that finds P
+from .updates import LowRankUpdate, least_squares, relative_error, updates_of_chain
 
 
 def sequential_updates(
-    model: nn.Module, chains: Sequence[Chain], calibration: Iterable[Any], regularization: float, extra_rank: int
+    model: nn.Module, chains: Sequence[Chain], calibration: Iterable[Any], regularization: float
 ) -> dict[ResLoRALinear, LowRankUpdate]:
     """One update per layer, position by position, with all chains side by side.
 
@@ -44,61 +36,27 @@ def sequential_updates(
             if n == 0:
                 updates |= {layer: updates_of_chain(Chain([layer]), "exact", None, 0.0)[0] for layer in current}
                 continue
-            seen = {layer: _Seen(layer, extra_rank) for layer in current}
+            seen = {layer: LayerStatistics(layer.config, layer.whole_A, second_moments=True) for layer in current}
             for batch in calibration:
                 unmerged = _captured(model, current, batch)
-                with _replaced(updates):
+                with replaced({layer: (update.a, update.b) for layer, update in updates.items()}):
                     merged = _captured(model, current, batch)
                 for layer in current:
-                    for (x, v), (x_merged, _) in zip(unmerged[layer], merged[layer], strict=True):
-                        seen[layer].add(x, x_merged, v)
+                    for (_, v), (x, _) in zip(unmerged[layer], merged[layer], strict=True):
+                        seen[layer].observe(x, layer.whole_A, v)
             for layer in current:
-                if not seen[layer].moments.calls:
+                if not seen[layer].calls:
                     raise ValueError("calibration gave no batch on a second run: with sequential=True pass a list")
                 name = layer.chain.name if layer.chain is not None else ""
-                updates[layer] = seen[layer].update(regularization, f"layer {n} of chain {name!r}")
+                updates[layer] = _fitted(layer, seen[layer], regularization, f"layer {n} of chain {name!r}")
     return updates
 
 
-class _Seen:
-    """Sums over the calibration batches of one layer; ``drift``, Σ (x_n - x̃_n)ᵀ x̃_n, where the rank may grow."""
-
-    def __init__(self, layer: ResLoRALinear, extra_rank: int) -> None:
-        self.layer, self.extra_rank = layer, extra_rank
-        self.moments = LayerStatistics(layer.config, layer.whole_A, second_moments=True)
-        assert self.moments.gram is not None
-        self.drift = torch.zeros_like(self.moments.gram) if extra_rank else None
-
-    def add(self, x: Tensor, x_merged: Tensor, v: Tensor | None) -> None:
-        """One batch: x [..., K] in the unmerged and the merged model, v [..., r] in the unmerged one."""
-        self.moments.observe(x_merged, self.layer.whole_A, v)
-        if self.drift is not None:
-            x, x_merged = (t.detach().reshape(-1, t.shape[-1]).to(self.drift.dtype) for t in (x, x_merged))
-            self.drift.addmm_((x - x_merged).T, x_merged)
-
-    def update(self, regularization: float, where: str) -> LowRankUpdate:
-        layer, moments = self.layer, self.moments
-        assert moments.gram is not None and moments.cross is not None
-        a, b, s = layer.whole_A.detach().double(), layer.whole_B.detach().double(), layer.scaling
-        factor = cholesky_factor(moments.gram, regularization, where)
-        fitted = a + torch.cholesky_solve(moments.cross.double().T, factor).T
-        error = relative_error(moments, a, fitted, b)
-        if self.drift is not None:
-            drift = torch.cholesky_solve(self.drift.double().T, factor).T
-            correction = layer.dense_weight(torch.float32).double() @ drift + s * b @ (a @ drift)
-            p = _main_directions(correction @ factor, self.extra_rank)
-            fitted, b = torch.cat([fitted, p.T @ correction / s]), torch.cat([b, p], dim=1)
-        wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
-        return LowRankUpdate(fitted.to(wide), b.to(wide), s, "least_squares", error)
-
-
-def _main_directions(matrix: Tensor, count: int) -> Tensor:
-    """The first ``count`` left singular vectors [N, count] of a matrix, or as many as it has."""
-    most = min(matrix.shape)
-    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(0)
-        u = torch.svd_lowrank(matrix, min(count + OVERSAMPLING, most), niter=ITERATIONS)[0]
-    return u[:, : min(count, most)]
+def _fitted(layer: ResLoRALinear, seen: LayerStatistics, regularization: float, where: str) -> LowRankUpdate:
+    wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
+    a, b = layer.whole_A.detach().to(wide), layer.whole_B.detach().to(wide)
+    fitted = a + least_squares(seen, regularization, where).to(wide)
+    return LowRankUpdate(fitted, b, layer.scaling, "least_squares", relative_error(seen, a, b, fitted, b))
 
 
 class _Captured:
@@ -126,11 +84,11 @@ def _captured(
 
 
 @contextmanager
-def _replaced(updates: dict[ResLoRALinear, LowRankUpdate]) -> Iterator[None]:
-    """Let the updates found so far stand in for their layers' shortcuts."""
+def replaced(updates: Mapping[ResLoRALinear, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let plain updates (A [R, K], B [N, R]) stand in for their layers' shortcuts inside the ``with`` block."""
     try:
         for layer, update in updates.items():
-            layer.replacement = (update.a, update.b)
+            layer.replacement = update
         yield
     finally:
         for layer in updates:

@@ -69,7 +69,8 @@ def updates_of_chain(
         ]
     updates = []
     for n, layer in enumerate(layers):
-        error = 0.0 if alone[n] else relative_error(statistics[n], a[n], merged_a[n], b[n]) if statistics else None
+        error = relative_error(statistics[n], a[n], b[n], merged_a[n], b[n]) if statistics else None
+        error = 0.0 if alone[n] else error
         updates.append(LowRankUpdate(merged_a[n], b[n], layer.scaling, "exact" if alone[n] else method, error))
     return updates
 
@@ -149,16 +150,23 @@ def cholesky_factor(gram: Tensor, regularization: float, where: str) -> Tensor:
     )
 
 
-def relative_error(statistics: LayerStatistics, a: Tensor, merged_a: Tensor, b: Tensor) -> float | None:
-    """‖s (x A*ᵀ - u) Bᵀ‖ / ‖s u Bᵀ‖ over the data that G, T, V were summed on; None without second moments."""
+def relative_error(
+    statistics: LayerStatistics, a: Tensor, b: Tensor, merged_a: Tensor, merged_b: Tensor
+) -> float | None:
+    """‖s (x A*ᵀ B*ᵀ - u Bᵀ)‖ / ‖s u Bᵀ‖ over the data of G, T, V; None without second moments."""
     if statistics.gram is None or statistics.cross is None or statistics.shortcut_gram is None:
         return None
     gram, cross, v = statistics.gram.double(), statistics.cross.double(), statistics.shortcut_gram.double()
-    a, change, weight = a.double(), (merged_a - a).double(), b.double().T @ b.double()
-    off = change @ gram @ change.T - change @ cross.T - cross @ change.T + v
-    full = a @ gram @ a.T + a @ cross.T + cross @ a.T + v
+    a, b = a.double(), b.double()
+    weight, full = b.T @ b, a @ gram @ a.T + a @ cross.T + cross @ a.T + v
+    if torch.equal(b, merged_b.double()):
+        change = merged_a.double() - a
+        error = (weight * (change @ gram @ change.T - change @ cross.T - cross @ change.T + v)).sum()
+    else:
+        p, q = torch.cat([merged_b.double(), -b], dim=1), torch.cat([merged_a.double(), a])
+        error = (p.T @ p * (q @ gram @ q.T)).sum() - 2 * (p.T @ b * (q @ cross.T)).sum() + (weight * v).sum()
     size = float((weight * full).sum())
-    return (max(float((weight * off).sum()), 0.0) / size) ** 0.5 if size > 0 else 0.0
+    return (max(float(error), 0.0) / size) ** 0.5 if size > 0 else 0.0
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from reslora_kernels import ResLoRAConfig, apply_reslora, collect_statistics, merge_reslora, reference, unmerge_reslora
+from reslora_kernels import (
+    ResLoRAConfig,
+    apply_reslora,
+    collect_statistics,
+    joint,
+    merge_reslora,
+    reference,
+    unmerge_reslora,
+)
 from reslora_kernels.testing import max_error, relative_error
 
 WIDTH, RANK, DEPTH = 12, 3, 5
@@ -30,9 +40,11 @@ class Residual(nn.Module):
         return xs, ys
 
 
-def adapted(shortcut: str, pre_num: int, dtype: torch.dtype = torch.float64, **options) -> Residual:
+def adapted(
+    shortcut: str, pre_num: int, dtype: torch.dtype = torch.float64, kind: type[Residual] = Residual, **options
+) -> Residual:
     torch.manual_seed(0)
-    model = Residual().to(dtype)
+    model = kind().to(dtype)
     config = ResLoRAConfig(r=RANK, lora_alpha=RANK, shortcut=shortcut, pre_num=pre_num, **options)
     apply_reslora(model, config, example_inputs=torch.zeros(1, WIDTH, dtype=dtype))
     for layer in model.layers:
@@ -124,30 +136,48 @@ def test_sequential_fits_each_layer_on_the_model_merged_before_it(shortcut: str,
         assert max_error(model.layers[n].weight, weights[n] + b[n] @ fitted) < 1e-9
 
 
+class Last(Residual):
+    """Returns the last layer's output alone, unless asked for all."""
+
+    def forward(self, x: Tensor, whole: bool = False) -> Any:
+        xs, ys = super().forward(x)
+        return (xs, ys) if whole else ys[-1]
+
+
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", -1)])
-def test_extra_rank_makes_up_for_what_earlier_merges_changed(shortcut: str, pre_num: int) -> None:
-    """With all the rank there is a merged layer is the linear map from its input nearest to the unmerged output."""
-    data, bias = batches(4), [layer.bias.detach() for layer in adapted(shortcut, pre_num).layers]
-    wanted = joined(adapted(shortcut, pre_num), data)[1]
-    errors = {}
-    for extra in (0, 1, WIDTH):
-        model = adapted(shortcut, pre_num)
-        report = merge_reslora(model, calibration=data, sequential=True, extra_rank=extra, regularization=1e-9)
-        assert [row.rank for row in report.rows] == [RANK] + [RANK + extra] * (DEPTH - 1)
-        xs, ys = joined(model, data)
-        errors[extra] = [relative_error(y, expected) for y, expected in zip(ys, wanted, strict=True)]
-    for n in range(1, DEPTH):
-        nearest = xs[n] @ torch.linalg.lstsq(xs[n], wanted[n] - bias[n], driver="gelsd").solution + bias[n]
-        assert max_error(ys[n], nearest) < 1e-6
-    assert errors[WIDTH][-1] < errors[1][-1] < errors[0][-1]
+def test_a_joint_fit_brings_the_output_nearer_and_reports_its_errors(shortcut: str, pre_num: int) -> None:
+    data, distances = batches(4), {}
+    for steps in (0, 64):
+        model = adapted(shortcut, pre_num, kind=Last)
+        weights, wanted = pieces(model)[0], [model(batch).detach() for batch in data]
+        xs, ys = model(torch.cat(data), whole=True)
+        report = merge_reslora(model, calibration=data, joint_steps=steps)
+        distances[steps] = sum(float(joint.distance(model(x), y, False)) for x, y in zip(data, wanted, strict=True))
+        for row, layer, weight, x, y in zip(report.rows, model.layers, weights, xs, ys, strict=True):
+            low_rank = y - nn.functional.linear(x, weight, layer.bias)
+            error = relative_error(x @ (layer.weight - weight).T, low_rank)
+            assert row.relative_error == pytest.approx(error, rel=1e-6, abs=1e-7)
+    assert distances[64] < 0.7 * distances[0]
 
 
-def joined(model: Residual, data: list[Tensor]) -> list[list[Tensor]]:
-    """Every layer's input and every layer's output over all batches."""
-    seen = [model(batch) for batch in data]
-    return [
-        [torch.cat([one[part][n].detach().flatten(0, -2) for one in seen]) for n in range(DEPTH)] for part in (0, 1)
-    ]
+def test_a_joint_fit_that_brings_the_output_no_nearer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "RATES", {"a": 1e3, "b": 1e3})
+    plain, dropped = adapted("middle", -1, kind=Last), adapted("middle", -1, kind=Last)
+    merge_reslora(plain, calibration=batches(4))
+    merge_reslora(dropped, calibration=batches(4), joint_steps=8)
+    assert all(map(torch.equal, pieces(plain)[0], pieces(dropped)[0]))
+
+
+def test_a_joint_fit_compares_logits_as_distributions() -> None:
+    found, wanted = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    p, q = wanted.softmax(-1), found.softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    output = {"loss": torch.zeros(()), "past": [torch.zeros(2, 2)], "logits": found}
+    assert joint.output_of(output) == (found, True)
+    assert joint.distance(*(joint.output_of({"logits": t})[0] for t in (found, wanted)), True).allclose(expected)
+    assert joint.output_of((torch.zeros(()), torch.ones(3, 3, dtype=torch.long), wanted)) == (wanted, False)
+    with pytest.raises(TypeError, match="returns logits or another tensor, got int"):
+        joint.output_of(3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

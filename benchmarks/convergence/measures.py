@@ -14,6 +14,7 @@ from reslora_kernels.merging import unmerge_reslora
 from reslora_kernels.model import Record, adapted_layers, record_of
 from reslora_kernels.shortcuts import hands_on
 
+JOINT_STEPS = 128
 SMALLER = (1, 2, 4, 8)  # calibration batches that least squares is tried with, too
 
 
@@ -45,8 +46,8 @@ def merges(
                 model(**batch)
         methods: tuple[MergeMethod, ...] = get_args(MergeMethod)
         ways |= {method: {"method": method, "statistics": statistics} for method in methods}
-        sequential = {"method": "least_squares", "calibration": inputs, "sequential": True}
-        ways |= {"sequential": sequential, "sequential, 2r": sequential | {"extra_rank": config.r}}
+        fitted = {"method": "least_squares", "calibration": inputs}
+        ways |= {"sequential": fitted | {"sequential": True}, "joint": fitted | {"joint_steps": JOINT_STEPS}}
     found = {}
     for name, arguments in ways.items():
         merge_reslora(model, **arguments)

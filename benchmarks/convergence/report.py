@@ -102,7 +102,7 @@ def _merge_goal(rows: list[Row]) -> Section:
             continue
         goal = GOAL["all" if row.method.endswith("-all") else "up to 4"]
         shares = {name: [merge["lost_share"] for merge in merges] for name, merges in row.merges.items()}
-        best = min(("least_squares", "sequential", "sequential, 2r"), key=lambda name: statistics.mean(shares[name]))
+        best = min(("least_squares", "sequential", "joint"), key=lambda name: statistics.mean(shares[name]))
         mean = statistics.mean(shares[best])
         lines.append(
             (

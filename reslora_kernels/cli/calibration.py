@@ -23,18 +23,18 @@ def needs_data(config: ResLoRAConfig, method: MergeMethod | None) -> bool:
 
 
 def check_data(
-    config: ResLoRAConfig, method: MergeMethod | None, data: str | None, sequential: bool, extra_rank: int
+    config: ResLoRAConfig, method: MergeMethod | None, data: str | None, sequential: bool, joint_steps: int
 ) -> bool:
     """Whether data is needed.
 
     Raises:
-        ValueError: it is and ``--data`` is not given, ``--sequential`` goes with another method, or ``--extra-rank``
-            without it.
+        ValueError: it is and ``--data`` is not given, or ``--sequential`` or ``--joint-steps`` goes with another
+            method.
     """
     chosen = method or config.merge
-    check_extra_rank(sequential, extra_rank)
-    if sequential and chosen != "least_squares" and hands_on(config.shortcut, config.pre_num):
-        raise ValueError(f"--sequential needs --method least_squares, got {chosen}")
+    option = "--sequential" if sequential else "--joint-steps" if joint_steps else None
+    if option and chosen != "least_squares" and hands_on(config.shortcut, config.pre_num):
+        raise ValueError(f"{option} needs --method least_squares, got {chosen}")
     needed = needs_data(config, method)
     if needed and data is None:
         alternative = ", or --method weights, which needs none" if config.shortcut == "input" else ""
@@ -43,12 +43,6 @@ def check_data(
             f"give --data with some of the training data{alternative}"
         )
     return needed
-
-
-def check_extra_rank(sequential: bool, extra_rank: int) -> None:
-    """ValueError if ``--extra-rank`` is given without ``--sequential``."""
-    if extra_rank and not sequential:
-        raise ValueError(f"--extra-rank {extra_rank} needs --sequential")
 
 
 def read_batches(

@@ -22,7 +22,7 @@ from reslora_kernels.cli.options import (
     Data,
     Device,
     DType,
-    ExtraRank,
+    JointSteps,
     MaxLength,
     Method,
     Overwrite,
@@ -45,7 +45,7 @@ def export(
     calibration_examples: CalibrationExamples = 128,
     max_length: MaxLength = None,
     sequential: Sequential = False,
-    extra_rank: ExtraRank = 0,
+    joint_steps: JointSteps = 0,
     pattern: Annotated[
         bool, typer.Option("--pattern", help="Exact rank per module (rank_pattern) instead of one padded rank.")
     ] = False,
@@ -61,7 +61,7 @@ def export(
     chosen = parse_method("--method", method)
     torch_dtype(torch_dtype_name)
     target = torch_device(device)
-    needed = check_data(read_adapter_config(adapter), chosen, data, sequential, extra_rank)
+    needed = check_data(read_adapter_config(adapter), chosen, data, sequential, joint_steps)
     check_replaceable(out, overwrite, "adapter_config.json", (adapter, base))
     model_config = load_model_config("--base", base, trust_remote_code)
     batches = None
@@ -79,7 +79,7 @@ def export(
             chosen,
             calibration=None if batches is None else on_device(batches, target),
             sequential=sequential and needed,
-            extra_rank=extra_rank if needed else 0,
+            joint_steps=joint_steps if needed else 0,
             pattern=pattern,
         )
     typer.echo(str(dataclasses.replace(report, path=out)))

@@ -24,7 +24,7 @@ from reslora_kernels.cli.options import (
     Data,
     Device,
     DType,
-    ExtraRank,
+    JointSteps,
     MaxLength,
     Method,
     Overwrite,
@@ -47,7 +47,7 @@ def merge(
     calibration_examples: CalibrationExamples = 128,
     max_length: MaxLength = None,
     sequential: Sequential = False,
-    extra_rank: ExtraRank = 0,
+    joint_steps: JointSteps = 0,
     torch_dtype_name: DType = "auto",
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -61,7 +61,7 @@ def merge(
     chosen = parse_method("--method", method)
     torch_dtype(torch_dtype_name)
     target = torch_device(device)
-    needed = check_data(read_adapter_config(adapter), chosen, data, sequential, extra_rank)
+    needed = check_data(read_adapter_config(adapter), chosen, data, sequential, joint_steps)
     check_replaceable(out, overwrite, "config.json", (adapter, base))
     model_config = load_model_config("--base", base, trust_remote_code)
     source = tokenizer_source(adapter, base)
@@ -79,7 +79,7 @@ def merge(
         chosen,
         calibration=None if batches is None else on_device(batches, target),
         sequential=sequential and needed,
-        extra_rank=extra_rank if needed else 0,
+        joint_steps=joint_steps if needed else 0,
         keep_original=False,
     )
     with whole_folder(out) as folder:

@@ -52,9 +52,9 @@ MaxLength = Annotated[
 Sequential = Annotated[
     bool, typer.Option("--sequential", help="Fit each layer on the model whose earlier layers are merged already.")
 ]
-ExtraRank = Annotated[
+JointSteps = Annotated[
     int,
-    typer.Option("--extra-rank", min=0, help="By how much --sequential may raise the rank to lose less; r is good."),
+    typer.Option("--joint-steps", min=0, help="Steps of a joint fit of all layers to the output; 128 is good."),
 ]
 Method = Annotated[
     str | None, typer.Option("--method", help="input, weights or least_squares. Not given: the adapter's own.")

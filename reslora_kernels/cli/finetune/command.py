@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reslora_kernels.cli.calibration import check_extra_rank, needs_data
+from reslora_kernels.cli.calibration import needs_data
 from reslora_kernels.cli.finetune import results
 from reslora_kernels.cli.finetune.preparation import prepare
 from reslora_kernels.cli.loading import (
@@ -24,7 +24,7 @@ from reslora_kernels.cli.options import (
     Device,
     DType,
     ExcludeModules,
-    ExtraRank,
+    JointSteps,
     LayersToTransform,
     LoraAlpha,
     MaxLength,
@@ -101,7 +101,7 @@ def finetune(
     merge: Annotated[bool, typer.Option("--merge", help="Also save the merged model, in OUTPUT_DIR/merged.")] = False,
     export: Annotated[bool, typer.Option("--export", help="Also save a PEFT adapter, in OUTPUT_DIR/peft.")] = False,
     sequential: Sequential = False,
-    extra_rank: ExtraRank = 0,
+    joint_steps: JointSteps = 0,
     calibration_examples: CalibrationExamples = 128,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT_DIR.")] = False,
     overwrite: Annotated[
@@ -122,7 +122,6 @@ def finetune(
         exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, use_rslora=use_rslora, bias=bias,
         shortcut=shortcut, pre_num=pre_num, merge=merge_method, backend=backend,
     )  # fmt: skip
-    check_extra_rank(sequential, extra_rank)
     if sequential and needs_data(config, None) and config.merge != "least_squares":
         raise ValueError(f"--sequential needs --merge-method least_squares, got {config.merge}")
     torch_dtype(torch_dtype_name)
@@ -220,7 +219,7 @@ def finetune(
         batches = results.calibration_for(config, prepared.train, calibration_examples, seed, network.device)
         options: dict[str, Any] = {"calibration": batches}
         if batches is not None:
-            options |= {"sequential": sequential, "extra_rank": extra_rank}
+            options |= {"sequential": sequential, "joint_steps": joint_steps}
         network.eval()
         if export and first:
             record["peft"] = results.export_trained(network, prepared.tokenizer, output_dir / "peft", options)

@@ -1,0 +1,152 @@
+"""A joint fit of every layer's update to what the unmerged model computes from the calibration batches.
+
+Layer by layer, least squares cannot know which errors matter to the model's output, nor let one layer make up for
+another. Here all A*_n and B*_n, from where least squares left them, are trained by Adam on
+
+    KL(softmax(z) ‖ softmax(z*)) per row for logits, else ‖z* - z‖² / ‖z‖²,
+
+z being the output of the unmerged model and z* that of the merged one. No labels are needed. A*_n moves in coordinates
+in which the layer's input is white, A*_n = A + Z L⁻¹ with L Lᵀ = G_n + λI: the inputs of a transformer's layers have a
+few large directions, beside which Adam on A itself hardly moves in the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .execution import call_with, undisturbed
+from .linear import ResLoRALinear
+from .sequential import replaced
+from .statistics import LayerStatistics
+from .updates import LowRankUpdate, cholesky_factor, relative_error
+
+DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
+RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
+BETAS = (0.9, 0.99)
+WARMUP_STEPS = 8  # then the rates fall linearly to zero
+
+
+class _White(NamedTuple):
+    """A* = a + z unwhiten and B* = b, of which ``z`` and ``b`` are trained."""
+
+    a: Tensor
+    z: Tensor
+    unwhiten: Tensor
+    b: Tensor
+
+    def update(self) -> tuple[Tensor, Tensor]:
+        return self.a + self.z @ self.unwhiten, self.b
+
+
+def joint_updates(
+    model: nn.Module,
+    updates: Mapping[ResLoRALinear, LowRankUpdate],
+    statistics: Mapping[ResLoRALinear, LayerStatistics],
+    calibration: Iterable[Any],
+    steps: int,
+) -> dict[ResLoRALinear, LowRankUpdate]:
+    """``updates`` after ``steps`` steps of one batch each, or as they are where that brings the output no nearer.
+
+    Args:
+        statistics: with second moments, of the unmerged model.
+        calibration: batches; run again and again.
+
+    Raises:
+        ValueError: ``calibration`` runs once only, or a layer's moments cannot be solved for.
+    """
+    with undisturbed(model):
+        white = {layer: _white(update, statistics[layer]) for layer, update in updates.items()}
+        before = _distance(model, white, calibration)
+        _train(model, white, calibration, steps)
+        if not _distance(model, white, calibration) < before:  # nor where it is NaN
+            return dict(updates)
+    fitted = {}
+    for layer, update in updates.items():
+        a, b = (matrix.detach() for matrix in white[layer].update())
+        error = relative_error(statistics[layer], layer.whole_A.detach(), layer.whole_B.detach(), a, b)
+        fitted[layer] = LowRankUpdate(a, b, update.scaling, "joint", error)
+    return fitted
+
+
+def output_of(found: Any) -> tuple[Tensor, bool]:
+    """What a model's result is compared by, and whether it is logits.
+
+    Args:
+        found: with ``logits``, or anything that holds a floating-point tensor of two or more dimensions.
+
+    Raises:
+        TypeError: it holds none.
+    """
+    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits, logits.shape[-1] > 1
+    for leaf in pytree.tree_leaves(dict(found) if isinstance(found, Mapping) else found):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1:
+            return leaf, False
+    raise TypeError(f"a joint fit needs a model that returns logits or another tensor, got {type(found).__name__}")
+
+
+def distance(found: Tensor, wanted: Tensor, logits: bool) -> Tensor:
+    """KL(softmax(wanted) ‖ softmax(found)), the mean over rows, in nats; or ‖found - wanted‖² / ‖wanted‖²."""
+    found, wanted = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (found, wanted))
+    if not logits:
+        return (found - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
+    rows = (t.flatten(0, -2).log_softmax(-1) for t in (found, wanted))
+    return nn.functional.kl_div(*rows, reduction="batchmean", log_target=True)
+
+
+def _white(update: LowRankUpdate, statistics: LayerStatistics) -> _White:
+    assert statistics.gram is not None
+    gram = statistics.gram.double()
+    factor = cholesky_factor(gram / gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny), DAMPING, "a layer")
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    unwhiten = torch.linalg.solve_triangular(factor, identity, upper=False).to(update.a)
+    return _White(update.a, torch.zeros_like(update.a), unwhiten, update.b.clone())
+
+
+def _train(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration: Iterable[Any], steps: int) -> None:
+    groups: list[dict[str, Any]] = []
+    for one in white.values():
+        of_z = torch.linalg.solve_triangular(one.unwhiten, one.a, upper=False, left=False)  # a L
+        for trained, scale, rate in ((one.z, of_z, RATES["a"]), (one.b, one.b, RATES["b"])):
+            size = float(scale.square().mean().sqrt())
+            groups.append({"params": [trained.requires_grad_()], "lr": rate * size})
+    trained = [group["params"][0] for group in groups]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1.0) * (1 - step / steps)
+    )
+    done = 0
+    while done < steps:
+        start = done
+        for batch in calibration:
+            if done == steps:
+                break
+            with torch.enable_grad():
+                loss = _batch_distance(model, white, batch)
+                gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+            done += 1
+        if done == start:
+            raise ValueError("calibration gave no batch on another run: with joint_steps pass a list")
+
+
+def _distance(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration: Iterable[Any]) -> float:
+    """Summed over the batches."""
+    return sum(float(_batch_distance(model, white, batch)) for batch in calibration)
+
+
+def _batch_distance(model: nn.Module, white: Mapping[ResLoRALinear, _White], batch: Any) -> Tensor:
+    with torch.no_grad():
+        wanted, logits = output_of(call_with(model, batch))
+    with replaced({layer: one.update() for layer, one in white.items()}):
+        found, _ = output_of(call_with(model, batch))
+    return distance(found, wanted, logits)
