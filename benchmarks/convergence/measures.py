@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.convergence.tasks.kinds import Batch, Task, pieces
+from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating, pieces
 from reslora_kernels import collect_statistics, merge_reslora
 from reslora_kernels.config import MergeMethod
 from reslora_kernels.merging import unmerge_reslora
@@ -28,6 +29,9 @@ def merges(
 ) -> dict[str, dict[str, float]]:
     """By method: the figures after the merge, and the share of fine-tuning's gain in loss that it lost.
 
+    ``calibration_added`` is what the merge adds to the loss on the calibration batches: far less than on held-out data
+    means that more batches would help, and as much that the merged form, or the fit, is at its limit.
+
     Args:
         before: the figures of the trained model; ``start`` the loss before training.
     """
@@ -35,26 +39,35 @@ def merges(
         return {}
     config, inputs = record_of(model).config, [task.inputs(batch) for batch in calibration]
     ways: dict[str, dict[str, Any]] = {"exact": {}}
+    smaller: dict[str, dict[str, Any]] = {}
     if hands_on(config.shortcut, config.pre_num):
-        ways = {
+        smaller = {
             f"least_squares, {count}": {"method": "least_squares", "calibration": inputs[:count]}
             for count in SMALLER
             if count < len(inputs)
         }
-        with torch.no_grad(), collect_statistics(model) as statistics:
+        with torch.no_grad(), collect_statistics(model) as seen:
             for batch in inputs:
                 model(**batch)
         methods: tuple[MergeMethod, ...] = get_args(MergeMethod)
-        ways |= {method: {"method": method, "statistics": statistics} for method in methods}
+        ways = smaller | {method: {"method": method, "statistics": seen} for method in methods}
         fitted = {"method": "least_squares", "calibration": inputs}
         ways |= {"sequential": fitted | {"sequential": True}, "joint": fitted | {"joint_steps": JOINT_STEPS}}
-    found = {}
+    found, unmerged = {}, mean_loss(model, task, calibration)
     for name, arguments in ways.items():
         merge_reslora(model, **arguments)
         after = task.figures(model, held_out)
         found[name] = after | {"lost_share": (after["loss"] - before["loss"]) / (start - before["loss"])}
+        if arguments.get("method") == "least_squares" and name not in smaller:
+            found[name]["calibration_added"] = mean_loss(model, task, calibration) - unmerged
         unmerge_reslora(model)
     return found
+
+
+def mean_loss(model: nn.Module, task: Task, batches: list[Batch]) -> float:
+    """In evaluation mode."""
+    with evaluating(model):
+        return statistics.mean(float(task.loss(model, batch)) for batch in batches)
 
 
 def adapter_norms(model: nn.Module) -> dict[str, dict[str, float]]:
