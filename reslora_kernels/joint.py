@@ -96,8 +96,8 @@ def distance(found: Tensor, wanted: Tensor, logits: bool) -> Tensor:
     found, wanted = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (found, wanted))
     if not logits:
         return (found - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
-    rows = (t.flatten(0, -2).log_softmax(-1) for t in (found, wanted))
-    return nn.functional.kl_div(*rows, reduction="batchmean", log_target=True)
+    found, wanted = (t.flatten(0, -2).log_softmax(-1) for t in (found, wanted))
+    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 def _white(update: LowRankUpdate, statistics: LayerStatistics) -> _White:
@@ -113,10 +113,10 @@ def _train(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration:
     groups: list[dict[str, Any]] = []
     for one in white.values():
         of_z = torch.linalg.solve_triangular(one.unwhiten, one.a, upper=False, left=False)  # a L
-        for trained, scale, rate in ((one.z, of_z, RATES["a"]), (one.b, one.b, RATES["b"])):
+        for parameter, scale, rate in ((one.z, of_z, RATES["a"]), (one.b, one.b, RATES["b"])):
             size = float(scale.square().mean().sqrt())
-            groups.append({"params": [trained.requires_grad_()], "lr": rate * size})
-    trained = [group["params"][0] for group in groups]
+            groups.append({"params": [parameter.requires_grad_()], "lr": rate * size})
+    trained: list[Tensor] = [group["params"][0] for group in groups]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1.0) * (1 - step / steps)

@@ -88,7 +88,8 @@ def merge_reslora(
             only). Runs ``calibration`` twice per position of the longest chain, so it must be re-iterable.
         joint_steps: afterwards, steps of a joint fit of A and B of all layers to the unmerged model's output
             (least_squares only, ``calibration`` re-iterable; see ``reslora_kernels.joint``). A step costs two forward
-            passes and a backward pass of one batch; 128 steps over 16 batches is a good value.
+            passes and a backward pass of one batch, and each layer another K² values beside its statistics. 128 steps
+            over 16 batches are a good start.
         regularization: λ as a share of the mean diagonal of G_n.
         keep_original: keep the weights, in main memory, so that ``unmerge_reslora`` can restore them.
         dequantize: let dequantised weights take the place of quantised ones, which cannot hold an update; kept
