@@ -79,7 +79,7 @@ ENCODER = Sizes(
 UNET = Sizes(hidden_size=32, sequence=8, batch=32, layers=1, pretraining_steps=900, pretraining_rate=2e-3)
 
 _TEXT = Budget(methods=MAIN, steps=80, evaluations=5, batch=8, held_out=48, rates=RATES)
-_CLASSES = Budget(methods=MAIN, steps=160, evaluations=4, batch=16, held_out=384, rates=(3e-3, 6e-3, 1.2e-2))
+_CLASSES = Budget(methods=MAIN, steps=160, evaluations=4, batch=16, held_out=384, rates=(1.5e-3, 3e-3, 6e-3))
 _IMAGES = Budget(
     methods=("lora", "input", "block", "middle"), steps=60, evaluations=3, batch=16, held_out=128, rates=RATES,
     calibration_batches=8,
