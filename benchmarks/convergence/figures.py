@@ -71,10 +71,7 @@ def calibration(rows: list[Row], path: Path) -> bool:
         for row in merged:
             smaller = [name for name in row.merges if name.startswith("least_squares, ")]
             counts = [name.split(", ")[1] for name in smaller] + ["all"]
-            means = [
-                100 * statistics.mean(merge["lost_share"] for merge in row.merges[name])
-                for name in (*smaller, "least_squares")
-            ]
+            means = [100 * row.lost(name)[0] for name in (*smaller, "least_squares")]
             axes[0, 0].plot(counts, means, marker="o", label=METHODS[row.method].title)
         axes[0, 0].axhline(1, color="grey", linewidth=0.8, linestyle="--")
         axes[0, 0].set(xlabel="calibration batches", ylabel="% of the gain lost by merging")

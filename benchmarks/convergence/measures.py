@@ -24,17 +24,8 @@ def is_ours(model: nn.Module) -> bool:
     return isinstance(model.__dict__.get("_reslora"), Record)
 
 
-def merges(
-    model: nn.Module, task: Task, calibration: list[Batch], held_out: Batch, before: dict[str, float], start: float
-) -> dict[str, dict[str, float]]:
-    """By method: the figures after the merge, and the share of fine-tuning's gain in loss that it lost.
-
-    ``calibration_added`` is what the merge adds to the loss on the calibration batches: far less than on held-out data
-    means that more batches would help, and as much that the merged form, or the fit, is at its limit.
-
-    Args:
-        before: the figures of the trained model; ``start`` the loss before training.
-    """
+def merges(model: nn.Module, task: Task, calibration: list[Batch], held_out: Batch) -> dict[str, dict[str, float]]:
+    """By method: the figures after the merge, and what a fit adds to the loss on its calibration batches."""
     if not is_ours(model):
         return {}
     config, inputs = record_of(model).config, [task.inputs(batch) for batch in calibration]
@@ -56,8 +47,7 @@ def merges(
     found, unmerged = {}, mean_loss(model, task, calibration)
     for name, arguments in ways.items():
         merge_reslora(model, **arguments)
-        after = task.figures(model, held_out)
-        found[name] = after | {"lost_share": (after["loss"] - before["loss"]) / (start - before["loss"])}
+        found[name] = task.figures(model, held_out)
         if arguments.get("method") == "least_squares" and name not in smaller:
             found[name]["calibration_added"] = mean_loss(model, task, calibration) - unmerged
         unmerge_reslora(model)

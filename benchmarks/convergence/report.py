@@ -101,23 +101,23 @@ def _merge_goal(rows: list[Row]) -> Section:
         if "least_squares" not in row.merges:
             continue
         goal = GOAL["all" if row.method.endswith("-all") else "up to 4"]
-        shares = {name: [merge["lost_share"] for merge in merges] for name, merges in row.merges.items()}
-        best = min(("least_squares", "sequential", "joint"), key=lambda name: statistics.mean(shares[name]))
-        mean = statistics.mean(shares[best])
+        shares = {name: row.lost(name)[0] for name in ("least_squares", "sequential", "joint")}
+        best = min(shares, key=shares.__getitem__)
+        seen, unseen = (
+            statistics.mean(merge[key] for merge in row.merges[best]) for key in ("calibration_added", "added")
+        )
         lines.append(
             (
-                row.task,
-                METHODS[row.method].title,
-                best,
-                f"{mean:.2%}",
-                f"{goal:.0%}",
-                "met" if mean <= goal else "missed",
+                row.task, METHODS[row.method].title, best, f"{row.gain:.4f}", f"{unseen:+.4f}", f"{seen:+.4f}",
+                f"{shares[best]:.2%}", f"{goal:.0%}", "met" if shares[best] <= goal else "missed",
             )
-        )
+        )  # fmt: skip
     return Section(
         "What the best least-squares merge costs",
-        text="The share of fine-tuning's gain in held-out loss that merging loses, mean over the seeds.",
-        header=("task", "method", "merge", "lost", "goal", ""),
+        text="What training takes off the held-out loss; what the merge adds to it, and to the loss on the batches that "
+        "it was fitted to; the share of the gain that it loses; means over the seeds. Where a merge adds to the held-out "
+        "loss alone, more calibration batches would help; where it adds as much to both, its fit is at its limit.",
+        header=("task", "method", "merge", "gain", "added", "added, calibration data", "lost", "goal", ""),
         rows=lines,
     )
 
@@ -180,8 +180,7 @@ def _merging(rows: list[Row], metrics: tuple[str, ...]) -> list[Section]:
     names = [name for name in merged[0].merges if name != "exact" and not name.startswith("least_squares, ")]
 
     def share(row: Row, name: str) -> str:
-        shares = [merge["lost_share"] for merge in row.merges[name]]
-        return f"{statistics.mean(shares):.1%} ({max(shares):.1%})"
+        return "{:.1%} ({:.1%})".format(*row.lost(name))
 
     def figure(row: Row, name: str, metric: str) -> str:
         mean = statistics.mean(merge[metric] for merge in row.merges[name])

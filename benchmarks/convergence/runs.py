@@ -78,7 +78,7 @@ def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec)
     calibration = [on(batch, device) for batch in drawn]
     return result | {
         "final": curve[-1] | task.final_figures(model, held_out),
-        "merges": measures.merges(model, task, calibration, held_out, curve[-1], curve[0]["loss"]),
+        "merges": measures.merges(model, task, calibration, held_out),
         "adapter_norms": measures.adapter_norms(model),
         "gradient_norms": gradients,
         "samples": samples,

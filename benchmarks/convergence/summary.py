@@ -20,7 +20,8 @@ class Row:
 
     ``steps`` is the median over the seeds that reached the final loss of LoRA with the same seed;
     ``loss_at_loras_time`` is after as many seconds as all of LoRA's steps take;
-    ``metrics`` are means, with the spread, of what is measured beside the loss.
+    ``metrics`` are means, with the spread, of what is measured beside the loss. ``gain`` is what training takes off the
+    loss, the mean; in each of ``merges``, one for each seed, ``added`` is what the merge puts back.
     """
 
     task: str
@@ -37,12 +38,18 @@ class Row:
     reached: int
     steps: float | None
     metrics: dict[str, tuple[float, float]]
+    gain: float
     merges: dict[str, list[dict[str, float]]]
 
     @property
     def seconds(self) -> float | None:
         """To the final loss of LoRA."""
         return None if self.steps is None else self.steps * self.step_seconds
+
+    def lost(self, merge: str) -> tuple[float, float]:
+        """The share of the gain that a merge loses: the mean over the seeds, and in the worst."""
+        added = [figures["added"] for figures in self.merges[merge]]
+        return statistics.mean(added) / self.gain, max(added) / self.gain
 
     @property
     def verdict(self) -> str:
@@ -127,8 +134,14 @@ def _row(task: str, method: str, runs: Runs, lora: Runs, times: dict[str, float]
         statistics.mean(loss_at(c, as_long) for c in own),
         len(steps), statistics.median(steps) if steps else None,
         {name: mean_and_spread([runs[s]["final"][name] for s in seeds]) for name in names},
-        {name: [runs[s]["merges"][name] for s in seeds] for name in first["merges"]},
+        statistics.mean(c[0]["loss"] - c[-1]["loss"] for c in own),
+        {name: [_merged(runs[s], name) for s in seeds] for name in first["merges"]},
     )  # fmt: skip
+
+
+def _merged(result: dict[str, Any], name: str) -> dict[str, float]:
+    figures: dict[str, float] = result["merges"][name]
+    return figures | {"added": figures["loss"] - result["curve"][-1]["loss"]}
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
