@@ -114,9 +114,9 @@ def _merge_goal(rows: list[Row]) -> Section:
         )  # fmt: skip
     return Section(
         "What the best least-squares merge costs",
-        text="What training takes off the held-out loss; what the merge adds to it, and to the loss on the batches it was "
-        "fitted to; the share of the gain that it loses; means over the seeds. Where a merge adds to the held-out loss "
-        "alone, more calibration batches would help; where it adds as much to both, its fit is at its limit.",
+        text="What training takes off the held-out loss; what the merge adds to it, and to the loss on the batches that "
+        "the merge saw; the share of the gain that is lost; means over the seeds. Where the merge adds to the held-out "
+        "loss alone, more calibration batches would help; where it adds as much to both, its fit is at its limit.",
         header=("task", "method", "merge", "gain", "added", "added, calibration data", "lost", "goal", ""),
         rows=lines,
     )

@@ -110,7 +110,7 @@ SETS = {
         sizes={"decoder": DECODER, "encoder": ENCODER, "unet": UNET},
         budgets={
             "python": replace(_TEXT, methods=(*MAIN, *PEERS, *PRE_NUM)),
-            "arithmetic": replace(_TEXT, methods=(*MAIN, *PEERS)),
+            "arithmetic": replace(_TEXT, methods=(*MAIN, *PEERS), held_out=192, rates=(2.5e-3, 5e-3, 1e-2)),
             "package": _CLASSES,
             "code": _CLASSES,
             "order": _CLASSES,
