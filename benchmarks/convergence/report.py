@@ -114,8 +114,8 @@ def _merge_goal(rows: list[Row]) -> Section:
         )  # fmt: skip
     return Section(
         "What the best least-squares merge costs",
-        text="What training takes off the held-out loss; what the merge adds to it, and to the loss on the batches that "
-        "the merge saw; the share of the gain that is lost; means over the seeds. Where the merge adds to the held-out "
+        text="What training takes off the held-out loss; what the merge adds to it, and to the loss on the batches "
+        "that it was fitted to; the share of the gain that is lost; means over the seeds. Where it adds to the held-out "
         "loss alone, more calibration batches would help; where it adds as much to both, its fit is at its limit.",
         header=("task", "method", "merge", "gain", "added", "added, calibration data", "lost", "goal", ""),
         rows=lines,
