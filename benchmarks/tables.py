@@ -78,10 +78,10 @@ def demo_table(path: Path) -> str:
 
 
 def convergence_table(folder: Path) -> str:
-    """Of a folder of convergence runs: steps and seconds to LoRA's final loss, for each task and shortcut."""
-    section = convergence.headline(folder)
+    """Of a folder of convergence runs: how the shortcuts learn, and what merging costs, a row for each task."""
+    parts = [f"{convergence.table(section)}\n\n{section.text}" for section in convergence.in_short(folder)]
     link = f"[the report](benchmarks/results/{folder.name}/REPORT.md)"
-    return f"{convergence.table(section)}\n\n{section.text} Everything else, and what it was measured on: {link}."
+    return "\n\n".join([*parts, f"Everything else, and what it was measured on: {link}."])
 
 
 def bench_table(path: Path) -> str:

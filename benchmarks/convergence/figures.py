@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.convergence.methods import BASELINE, METHODS
 from benchmarks.convergence.summary import Row, Runs
 
-ORDER = ("input", "block", "middle")
+SHORTCUTS = ("input", "block", "middle")
 
 
 @contextmanager
@@ -150,4 +150,4 @@ def _ours(runs: dict[str, Runs], key: str) -> list[str]:
     """The methods with a shortcut that have this measure, if LoRA has it, too."""
     if not next(iter(runs[BASELINE].values()))[key]:
         return []
-    return [method for method in ORDER if method in runs and next(iter(runs[method].values()))[key]]
+    return [method for method in SHORTCUTS if method in runs and next(iter(runs[method].values()))[key]]
