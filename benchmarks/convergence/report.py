@@ -48,13 +48,13 @@ def in_short(folder: Path) -> list[Section]:
     return [
         Section(
             "Learning", 4,
-            "Final held-out loss to LoRA's, p of a paired t-test over the seeds, and the median step, of the seeds that "
-            "get there, at which LoRA's final loss with the same seed is reached (LoRA's last step in brackets).",
+            "Final held-out loss to LoRA's, p of a paired t-test over the seeds, and the median step at which LoRA's final "
+            "loss with the same seed is reached, of the seeds that get there (LoRA's last step in brackets).",
             ("task", "LoRA", *(METHODS[method].title for method in SHORTCUTS)), learnt,
         ),
         Section(
             "Merging", 4,
-            "The share of the gain in held-out loss that is lost: by the better merge of the paper / by least squares / "
+            "The share of the gain in held-out loss that is lost by the better merge of the paper / by least squares / "
             "by a joint fit of 128 steps after it. 16 calibration batches, 8 of images. `block` merges exactly.",
             ("task", *(METHODS[method].title for method in SHORTCUTS if method != "block")), merged,
         ),
