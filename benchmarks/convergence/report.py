@@ -48,8 +48,8 @@ def in_short(folder: Path) -> list[Section]:
     return [
         Section(
             "Learning", 4,
-            "Final held-out loss to LoRA's, p of a paired t-test over the seeds, and the median step at which LoRA's final "
-            "loss with the same seed is reached, of the seeds that get there (LoRA's last step in brackets).",
+            "Final held-out loss to LoRA's, p of a paired t-test over the seeds, and the median step at which LoRA's "
+            "final loss with the same seed is reached, of the seeds that get there (LoRA's last step in brackets).",
             ("task", "LoRA", *(METHODS[method].title for method in SHORTCUTS)), learnt,
         ),
         Section(
