@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,7 @@ import torch
 from benchmarks import tune
 from benchmarks.gpu_check import hopper as gpu_check
 from benchmarks.gpu_check import hopper_launches
+from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper, select
 from reslora_kernels.cli.bench.timing import Samples, Subject
 from reslora_kernels.kernels import measured
@@ -142,6 +144,27 @@ def test_the_gpu_check_finds_what_is_wrong(
         assert "largest error" in hopper_launches.faults(launch, [kernel], device)[kernel]
     few = replace(launch, m=63)
     assert "another kernel serves" in hopper_launches.faults(few, [kernel], device)[kernel]
+    launched, once = type(launch).launch, count()
+
+    def zeros_later(self: hopper_launches.Launch, given: dict) -> None:
+        launched(self, given)
+        for tensor in self.found(given).values() if next(once) else ():
+            tensor.zero_()
+
+    with mock.patch.object(type(launch), "launch", zeros_later):
+        assert "other bits when it is launched again" in hopper_launches.faults(launch, [kernel], device)[kernel]
+
+
+def test_what_is_wrong_in_one_form_is_out_of_that_form_and_of_layers() -> None:
+    steps, wide, narrow = Steps(), gpu_check.FULL.layers[0], gpu_check.FULL.replayed[1]
+    settings = (hopper.OFF, *gpu_check.SETTINGS)
+    steps.wrong.update({"ping-pong, dx": "planted", "one-pass, one pass": "planted"})
+    assert not gpu_check.is_right(steps, "ping-pong", "dx") and gpu_check.is_right(steps, "ping-pong", "forward")
+    assert set(settings) - set(gpu_check.settings_for(steps, wide, settings)) == {"ping-pong"}
+    assert gpu_check.settings_for(steps, narrow, settings) == [hopper.OFF, hopper.AUTO]
+    steps.wrong.update({"cooperative": "planted", "streaming, dh": "planted"})
+    assert not gpu_check.is_right(steps, "cooperative", "forward")
+    assert gpu_check.settings_for(steps, wide, settings) == [hopper.OFF, hopper.AUTO]
 
 
 def test_tuning_admits_hopper_kernels_before_whole_calls(
@@ -160,7 +183,7 @@ def test_tuning_admits_hopper_kernels_before_whole_calls(
     wrong = {"ping-pong": "planted"}
     monkeypatch.setattr(hopper_launches, "faults", lambda launch, kernels, *_: wrong if "ping-pong" in kernels else {})
     chosen = [tune.Shape(CALL.m, CALL.k, CALL.n), tune.Shape(16, 64, 64), tune.Shape(300, 64, 64, 16, torch.float32)]
-    table = tune.hopper_rows(chosen, device, gpu_check.ONCE)
+    table = tune.hopper_rows(chosen, device, gpu_check.ONCE, Steps())
     assert [(row["form"], row["n"], row["k"]) for row in table["cuda_matmuls"]] == [
         ("forward", 520, 200), ("dx", 200, 520), ("dx with dropout", 200, 520)
     ]  # fmt: skip
