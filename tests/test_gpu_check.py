@@ -158,7 +158,7 @@ one.finish(goals=[])
 
     outcome = parts.hopper(runner, 200.0)
     assert tries == [1, 1, 0] and outcome.status == parts.FAILED
-    assert outcome.summary.startswith("second: it hung, or ended the process")
+    assert outcome.summary.startswith("slow: second: it hung, or ended the process; ")
     found = outcome.details["hopper"]
     assert found["steps"] == {
         "first": {"ran": []}, "second": {"ran": ["fast"]}, "third": {"failed": "it hung, or ended the process"},

@@ -181,7 +181,7 @@ def share_bandwidth(steps: Steps, launches: Iterable[Launch], rate: float) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, then time; 1 where a kernel is wrong or a step failed."""
+    """Check, then time; 1 where a kernel is wrong, a step failed or a layer under some setting was refused."""
     options = _options(arguments)
     program, device = (REHEARSAL, torch.device("cpu")) if options.rehearse else (FULL, torch.device("cuda"))
     begun, budget = time.monotonic(), options.budget_seconds
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _layer(steps, case, device, program.layer_plan, graphs, begun + budget)
     reached = goals(steps.found["steps"], program)
     steps.finish(goals=reached)
-    failed = [name for name, found in steps.found["steps"].items() if "failed" in found]
+    failed = [name for name, found in steps.found["steps"].items() if "failed" in found or found.get("refused")]
     for goal in reached:
         said = f"{goal['goal']} of {goal['of']}: {goal['value']:.4f} by {goal['by']}, the goal is {goal['limit']}"
         print(f"{said}: {'met' if goal['met'] else 'not met'}")

@@ -215,7 +215,7 @@ def hopper(run: Runner, limit: float) -> Outcome:
         path = Path(folder) / "hopper.json"
         finished, found = _step_by_step(run, ["benchmarks.gpu_check.hopper", f"--output={path}"], path, limit)
     status = UNFINISHED if finished.status is None else PASSED if finished.status == 0 else FAILED
-    said = "; ".join([*found.get("wrong", {}).values(), last_line(finished.output)])
+    said = "; ".join([*map(": ".join, found.get("wrong", {}).items()), last_line(finished.output)])
     return Outcome(FAILED if found.get("wrong") else status, said[:300], {"hopper": found} if found else {})
 
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import tune
 from benchmarks.gpu_check import hopper as gpu_check
-from benchmarks.gpu_check import hopper_launches
+from benchmarks.gpu_check import hopper_launches, hopper_layers
 from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper, select
 from reslora_kernels.cli.bench.timing import Samples, Subject
@@ -165,6 +165,14 @@ def test_what_is_wrong_in_one_form_is_out_of_that_form_and_of_layers() -> None:
     steps.wrong.update({"cooperative": "planted", "streaming, dh": "planted"})
     assert not gpu_check.is_right(steps, "cooperative", "forward")
     assert gpu_check.settings_for(steps, wide, settings) == [hopper.OFF, hopper.AUTO]
+
+
+def test_a_layer_that_is_refused_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers_only = replace(gpu_check.REHEARSAL, checked=[], rows=[], alone=[], replayed=[])
+    monkeypatch.setattr(gpu_check, "REHEARSAL", layers_only)
+    for refused, status in (({}, 0), ({"auto": "y of layer 0: largest error"}, 1)):
+        monkeypatch.setattr(hopper_layers, "times", lambda *_, refused=refused: {"refused": refused})
+        assert gpu_check.main(["--rehearse", f"--output={tmp_path / str(status)}"]) == status
 
 
 def test_tuning_admits_hopper_kernels_before_whole_calls(
