@@ -142,7 +142,8 @@ def hopper_rows(
 
     Where there are no Hopper kernels there are no rows.
     """
-    if select.unavailable_reason("cuda") or hopper.unavailable_reason(cuda._extension(), device):
+    if reason := select.unavailable_reason("cuda") or hopper.unavailable_reason(cuda._extension(), device):
+        print(f"no Hopper kernels: {reason}", flush=True)
         return {}
     hopper_check.check(steps, hopper_check.FULL.checked, device)
     layers = [shape for shape in chosen if shape.m >= hopper.LEAST_ROWS and shape.dtype.itemsize == 2]

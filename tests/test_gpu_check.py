@@ -112,6 +112,7 @@ def test_the_speed_part_asks_for_the_sets_most_important_first() -> None:
         (StandIn(statuses={"bench": 2}), "speed", "failed", "no result: done"),
         (StandIn(statuses={"get_device_capability": 1}), "hopper", "skipped", "compute capability 9.0"),
         (StandIn(statuses={"gpu_check.hopper": 1}), "hopper", "failed", "done"),
+        (StandIn(statuses={"benchmarks.tune": None}), "tune", "ran out of time", "done"),
         (
             StandIn(speed=SPEED | {"measurements": [ROW | {"status": "refused", "reason": "wrong result"}]}),
             "speed",
@@ -119,7 +120,7 @@ def test_the_speed_part_asks_for_the_sets_most_important_first() -> None:
             "1 of ours refused or failed, first ours-triton lora: wrong result",
         ),
     ],
-    ids=["test", "slow test", "race", "slow tool", "launch", "no result", "no Hopper", "Hopper", "refused"],
+    ids=["test", "slow test", "race", "slow tool", "launch", "no result", "no Hopper", "Hopper", "tune", "refused"],
 )
 def test_verdicts(stand_in: StandIn, part: str, status: str, said: str, with_tools: None, tmp_path: Path) -> None:
     code, report = run(stand_in, tmp_path, "--part", part)

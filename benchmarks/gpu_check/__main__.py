@@ -129,6 +129,7 @@ def default_path(machine: dict[str, Any], commit: str | None) -> Path:
 def print_summary(report: dict[str, Any], path: Path) -> None:
     """A short table, last of all that is printed."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     machine = report["machine"]
@@ -140,7 +141,7 @@ def print_summary(report: dict[str, Any], path: Path) -> None:
     )
     table = Table("part", "status", "seconds", "found")
     for name, part in report["parts"].items():
-        table.add_row(name, part["status"], f"{part['seconds']:.0f}", part["summary"])
+        table.add_row(name, part["status"], f"{part['seconds']:.0f}", escape(part["summary"]))
     console.print(table)
     if report["speed"]:
         console.print(goals_table(report["speed"]))
