@@ -110,7 +110,7 @@ def test_the_speed_part_asks_for_the_sets_most_important_first() -> None:
         (StandIn(statuses={"initcheck": None}), "sanitizer", "ran out of time", "initcheck ran out of time"),
         (StandIn(statuses={"small_launches": 1}), "sanitizer", "failed", "without a tool: done"),
         (StandIn(statuses={"bench": 2}), "speed", "failed", "no result: done"),
-        (StandIn(statuses={"get_device_capability": 1}), "hopper", "skipped", "compute capability 9.0"),
+        (StandIn(statuses={"hopper.unavailable_reason": 1}), "hopper", "skipped", "done"),
         (StandIn(statuses={"gpu_check.hopper": 1}), "hopper", "failed", "done"),
         (StandIn(statuses={"benchmarks.tune": None}), "tune", "ran out of time", "done"),
         (

@@ -207,13 +207,14 @@ def speed(run: Runner, limit: float, sets: Sequence[str] = SETS, device: str = "
 
 def hopper(run: Runner, limit: float) -> Outcome:
     """The Hopper kernels: right or not, and how far from the goals."""
-    probe = "import torch; from reslora_kernels.backends import cuda; "
-    probe += "raise SystemExit(torch.cuda.get_device_capability() != (9, 0) or not cuda._extension().HAS_SM90)"
-    if run([sys.executable, "-c", probe], limit).status != 0:
-        return Outcome(SKIPPED, "needs a GPU of compute capability 9.0 and the extension built for 90a")
+    probe = "import torch; from reslora_kernels.backends import cuda, hopper; raise SystemExit("
+    probe += "cuda.unavailable_reason() or hopper.unavailable_reason(cuda._extension(), torch.device('cuda')))"
+    if (asked := run([sys.executable, "-c", probe], limit)).status != 0:
+        return Outcome(SKIPPED, last_line(asked.output))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "hopper.json"
-        finished, found = _step_by_step(run, ["benchmarks.gpu_check.hopper", f"--output={path}"], path, limit)
+        command = ["benchmarks.gpu_check.hopper", f"--output={path}"]
+        finished, found = _step_by_step(run, command, path, limit - asked.seconds)
     status = UNFINISHED if finished.status is None else PASSED if finished.status == 0 else FAILED
     said = "; ".join([*map(": ".join, found.get("wrong", {}).items()), last_line(finished.output)])
     return Outcome(FAILED if found.get("wrong") else status, said[:300], {"hopper": found} if found else {})
