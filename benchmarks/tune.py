@@ -4,7 +4,8 @@ python -m benchmarks.tune                            most important shapes first
 python -m benchmarks.tune --output measured.json     another file than the package's own
 
 On Hopper the CUDA backend's kernels come first, for at most a third of that time: whole calls of that backend are timed
-with those in use that were the fastest. One that hangs ends this; --without it the others are timed.
+with those in use that were the fastest. One that hangs ends this; started again with the same file of --steps, it goes
+on without that kernel.
 
 The file keeps what it says of other GPU generations, and is whole at every moment; its format is documented in
 ``reslora_kernels/kernels/measured.py``.
@@ -135,20 +136,21 @@ def tune(
 
 
 def hopper_rows(
-    chosen: Sequence[Shape], device: torch.device, plan: Plan, deadline: float = math.inf, without: Sequence[str] = ()
+    chosen: Sequence[Shape], device: torch.device, plan: Plan, steps: Steps, deadline: float = math.inf
 ) -> Table:
     """Rows "cuda_matmuls" and "cuda_projections" of the kernels that are right; this process then chooses by them.
 
     Where there are no Hopper kernels there are no rows.
     """
-    if select.unavailable_reason("cuda") or hopper.unavailable_reason(cuda._extension(), device):
+    if reason := select.unavailable_reason("cuda") or hopper.unavailable_reason(cuda._extension(), device):
+        print(f"no Hopper kernels: {reason}", flush=True)
         return {}
-    steps = Steps()
-    steps.wrong.update(dict.fromkeys(without, "left out"))
     hopper_check.check(steps, hopper_check.FULL.checked, device)
     layers = [shape for shape in chosen if shape.m >= hopper.LEAST_ROWS and shape.dtype.itemsize == 2]
     launches = [launch for s in layers for launch in launches_of(s.m, s.k, s.n, s.rank, s.dtype)]
     table = hopper_check.rows(steps, dict.fromkeys(launches), device, plan, deadline)
+    for name, why in steps.wrong.items():
+        print(f"not admitted: {name}: {why}", flush=True)
     hopper.admit(table)
     return table
 
@@ -293,8 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--budget-seconds", type=float, default=540.0, help="begin no shape after this")
     parser.add_argument("--seconds", type=float, default=0.5, help="about so long for the candidates of one product")
-    known = (*hopper.VARIANTS, hopper.IN_ONE_PASS, hopper.STREAMING)
-    parser.add_argument("--without", action="append", default=[], choices=known, help="a Hopper kernel; repeatable")
+    parser.add_argument("--steps", type=Path, help="what is found of the Hopper kernels, written at each step")
     options = parser.parse_args(arguments)
     if reason := select.unavailable_reason("triton"):
         print(f"tuning needs the Triton backend: {reason}")
@@ -306,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     chosen = list(shapes())
     plan = replace(hopper_check.FULL.row_plan, seconds=options.seconds)
-    served = hopper_rows(chosen, device, plan, time.monotonic() + options.budget_seconds / 3, options.without)
+    served = hopper_rows(chosen, device, plan, Steps(options.steps), time.monotonic() + options.budget_seconds / 3)
 
     def keep(table: Table) -> None:
         write(options.output, gpu.generation, served | table, machine)

@@ -110,8 +110,9 @@ def test_the_speed_part_asks_for_the_sets_most_important_first() -> None:
         (StandIn(statuses={"initcheck": None}), "sanitizer", "ran out of time", "initcheck ran out of time"),
         (StandIn(statuses={"small_launches": 1}), "sanitizer", "failed", "without a tool: done"),
         (StandIn(statuses={"bench": 2}), "speed", "failed", "no result: done"),
-        (StandIn(statuses={"get_device_capability": 1}), "hopper", "skipped", "compute capability 9.0"),
+        (StandIn(statuses={"hopper.unavailable_reason": 1}), "hopper", "skipped", "done"),
         (StandIn(statuses={"gpu_check.hopper": 1}), "hopper", "failed", "done"),
+        (StandIn(statuses={"benchmarks.tune": None}), "tune", "ran out of time", "done"),
         (
             StandIn(speed=SPEED | {"measurements": [ROW | {"status": "refused", "reason": "wrong result"}]}),
             "speed",
@@ -119,7 +120,7 @@ def test_the_speed_part_asks_for_the_sets_most_important_first() -> None:
             "1 of ours refused or failed, first ours-triton lora: wrong result",
         ),
     ],
-    ids=["test", "slow test", "race", "slow tool", "launch", "no result", "no Hopper", "Hopper", "refused"],
+    ids=["test", "slow test", "race", "slow tool", "launch", "no result", "no Hopper", "Hopper", "tune", "refused"],
 )
 def test_verdicts(stand_in: StandIn, part: str, status: str, said: str, with_tools: None, tmp_path: Path) -> None:
     code, report = run(stand_in, tmp_path, "--part", part)
@@ -133,16 +134,18 @@ def test_a_kernel_that_hangs_is_left_out_of_another_try(monkeypatch: pytest.Monk
 import sys, time
 from pathlib import Path
 from benchmarks.gpu_check import steps
-steps.STEP_SECONDS = 1.0
+steps.STEP_SECONDS, steps.KERNEL_SECONDS = 3.0, 1.0
 one = steps.Steps(Path(sys.argv[1].partition("=")[2]))
 def work():
-    for kernel in one.right(("slow", "fast")):
+    right = [kernel for kernel in ("slow", "fast") if kernel not in one.wrong]
+    for kernel in right:
         one.launching(kernel)
         time.sleep(30 * (kernel == "slow"))
-    return {"ran": one.right(("slow", "fast"))}
+    return {"ran": right}
 one.run("first", lambda: {"ran": []})
 one.run("second", work)
-one.run("third", work)
+one.run("third", lambda: time.sleep(30))
+one.run("fourth", work)
 one.finish(goals=[])
 """
     tries: list[int | None] = []
@@ -155,12 +158,45 @@ one.finish(goals=[])
         return finished
 
     outcome = parts.hopper(runner, 200.0)
-    assert tries == [1, 0] and outcome.status == parts.FAILED
-    assert outcome.summary.startswith("second: it hung, or ended the process")
+    assert tries == [1, 1, 0] and outcome.status == parts.FAILED
+    assert outcome.summary.startswith("slow: second: it hung, or ended the process; ")
     found = outcome.details["hopper"]
     assert found["steps"] == {
-        "first": {"ran": []}, "second": {"failed": "it hung, or ended the process"}, "third": {"ran": ["fast"]}
+        "first": {"ran": []}, "second": {"ran": ["fast"]}, "third": {"failed": "it hung, or ended the process"},
+        "fourth": {"ran": ["fast"]},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [0, 1, None])
+def test_tuning_goes_on_without_a_kernel_that_hangs_and_keeps_what_it_measured(
+    last: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    kept = tmp_path / "reslora_kernels" / "kernels" / "measured.json"
+    kept.parent.mkdir(parents=True)
+    hung = {"wrong": {}, "running": {"step": "check", "kernel": "ping-pong, dx"}}
+    through = {"wrong": {"ping-pong, dx": "check: it hung"}, "running": None}
+    tries = iter([(1, hung, {}), (last, through, {"sm_90": {"calls": []}})])
+
+    def runner(command: Sequence[str], limit: float, **environment: str) -> Finished:
+        files = dict(part.removeprefix("--").split("=") for part in command if part.startswith("--"))
+        status, steps, table = next(tries)
+        assert Path(files["output"]).read_text() == "{}"
+        Path(files["steps"]).write_text(json.dumps(steps))
+        Path(files["output"]).write_text(json.dumps(table))
+        return Finished(status, "what it said", 1.0)
+
+    outcome = parts.tune(runner, 200.0)
+    assert outcome.status == (parts.FAILED if last else parts.PASSED)
+    assert outcome.summary == "what it said; without ping-pong, dx" and outcome.details["wrong"] == through["wrong"]
+    assert json.loads(kept.read_text()) == outcome.details["measured"] == {"sm_90": {"calls": []}}
+
+
+def test_tuning_that_measures_nothing_keeps_no_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    outcome = parts.tune(StandIn(statuses={"benchmarks.tune": 1}), 200.0)
+    assert (outcome.status, outcome.summary, outcome.details) == (parts.FAILED, "done", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_sanitizer_it_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,10 @@
 python -m benchmarks.gpu_check.hopper --output hopper.json
 python -m benchmarks.gpu_check.hopper --output rehearsal.json --rehearse    small shapes on a CPU, as tests do it
 
-The file is written at each step, and a step that takes a minute ends the process; started again with the same file, it
-goes on behind that step: "finished" says that it is through. A kernel that is wrong is not timed. 20 checks, 62 rows of
-at most 7 x 40 launches, 8 replays and 8 layers of at most 8 x 30 passes are expected to take 3 to 4 minutes on an H100;
-no row begins after half of --budget-seconds, no layer after all of them.
+The file is written at each step, and a kernel that hangs ends the process; started again with the same file, it goes on
+without that kernel: "finished" says that it is through. A kernel that is wrong is not timed in that form. 20 checks, 62
+rows of at most 7 x 40 launches, 8 replays and 8 layers of at most 8 x 30 passes are expected to take 3 to 4 minutes on
+an H100; no row begins after half of --budget-seconds, no layer after all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from benchmarks.gpu_check import hopper_launches, hopper_layers
 from benchmarks.gpu_check.hopper_launches import LIBRARY, Launch, Matmul, Projection, launches_of
 from benchmarks.gpu_check.steps import Steps
-from reslora_kernels.backends import hopper
+from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.cli.bench import cases
 from reslora_kernels.cli.bench.cases import LORA, Case
 from reslora_kernels.cli.bench.clocks import check_alive, clock_of, one_line
@@ -84,7 +84,7 @@ FULL = Program(
         replace(case, methods=(LORA,))
         for case in (*cases.standard(True), Case(2048, 4096, 4096), Case(8192, 5120, 5120), Case(8192, 8192, 8192))
     ],
-    row_plan=Plan(most=40, least=10, seconds=0.6, hold=True, input_sets=hopper_launches.SETS),
+    row_plan=Plan(most=40, least=10, seconds=0.6, hold=True, launch_seconds=3e-4),
     layer_plan=Plan(most=30, least=10, seconds=6.0, hold=True),
 )  # fmt: skip
 SMALL = list(launches_of(70, 136, 72, 8, BF16))
@@ -104,15 +104,37 @@ def kernels_for(launch: Launch) -> tuple[str, ...]:
     return (hopper.PORTABLE, *hopper.kernels_of(launch.form))
 
 
+def is_right(steps: Steps, kernel: str, form: str) -> bool:
+    """Whether neither the kernel nor this form of it is known to be wrong."""
+    return kernel not in steps.wrong and _in_form(kernel, form) not in steps.wrong
+
+
+def _in_form(kernel: str, form: str) -> str:
+    return f"{kernel}, {form}"
+
+
+def _right(steps: Steps, launch: Launch) -> list[str]:
+    return [kernel for kernel in kernels_for(launch) if is_right(steps, kernel, launch.form)]
+
+
+def settings_for(steps: Steps, case: Case, settings: Iterable[str]) -> list[str]:
+    """Those under which no kernel serves a layer that is wrong in any form. A variant brings the others along."""
+    wrong = {name.partition(",")[0] for name in steps.wrong}
+    others = {hopper.STREAMING, *([hopper.IN_ONE_PASS] if case.n <= cuda.ONE_PASS_COLUMNS else [])}
+    return [name for name in settings if not wrong & ({name, *others} if name in hopper.VARIANTS else {name})]
+
+
 def check(steps: Steps, launches: Iterable[Launch], device: torch.device) -> None:
-    """One step for each; kernels that were wrong before are left out."""
+    """One step for each; kernels that were wrong in the same form before are left out."""
     for launch in launches:
         steps.run(f"check {launch}", lambda launch=launch: _faults(steps, launch, device))
 
 
 def _faults(steps: Steps, launch: Launch, device: torch.device) -> dict[str, Any]:
-    found = hopper_launches.faults(launch, steps.right(kernels_for(launch)), device, steps.launching)
-    steps.wrong.update(found)
+    found = hopper_launches.faults(
+        launch, _right(steps, launch), device, lambda kernel: steps.launching(_in_form(kernel, launch.form))
+    )
+    steps.wrong.update({_in_form(kernel, launch.form): why for kernel, why in found.items()})
     steps.launching(None)
     return {"wrong": found}
 
@@ -122,7 +144,7 @@ def rows(
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of the measured table, of the launches that begin before the deadline; each is checked first.
 
-    A kernel that proves wrong at any of them is in no row.
+    A kernel that proves wrong at any of them is in no row of that form.
     """
     table: dict[str, list[dict[str, Any]]] = {Matmul.table: [], Projection.table: []}
     for launch in launches:
@@ -134,14 +156,15 @@ def rows(
             shares = ", ".join(f"{name} {share:.3f}" for name, share in found["of_library"].items())
             print(f"{launch}: {found['library']:.1f} us; of its speed: {shares}", flush=True)
     for row in (row for kind in table.values() for row in kind):
-        row["microseconds"] = {name: row["microseconds"][name] for name in steps.right(row["microseconds"])}
+        times = row["microseconds"]
+        row["microseconds"] = {name: times[name] for name in times if is_right(steps, name, row["form"])}
     return table
 
 
 def _time(steps: Steps, launch: Launch, device: torch.device, plan: Plan) -> dict[str, Any]:
     """A row, and how it compares with the library's time for the product alone."""
     _faults(steps, launch, device)
-    row = hopper_launches.times(launch, steps.right(kernels_for(launch)), device, plan)
+    row = hopper_launches.times(launch, _right(steps, launch), device, plan)
     library = row.pop(LIBRARY)
     shares = {name: round(library / value, 4) for name, value in row["microseconds"].items()}
     return {"row": row, LIBRARY: library, "of_library": shares}
@@ -158,7 +181,7 @@ def share_bandwidth(steps: Steps, launches: Iterable[Launch], rate: float) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, then time; 1 where a kernel is wrong or a step failed."""
+    """Check, then time; 1 where a kernel is wrong, a step failed or a layer under some setting was refused."""
     options = _options(arguments)
     program, device = (REHEARSAL, torch.device("cpu")) if options.rehearse else (FULL, torch.device("cuda"))
     begun, budget = time.monotonic(), options.budget_seconds
@@ -169,14 +192,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hopper.admit(rows(steps, program.rows, device, program.row_plan, begun + budget / 2))
     if rate := copied.get("bytes a second"):
         share_bandwidth(steps, program.rows, rate)
-    replays = [_replay(steps, case, name, device) for case in program.replayed for name in hopper.VARIANTS]
+    replays = [
+        _replay(steps, case, name, device)
+        for case in program.replayed for name in hopper.VARIANTS if name in settings_for(steps, case, [name])
+    ]  # fmt: skip
     graphs = device.type == "cuda" and not any("failed" in found for found in replays)
     for case in program.layers:
         if time.monotonic() < begun + budget:
             _layer(steps, case, device, program.layer_plan, graphs, begun + budget)
     reached = goals(steps.found["steps"], program)
     steps.finish(goals=reached)
-    failed = [name for name, found in steps.found["steps"].items() if "failed" in found]
+    failed = [name for name, found in steps.found["steps"].items() if "failed" in found or found.get("refused")]
     for goal in reached:
         said = f"{goal['goal']} of {goal['of']}: {goal['value']:.4f} by {goal['by']}, the goal is {goal['limit']}"
         print(f"{said}: {'met' if goal['met'] else 'not met'}")
@@ -203,11 +229,11 @@ def _replay(steps: Steps, case: Case, setting: str, device: torch.device) -> dic
             return {"failed": one_line(error)}
         return {"equal": True}
 
-    return {} if setting in steps.wrong else steps.run(f"replay {setting}: {case}", work)
+    return steps.run(f"replay {setting}: {case}", work)
 
 
 def _layer(steps: Steps, case: Case, device: torch.device, plan: Plan, graphs: bool, deadline: float) -> None:
-    settings = steps.right((hopper.OFF, *SETTINGS))
+    settings = settings_for(steps, case, (hopper.OFF, *SETTINGS))
     found = steps.run(
         f"layer {case}",
         lambda: hopper_layers.times(case, settings, device, plan, graphs, deadline, steps.launching),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 from unittest import mock
 
@@ -19,9 +20,10 @@ from torch import Tensor
 from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.cli.bench.clocks import check_alive, clock_of, one_line
 from reslora_kernels.cli.bench.timing import Plan, Subject, measure, percentiles
+from reslora_kernels.cli.bench.workload import cache_bytes
 from reslora_kernels.testing import assert_close_to_truth
 
-SETS = 3  # of operands, so that L2 does not hold them
+REPEATS = 10  # launches on a GPU that must give the same bits: a kernel with a race may be right once
 LIBRARY = "library"
 
 
@@ -222,7 +224,7 @@ def faults(
 ) -> dict[str, str]:
     """What is wrong with each kernel that is: against float64, by the rule of ``testing``, or another one serves.
 
-    ``launching`` is told before each.
+    Or it does not give the same bits again. ``launching`` is told before each.
 
     Raises:
         DeviceLostError: the last one that was launched took the GPU along.
@@ -231,33 +233,50 @@ def faults(
     truth, plain = launch.expected(given, torch.float64), launch.expected(given, launch.dtype)
     for kernel in kernels:
         launching(kernel)
-        for tensor in launch.found(given).values():
-            tensor.fill_(float("nan"))
         try:
-            with hopper.requested(setting_for(kernel)), recorded() as asked:
-                launch.launch(given)
+            with recorded() as asked:
+                _launch_anew(launch, given, kernel)
             if asked != [0 if kernel == hopper.PORTABLE else hopper.VARIANTS.get(kernel, 1)]:
                 raise AssertionError("another kernel serves in its place")
             for name, result in launch.found(given).items():
                 assert_close_to_truth(result, truth[name], plain[name], name)
+            first = {name: result.clone() for name, result in launch.found(given).items()}
+            for _ in range(REPEATS if device.type == "cuda" else 1):
+                _launch_anew(launch, given, kernel)
+                if not all(torch.equal(result, first[name]) for name, result in launch.found(given).items()):
+                    raise AssertionError("other bits when it is launched again")
         except (AssertionError, RuntimeError) as error:
             found[kernel] = f"{launch}: {one_line(error)}"
             check_alive(device)
     return found
 
 
+def _launch_anew(launch: Launch, given: dict[str, Any], kernel: str) -> None:
+    """By that kernel; what it does not write is NaN."""
+    for tensor in launch.found(given).values():
+        tensor.fill_(float("nan"))
+    with hopper.requested(setting_for(kernel)):
+        launch.launch(given)
+
+
 def times(launch: Launch, kernels: Sequence[str], device: torch.device, plan: Plan) -> dict[str, Any]:
-    """A row of the measured table, and the library's microseconds beside it; medians of rounds in turns."""
-    every = [launch.draw(device, seed) for seed in range(SETS)]
+    """A row of the measured table, and the library's microseconds beside it; medians of rounds in turns.
+
+    Each launch takes the next of several sets of operands, more than the cache holds: those of a round share none.
+    """
+    every = [launch.draw(device, seed=0)]
+    size = sum(tensor.nbytes for tensor in every[0].values() if isinstance(tensor, Tensor))
+    every += [launch.draw(device, seed) for seed in range(1, min(32, max(2, -(-4 * cache_bytes(device) // size))))]
+    turns = cycle(every)
 
     def subject(kernel: str) -> Subject:
         def run(index: int) -> None:
             with hopper.requested(setting_for(kernel)):
-                launch.launch(every[index])
+                launch.launch(next(turns))
 
         return Subject(kernel, run)
 
-    subjects = [Subject(LIBRARY, lambda index: launch.library(every[index])), *map(subject, kernels)]
+    subjects = [Subject(LIBRARY, lambda index: launch.library(next(turns))), *map(subject, kernels)]
     samples = measure(subjects, clock_of(device), plan, lambda: check_alive(device))
     medians = {name: percentiles(found.forward)[1] * 1e6 for name, found in samples.items() if found.failure is None}
     microseconds = {name: round(value, 2) for name, value in medians.items()}

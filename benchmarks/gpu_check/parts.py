@@ -206,41 +206,50 @@ def speed(run: Runner, limit: float, sets: Sequence[str] = SETS, device: str = "
 
 
 def hopper(run: Runner, limit: float) -> Outcome:
-    """The Hopper kernels: right or not, and how far from the goals. A kernel that hangs is left out of another try."""
-    started = time.monotonic()
-    probe = "import torch; from reslora_kernels.backends import cuda; "
-    probe += "raise SystemExit(torch.cuda.get_device_capability() != (9, 0) or not cuda._extension().HAS_SM90)"
-    if run([sys.executable, "-c", probe], limit).status != 0:
-        return Outcome(SKIPPED, "needs a GPU of compute capability 9.0 and the extension built for 90a")
-    found: dict[str, Any] = {}
+    """The Hopper kernels: right or not, and how far from the goals."""
+    probe = "import torch; from reslora_kernels.backends import cuda, hopper; raise SystemExit("
+    probe += "cuda.unavailable_reason() or hopper.unavailable_reason(cuda._extension(), torch.device('cuda')))"
+    if (asked := run([sys.executable, "-c", probe], limit)).status != 0:
+        return Outcome(SKIPPED, last_line(asked.output))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "hopper.json"
-        command = [sys.executable, "-m", "benchmarks.gpu_check.hopper", f"--output={path}"]
-        while True:
-            left, before = limit - (time.monotonic() - started), found
-            finished = run([*command, f"--budget-seconds={max(1.0, left - 30):.0f}"], left)
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            if finished.status is None or found.get("finished") or found == before or left < 2 * GRACE:
-                break
+        command = ["benchmarks.gpu_check.hopper", f"--output={path}"]
+        finished, found = _step_by_step(run, command, path, limit - asked.seconds)
     status = UNFINISHED if finished.status is None else PASSED if finished.status == 0 else FAILED
-    said = "; ".join([*found.get("wrong", {}).values(), last_line(finished.output)])
+    said = "; ".join([*map(": ".join, found.get("wrong", {}).items()), last_line(finished.output)])
     return Outcome(FAILED if found.get("wrong") else status, said[:300], {"hopper": found} if found else {})
 
 
+def _step_by_step(run: Runner, command: Sequence[str], path: Path, limit: float) -> tuple[Finished, dict[str, Any]]:
+    """A module that writes its ``Steps`` to ``path``; where one of them ended it, again, without what hung there."""
+    started, found = time.monotonic(), {}
+    while True:
+        left, before = limit - (time.monotonic() - started), found
+        finished = run([sys.executable, "-m", *command, f"--budget-seconds={max(1.0, left - 30):.0f}"], left)
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stopped = finished.status not in (0, None) and found.get("running") and found != before
+        if not stopped or limit - (time.monotonic() - started) < 2 * GRACE:
+            return finished, found
+
+
 def tune(run: Runner, limit: float) -> Outcome:
-    """Every form and tile for the table of measured choices, ``reslora_kernels/kernels/measured.json``."""
+    """Every form and tile for the table of measured choices, ``reslora_kernels/kernels/measured.json``.
+
+    What was measured before a fault is kept.
+    """
+    kept = ROOT / "reslora_kernels" / "kernels" / "measured.json"
+    before = kept.read_text(encoding="utf-8") if kept.is_file() else "{}"
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "measured.json"
-        kept = ROOT / "reslora_kernels" / "kernels" / "measured.json"
-        if kept.is_file():
-            shutil.copy(kept, path)
-        budget = f"--budget-seconds={max(1.0, limit - 30):.0f}"
-        finished = run([sys.executable, "-m", "benchmarks.tune", f"--output={path}", budget], limit)
-        if finished.status not in (0, None) or not path.is_file():
-            return Outcome(FAILED, last_line(finished.output))
-        content = json.loads(path.read_text(encoding="utf-8"))
-        shutil.copy(path, kept)
-    return Outcome(PASSED, last_line(finished.output), {"measured": content})
+        path, steps = Path(folder) / "measured.json", Path(folder) / "steps.json"
+        path.write_text(before, encoding="utf-8")
+        finished, found = _step_by_step(run, ["benchmarks.tune", f"--output={path}", f"--steps={steps}"], steps, limit)
+        after = path.read_text(encoding="utf-8")
+    said = "; ".join([last_line(finished.output), *(f"without {name}" for name in found.get("wrong", {}))])
+    if after == before:
+        return Outcome(UNFINISHED if finished.status is None else FAILED, said)
+    kept.write_text(after, encoding="utf-8")
+    status = FAILED if finished.status else PASSED
+    return Outcome(status, said[:300], {"measured": json.loads(after), "wrong": found.get("wrong", {})})
 
 
 def last_line(output: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +14,8 @@ import torch
 
 from benchmarks import tune
 from benchmarks.gpu_check import hopper as gpu_check
-from benchmarks.gpu_check import hopper_launches
+from benchmarks.gpu_check import hopper_launches, hopper_layers, steps
+from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper, select
 from reslora_kernels.cli.bench.timing import Samples, Subject
 from reslora_kernels.kernels import measured
@@ -22,6 +24,13 @@ from .calls import Call, draw, launched, run, truth
 
 pytestmark = pytest.mark.usefixtures("hopper_extension")
 CALL = Call("two passes", 300, 200, 520, 16, 16, torch.bfloat16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hangs ends the process, and here that would be pytest's: a loaded machine may take its time."""
+    monkeypatch.setattr(steps, "STEP_SECONDS", 280.0)
+    monkeypatch.setattr(steps, "KERNEL_SECONDS", 280.0)
 
 
 def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -116,13 +125,13 @@ def test_the_gpu_check_goes_through_its_motions(
     found = json.loads(path.read_text())
     assert found["finished"] and found["wrong"] == {} and found["running"] is None
     assert {goal["goal"] for goal in found["goals"]} == {"forward", "both", "ahead of torch", "matmul"}
-    steps = found["steps"]
+    timed = found["steps"]
     for launch in gpu_check.REHEARSAL.rows:
-        assert steps[f"time {launch}"]["row"]["microseconds"].keys() == set(gpu_check.kernels_for(launch))
-        assert ("of_bandwidth" in steps[f"time {launch}"]) == isinstance(launch, hopper_launches.Projection)
+        assert timed[f"time {launch}"]["row"]["microseconds"].keys() == set(gpu_check.kernels_for(launch))
+        assert ("of_bandwidth" in timed[f"time {launch}"]) == isinstance(launch, hopper_launches.Projection)
     (case,) = gpu_check.REHEARSAL.layers
-    assert steps[f"layer {case}"]["of_frozen"].keys() == {"frozen", "torch", "off", *gpu_check.SETTINGS}
-    assert sum(name.startswith("replay") for name in steps) == len(hopper.VARIANTS)
+    assert timed[f"layer {case}"]["of_frozen"].keys() == {"frozen", "torch", "off", *gpu_check.SETTINGS}
+    assert sum(name.startswith("replay") for name in timed) == len(hopper.VARIANTS)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +151,35 @@ def test_the_gpu_check_finds_what_is_wrong(
         assert "largest error" in hopper_launches.faults(launch, [kernel], device)[kernel]
     few = replace(launch, m=63)
     assert "another kernel serves" in hopper_launches.faults(few, [kernel], device)[kernel]
+    launched, once = type(launch).launch, count()
+
+    def zeros_later(self: hopper_launches.Launch, given: dict) -> None:
+        launched(self, given)
+        for tensor in self.found(given).values() if next(once) else ():
+            tensor.zero_()
+
+    with mock.patch.object(type(launch), "launch", zeros_later):
+        assert "other bits when it is launched again" in hopper_launches.faults(launch, [kernel], device)[kernel]
+
+
+def test_what_is_wrong_in_one_form_is_out_of_that_form_and_of_layers() -> None:
+    found, wide, narrow = Steps(), gpu_check.FULL.layers[0], gpu_check.FULL.replayed[1]
+    settings = (hopper.OFF, *gpu_check.SETTINGS)
+    found.wrong.update({"ping-pong, dx": "planted", "one-pass, one pass": "planted"})
+    assert not gpu_check.is_right(found, "ping-pong", "dx") and gpu_check.is_right(found, "ping-pong", "forward")
+    assert set(settings) - set(gpu_check.settings_for(found, wide, settings)) == {"ping-pong"}
+    assert gpu_check.settings_for(found, narrow, settings) == [hopper.OFF, hopper.AUTO]
+    found.wrong.update({"cooperative": "planted", "streaming, dh": "planted"})
+    assert not gpu_check.is_right(found, "cooperative", "forward")
+    assert gpu_check.settings_for(found, wide, settings) == [hopper.OFF, hopper.AUTO]
+
+
+def test_a_layer_that_is_refused_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers_only = replace(gpu_check.REHEARSAL, checked=[], rows=[], alone=[], replayed=[])
+    monkeypatch.setattr(gpu_check, "REHEARSAL", layers_only)
+    for refused, status in (({}, 0), ({"auto": "y of layer 0: largest error"}, 1)):
+        monkeypatch.setattr(hopper_layers, "times", lambda *_, refused=refused: {"refused": refused})
+        assert gpu_check.main(["--rehearse", f"--output={tmp_path / str(status)}"]) == status
 
 
 def test_tuning_admits_hopper_kernels_before_whole_calls(
@@ -160,7 +198,7 @@ def test_tuning_admits_hopper_kernels_before_whole_calls(
     wrong = {"ping-pong": "planted"}
     monkeypatch.setattr(hopper_launches, "faults", lambda launch, kernels, *_: wrong if "ping-pong" in kernels else {})
     chosen = [tune.Shape(CALL.m, CALL.k, CALL.n), tune.Shape(16, 64, 64), tune.Shape(300, 64, 64, 16, torch.float32)]
-    table = tune.hopper_rows(chosen, device, gpu_check.ONCE)
+    table = tune.hopper_rows(chosen, device, gpu_check.ONCE, Steps())
     assert [(row["form"], row["n"], row["k"]) for row in table["cuda_matmuls"]] == [
         ("forward", 520, 200), ("dx", 200, 520), ("dx with dropout", 200, 520)
     ]  # fmt: skip

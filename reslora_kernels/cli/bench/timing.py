@@ -37,7 +37,8 @@ class Plan:
     """How long to measure: ``most`` rounds, fewer where they would take more than ``seconds``, at least ``least``.
 
     ``hold``: what is timed is launched while the device is kept busy before each round, so that the time which Python
-    takes to launch it is not in the figures: for captured graphs of a few microseconds.
+    takes to launch it is not in the figures: for captured graphs of a few microseconds. ``launch_seconds`` is what it
+    takes at most for the marks and launches of one subject.
     """
 
     most: int = 200
@@ -45,6 +46,7 @@ class Plan:
     seconds: float = 10.0
     warmup: int = 3
     hold: bool = False
+    launch_seconds: float = LAUNCH_SECONDS
     input_sets: int = 1
     seed: int = 0
 
@@ -126,7 +128,7 @@ def measure(
 
 def _hold(clock: Clock, plan: Plan, running: Sequence[Subject]) -> None:
     if plan.hold:
-        clock.hold(LAUNCH_SECONDS * len(running))
+        clock.hold(plan.launch_seconds * len(running))
 
 
 def _round(
