@@ -60,7 +60,7 @@ def joint_updates(
         ValueError: ``calibration`` runs once only, or a layer's moments cannot be solved for.
     """
     with undisturbed(model):
-        white = {layer: _white(update, statistics[layer]) for layer, update in updates.items()}
+        white = {layer: _white(layer, update, statistics[layer]) for layer, update in updates.items()}
         before = _distance(model, white, calibration)
         _train(model, white, calibration, steps)
         if not _distance(model, white, calibration) < before:  # nor where it is NaN
@@ -100,10 +100,11 @@ def distance(found: Tensor, wanted: Tensor, logits: bool) -> Tensor:
     return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
-def _white(update: LowRankUpdate, statistics: LayerStatistics) -> _White:
+def _white(layer: ResLoRALinear, update: LowRankUpdate, statistics: LayerStatistics) -> _White:
     assert statistics.gram is not None
     gram = statistics.gram.double()
-    factor = cholesky_factor(gram / gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny), DAMPING, "a layer")
+    scaled = gram / gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    factor = cholesky_factor(scaled, DAMPING, f"layer {layer.position} of chain {layer.chain and layer.chain.name!r}")
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     unwhiten = torch.linalg.solve_triangular(factor, identity, upper=False).to(update.a)
     return _White(update.a, torch.zeros_like(update.a), unwhiten, update.b.clone())
