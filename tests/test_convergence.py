@@ -75,6 +75,7 @@ def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
         report = (tmp_path / name).read_text()
         for row in rows:
             assert f"{row.loss:.4f} ± {row.spread:.4f}" in report
+        assert "Accuracy before and after merging" in report and "F1 before and after merging" in report
         shown = set(re.findall(r"[a-z]+(?:-[a-z]+)?\.png", report))
         kinds = ("calibration", "norms", "gradients")
         assert {"python.png", "code.png", "slanted.png", "slanted-samples.png"} <= shown

@@ -209,7 +209,7 @@ def _merging(rows: list[Row], metrics: tuple[str, ...]) -> list[Section]:
         mean = statistics.mean(merge[metric] for merge in row.merges[name])
         return f"{mean:.4f}" if metric == "loss" else f"{mean:.1%}"
 
-    after = ("loss", *(metric for metric in metrics if metric in merged[0].merges[names[0]]))
+    after = ("loss", *(metric for metric in metrics if metric in merged[0].merges[names[0]][0]))
     return [
         Section(
             "Merging", 3, "Share of fine-tuning's gain in loss that merging loses, mean over the seeds (worst seed).",
