@@ -51,11 +51,14 @@ def record_order(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> lis
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode, and afterwards every training flag and the random state as before."""
+    """No gradients, evaluation mode, and afterwards every training flag and the random state as before.
+
+    ``enable_grad`` works inside, in a caller's ``inference_mode`` too.
+    """
     modes = [(module, module.training) for module in model.modules()]
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=cuda):
             model.eval()
             yield
     finally:

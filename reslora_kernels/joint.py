@@ -12,7 +12,8 @@ few large directions, beside which Adam on A itself hardly moves in the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ from .updates import LowRankUpdate, cholesky_factor, relative_error
 DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
 RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
 BETAS = (0.9, 0.99)
-WARMUP_STEPS = 8  # then the rates fall linearly to zero
+WARMUP_STEPS = 8  # times a factor that falls linearly to zero over all steps
+GRADIENT_SCALE = 2.0**12  # of the backward pass, where float16 would lose what a mean over many tokens leaves of each
 
 
 class _White(NamedTuple):
@@ -57,6 +59,7 @@ def joint_updates(
         calibration: batches; run again and again.
 
     Raises:
+        TypeError: as for ``output_of``.
         ValueError: ``calibration`` runs once only, or a layer's moments cannot be solved for.
     """
     with undisturbed(model):
@@ -74,7 +77,7 @@ def joint_updates(
 
 
 def output_of(found: Any) -> tuple[Tensor, bool]:
-    """What a model's result is compared by, and whether it is logits.
+    """What a model's result is compared by, and whether it is logits of rows, [rows, classes] or [B, T, classes].
 
     Args:
         found: with ``logits``, or anything that holds a floating-point tensor of two or more dimensions.
@@ -84,7 +87,7 @@ def output_of(found: Any) -> tuple[Tensor, bool]:
     """
     logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
     if isinstance(logits, Tensor):
-        return logits, logits.shape[-1] > 1
+        return logits, logits.dim() in (2, 3) and logits.shape[-1] > 1
     for leaf in pytree.tree_leaves(dict(found) if isinstance(found, Mapping) else found):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1:
             return leaf, False
@@ -128,11 +131,10 @@ def _train(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration:
         for batch in calibration:
             if done == steps:
                 break
-            with torch.enable_grad():
-                loss = _batch_distance(model, white, batch)
-                gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            with torch.enable_grad(), _compared(model, white, batch) as loss:
+                gradients = torch.autograd.grad(loss * GRADIENT_SCALE, trained, allow_unused=True)
             for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.grad = gradient
+                parameter.grad = None if gradient is None else gradient / GRADIENT_SCALE
             optimizer.step()
             schedule.step()
             done += 1
@@ -142,12 +144,18 @@ def _train(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration:
 
 def _distance(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration: Iterable[Any]) -> float:
     """Summed over the batches."""
-    return sum(float(_batch_distance(model, white, batch)) for batch in calibration)
+    total = 0.0
+    for batch in calibration:
+        with _compared(model, white, batch) as found:
+            total += float(found)
+    return total
 
 
-def _batch_distance(model: nn.Module, white: Mapping[ResLoRALinear, _White], batch: Any) -> Tensor:
+@contextmanager
+def _compared(model: nn.Module, white: Mapping[ResLoRALinear, _White], batch: Any) -> Iterator[Tensor]:
+    """The distance on one batch; the updates stand in until the block ends, as checkpointed layers run in backward."""
     with torch.no_grad():
         wanted, logits = output_of(call_with(model, batch))
     with replaced({layer: one.update() for layer, one in white.items()}):
         found, _ = output_of(call_with(model, batch))
-    return distance(found, wanted, logits)
+        yield distance(found, wanted, logits)

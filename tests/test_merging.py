@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from reslora_kernels import (
     ResLoRAConfig,
     apply_reslora,
+    checkpoint_context,
     collect_statistics,
     joint,
     merge_reslora,
@@ -168,6 +170,44 @@ def test_a_joint_fit_that_brings_the_output_no_nearer_is_dropped(monkeypatch: py
     assert all(map(torch.equal, pieces(plain)[0], pieces(dropped)[0]))
 
 
+class Checkpointed(Last):
+    """``Last`` with every layer checkpointed."""
+
+    context_fn = staticmethod(noop_context_fn)
+
+    def forward(self, x: Tensor, whole: bool = False) -> Any:
+        y = x
+        for layer in self.layers:
+            normed = nn.functional.layer_norm(x, (WIDTH,))
+            y = checkpoint(layer, normed, use_reentrant=False, context_fn=self.context_fn)
+            x = x + torch.tanh(y)
+        return y
+
+
+@pytest.mark.parametrize("case", ["checkpointed", "inference_mode"])
+def test_a_joint_fit_is_the_same_with_checkpointed_layers_and_in_inference_mode(case: str) -> None:
+    plain, model = adapted("middle", 2, kind=Last), adapted("middle", 2, kind=Last)
+    if case == "checkpointed":
+        model = adapted("middle", 2, kind=Checkpointed)
+        model.context_fn = checkpoint_context(model)
+    merge_reslora(plain, calibration=batches(4), joint_steps=8)
+    with torch.inference_mode(case == "inference_mode"):
+        report = merge_reslora(model, calibration=batches(4), joint_steps=8)
+    assert {row.method for row in report.rows} == {"joint"}
+    assert all(max_error(*pair) < 1e-12 for pair in zip(pieces(model)[0], pieces(plain)[0], strict=True))
+
+
+def test_a_joint_fit_in_float16_keeps_the_small_gradients_of_many_tokens() -> None:
+    class Head(Last):
+        def forward(self, x: Tensor, whole: bool = False) -> Any:
+            return {"logits": 0.01 * super().forward(x).repeat(256, 1, 1)}
+
+    report = merge_reslora(
+        adapted("middle", -1, torch.float16, Head), calibration=[x.half() for x in batches(4)], joint_steps=64
+    )
+    assert {row.method for row in report.rows} == {"joint"}
+
+
 def test_a_joint_fit_compares_logits_as_distributions() -> None:
     found, wanted = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
     p, q = wanted.softmax(-1), found.softmax(-1)
@@ -175,6 +215,8 @@ def test_a_joint_fit_compares_logits_as_distributions() -> None:
     output = {"loss": torch.zeros(()), "past": [torch.zeros(2, 2)], "logits": found}
     assert joint.output_of(output) == (found, True)
     assert joint.distance(*(joint.output_of({"logits": t})[0] for t in (found, wanted)), True).allclose(expected)
+    for other in (torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 3, 4, 4)):  # rewards, regression, pixels
+        assert joint.output_of({"logits": other}) == (other, False)
     assert joint.output_of((torch.zeros(()), torch.ones(3, 3, dtype=torch.long), wanted)) == (wanted, False)
     with pytest.raises(TypeError, match="returns logits or another tensor, got int"):
         joint.output_of(3)

@@ -221,6 +221,7 @@ def test_other_forms_of_data(form: str, tmp_path: Path, finetune: Finetune, caps
         (["--resume"], "--resume: "),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--sequential", "--shortcut", "input", "--merge-method", "input"], "--sequential needs --merge-method least"),
+        (["--joint-steps", "8", "--shortcut", "input", "--merge-method", "input"], "--joint-steps needs --merge"),
         (["--tokenizer", "./nowhere"], "--tokenizer './nowhere' does not exist"),
     ],
 )

@@ -122,8 +122,9 @@ def finetune(
         exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, use_rslora=use_rslora, bias=bias,
         shortcut=shortcut, pre_num=pre_num, merge=merge_method, backend=backend,
     )  # fmt: skip
-    if sequential and needs_data(config, None) and config.merge != "least_squares":
-        raise ValueError(f"--sequential needs --merge-method least_squares, got {config.merge}")
+    option = "--sequential" if sequential else "--joint-steps" if joint_steps else None
+    if option and needs_data(config, None) and config.merge != "least_squares":
+        raise ValueError(f"{option} needs --merge-method least_squares, got {config.merge}")
     torch_dtype(torch_dtype_name)
     target = torch_device(device)
     _check_evaluation(eval_data, eval_fraction)
