@@ -39,6 +39,7 @@ LAYERS = {
     "updates": 5,
     "merging": 5,
     "sequential": 5,
+    "joint": 5,
     "statistics": 5,
     "adapter_files": 5,
     "adapters": 5,
