@@ -207,7 +207,7 @@ def test_without_the_sanitizer_it_is_skipped_with_the_reason(tmp_path: Path, mon
 
 def test_a_child_is_stopped_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
     )
     code += "try: print('begun', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('report')"
     monkeypatch.setattr(parts, "GRACE", 25.0)  # a loaded machine may take a while to let it speak

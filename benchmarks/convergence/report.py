@@ -138,8 +138,8 @@ def _merge_goal(rows: list[Row]) -> Section:
         )  # fmt: skip
     return Section(
         "What merging by least squares and a joint fit costs",
-        text="What training takes off the held-out loss (where that is little, the shares are noise); what the merge adds "
-        "to it, and to the loss on the batches "
+        text="What training takes off the held-out loss (where that is little, the shares are noise); what the merge "
+        "adds to it, and to the loss on the batches "
         "that it was fitted to; the share of the gain that is lost; means over the seeds. Where it adds to held-out "
         "loss alone, more calibration batches would help; where it adds as much to both, its fit is at its limit.",
         header=("task", "method", "gain", "added", "added, calibration data", "lost", "goal", ""),
