@@ -35,7 +35,7 @@ from reslora_kernels.cli.bench import results
 from reslora_kernels.cli.bench.capture import warmed_up
 from reslora_kernels.cli.bench.clocks import check_alive, clock_of
 from reslora_kernels.cli.bench.timing import Plan, Subject, measure, percentiles
-from reslora_kernels.cli.bench.workload import cache_bytes
+from reslora_kernels.cli.bench.workload import cache_bytes, sets_of
 from reslora_kernels.kernels import tiles
 
 OUTPUT = Path(__file__).parents[1] / "reslora_kernels" / "kernels" / "measured.json"
@@ -247,7 +247,7 @@ class GpuTimer:
         if self._operands[0] != shape:
             self._operands = (None, [])
             one = shape.dtype.itemsize * (shape.n * shape.k + shape.m * (shape.k + shape.n))
-            count = min(32, max(2, -(-4 * cache_bytes(self.device) // one))) if self.device.type == "cuda" else 2
+            count = sets_of(one, cache_bytes(self.device), most=32) if self.device.type == "cuda" else 2
             self._operands = (shape, [_draw(shape, self.device, seed) for seed in range(count)])
         return self._operands[1]
 

@@ -34,12 +34,13 @@ GRADIENT_SCALE = 2.0**12  # of the backward pass, where float16 would lose what 
 
 
 class _White(NamedTuple):
-    """A* = a + z unwhiten and B* = b, of which ``z`` and ``b`` are trained."""
+    """A* = a + z unwhiten and B* = b, of which ``z`` and ``b`` are trained, at ``rates``."""
 
     a: Tensor
     z: Tensor
     unwhiten: Tensor
     b: Tensor
+    rates: tuple[float, float]
 
     def update(self) -> tuple[Tensor, Tensor]:
         return self.a + self.z @ self.unwhiten, self.b
@@ -110,16 +111,19 @@ def _white(layer: ResLoRALinear, update: LowRankUpdate, statistics: LayerStatist
     factor = cholesky_factor(scaled, DAMPING, f"layer {layer.position} of chain {layer.chain and layer.chain.name!r}")
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     unwhiten = torch.linalg.solve_triangular(factor, identity, upper=False).to(update.a)
-    return _White(update.a, torch.zeros_like(update.a), unwhiten, update.b.clone())
+    rates = RATES["a"] * _size(update.a.double() @ factor), RATES["b"] * _size(update.b)
+    return _White(update.a, torch.zeros_like(update.a), unwhiten, update.b.clone(), rates)
+
+
+def _size(matrix: Tensor) -> float:
+    return float(matrix.square().mean().sqrt())
 
 
 def _train(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration: Iterable[Any], steps: int) -> None:
     groups: list[dict[str, Any]] = []
     for one in white.values():
-        of_z = torch.linalg.solve_triangular(one.unwhiten, one.a, upper=False, left=False)  # a L
-        for parameter, scale, rate in ((one.z, of_z, RATES["a"]), (one.b, one.b, RATES["b"])):
-            size = float(scale.square().mean().sqrt())
-            groups.append({"params": [parameter.requires_grad_()], "lr": rate * size})
+        for parameter, rate in zip((one.z, one.b), one.rates, strict=True):
+            groups.append({"params": [parameter.requires_grad_()], "lr": rate})
     trained: list[Tensor] = [group["params"][0] for group in groups]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.methods import BASELINE, METHODS
+from benchmarks.convergence.methods import BASELINE, METHODS, SHORTCUTS
 from benchmarks.convergence.summary import Row, Runs
-
-SHORTCUTS = ("input", "block", "middle")
 
 
 @contextmanager

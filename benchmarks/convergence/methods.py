@@ -16,6 +16,7 @@ from reslora_kernels.config import Shortcut
 
 R, ALPHA = 4, 8
 BASELINE = "lora"
+SHORTCUTS = ("input", "block", "middle")  # with the default pre_num
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.convergence import figures, step_times
-from benchmarks.convergence.figures import SHORTCUTS
-from benchmarks.convergence.methods import BASELINE, METHODS
+from benchmarks.convergence.measures import JOINT_STEPS
+from benchmarks.convergence.methods import BASELINE, METHODS, SHORTCUTS
 from benchmarks.convergence.runs import read_all
 from benchmarks.convergence.summary import Row, Runs, as_many_parameters, final_runs, summarize
 
@@ -38,6 +38,7 @@ def in_short(folder: Path) -> list[Section]:
     """
     results = read_all(folder)
     every = summarize(results, step_times.read_all(folder))
+    batches = max(result["budget"]["calibration_batches"] for result in results)
     learnt, merged = [], []
     for task, runs in final_runs(results).items():
         rows = {row.method: row for row in every if row.task == task}
@@ -55,7 +56,8 @@ def in_short(folder: Path) -> list[Section]:
         Section(
             "Merging", 4,
             "The share of the gain in held-out loss that is lost by the better merge of the paper / by least squares / "
-            "by a joint fit of 128 steps after it. 16 calibration batches, 8 of images. `block` merges exactly.",
+            f"by a joint fit of {JOINT_STEPS} steps after it, on at most {batches} calibration batches. `block` merges "
+            "exactly.",
             ("task", *(METHODS[method].title for method in SHORTCUTS if method != "block")), merged,
         ),
     ]  # fmt: skip
@@ -139,9 +141,9 @@ def _merge_goal(rows: list[Row]) -> Section:
     return Section(
         "What merging by least squares and a joint fit costs",
         text="What training takes off the held-out loss (where that is little, the shares are noise); what the merge "
-        "adds to it, and to the loss on the batches "
-        "that it was fitted to; the share of the gain that is lost; means over the seeds. Where it adds to held-out "
-        "loss alone, more calibration batches would help; where it adds as much to both, its fit is at its limit.",
+        "adds to it, and to the loss on the batches that it was fitted to; the share of the gain that is lost; means "
+        "over the seeds. Where it adds to held-out loss alone, more calibration batches would help; where it adds as "
+        "much to both, its fit is at its limit.",
         header=("task", "method", "gain", "added", "added, calibration data", "lost", "goal", ""),
         rows=lines,
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.cli.bench.clocks import check_alive, clock_of, one_line
 from reslora_kernels.cli.bench.timing import Plan, Subject, measure, percentiles
-from reslora_kernels.cli.bench.workload import cache_bytes
+from reslora_kernels.cli.bench.workload import cache_bytes, sets_of
 from reslora_kernels.testing import assert_close_to_truth
 
 REPEATS = 10  # launches on a GPU that must give the same bits: a kernel with a race may be right once
@@ -266,7 +266,7 @@ def times(launch: Launch, kernels: Sequence[str], device: torch.device, plan: Pl
     """
     every = [launch.draw(device, seed=0)]
     size = sum(tensor.nbytes for tensor in every[0].values() if isinstance(tensor, Tensor))
-    every += [launch.draw(device, seed) for seed in range(1, min(32, max(2, -(-4 * cache_bytes(device) // size))))]
+    every += [launch.draw(device, seed) for seed in range(1, sets_of(size, cache_bytes(device), most=32))]
     turns = cycle(every)
 
     def subject(kernel: str) -> Subject:

@@ -28,13 +28,10 @@ def check_data(
     """Whether data is needed.
 
     Raises:
-        ValueError: it is and ``--data`` is not given, or ``--sequential`` or ``--joint-steps`` goes with another
-            method.
+        ValueError: it is and ``--data`` is not given; or as for ``check_fits``.
     """
     chosen = method or config.merge
-    option = "--sequential" if sequential else "--joint-steps" if joint_steps else None
-    if option and chosen != "least_squares" and hands_on(config.shortcut, config.pre_num):
-        raise ValueError(f"{option} needs --method least_squares, got {chosen}")
+    check_fits(config, chosen, "--method", sequential, joint_steps)
     needed = needs_data(config, method)
     if needed and data is None:
         alternative = ", or --method weights, which needs none" if config.shortcut == "input" else ""
@@ -43,6 +40,13 @@ def check_data(
             f"give --data with some of the training data{alternative}"
         )
     return needed
+
+
+def check_fits(config: ResLoRAConfig, chosen: str, name: str, sequential: bool, joint_steps: int) -> None:
+    """ValueError if ``--sequential`` or ``--joint-steps`` goes with a method, of the option ``name``, without a fit."""
+    option = "--sequential" if sequential else "--joint-steps" if joint_steps else None
+    if option and chosen != "least_squares" and hands_on(config.shortcut, config.pre_num):
+        raise ValueError(f"{option} needs {name} least_squares, got {chosen}")
 
 
 def read_batches(

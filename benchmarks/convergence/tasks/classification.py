@@ -39,7 +39,7 @@ class Classification(Task):
         model = RobertaForMaskedLM(_config(sizes))
         positions = model.roberta.embeddings.position_embeddings.weight
         with torch.no_grad():
-            positions.copy_(2 * _config(sizes).initializer_range * _sinusoids(*positions.shape))
+            positions.copy_(2 * model.config.initializer_range * _sinusoids(*positions.shape))
         return model
 
     def pretrain(self, model: nn.Module, sizes: Sizes) -> None:
@@ -50,14 +50,14 @@ class Classification(Task):
         arXiv 1905.03197), and so do sinusoids as the first position embeddings.
         """
         half = sizes.batch // 2
-        texts = [
+        drawn = [
             data.random_batches(corpus.train, sizes.pretraining_steps, half, sizes.sequence, seed)
             for seed, corpus in enumerate((data.prose(), data.python_source()))
         ]
         generator = torch.Generator().manual_seed(0)
         batches = [
             _causal(rows) if step < CAUSAL * sizes.pretraining_steps and step % 4 < 3 else _masked(rows, generator)
-            for step, rows in enumerate(torch.cat(texts, dim=1))
+            for step, rows in enumerate(torch.cat(drawn, dim=1))
         ]
         optimizer = torch.optim.AdamW(model.parameters(), sizes.pretraining_rate, betas=(0.9, 0.95), weight_decay=0.1)
         for _ in training_steps(model, optimizer, batches, max(1, sizes.pretraining_steps // 10), _pretraining_loss):

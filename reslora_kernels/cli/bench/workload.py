@@ -73,5 +73,10 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def input_sets(case: Case, cache_bytes: int, most: int = 16) -> int:
-    """How many input sets in turn keep the cache from serving the next: together they exceed it four times over."""
-    return min(most, max(2, -(-4 * cache_bytes // case.input_bytes())))
+    """How many input sets of a case in turn keep the cache from serving the next."""
+    return sets_of(case.input_bytes(), cache_bytes, most)
+
+
+def sets_of(size: int, cache_bytes: int, most: int) -> int:
+    """How many sets of ``size`` bytes exceed the cache four times over, at least 2."""
+    return min(most, max(2, -(-4 * cache_bytes // size)))

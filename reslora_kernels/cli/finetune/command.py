@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reslora_kernels.cli.calibration import needs_data
+from reslora_kernels.cli.calibration import check_fits
 from reslora_kernels.cli.finetune import results
 from reslora_kernels.cli.finetune.preparation import prepare
 from reslora_kernels.cli.loading import (
@@ -122,9 +122,7 @@ def finetune(
         exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, use_rslora=use_rslora, bias=bias,
         shortcut=shortcut, pre_num=pre_num, merge=merge_method, backend=backend,
     )  # fmt: skip
-    option = "--sequential" if sequential else "--joint-steps" if joint_steps else None
-    if option and needs_data(config, None) and config.merge != "least_squares":
-        raise ValueError(f"{option} needs --merge-method least_squares, got {config.merge}")
+    check_fits(config, config.merge, "--merge-method", sequential, joint_steps)
     torch_dtype(torch_dtype_name)
     target = torch_device(device)
     _check_evaluation(eval_data, eval_fraction)
