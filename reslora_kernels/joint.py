@@ -12,8 +12,9 @@ few large directions, beside which Adam on A itself hardly moves in the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +28,33 @@ from .statistics import LayerStatistics
 from .updates import LowRankUpdate, cholesky_factor, relative_error
 
 DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
-RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
+RATES = {"a": 2e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
 BETAS = (0.9, 0.99)
 WARMUP_STEPS = 8  # times a factor that falls linearly to zero over all steps
+KEPT_BYTES = 2**30  # of the unmerged model's output, which is computed anew where there is more of it
 GRADIENT_SCALE = 2.0**12  # of the backward pass, where float16 would lose what a mean over many tokens leaves of each
+
+
+class _Unmerged:
+    """What the unmerged model computes from the calibration batches; that of a list's batches is kept."""
+
+    def __init__(self, model: nn.Module, calibration: Iterable[Any]) -> None:
+        self.model, self.calibration = model, calibration
+        self._room = KEPT_BYTES if isinstance(calibration, Sequence) else 0  # another run may give other batches
+        self._kept: dict[int, tuple[Tensor, bool]] = {}
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor, bool]]:
+        """Batch, output, and whether that is logits; see ``output_of``."""
+        for i, batch in enumerate(self.calibration):
+            yield batch, *(self._kept.get(i) or self._computed(i, batch))
+
+    def _computed(self, i: int, batch: Any) -> tuple[Tensor, bool]:
+        with torch.no_grad():
+            wanted, logits = output_of(call_with(self.model, batch))
+        self._room -= wanted.nbytes
+        if self._room >= 0:
+            self._kept[i] = wanted, logits
+        return wanted, logits
 
 
 class _White(NamedTuple):
@@ -57,7 +81,7 @@ def joint_updates(
 
     Args:
         statistics: with second moments, of the unmerged model.
-        calibration: batches; run again and again.
+        calibration: batches; run again and again. Of a list's the unmerged output is kept, up to ``KEPT_BYTES``.
 
     Raises:
         TypeError: as for ``output_of``.
@@ -65,9 +89,10 @@ def joint_updates(
     """
     with undisturbed(model):
         white = {layer: _white(layer, update, statistics[layer]) for layer, update in updates.items()}
-        before = _distance(model, white, calibration)
-        _train(model, white, calibration, steps)
-        if not _distance(model, white, calibration) < before:  # nor where it is NaN
+        unmerged = _Unmerged(model, calibration)
+        before = _distance(unmerged, white)
+        _train(unmerged, white, steps)
+        if not _distance(unmerged, white) < before:  # nor where it is NaN
             return dict(updates)
     fitted = {}
     for layer, update in updates.items():
@@ -119,7 +144,7 @@ def _size(matrix: Tensor) -> float:
     return float(matrix.square().mean().sqrt())
 
 
-def _train(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration: Iterable[Any], steps: int) -> None:
+def _train(unmerged: _Unmerged, white: Mapping[ResLoRALinear, _White], steps: int) -> None:
     groups: list[dict[str, Any]] = []
     for one in white.values():
         for parameter, rate in zip((one.z, one.b), one.rates, strict=True):
@@ -132,10 +157,9 @@ def _train(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration:
     done = 0
     while done < steps:
         start = done
-        for batch in calibration:
-            if done == steps:
-                break
-            with torch.enable_grad(), _compared(model, white, batch) as loss:
+        for batch, wanted, logits in islice(unmerged, steps - done):
+            with torch.enable_grad(), _merged(unmerged.model, white, batch) as found:
+                loss = distance(found, wanted, logits)
                 gradients = torch.autograd.grad(loss * GRADIENT_SCALE, trained, allow_unused=True)
             for parameter, gradient in zip(trained, gradients, strict=True):
                 parameter.grad = None if gradient is None else gradient / GRADIENT_SCALE
@@ -146,20 +170,17 @@ def _train(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration:
             raise ValueError("calibration gave no batch on another run: with joint_steps pass a list")
 
 
-def _distance(model: nn.Module, white: Mapping[ResLoRALinear, _White], calibration: Iterable[Any]) -> float:
+def _distance(unmerged: _Unmerged, white: Mapping[ResLoRALinear, _White]) -> float:
     """Summed over the batches."""
     total = 0.0
-    for batch in calibration:
-        with _compared(model, white, batch) as found:
-            total += float(found)
+    for batch, wanted, logits in unmerged:
+        with _merged(unmerged.model, white, batch) as found:
+            total += float(distance(found, wanted, logits))
     return total
 
 
 @contextmanager
-def _compared(model: nn.Module, white: Mapping[ResLoRALinear, _White], batch: Any) -> Iterator[Tensor]:
-    """The distance on one batch; the updates stand in until the block ends, as checkpointed layers run in backward."""
-    with torch.no_grad():
-        wanted, logits = output_of(call_with(model, batch))
+def _merged(model: nn.Module, white: Mapping[ResLoRALinear, _White], batch: Any) -> Iterator[Tensor]:
+    """The output for one batch; the updates stand in until the block ends, as checkpointed layers run in backward."""
     with replaced({layer: one.update() for layer, one in white.items()}):
-        found, _ = output_of(call_with(model, batch))
-        yield distance(found, wanted, logits)
+        yield output_of(call_with(model, batch))[0]

@@ -55,7 +55,7 @@ def run(folder: Path, *more: str) -> str:
 def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
     run(tmp_path)
     files = sorted(tmp_path.glob("*.json"))
-    assert len(files) == 3 * (2 + 2) + 2 * (2 + 2)  # methods times rates and seeds, or seeds alone
+    assert len(files) == 3 * (2 * 2 + 2) + 2 * (2 + 2)  # methods times rates' runs and seeds, or seeds alone
     first = {path: path.read_text() for path in files}
     lost = tmp_path / "python-middle-0.01-1000.json"
     lost.unlink()

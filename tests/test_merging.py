@@ -197,6 +197,20 @@ def test_a_joint_fit_is_the_same_with_checkpointed_layers_and_in_inference_mode(
     assert all(max_error(*pair) < 1e-12 for pair in zip(pieces(model)[0], pieces(plain)[0], strict=True))
 
 
+def test_a_joint_fit_runs_the_unmerged_model_once_a_batch_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, weights = [], []
+    for room in (2**30, 0):
+        monkeypatch.setattr(joint, "KEPT_BYTES", room)
+        model, count = adapted("middle", 2, kind=Last), [0]
+        model.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        merge_reslora(model, calibration=batches(4), joint_steps=8)
+        calls.append(count[0])
+        weights.append(pieces(model)[0])
+    merged = 6 + 8 + 6  # the distance before, the steps, the distance after
+    assert calls == [6 + 6 + merged, 6 + 2 * merged]  # statistics first
+    assert all(map(torch.equal, *weights))
+
+
 def test_a_joint_fit_in_float16_keeps_the_small_gradients_of_many_tokens() -> None:
     class Head(Last):
         def forward(self, x: Tensor, whole: bool = False) -> Any:

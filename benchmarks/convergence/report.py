@@ -12,7 +12,7 @@ from benchmarks.convergence import figures, step_times
 from benchmarks.convergence.measures import JOINT_STEPS
 from benchmarks.convergence.methods import BASELINE, METHODS, SHORTCUTS
 from benchmarks.convergence.runs import read_all
-from benchmarks.convergence.summary import Row, Runs, as_many_parameters, final_runs, summarize
+from benchmarks.convergence.summary import Row, Runs, as_many_parameters, final_runs, rates_tried, summarize
 
 HERE = Path(__file__).parent
 GOAL = {"up to 4": 0.01, "all": 0.02}  # of fine-tuning's gain that least squares may lose, by pre_num
@@ -50,7 +50,7 @@ def in_short(folder: Path) -> list[Section]:
         Section(
             "Learning", 4,
             "Final held-out loss to LoRA's, p of a paired t-test over the seeds, and the median step at which LoRA's "
-            "final loss with the same seed is reached, of the seeds that get there (LoRA's last step in brackets).",
+            "final loss with the same seed is reached (LoRA's last step in brackets); `never` by half of the seeds.",
             ("task", "LoRA", *(METHODS[method].title for method in SHORTCUTS)), learnt,
         ),
         Section(
@@ -78,10 +78,10 @@ def write_report(folder: Path) -> Path:
     if not results:
         raise ValueError(f"{str(folder)!r} has no runs: python -m benchmarks.convergence run --out {folder}")
     rows = summarize(results, step_times.read_all(folder))
-    by_task = final_runs(results)
+    by_task, tried = final_runs(results), rates_tried(results)
     sections = [Section("Convergence", 1, _provenance(results)), _headline(rows, by_task), _merge_goal(rows)]
     for task, runs in by_task.items():
-        sections += _task(task, [row for row in rows if row.task == task], runs, folder)
+        sections += _task(task, [row for row in rows if row.task == task], runs, tried.get(task, {}), folder)
     for name, render in (("REPORT.md", _markdown), ("report.html", _html)):
         (folder / name).write_text(render(sections))
     return folder / "report.html"
@@ -92,7 +92,7 @@ def _provenance(results: list[dict[str, Any]]) -> str:
     commits = sorted({str(result["commit"][0])[:10] for result in results})
     return (
         "Each method adapts a copy of the same pre-trained model for the same number of steps, on the same batches for "
-        "the same seed, with the best learning rate of the same grid on a seed of its own. Losses are held-out. "
+        "the same seed, with the best learning rate of the same grid on seeds of their own. Losses are held-out. "
         f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads a run, torch {machine['torch']}, commit "
         f"{', '.join(commits)}."
     )
@@ -118,8 +118,8 @@ def _headline(rows: list[Row], by_task: dict[str, dict[str, Runs]]) -> Section:
             )  # fmt: skip
     return Section(
         "Steps and seconds to LoRA's final loss",
-        text="Medians over the seeds that reach the final loss of LoRA with the same seed; of LoRA's own in brackets. "
-        "Each p stands alone: of 20 comparisons without a difference one is below 0.05.",
+        text="Medians over the seeds, `never` if half of them do not reach the final loss of LoRA with the same seed; "
+        "LoRA's own in brackets. Each p stands alone: of 20 comparisons without a difference one is below 0.05.",
         header=("task", "method", "steps", "seconds", "final loss to LoRA's", "p", "verdict"),
         rows=lines,
     )
@@ -149,7 +149,9 @@ def _merge_goal(rows: list[Row]) -> Section:
     )
 
 
-def _task(task: str, rows: list[Row], runs: dict[str, Runs], folder: Path) -> list[Section]:
+def _task(
+    task: str, rows: list[Row], runs: dict[str, Runs], tried: dict[tuple[str, float], float], folder: Path
+) -> list[Section]:
     about, lora = _titles(runs), rows[0]
     budget = next(iter(runs[BASELINE].values()))["budget"]
     figures.losses(runs, folder / f"{task}.png", about)
@@ -194,8 +196,24 @@ def _task(task: str, rows: list[Row], runs: dict[str, Runs], folder: Path) -> li
                 for row in sorted(as_many_parameters(rows), key=lambda row: row.loss)
             ],
         ),
+        *_learning_rates(tried),
         *_merging(rows, metrics),
         *_ablations(task, rows, runs, folder, about),
+    ]  # fmt: skip
+
+
+def _learning_rates(tried: dict[tuple[str, float], float]) -> list[Section]:
+    if not tried:
+        return []
+    methods, rates = dict.fromkeys(method for method, _ in tried), sorted({rate for _, rate in tried})
+    return [
+        Section(
+            "Learning rates", 3,
+            "Mean final loss of the runs that chose each method's rate. Where the best is at an end of the grid, a "
+            "rate beyond it might be better still.",
+            ("method", *(f"{rate:g}" for rate in rates)),
+            [(METHODS[method].title, *(f"{tried[method, rate]:.4f}" for rate in rates)) for method in methods],
+        )
     ]  # fmt: skip
 
 
@@ -216,7 +234,8 @@ def _merging(rows: list[Row], metrics: tuple[str, ...]) -> list[Section]:
     after = ("loss", *(metric for metric in metrics if metric in merged[0].merges[names[0]][0]))
     return [
         Section(
-            "Merging", 3, "Share of fine-tuning's gain in loss that merging loses, mean over the seeds (worst seed).",
+            "Merging", 3, "What merging adds to the loss, mean over the seeds (worst seed), as a share of "
+            "fine-tuning's mean gain.",
             ("method", *names), [(METHODS[row.method].title, *(share(row, name) for name in names)) for row in merged],
         ),
         *(
@@ -267,10 +286,9 @@ def _p(row: Row) -> str:
 
 
 def _steps(row: Row, lora: Row) -> str:
-    if row.steps is None:
-        return "never"
+    steps = "never" if row.steps is None else f"{row.steps:.0f}"
     reached = f", {row.reached} of {row.seeds} seeds" if row.reached < row.seeds else ""
-    return f"{row.steps:.0f} ({lora.steps:.0f}{reached})"
+    return f"{steps} ({lora.steps:.0f}{reached})"
 
 
 def _seconds(row: Row, lora: Row) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from benchmarks.convergence import measures
 from benchmarks.convergence.methods import METHODS, adapted
-from benchmarks.convergence.settings import TUNING_SEED, Experiments
+from benchmarks.convergence.settings import TUNING_SEED, Budget, Experiments
 from benchmarks.convergence.tasks.kinds import Batch, Task
 from benchmarks.convergence.training import training_steps
 from reslora_kernels.cli.bench.results import commit_of, machine_of
@@ -34,7 +35,7 @@ class Spec:
     @property
     def tunes(self) -> bool:
         """Whether it only helps to choose the learning rate."""
-        return self.seed == TUNING_SEED
+        return self.seed >= TUNING_SEED
 
     def file(self, folder: Path) -> Path:
         return folder / f"{self.task}-{self.method}-{self.rate:g}-{self.seed}.json"
@@ -103,7 +104,7 @@ def missing(experiments: Experiments, tasks: Mapping[str, Task], folder: Path, *
                 rate = best_rate(experiments, folder, task, method)
                 wanted += [Spec(task, method, rate, seed) for seed in experiments.seeds]
             elif len(budget.rates) > 1 and budget.tuned_like(method) == method:
-                wanted += [Spec(task, method, rate, TUNING_SEED) for rate in budget.rates]
+                wanted += [spec for rate in budget.rates for spec in tuning_runs(budget, task, method, rate)]
     for spec in wanted:
         if spec.file(folder).exists():
             _refuse_other_settings(spec.file(folder), experiments, tasks[spec.task])
@@ -134,10 +135,18 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
 
 
 def best_rate(experiments: Experiments, folder: Path, task: str, method: str) -> float:
-    """The rate of the grid whose tuning run ended with the lowest loss; see ``Budget.tuned_like``."""
-    rates, method = experiments.budgets[task].rates, experiments.budgets[task].tuned_like(method)
-    if len(rates) == 1:
-        return rates[0]
-    files = {rate: Spec(task, method, rate, TUNING_SEED).file(folder) for rate in rates}
-    losses = {rate: json.loads(path.read_text())["curve"][-1]["loss"] for rate, path in files.items()}
-    return min(losses, key=losses.__getitem__)
+    """The rate of the grid whose tuning runs ended with the lowest mean loss; see ``Budget.tuned_like``."""
+    budget = experiments.budgets[task]
+    if len(budget.rates) == 1:
+        return budget.rates[0]
+
+    def loss(rate: float) -> float:
+        files = [spec.file(folder) for spec in tuning_runs(budget, task, budget.tuned_like(method), rate)]
+        return statistics.mean(json.loads(path.read_text())["curve"][-1]["loss"] for path in files)
+
+    return min(budget.rates, key=loss)
+
+
+def tuning_runs(budget: Budget, task: str, method: str, rate: float) -> list[Spec]:
+    """Those by which a rate is judged."""
+    return [Spec(task, method, rate, TUNING_SEED + i) for i in range(budget.tuning_runs)]

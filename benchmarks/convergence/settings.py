@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-TUNING_SEED = 1000  # of the runs that choose a method's learning rate; no other run uses it
+TUNING_SEED = 1000  # the first of the runs that choose a method's learning rate; no other run has one so high
 MAIN = ("lora", "lora-16", "input", "block", "middle")
 PEERS = ("adalora", "loha", "lokr")
 PRE_NUM = ("block-1", "block-4", "block-all", "middle-1", "middle-4", "middle-all")
@@ -28,7 +28,10 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What every method gets alike on one task: ``steps`` of ``batch`` sequences, measured on ``held_out`` others."""
+    """What every method gets alike on one task: ``steps`` of ``batch`` sequences, measured on ``held_out`` others.
+
+    ``tuning_runs`` is how many seeds each of ``rates`` is tried with.
+    """
 
     methods: tuple[str, ...]
     steps: int
@@ -36,6 +39,7 @@ class Budget:
     batch: int
     held_out: int
     rates: tuple[float, ...]
+    tuning_runs: int = 2
     calibration_batches: int = 16
     warmup_steps: int = 10
 
@@ -45,8 +49,8 @@ class Budget:
         return shortcut if method in PRE_NUM and shortcut in self.methods else method
 
     def of_a_run(self) -> dict[str, Any]:
-        """What one run's result depends on: neither the other methods nor the other rates."""
-        return {key: value for key, value in asdict(self).items() if key not in ("methods", "rates")}
+        """What one run's result depends on: neither the other methods nor how the rate was chosen."""
+        return {key: value for key, value in asdict(self).items() if key not in ("methods", "rates", "tuning_runs")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +174,7 @@ def of_given(
         raise ValueError(f"--rates must be numbers above 0, as in 1e-4,3e-4, got {rates!r}")
     budget = Budget(
         methods=names, steps=steps, evaluations=min(steps, 6), batch=batch, held_out=held_out, rates=numbers,
-        warmup_steps=max(1, min(steps // 10, 100)),
+        tuning_runs=1, warmup_steps=max(1, min(steps // 10, 100)),
     )  # fmt: skip
     sizes = {given.kind: Sizes(sequence=sequence, pretraining_steps=0)}
     return Experiments(name="given", sizes=sizes, budgets={given.task: budget}, seeds=tuple(range(seeds)))

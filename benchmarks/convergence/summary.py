@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,10 +19,11 @@ WITHIN = 0.1  # of LoRA's number of parameters is "as many"
 class Row:
     """A method on a task. ``difference`` is to LoRA's final loss with the same seed; p of a paired t-test, None if one.
 
-    ``steps`` is the median over the seeds that reached the final loss of LoRA with the same seed;
-    ``loss_at_loras_time`` is after as many seconds as all of LoRA's steps take;
-    ``metrics`` are means, with the spread, of what is measured beside the loss. ``gain`` is what training takes off the
-    loss, the mean; in each of ``merges``, one for each seed, ``added`` is what the merge puts back.
+    ``steps`` is the median over the seeds of the step at which the final loss of LoRA with the same seed was reached;
+    None if it never was by half of them; ``reached`` counts those by which it was. ``loss_at_loras_time`` is after as
+    many seconds as all of LoRA's steps take. ``metrics`` are means, with the spread, of what is measured beside the
+    loss. ``gain`` is what training takes off the loss, the mean; in each of ``merges``, one for each seed, ``added`` is
+    what the merge puts back.
     """
 
     task: str
@@ -47,7 +49,12 @@ class Row:
         return None if self.steps is None else self.steps * self.step_seconds
 
     def lost(self, merge: str) -> tuple[float, float]:
-        """The share of the gain that a merge loses: the mean over the seeds, and in the worst."""
+        """What a merge adds to the loss, as a share of the mean gain: the mean over the seeds, and in the worst.
+
+        NaN where training gained nothing.
+        """
+        if self.gain <= 0:
+            return math.nan, math.nan
         added = [figures["added"] for figures in self.merges[merge]]
         return statistics.mean(added) / self.gain, max(added) / self.gain
 
@@ -90,6 +97,17 @@ def final_runs(results: list[dict[str, Any]]) -> dict[str, dict[str, Runs]]:
     return found
 
 
+def rates_tried(results: list[dict[str, Any]]) -> dict[str, dict[tuple[str, float], float]]:
+    """By task, and by method and learning rate: the mean final loss of the runs by which the rate was judged."""
+    losses: dict[str, dict[tuple[str, float], list[float]]] = {}
+    for result in results:
+        spec = Spec(**result["spec"])
+        if spec.tunes:
+            found = losses.setdefault(spec.task, {}).setdefault((spec.method, spec.rate), [])
+            found.append(result["curve"][-1]["loss"])
+    return {task: {key: statistics.mean(own) for key, own in found.items()} for task, found in losses.items()}
+
+
 def summarize(results: list[dict[str, Any]], step_seconds: dict[str, dict[str, float]]) -> list[Row]:
     """One row per task and method, LoRA first, then by loss; ``step_seconds`` by task and method.
 
@@ -121,7 +139,7 @@ def _row(task: str, method: str, runs: Runs, lora: Runs, times: dict[str, float]
     own, theirs = [runs[s]["curve"] for s in seeds], [lora[s]["curve"] for s in seeds]
     losses, targets = [c[-1]["loss"] for c in own], [c[-1]["loss"] for c in theirs]
     paired = method != BASELINE and len(seeds) > 1
-    steps = [at for c, t in zip(own, targets, strict=True) if (at := crossing(c, t)) is not None]
+    steps = [crossing(c, t) for c, t in zip(own, targets, strict=True)]
     as_long = own[0][-1]["step"] * times[BASELINE] / times[method]  # steps in the time of all of LoRA's
     first = runs[seeds[0]]
     names = [name for name in first["final"] if name not in ("step", "seconds", "loss")]
@@ -132,11 +150,17 @@ def _row(task: str, method: str, runs: Runs, lora: Runs, times: dict[str, float]
         statistics.mean(a - b for a, b in zip(losses, targets, strict=True)),
         float(ttest_rel(losses, targets).pvalue) if paired else None,
         statistics.mean(loss_at(c, as_long) for c in own),
-        len(steps), statistics.median(steps) if steps else None,
+        *_reached(steps),
         {name: mean_and_spread([runs[s]["final"][name] for s in seeds]) for name in names},
         statistics.mean(c[0]["loss"] - c[-1]["loss"] for c in own),
         {name: [_merged(runs[s], name) for s in seeds] for name in first["merges"]},
     )  # fmt: skip
+
+
+def _reached(steps: list[float | None]) -> tuple[int, float | None]:
+    """How many did, and the median of all, of which those that did not come last."""
+    found = statistics.median(math.inf if at is None else at for at in steps)
+    return sum(at is not None for at in steps), found if math.isfinite(found) else None
 
 
 def _merged(result: dict[str, Any], name: str) -> dict[str, float]:

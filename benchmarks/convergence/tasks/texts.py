@@ -56,7 +56,7 @@ def lines() -> Split:
 
 @cache
 def sentence_pairs() -> Split:
-    """Two neighbouring sentences of the help topics or of a docstring of the standard library.
+    """The first two sentences of a paragraph of the help topics or of a docstring of the standard library.
 
     As they stand (label 1) or the other way round (label 0).
     """
@@ -65,11 +65,10 @@ def sentence_pairs() -> Split:
     coin = random.Random(0)
     pairs: dict[str, int] = {}
     for paragraph in dict.fromkeys(paragraphs):
-        sentences = re.split(r"(?<=[.?!])\s+", paragraph)
-        for first, second in zip(sentences[::2], sentences[1::2], strict=False):
-            if min(len(first), len(second)) > 15 and first[0].isupper() and second[0].isupper():
-                right = coin.randrange(2)
-                pairs[f"{first}\n{second}" if right else f"{second}\n{first}"] = right
+        first, second, *_ = *re.split(r"(?<=[.?!])\s+", paragraph), "", ""
+        if min(len(first), len(second)) > 15 and first[0].isupper() and second[0].isupper():
+            right = coin.randrange(2)
+            pairs[f"{first}\n{second}" if right else f"{second}\n{first}"] = right
     return _split(pairs.items())
 
 
