@@ -28,7 +28,7 @@ from .statistics import LayerStatistics
 from .updates import LowRankUpdate, cholesky_factor, relative_error
 
 DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
-RATES = {"a": 2e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
+RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
 BETAS = (0.9, 0.99)
 WARMUP_STEPS = 8  # times a factor that falls linearly to zero over all steps
 KEPT_BYTES = 2**30  # of the unmerged model's output, which is computed anew where there is more of it

@@ -25,7 +25,7 @@ SIZES = Sizes(
 )  # fmt: skip
 BUDGET = settings.Budget(
     methods=("lora", "middle", "adalora"), steps=6, evaluations=2, batch=2, held_out=4, rates=(5e-3, 1e-2),
-    calibration_batches=2, warmup_steps=2,
+    calibration_batches=2, calibration_batch=2, warmup_steps=2,
 )  # fmt: skip
 TINY = settings.Experiments(
     name="tiny",

@@ -38,7 +38,8 @@ def in_short(folder: Path) -> list[Section]:
     """
     results = read_all(folder)
     every = summarize(results, step_times.read_all(folder))
-    batches = max(result["budget"]["calibration_batches"] for result in results)
+    budgets = [result["budget"] for result in results]
+    batches, examples = (max(b[f"calibration_{name}"] for b in budgets) for name in ("batches", "batch"))
     learnt, merged = [], []
     for task, runs in final_runs(results).items():
         rows = {row.method: row for row in every if row.task == task}
@@ -56,8 +57,8 @@ def in_short(folder: Path) -> list[Section]:
         Section(
             "Merging", 4,
             "The share of the gain in held-out loss that is lost by the better merge of the paper / by least squares / "
-            f"by a joint fit of {JOINT_STEPS} steps after it, on at most {batches} calibration batches. `block` merges "
-            "exactly.",
+            f"by a joint fit of {JOINT_STEPS} steps after it, on at most {batches} calibration batches of at most "
+            f"{examples} examples. `block` merges exactly.",
             ("task", *(METHODS[method].title for method in SHORTCUTS if method != "block")), merged,
         ),
     ]  # fmt: skip
@@ -197,7 +198,7 @@ def _task(
             ],
         ),
         *_learning_rates(tried),
-        *_merging(rows, metrics),
+        *_merging(rows, metrics, budget),
         *_ablations(task, rows, runs, folder, about),
     ]  # fmt: skip
 
@@ -217,7 +218,7 @@ def _learning_rates(tried: dict[tuple[str, float], float]) -> list[Section]:
     ]  # fmt: skip
 
 
-def _merging(rows: list[Row], metrics: tuple[str, ...]) -> list[Section]:
+def _merging(rows: list[Row], metrics: tuple[str, ...], budget: dict[str, Any]) -> list[Section]:
     """The share of fine-tuning's gain that each merge loses, and the figures after it."""
     merged = [row for row in rows if row.merges.keys() - {"exact"}]
     if not merged:
@@ -235,7 +236,8 @@ def _merging(rows: list[Row], metrics: tuple[str, ...]) -> list[Section]:
     return [
         Section(
             "Merging", 3, "What merging adds to the loss, mean over the seeds (worst seed), as a share of "
-            "fine-tuning's mean gain.",
+            f"fine-tuning's mean gain; fitted to {budget['calibration_batches']} batches of "
+            f"{budget['calibration_batch']} examples.",
             ("method", *names), [(METHODS[row.method].title, *(share(row, name) for name in names)) for row in merged],
         ),
         *(

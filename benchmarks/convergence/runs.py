@@ -75,7 +75,7 @@ def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec)
     }
     if spec.tunes:
         return result
-    drawn = task.train(sizes, budget.calibration_batches, budget.batch, spec.seed + CALIBRATION_SEED)
+    drawn = task.train(sizes, budget.calibration_batches, budget.calibration_batch, spec.seed + CALIBRATION_SEED)
     calibration = [on(batch, device) for batch in drawn]
     return result | {
         "final": curve[-1] | task.final_figures(model, held_out),
