@@ -5,7 +5,8 @@ another. Here all A*_n and B*_n, from where least squares left them, are trained
 
     KL(softmax(z) ‖ softmax(z*)) per row for logits, else ‖z* - z‖² / ‖z‖²,
 
-z being the output of the unmerged model and z* that of the merged one. No labels are needed. A*_n moves in coordinates
+z being the output of the unmerged model and z* that of the merged one. No labels are needed; rows of logits that a
+batch's "attention_mask" hides do not count. A*_n moves in coordinates
 in which the layer's input is white, A*_n = A + Z L⁻¹ with L Lᵀ = G_n + λI: the inputs of a transformer's layers have a
 few large directions, beside which Adam on A itself hardly moves in the others.
 """
@@ -50,7 +51,7 @@ class _Unmerged:
 
     def _computed(self, i: int, batch: Any) -> tuple[Tensor, bool]:
         with torch.no_grad():
-            wanted, logits = output_of(call_with(self.model, batch))
+            wanted, logits = output_of(call_with(self.model, batch), batch)
         self._room -= wanted.nbytes
         if self._room >= 0:
             self._kept[i] = wanted, logits
@@ -102,18 +103,25 @@ def joint_updates(
     return fitted
 
 
-def output_of(found: Any) -> tuple[Tensor, bool]:
-    """What a model's result is compared by, and whether it is logits of rows, [rows, classes] or [B, T, classes].
+def output_of(found: Any, batch: Any = None) -> tuple[Tensor, bool]:
+    """What a model's result is compared by: logits as [rows, classes] and True, or another tensor and False.
 
     Args:
-        found: with ``logits``, or anything that holds a floating-point tensor of two or more dimensions.
+        found: with ``logits`` of [rows, classes] or [B, T, classes], or anything that holds a floating-point tensor of
+            two or more dimensions.
+        batch: what it was computed from. Logits at places that an "attention_mask" [B, T] of it hides are left out.
 
     Raises:
-        TypeError: it holds none.
+        TypeError: ``found`` holds no such tensor.
     """
     logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
     if isinstance(logits, Tensor):
-        return logits, logits.dim() in (2, 3) and logits.shape[-1] > 1
+        if logits.dim() not in (2, 3) or logits.shape[-1] == 1:
+            return logits, False
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
+            return logits[mask.to(logits.device, torch.bool)], True
+        return logits.flatten(0, -2), True
     for leaf in pytree.tree_leaves(dict(found) if isinstance(found, Mapping) else found):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1:
             return leaf, False
@@ -125,7 +133,7 @@ def distance(found: Tensor, wanted: Tensor, logits: bool) -> Tensor:
     found, wanted = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (found, wanted))
     if not logits:
         return (found - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
-    found, wanted = (t.flatten(0, -2).log_softmax(-1) for t in (found, wanted))
+    found, wanted = (t.log_softmax(-1) for t in (found, wanted))
     return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
@@ -183,4 +191,4 @@ def _distance(unmerged: _Unmerged, white: Mapping[ResLoRALinear, _White]) -> flo
 def _merged(model: nn.Module, white: Mapping[ResLoRALinear, _White], batch: Any) -> Iterator[Tensor]:
     """The output for one batch; the updates stand in until the block ends, as checkpointed layers run in backward."""
     with replaced({layer: one.update() for layer, one in white.items()}):
-        yield output_of(call_with(model, batch))[0]
+        yield output_of(call_with(model, batch), batch)[0]

@@ -227,8 +227,11 @@ def test_a_joint_fit_compares_logits_as_distributions() -> None:
     p, q = wanted.softmax(-1), found.softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     output = {"loss": torch.zeros(()), "past": [torch.zeros(2, 2)], "logits": found}
-    assert joint.output_of(output) == (found, True)
+    assert torch.equal(joint.output_of(output)[0], found.flatten(0, 1)) and joint.output_of(output)[1]
     assert joint.distance(*(joint.output_of({"logits": t})[0] for t in (found, wanted)), True).allclose(expected)
+    shown = {"attention_mask": torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])}  # the rest is padding
+    assert torch.equal(joint.output_of(output, shown)[0], torch.cat((found[0, :2], found[1])))
+    assert len(joint.output_of({"logits": found[0]}, shown)[0]) == 5  # a row a text
     for other in (torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 3, 4, 4)):  # rewards, regression, pixels
         assert joint.output_of({"logits": other}) == (other, False)
     assert joint.output_of((torch.zeros(()), torch.ones(3, 3, dtype=torch.long), wanted)) == (wanted, False)

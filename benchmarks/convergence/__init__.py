@@ -4,5 +4,5 @@ python -m benchmarks.convergence run --set quick --out FOLDER     train what FOL
 python -m benchmarks.convergence report FOLDER                    REPORT.md and figures from FOLDER's files
 
 ``settings`` says what a set of runs is, ``methods`` and ``tasks`` what is compared and on what, ``runs`` trains one and
-writes its JSON file, ``summary`` compares them over seeds, ``report`` writes.
+writes its JSON file, ``sets`` all of a set, ``summary`` compares them over seeds, ``report`` writes.
 """

@@ -1,0 +1,71 @@
+"""Every run of a set, several at a time if asked; what has a file is not run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import nn
+
+from benchmarks.convergence import bases, runs, step_times
+from benchmarks.convergence.settings import Experiments, Given, Sizes
+from benchmarks.convergence.tasks import tasks_of
+from benchmarks.convergence.tasks.kinds import Task
+
+
+def train_all(
+    experiments: Experiments, tasks: Mapping[str, Task], given: Given | None, out: Path, device: str, jobs: int,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Pre-train the base models, choose the learning rates, and train and measure the final runs."""
+    bar = progress.add_task("pre-training", total=len(experiments.budgets))
+    for name in experiments.budgets:
+        _base(name, given, experiments.sizes[tasks[name].kind], out, device)
+        progress.advance(bar)
+    one = partial(_one_run, experiments, given, out, device)
+    threads = max(1, torch.get_num_threads() // jobs)
+    for title, tuning in (("learning rates", True), ("final runs", False)):
+        todo = runs.missing(experiments, tasks, out, tuning=tuning)
+        bar = progress.add_task(title, total=len(todo))
+        for spec in _done(one, todo, jobs, threads):
+            progress.update(bar, advance=1, description=f"{title}: {spec.task}, {spec.method}")
+
+
+def _done(one: Callable[[runs.Spec], runs.Spec], todo: list[runs.Spec], jobs: int, threads: int) -> Iterator[runs.Spec]:
+    """Each run as it is done."""
+    if jobs == 1:
+        yield from map(one, todo)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        for future in as_completed([pool.submit(one, spec) for spec in todo]):
+            yield future.result()
+
+
+def _one_run(experiments: Experiments, given: Given | None, out: Path, device: str, spec: runs.Spec) -> runs.Spec:
+    task = tasks_of(given)[spec.task]
+    base = _base(spec.task, given, experiments.sizes[task.kind], out, device)
+    runs.write(runs.train_one(base, task, experiments, spec), spec.file(out))
+    return spec
+
+
+@cache
+def _base(name: str, given: Given | None, sizes: Sizes, out: Path, device: str) -> nn.Module:
+    """A process's own copy; runs adapt copies of it."""
+    return bases.base_of(tasks_of(given)[name], sizes, out, torch.device(device))
+
+
+def time_steps(
+    experiments: Experiments, tasks: Mapping[str, Task], given: Given | None, out: Path, device: str,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """See ``step_times``; of one task after the other, with nothing else running."""
+    bar = progress.add_task("step times", total=step_times.ROUNDS * len(experiments.budgets))
+    for i, name in enumerate(experiments.budgets, 1):
+        base = _base(name, given, experiments.sizes[tasks[name].kind], out, device)
+        step_times.measure(base, tasks[name], name, experiments, out, partial(progress.advance, bar))
+        progress.update(bar, completed=step_times.ROUNDS * i)
