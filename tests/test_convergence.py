@@ -83,18 +83,6 @@ def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
         assert all((tmp_path / figure).stat().st_size > 3000 for figure in shown)
 
 
-@pytest.mark.slow
-def test_two_runs_at_a_time_give_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    budgets = {"python": dataclasses.replace(BUDGET, methods=("lora",), rates=(1e-2,))}
-    monkeypatch.setitem(settings.SETS, "tiny", dataclasses.replace(TINY, budgets=budgets))
-    curves = []
-    for jobs in "12":
-        run(tmp_path / jobs, "--jobs", jobs)
-        found = [json.loads(path.read_text()) for path in sorted((tmp_path / jobs).glob("*.json"))]
-        curves.append([point["loss"] for result in found for point in result["curve"]])
-    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
-
-
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_every_task_is_the_same_for_the_same_seed_and_shows_its_figures(task: str, tmp_path: Path) -> None:
     own, sizes = TASKS[task], TINY.sizes[TASKS[task].kind]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -219,6 +221,24 @@ def test_generation_that_copies_the_answer_is_right(llama: str, written: Any) ->
     for method in ("block", "middle", "loha"):
         model = adapted(base.requires_grad_(False).eval(), task, method, 10, 0)
         assert task.final_figures(model, held_out) == {"exact_match": 1.0}
+
+
+@pytest.mark.slow
+def test_two_runs_at_a_time_give_what_one_does(llama: str, written: Any, tmp_path: Path) -> None:
+    """From the command line: processes that are started for runs find what they are to do by its module's name."""
+    data, curves = written({"train.jsonl": GSM8K}), []
+    for jobs in "12":
+        options = {
+            "model": llama, "data": data, "methods": "lora", "steps": 4, "batch": 2, "sequence": 48, "held-out": 4,
+            "rates": "1e-2", "seeds": 2, "dtype": "float32", "device": "cpu", "jobs": jobs, "out": tmp_path / jobs,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.convergence", "run"]
+        command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = [json.loads(path.read_text()) for path in sorted((tmp_path / jobs).glob("*.json"))]
+        curves.append([point["loss"] for result in found for point in result["curve"]])
+    assert len(curves[0]) == 2 * (1 + 4) and curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -223,7 +223,7 @@ def test_a_joint_fit_in_float16_keeps_the_small_gradients_of_many_tokens() -> No
 
 
 def test_a_joint_fit_compares_logits_as_distributions() -> None:
-    found, wanted = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    found, wanted = torch.randn(2, 2, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
     p, q = wanted.softmax(-1), found.softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     output = {"loss": torch.zeros(()), "past": [torch.zeros(2, 2)], "logits": found}
