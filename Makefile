@@ -8,6 +8,7 @@ BUILD_CUDA := $(or $(RESLORA_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,0
 REQUIREMENTS := pyproject.toml setup.py build_cuda.py constraints.txt
 REQUIREMENTS += $(if $(filter-out 0,$(BUILD_CUDA)),$(wildcard csrc/*.*))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PARALLEL := --numprocesses auto --dist loadfile
 PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -31,10 +32,10 @@ demo: $(VENV)/.installed-demo ## Train, merge, export and compare all shortcuts 
 	$(BIN)/reslora demo $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run every test that this machine can run
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: $(VENV)/.installed-dev ## The same without the tests marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 bench: $(VENV)/.installed-dev ## Measure layers and models against their peers on this machine; ARGS=--quick for the short of it
 	$(BIN)/reslora bench $(ARGS)

@@ -32,7 +32,7 @@ DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
 RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
 BETAS = (0.9, 0.99)
 WARMUP_STEPS = 8  # times a factor that falls linearly to zero over all steps
-KEPT_BYTES = 2**30  # of the unmerged model's output, which is computed anew where there is more of it
+KEPT_BYTES = 2**30  # of the unmerged model's outputs, on its device; those of further batches are computed anew
 GRADIENT_SCALE = 2.0**12  # of the backward pass, where float16 would lose what a mean over many tokens leaves of each
 
 
@@ -52,9 +52,9 @@ class _Unmerged:
     def _computed(self, i: int, batch: Any) -> tuple[Tensor, bool]:
         with torch.no_grad():
             wanted, logits = output_of(call_with(self.model, batch), batch)
-        self._room -= wanted.nbytes
-        if self._room >= 0:
-            self._kept[i] = wanted, logits
+        if wanted.nbytes <= self._room:
+            self._room -= wanted.nbytes
+            self._kept[i] = wanted.clone(), logits  # a model may write over its output, or return a part of a tensor
         return wanted, logits
 
 
@@ -109,7 +109,8 @@ def output_of(found: Any, batch: Any = None) -> tuple[Tensor, bool]:
     Args:
         found: with ``logits`` of [rows, classes] or [B, T, classes], or anything that holds a floating-point tensor of
             two or more dimensions.
-        batch: what it was computed from. Logits at places that an "attention_mask" [B, T] of it hides are left out.
+        batch: what it was computed from. Logits at places that its "attention_mask" [B, T] hides are left out; of an
+            encoder-decoder, whose logits are the decoder's, "decoder_attention_mask".
 
     Raises:
         TypeError: ``found`` holds no such tensor.
@@ -118,9 +119,10 @@ def output_of(found: Any, batch: Any = None) -> tuple[Tensor, bool]:
     if isinstance(logits, Tensor):
         if logits.dim() not in (2, 3) or logits.shape[-1] == 1:
             return logits, False
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        name = "decoder_attention_mask" if hasattr(found, "encoder_last_hidden_state") else "attention_mask"
+        mask = batch.get(name) if isinstance(batch, Mapping) else None
         if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
-            return logits[mask.to(logits.device, torch.bool)], True
+            return logits[mask.to(logits.device, torch.bool, copy=True)], True
         return logits.flatten(0, -2), True
     for leaf in pytree.tree_leaves(dict(found) if isinstance(found, Mapping) else found):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1:
@@ -134,7 +136,7 @@ def distance(found: Tensor, wanted: Tensor, logits: bool) -> Tensor:
     if not logits:
         return (found - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
     found, wanted = (t.log_softmax(-1) for t in (found, wanted))
-    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / max(len(found), 1)
 
 
 def _white(layer: ResLoRALinear, update: LowRankUpdate, statistics: LayerStatistics) -> _White:

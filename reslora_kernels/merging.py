@@ -83,14 +83,15 @@ def merge_reslora(
         method: "input", "weights" (the paper's, Section 3.3) or "least_squares"; None takes ``config.merge``.
         statistics: from ``collect_statistics``.
         calibration: batches to collect them from, run here in evaluation mode: a mapping calls ``model(**batch)``, a
-            tuple or list ``model(*batch)``, anything else ``model(batch)``.
+            tuple or list ``model(*batch)``, anything else ``model(batch)``. Padding counts as any other input, but for
+            the output in a joint fit: batches without it are better.
         sequential: fit layer n of every chain on the model whose layers before n are merged already (least_squares
             only). Runs ``calibration`` twice per position of the longest chain, so it must be re-iterable.
         joint_steps: afterwards, steps of a joint fit of A and B of all layers to the unmerged model's output
             (least_squares only, ``calibration`` re-iterable; see ``reslora_kernels.joint``). A step costs a forward and
-            a backward pass of one batch, and another forward pass where ``calibration`` is no list or its outputs take
-            more than a GiB; each layer another K² values beside its statistics. 128 steps over 16 batches are a good
-            start.
+            a backward pass of one batch, and another forward pass if ``calibration`` is no list or once a GiB of its
+            outputs is kept on the model's device; each layer another K² values beside its statistics. 128 steps over
+            16 batches are a good start.
         regularization: λ as a share of the mean diagonal of G_n.
         keep_original: keep the weights, in main memory, so that ``unmerge_reslora`` can restore them.
         dequantize: let dequantised weights take the place of quantised ones, which cannot hold an update; kept

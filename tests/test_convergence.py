@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -157,6 +158,42 @@ def curve(*losses: float) -> list[dict[str, Any]]:
     return [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses)]
 
 
+def result(method: str, seed: int, last: float, rate: float = 0.01, added: float = 0.0) -> dict[str, Any]:
+    own = curve(4.0, last)
+    return {
+        "spec": {"task": "python", "method": method, "rate": rate, "seed": seed}, "curve": own, "final": own[-1],
+        "trained_parameters": 7, "merges": {"joint": {"loss": last + added}},
+    }  # fmt: skip
+
+
+def test_seeds_that_never_reach_loras_loss_count_last() -> None:
+    loras = [result("lora", seed, 2.0) for seed in range(4)]
+    for lasts, reached, steps in (((1, 1, 1, 3), 3, 20 / 3), ((1, 3, 3, 3), 1, None)):
+        own = [result("block", seed, last) for seed, last in enumerate(lasts)]
+        block = summary.summarize(loras + own, {"python": {"lora": 1.0, "block": 1.0}})[1]
+        assert block.reached == reached and block.steps == (steps and pytest.approx(steps))
+
+
+def test_the_share_that_a_merge_loses_is_of_a_gain_beyond_noise() -> None:
+    for lasts, lost in (((2.0, 1.0), 0.08), ((5.0, 1.0), None)):  # gains of 2 and 3; of -1 and 3
+        runs_of_lora = [result("lora", seed, last, added=0.2) for seed, last in enumerate(lasts)]
+        share = summary.summarize(runs_of_lora, {"python": {"lora": 1.0}})[0].lost("joint")[0]
+        assert math.isnan(share) if lost is None else share == pytest.approx(lost)
+
+
+def test_a_rate_is_judged_by_all_its_tuning_runs(tmp_path: Path) -> None:
+    losses = {0.01: (1.0, 4.0), 0.02: (2.0, 2.0), 0.04: (math.nan, 1.0)}
+    budget = dataclasses.replace(BUDGET, rates=tuple(reversed(losses)))
+    experiments = dataclasses.replace(TINY, budgets={"python": budget})
+    first = settings.TUNING_SEED
+    found = [result("lora", first + i, loss, rate) for rate, own in losses.items() for i, loss in enumerate(own)]
+    for one in found:
+        runs.write(one, runs.Spec(**one["spec"]).file(tmp_path))
+    assert runs.best_rate(experiments, tmp_path, "python", "lora") == 0.02
+    tried = summary.rates_tried(found)["python"]
+    assert tried["lora", 0.01][0] == 2.5 and math.isnan(tried["lora", 0.04][0])
+
+
 def test_crossings_and_paired_tests() -> None:
     falling = curve(4.0, 2.0, 1.0)
     assert summary.crossing(falling, 1.5) == 15
@@ -164,19 +201,14 @@ def test_crossings_and_paired_tests() -> None:
     assert summary.crossing(falling, 0.5) is None
     assert summary.loss_at(falling, 15) == 1.5 and summary.loss_at(falling, 90) == 1.0
 
-    def result(method: str, seed: int, last: float) -> dict[str, Any]:
-        own = curve(4.0, last)
-        return {
-            "spec": {"task": "python", "method": method, "rate": 0.01, "seed": seed},
-            "curve": own, "final": own[-1], "trained_parameters": 7, "merges": {},
-        }  # fmt: skip
-
     results = [result("lora", s, 2 + s / 10) for s in range(3)] + [result("block", s, 1.9 + s / 9) for s in range(3)]
     lora, block = summary.summarize(results, {"python": {"lora": 1.0, "block": 2.0}})
     assert (lora.method, lora.p, lora.difference, lora.seconds) == ("lora", None, 0, 10)
     assert block.difference == pytest.approx(-0.1 + 1 / 9 - 1 / 10)
     assert block.p is not None and block.p < 0.05 and block.verdict == "better than LoRA"
     assert block.loss_at_loras_time == pytest.approx((4.0 + 1.9 + 1 / 9) / 2)  # five of its ten steps
+    with pytest.raises(ValueError, match=r"block: final runs with rates \[0.01, 0.02\]"):
+        summary.summarize([*results, result("block", 3, 1.0, 0.02)], {"python": {"lora": 1.0, "block": 2.0}})
     with pytest.raises(ValueError, match="finish the set first"):
         summary.summarize(results[:-1], {"python": {"lora": 1.0, "block": 2.0}})
     with pytest.raises(ValueError, match="no final run of 'lora'"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from reslora_kernels import (
     unmerge_reslora,
 )
 from reslora_kernels.testing import max_error, relative_error
+from reslora_kernels.updates import LowRankUpdate
 
 WIDTH, RANK, DEPTH = 12, 3, 5
 INEXACT = [("input", 1), ("middle", 2), ("middle", -1)]
@@ -197,18 +200,53 @@ def test_a_joint_fit_is_the_same_with_checkpointed_layers_and_in_inference_mode(
     assert all(max_error(*pair) < 1e-12 for pair in zip(pieces(model)[0], pieces(plain)[0], strict=True))
 
 
-def test_a_joint_fit_runs_the_unmerged_model_once_a_batch_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+class Loader:
+    """Batches that may be others in another run through them, as a shuffling DataLoader's are."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(batches(4))
+
+
+def test_a_joint_fit_runs_the_unmerged_model_once_a_batch_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, weights = [], []
-    for room in (2**30, 0):
+    for room, calibration in ((2**30, batches(4)), (0, batches(4)), (2**30, Loader())):
         monkeypatch.setattr(joint, "KEPT_BYTES", room)
         model, count = adapted("middle", 2, kind=Last), [0]
         model.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        merge_reslora(model, calibration=batches(4), joint_steps=8)
+        merge_reslora(model, calibration=calibration, joint_steps=8)
         calls.append(count[0])
         weights.append(pieces(model)[0])
     merged = 6 + 8 + 6  # the distance before, the steps, the distance after
-    assert calls == [6 + 6 + merged, 6 + 2 * merged]  # statistics first
-    assert all(map(torch.equal, *weights))
+    assert calls == [6 + 6 + merged, 6 + 2 * merged, 6 + 2 * merged]  # statistics first
+    assert all(torch.equal(*pair) for other in weights[1:] for pair in zip(weights[0], other, strict=True))
+
+
+class Padded(Last):
+    """Returns logits of a batch with a mask, padded or not."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return {"logits": super().forward(x)}
+
+
+def test_a_joint_fit_leaves_out_what_the_mask_hides() -> None:
+    updates = []
+    for noise in (0.0, 1.0):
+        model = adapted("middle", 2, kind=Padded)
+        mask = torch.arange(9) < torch.tensor([[9], [4], [7], [2]])
+        data = [{"x": x, "attention_mask": mask} for x in batches(4)]
+        with torch.no_grad(), collect_statistics(model) as seen:
+            for batch in data:
+                model(**batch)
+        layers = {layer: seen.layers[f"layers.{n}"] for n, layer in enumerate(model.layers)}
+        plain = {
+            layer: LowRankUpdate(layer.lora_A.detach(), layer.lora_B.detach(), 1.0, "exact", 0.0)
+            for layer in model.layers
+        }
+        for batch in data:
+            batch["x"] = torch.where(mask[..., None], batch["x"], noise)
+        fitted = joint.joint_updates(model, plain, layers, data, 8)
+        updates.append([matrix for update in fitted.values() for matrix in (update.a, update.b)])
+    assert all(map(torch.equal, *updates))
 
 
 def test_a_joint_fit_in_float16_keeps_the_small_gradients_of_many_tokens() -> None:
@@ -232,6 +270,9 @@ def test_a_joint_fit_compares_logits_as_distributions() -> None:
     shown = {"attention_mask": torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])}  # the rest is padding
     assert torch.equal(joint.output_of(output, shown)[0], torch.cat((found[0, :2], found[1])))
     assert len(joint.output_of({"logits": found[0]}, shown)[0]) == 5  # a row a text
+    translated = SimpleNamespace(logits=found, encoder_last_hidden_state=found)
+    assert len(joint.output_of(translated, shown)[0]) == 10  # the mask is the encoder's
+    assert len(joint.output_of(translated, {"decoder_attention_mask": shown["attention_mask"]})[0]) == 7
     for other in (torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 3, 4, 4)):  # rewards, regression, pixels
         assert joint.output_of({"logits": other}) == (other, False)
     assert joint.output_of((torch.zeros(()), torch.ones(3, 3, dtype=torch.long), wanted)) == (wanted, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,8 +51,9 @@ def in_short(folder: Path) -> list[Section]:
     return [
         Section(
             "Learning", 4,
-            "Final held-out loss to LoRA's, p of a paired t-test over the seeds, and the median step at which LoRA's "
-            "final loss with the same seed is reached (LoRA's last step in brackets); `never` by half of the seeds.",
+            "Final held-out loss to LoRA's; p of a paired t-test over the seeds, each alone: of 20 comparisons without "
+            "a difference one is below 0.05; the median step at which LoRA's final loss with the same seed is first "
+            "reached, LoRA's own in brackets; by how many seeds, if not all.",
             ("task", "LoRA", *(METHODS[method].title for method in SHORTCUTS)), learnt,
         ),
         Section(
@@ -66,7 +68,7 @@ def in_short(folder: Path) -> list[Section]:
 
 def _merge_costs(row: Row) -> str:
     paper = min(row.lost(name)[0] for name in ("input", "weights"))
-    return f"{paper:.0%} / {row.lost('least_squares')[0]:.1%} / {row.lost('joint')[0]:.1%}"
+    return " / ".join((_share(paper, 0), *(_share(row.lost(name)[0], 1) for name in ("least_squares", "joint"))))
 
 
 def write_report(folder: Path) -> Path:
@@ -93,7 +95,8 @@ def _provenance(results: list[dict[str, Any]]) -> str:
     commits = sorted({str(result["commit"][0])[:10] for result in results})
     return (
         "Each method adapts a copy of the same pre-trained model for the same number of steps, on the same batches for "
-        "the same seed, with the best learning rate of the same grid on seeds of their own. Losses are held-out. "
+        "the same seed. The learning rate of each is the best of the same grid in runs with seeds that no other run "
+        "has, by the loss on the same held-out examples as all losses here. "
         f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads a run, torch {machine['torch']}, commit "
         f"{', '.join(commits)}."
     )
@@ -119,8 +122,9 @@ def _headline(rows: list[Row], by_task: dict[str, dict[str, Runs]]) -> Section:
             )  # fmt: skip
     return Section(
         "Steps and seconds to LoRA's final loss",
-        text="Medians over the seeds, `never` if half of them do not reach the final loss of LoRA with the same seed; "
-        "LoRA's own in brackets. Each p stands alone: of 20 comparisons without a difference one is below 0.05.",
+        text="Where the final loss of LoRA with the same seed is first reached: medians over the seeds, those that do "
+        "not get there last; LoRA's own in brackets; and by how many seeds, if not all. Each p stands alone: of 20 "
+        "comparisons without a difference one is below 0.05.",
         header=("task", "method", "steps", "seconds", "final loss to LoRA's", "p", "verdict"),
         rows=lines,
     )
@@ -135,23 +139,24 @@ def _merge_goal(rows: list[Row]) -> Section:
         )
         lines.append(
             (
-                row.task, METHODS[row.method].title, f"{row.gain:.4f}", f"{unseen:+.4f}", f"{seen:+.4f}",
-                f"{lost:.2%}", f"{goal:.0%}", "met" if lost <= goal else "missed",
+                row.task, METHODS[row.method].title, f"{row.gain:.4f} ± {row.gain_spread:.4f}", f"{unseen:+.4f}",
+                f"{seen:+.4f}", _share(lost, 2), f"{goal:.0%}",
+                "" if math.isnan(lost) else "met" if lost <= goal else "missed",
             )
         )  # fmt: skip
     return Section(
         "What merging by least squares and a joint fit costs",
-        text="What training takes off the held-out loss (where that is little, the shares are noise); what the merge "
-        "adds to it, and to the loss on the batches that it was fitted to; the share of the gain that is lost; means "
-        "over the seeds. Where it adds to held-out loss alone, more calibration batches would help; where it adds as "
-        "much to both, its fit is at its limit.",
+        text="What training takes off the held-out loss, ± standard deviation; what the merge adds to it, and to the "
+        "loss on the batches that it was fitted to; the share of the gain that is lost, if the gain is more than two "
+        "standard errors; means over the seeds. Where it adds to held-out loss alone, more calibration batches would "
+        "help; where it adds as much to both, its fit is at its limit.",
         header=("task", "method", "gain", "added", "added, calibration data", "lost", "goal", ""),
         rows=lines,
     )
 
 
 def _task(
-    task: str, rows: list[Row], runs: dict[str, Runs], tried: dict[tuple[str, float], float], folder: Path
+    task: str, rows: list[Row], runs: dict[str, Runs], tried: dict[tuple[str, float], tuple[float, float]], folder: Path
 ) -> list[Section]:
     about, lora = _titles(runs), rows[0]
     budget = next(iter(runs[BASELINE].values()))["budget"]
@@ -203,17 +208,22 @@ def _task(
     ]  # fmt: skip
 
 
-def _learning_rates(tried: dict[tuple[str, float], float]) -> list[Section]:
+def _learning_rates(tried: dict[tuple[str, float], tuple[float, float]]) -> list[Section]:
     if not tried:
         return []
     methods, rates = dict.fromkeys(method for method, _ in tried), sorted({rate for _, rate in tried})
+
+    def loss(method: str, rate: float) -> str:
+        return "{:.4f} ± {:.4f}".format(*tried[method, rate]) if (method, rate) in tried else ""
+
     return [
         Section(
             "Learning rates", 3,
-            "Mean final loss of the runs that chose each method's rate. Where the best is at an end of the grid, a "
-            "rate beyond it might be better still.",
+            "Final loss of the runs that chose each method's rate, mean ± standard deviation. Where the best is at an "
+            "end of the grid, a rate beyond it might be better still. A method with another pre_num has the rate of "
+            "its shortcut.",
             ("method", *(f"{rate:g}" for rate in rates)),
-            [(METHODS[method].title, *(f"{tried[method, rate]:.4f}" for rate in rates)) for method in methods],
+            [(METHODS[method].title, *(loss(method, rate) for rate in rates)) for method in methods],
         )
     ]  # fmt: skip
 
@@ -226,7 +236,8 @@ def _merging(rows: list[Row], metrics: tuple[str, ...], budget: dict[str, Any]) 
     names = [name for name in merged[0].merges if name != "exact" and not name.startswith("least_squares, ")]
 
     def share(row: Row, name: str) -> str:
-        return "{:.1%} ({:.1%})".format(*row.lost(name))
+        mean, worst = row.lost(name)
+        return f"{_share(mean, 1)} ({_share(worst, 1)})"
 
     def figure(row: Row, name: str, metric: str) -> str:
         mean = statistics.mean(merge[metric] for merge in row.merges[name])
@@ -288,13 +299,20 @@ def _p(row: Row) -> str:
 
 
 def _steps(row: Row, lora: Row) -> str:
-    steps = "never" if row.steps is None else f"{row.steps:.0f}"
     reached = f", {row.reached} of {row.seeds} seeds" if row.reached < row.seeds else ""
-    return f"{steps} ({lora.steps:.0f}{reached})"
+    return f"{_or_never(row.steps, 0)} ({_or_never(lora.steps, 0)}){reached}"
 
 
 def _seconds(row: Row, lora: Row) -> str:
-    return "never" if row.seconds is None else f"{row.seconds:.1f} ({lora.seconds:.1f})"
+    return f"{_or_never(row.seconds, 1)} ({_or_never(lora.seconds, 1)})"
+
+
+def _or_never(value: float | None, digits: int) -> str:
+    return "never" if value is None else f"{value:.{digits}f}"
+
+
+def _share(value: float, digits: int) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}%}"
 
 
 def table(section: Section) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping
@@ -142,7 +143,8 @@ def best_rate(experiments: Experiments, folder: Path, task: str, method: str) ->
 
     def loss(rate: float) -> float:
         files = [spec.file(folder) for spec in tuning_runs(budget, task, budget.tuned_like(method), rate)]
-        return statistics.mean(json.loads(path.read_text())["curve"][-1]["loss"] for path in files)
+        mean = statistics.mean(json.loads(path.read_text())["curve"][-1]["loss"] for path in files)
+        return math.inf if math.isnan(mean) else mean
 
     return min(budget.rates, key=loss)
 

@@ -27,6 +27,8 @@ def train_all(
     for name in experiments.budgets:
         _base(name, given, experiments.sizes[tasks[name].kind], out, device)
         progress.advance(bar)
+    if jobs > 1:
+        _base.cache_clear()  # each process loads its own
     one = partial(_one_run, experiments, given, out, device)
     threads = max(1, torch.get_num_threads() // jobs)
     for title, tuning in (("learning rates", True), ("final runs", False)):
@@ -42,8 +44,11 @@ def _done(one: Callable[[runs.Spec], runs.Spec], todo: list[runs.Spec], jobs: in
         yield from map(one, todo)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        for future in as_completed([pool.submit(one, spec) for spec in todo]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(one, spec) for spec in todo]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error no run is begun
 
 
 def _one_run(experiments: Experiments, given: Given | None, out: Path, device: str, spec: runs.Spec) -> runs.Spec:

@@ -136,7 +136,11 @@ SETS = {
                 pretraining_steps=400, pretraining_rate=6e-4,
             )
         },
-        budgets={"python": replace(_TEXT, rates=(1e-3, 2e-3, 4e-3), batch=16, steps=100, methods=MAIN)},
+        budgets={
+            "python": replace(
+                _TEXT, methods=("lora", "input", "block", "middle"), steps=100, rates=(1e-3, 2e-3, 4e-3), tuning_runs=1
+            )
+        },
         seeds=(0, 1, 2, 3, 4),
     ),
 }  # fmt: skip

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from benchmarks.convergence.methods import BASELINE
 from benchmarks.convergence.runs import Spec
 
@@ -22,8 +24,8 @@ class Row:
     ``steps`` is the median over the seeds of the step at which the final loss of LoRA with the same seed was reached;
     None if it never was by half of them; ``reached`` counts those by which it was. ``loss_at_loras_time`` is after as
     many seconds as all of LoRA's steps take. ``metrics`` are means, with the spread, of what is measured beside the
-    loss. ``gain`` is what training takes off the loss, the mean; in each of ``merges``, one for each seed, ``added`` is
-    what the merge puts back.
+    loss. ``gain`` is what training takes off the loss, the mean, with ``gain_spread``; in each of ``merges``, one for
+    each seed, ``added`` is what the merge puts back.
     """
 
     task: str
@@ -41,6 +43,7 @@ class Row:
     steps: float | None
     metrics: dict[str, tuple[float, float]]
     gain: float
+    gain_spread: float
     merges: dict[str, list[dict[str, float]]]
 
     @property
@@ -51,9 +54,9 @@ class Row:
     def lost(self, merge: str) -> tuple[float, float]:
         """What a merge adds to the loss, as a share of the mean gain: the mean over the seeds, and in the worst.
 
-        NaN where training gained nothing.
+        NaN where the gain is less than twice its standard error.
         """
-        if self.gain <= 0:
+        if self.gain <= 2 * self.gain_spread / math.sqrt(self.seeds):
             return math.nan, math.nan
         added = [figures["added"] for figures in self.merges[merge]]
         return statistics.mean(added) / self.gain, max(added) / self.gain
@@ -61,7 +64,7 @@ class Row:
     @property
     def verdict(self) -> str:
         """Whether the loss differs from LoRA's, at the 5 % level."""
-        if self.p is None:
+        if self.p is None or math.isnan(self.p):
             return ""
         if self.p >= 0.05:
             return "no significant difference"
@@ -88,24 +91,31 @@ def loss_at(curve: list[dict[str, Any]], step: float) -> float:
 
 
 def final_runs(results: list[dict[str, Any]]) -> dict[str, dict[str, Runs]]:
-    """By task, method and seed; runs that tuned a rate are left out."""
+    """By task, method and seed; runs that tuned a rate are left out.
+
+    Raises:
+        ValueError: a method has final runs with two rates.
+    """
     found: dict[str, dict[str, Runs]] = {}
     for result in results:
         spec = Spec(**result["spec"])
         if not spec.tunes:
-            found.setdefault(spec.task, {}).setdefault(spec.method, {})[spec.seed] = result
+            runs = found.setdefault(spec.task, {}).setdefault(spec.method, {})
+            runs[spec.seed] = result
+            if len(rates := sorted({run["spec"]["rate"] for run in runs.values()})) > 1:
+                raise ValueError(f"{spec.task}, {spec.method}: final runs with rates {rates}; keep those of one")
     return found
 
 
-def rates_tried(results: list[dict[str, Any]]) -> dict[str, dict[tuple[str, float], float]]:
-    """By task, and by method and learning rate: the mean final loss of the runs by which the rate was judged."""
+def rates_tried(results: list[dict[str, Any]]) -> dict[str, dict[tuple[str, float], tuple[float, float]]]:
+    """By task, and by method and learning rate: final loss of the runs that judged the rate, mean and spread."""
     losses: dict[str, dict[tuple[str, float], list[float]]] = {}
     for result in results:
         spec = Spec(**result["spec"])
         if spec.tunes:
             found = losses.setdefault(spec.task, {}).setdefault((spec.method, spec.rate), [])
             found.append(result["curve"][-1]["loss"])
-    return {task: {key: statistics.mean(own) for key, own in found.items()} for task, found in losses.items()}
+    return {task: {key: mean_and_spread(own) for key, own in found.items()} for task, found in losses.items()}
 
 
 def summarize(results: list[dict[str, Any]], step_seconds: dict[str, dict[str, float]]) -> list[Row]:
@@ -152,7 +162,7 @@ def _row(task: str, method: str, runs: Runs, lora: Runs, times: dict[str, float]
         statistics.mean(loss_at(c, as_long) for c in own),
         *_reached(steps),
         {name: mean_and_spread([runs[s]["final"][name] for s in seeds]) for name in names},
-        statistics.mean(c[0]["loss"] - c[-1]["loss"] for c in own),
+        *mean_and_spread([c[0]["loss"] - c[-1]["loss"] for c in own]),
         {name: [_merged(runs[s], name) for s in seeds] for name in first["merges"]},
     )  # fmt: skip
 
@@ -169,5 +179,5 @@ def _merged(result: dict[str, Any], name: str) -> dict[str, float]:
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation; the latter is 0 for one value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and standard deviation, NaN if a value is; the latter is 0 for one value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -45,6 +45,7 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DRESLORA_EMULATED"]
 OPTIONS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FAST = ["-O2"]
@@ -95,7 +96,7 @@ def build(
 
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(compile_one, sources))
-    module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module = folder / MODULE
     _run(["g++", "-shared", *options, *map(str, compiled), "-o", str(module)])
     return module
 

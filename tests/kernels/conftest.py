@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch.utils import deterministic
 
 from reslora_kernels.backends import cuda, select, triton
@@ -42,12 +43,17 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """The emulated CUDA extension, built and loaded once; None where there is a GPU for the real one."""
+    """The emulated CUDA extension, built once for all test processes; None where there is a GPU for the real one."""
     if torch.cuda.is_available():
         return None
     if reason := cuda_on_cpu.unavailable_reason():
         pytest.skip(reason)
-    return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda_on_cpu"))
+    run = tmp_path_factory.getbasetemp()
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "cuda_on_cpu"
+    with FileLock(folder.with_suffix(".lock")):
+        folder.mkdir(exist_ok=True)
+        module = folder / cuda_on_cpu.MODULE
+        return module if module.exists() else cuda_on_cpu.build(folder)
 
 
 @pytest.fixture

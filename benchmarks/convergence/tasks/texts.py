@@ -25,7 +25,7 @@ class Labelled(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Neither part holds a text of the other; each is in a fixed random order."""
+    """Neither part holds a text of the other, or a pair of sentences; each is in a fixed random order."""
 
     train: tuple[Labelled, ...]
     held_out: tuple[Labelled, ...]
