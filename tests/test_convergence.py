@@ -113,7 +113,7 @@ def test_gradient_norms_are_those_of_the_loss(tmp_path: Path) -> None:
     task = TASKS["python"]
     model = adapted(bases.base_of(task, SIZES, tmp_path, CPU), task, "input", 1, 0)
     batch = task.held_out(SIZES, 11)  # in two pieces
-    norms = measures.gradient_norms(model, task, batch)
+    norms = measures.gradient_norms(model, task, batch, 8)
     task.loss(model, batch).backward()
     for name, layer in measures.adapted_layers(model).items():
         expected = torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()]).norm().item()

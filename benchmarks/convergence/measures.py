@@ -70,17 +70,17 @@ def adapter_norms(model: nn.Module) -> dict[str, dict[str, float]]:
     }
 
 
-def gradient_norms(model: nn.Module, task: Task, batch: Batch) -> dict[str, float]:
+def gradient_norms(model: nn.Module, task: Task, batch: Batch, at_a_time: int) -> dict[str, float]:
     """The norm of the loss's gradient by A and B of each layer together; gradients that are there are left alone.
 
-    The loss is the mean over ``pieces``, which is what memory is needed for.
+    The loss is the mean over pieces of ``at_a_time`` examples, which is what memory is needed for.
     """
     if not is_ours(model):
         return {}
     layers, count = adapted_layers(model), len(next(iter(batch.values())))
     parameters: list[Tensor] = [matrix for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
     sums = [torch.zeros_like(parameter) for parameter in parameters]
-    for piece in pieces(batch):
+    for piece in pieces(batch, at_a_time):
         share = len(next(iter(piece.values()))) / count
         for total, gradient in zip(sums, torch.autograd.grad(task.loss(model, piece), parameters), strict=True):
             total += share * gradient

@@ -61,7 +61,7 @@ def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec)
         if step in marks:
             curve.append({"step": step} | task.figures(model, held_out))
             if not spec.tunes and step in (marks[0], marks[-1]):
-                gradients[step] = measures.gradient_norms(model, task, held_out)
+                gradients[step] = measures.gradient_norms(model, task, held_out, budget.batch)
             if spec.seed == experiments.seeds[0] and (images := task.samples(model)) is not None:
                 samples[step] = images
     result = {

@@ -83,10 +83,10 @@ class Task(ABC):
         return {"title": self.title, "kind": self.kind, "unit": self.unit}
 
 
-def pieces(batch: Batch) -> Iterator[Batch]:
-    """A batch in parts of ``AT_A_TIME`` examples."""
-    for start in range(0, len(next(iter(batch.values()))), AT_A_TIME):
-        yield {name: tensor[start : start + AT_A_TIME] for name, tensor in batch.items()}
+def pieces(batch: Batch, examples: int = AT_A_TIME) -> Iterator[Batch]:
+    """A batch in parts of so many examples."""
+    for start in range(0, len(next(iter(batch.values()))), examples):
+        yield {name: tensor[start : start + examples] for name, tensor in batch.items()}
 
 
 @contextmanager
