@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.progress import Progress
@@ -17,20 +18,20 @@ from benchmarks.convergence.settings import Experiments, Given, Sizes
 from benchmarks.convergence.tasks import tasks_of
 from benchmarks.convergence.tasks.kinds import Task
 
+Item = TypeVar("Item")
+
 
 def train_all(
     experiments: Experiments, tasks: Mapping[str, Task], given: Given | None, out: Path, device: str, jobs: int,
     progress: Progress,
 ) -> None:  # fmt: skip
     """Pre-train the base models, choose the learning rates, and train and measure the final runs."""
-    bar = progress.add_task("pre-training", total=len(experiments.budgets))
-    for name in experiments.budgets:
-        _base(name, given, experiments.sizes[tasks[name].kind], out, device)
-        progress.advance(bar)
-    if jobs > 1:
-        _base.cache_clear()  # each process loads its own
-    one = partial(_one_run, experiments, given, out, device)
     threads = max(1, torch.get_num_threads() // jobs)
+    of_kind = {tasks[name].kind: name for name in experiments.budgets}  # which share a pre-trained model
+    bar = progress.add_task("pre-training", total=len(of_kind))
+    for _ in _done(partial(_pretrain, experiments, given, out, device), list(of_kind.values()), jobs, threads):
+        progress.advance(bar)
+    one = partial(_one_run, experiments, given, out, device)
     for title, tuning in (("learning rates", True), ("final runs", False)):
         todo = runs.missing(experiments, tasks, out, tuning=tuning)
         bar = progress.add_task(title, total=len(todo))
@@ -38,17 +39,22 @@ def train_all(
             progress.update(bar, advance=1, description=f"{title}: {spec.task}, {spec.method}")
 
 
-def _done(one: Callable[[runs.Spec], runs.Spec], todo: list[runs.Spec], jobs: int, threads: int) -> Iterator[runs.Spec]:
-    """Each run as it is done."""
+def _done(one: Callable[[Item], Item], todo: list[Item], jobs: int, threads: int) -> Iterator[Item]:
+    """Each item as it is done."""
     if jobs == 1:
         yield from map(one, todo)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         try:
-            for future in as_completed([pool.submit(one, spec) for spec in todo]):
+            for future in as_completed([pool.submit(one, item) for item in todo]):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # after an error no run is begun
+
+
+def _pretrain(experiments: Experiments, given: Given | None, out: Path, device: str, name: str) -> str:
+    _base(name, given, experiments.sizes[tasks_of(given)[name].kind], out, device)
+    return name
 
 
 def _one_run(experiments: Experiments, given: Given | None, out: Path, device: str, spec: runs.Spec) -> runs.Spec:
