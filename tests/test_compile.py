@@ -138,6 +138,7 @@ def test_whole_language_model(shortcut: str, pre_num: int) -> None:
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), [*SHORTCUTS, ("block", -1)])
+@pytest.mark.slow
 def test_whole_stack_of_any_length(shortcut: str, pre_num: int) -> None:
     model = stack(shortcut, pre_num)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -216,6 +217,7 @@ def test_graphs_do_not_grow_with_the_layers(shortcut: str, pre_num: int, graphs:
         assert_same(gradients(model, square, model, x_of()), expected)
 
 
+@pytest.mark.slow
 def test_block_over_all_earlier_layers_needs_a_graph_each() -> None:
     """Every layer multiplies by another number of matrices. Past PyTorch's limit it says so; the limit is a setting."""
     model = stack("block", -1, depth=10)
@@ -229,6 +231,7 @@ def test_block_over_all_earlier_layers_needs_a_graph_each() -> None:
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), HANDING[::2])
+@pytest.mark.slow
 def test_skipped_layers_and_another_shape(shortcut: str, pre_num: int) -> None:
     """A graph made for one situation is never taken for another, in whichever order they come."""
     model, compiled = stack(shortcut, pre_num, depth=6), stack(shortcut, pre_num, depth=6)

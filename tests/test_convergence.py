@@ -85,6 +85,7 @@ def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.slow
 def test_every_task_is_the_same_for_the_same_seed_and_shows_its_figures(task: str, tmp_path: Path) -> None:
     own, sizes = TASKS[task], TINY.sizes[TASKS[task].kind]
     first, again, other = (own.train(sizes, 1, 3, seed)[0] for seed in (0, 0, 1))

@@ -128,6 +128,7 @@ def test_verdicts(stand_in: StandIn, part: str, status: str, said: str, with_too
     assert report["parts"][part]["status"] == status and said in report["parts"][part]["summary"]
 
 
+@pytest.mark.slow
 def test_a_kernel_that_hangs_is_left_out_of_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
     """The script itself, with stand-ins for what it launches: the first kernel never comes back."""
     script = """
@@ -205,6 +206,7 @@ def test_without_the_sanitizer_it_is_skipped_with_the_reason(tmp_path: Path, mon
     assert "compute-sanitizer is not installed" in parts.sanitizer(StandIn(), 60.0).summary
 
 
+@pytest.mark.slow
 def test_a_child_is_stopped_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it

@@ -192,6 +192,7 @@ class TestTraining:
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 @pytest.mark.parametrize("name", ["llama", "roberta", "unet"])
+@pytest.mark.slow
 def test_least_squares_beats_the_papers_merges_on_held_out_data(name: str, shortcut: str) -> None:
     family, model = FAMILIES[name], copy.deepcopy(trained(name, shortcut)[0])
     calibration, held_out = [family.batch(seed) for seed in range(8)], [family.batch(seed) for seed in (900, 901)]

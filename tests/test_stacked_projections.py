@@ -130,6 +130,7 @@ def test_dropout_has_a_mask_for_each_layer() -> None:
 
 
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+@pytest.mark.slow
 def test_with_checkpointing_compile_copies_and_files(shortcut: str, tmp_path: Path) -> None:
     model = adapted(shortcut)
     expected = results(adapted(shortcut, False))

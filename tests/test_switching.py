@@ -169,6 +169,7 @@ def test_switching_leaves_nothing_behind() -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.slow
 def test_compiled_model_recompiles_for_each_adapter_once() -> None:
     torch._dynamo.reset()
     compiles = 0

@@ -105,6 +105,7 @@ def test_a_result_without_figures_has_a_report_too(tmp_path: Path) -> None:
     assert "Not measured in this run" in page.read_text() and "interrupted" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_command_writes_beside_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full_result().write(tmp_path / "cpu.json")
     assert main(["bench", "report", str(tmp_path / "cpu.json")]) == 0
@@ -129,6 +130,7 @@ def open_in_browser(page: str, folder: Path, *options: str) -> dict[str, object]
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
 @pytest.mark.parametrize("width", [1200, 500], ids=["desktop", "phone"])
+@pytest.mark.slow
 def test_it_opens_in_a_browser_and_sorts(width: int, folder: Path, tmp_path: Path) -> None:
     page = (folder / "report.html").read_text()
     found = open_in_browser(page, tmp_path, f"--window-size={width},1000")

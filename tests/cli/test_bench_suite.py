@@ -168,6 +168,7 @@ def test_an_interrupt_keeps_the_results_so_far(
     assert read(path).stopped == "interrupted" and len(read(path).measurements) == 3
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_and_csv(tiny_sets: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--quick", "--output", str(tmp_path / "new")]) == 0
     (path,) = (tmp_path / "new").glob("*.json")

@@ -32,6 +32,7 @@ def test_a_planted_slowdown_of_ten_per_cent_is_found() -> None:
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.02, 0.2])
+@pytest.mark.slow
 def test_two_runs_agree_within_the_stated_noise(jitter: float) -> None:
     for seed in range(5):
         old, new = (result(TIMES, FakeClock(s, jitter), rounds=40) for s in (seed, 100 + seed))
@@ -40,6 +41,7 @@ def test_two_runs_agree_within_the_stated_noise(jitter: float) -> None:
         assert found.compared == 3 * len(timing.PHASES)
 
 
+@pytest.mark.slow
 def test_the_noise_covers_the_truth() -> None:
     """Of the quotient 1.1, in at least 18 of 20 runs with 15 rounds each."""
     covered = 0

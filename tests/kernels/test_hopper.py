@@ -16,6 +16,7 @@ from reslora_kernels.testing import assert_close_to_truth
 from .. import cuda_on_cpu
 from .calls import Call, draw, launched, run, truth
 
+pytestmark = pytest.mark.slow
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CALLS = [
     Call("several tiles for a block, ragged edges", 300, 200, 520, 16, 16, BF16, BF16),

@@ -113,6 +113,7 @@ def test_what_the_table_admits_is_looked_up_once(no_table: None, device: torch.d
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_the_gpu_check_goes_through_its_motions(
     no_table: None, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
