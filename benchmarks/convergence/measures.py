@@ -16,7 +16,7 @@ from reslora_kernels.model import Record, adapted_layers, record_of
 from reslora_kernels.shortcuts import hands_on
 
 JOINT_STEPS = 128
-SMALLER = (1, 2, 4, 8)  # calibration batches that least squares is tried with, too
+SMALLER = (1, 4)  # calibration batches that least squares is tried with, too
 
 
 def is_ours(model: nn.Module) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 TUNING_SEED = 1000  # the first of the runs that choose a method's learning rate; no other run has one so high
-MAIN = ("lora", "lora-16", "input", "block", "middle")
+SAME_RANK = ("lora", "input", "block", "middle")
+MAIN = (*SAME_RANK, "lora-16")
 PEERS = ("adalora", "loha", "lokr")
 PRE_NUM = ("block-1", "block-4", "block-all", "middle-1", "middle-4", "middle-all")
 
@@ -86,11 +87,11 @@ UNET = Sizes(hidden_size=32, sequence=8, batch=32, layers=1, pretraining_steps=9
 
 _TEXT = Budget(methods=MAIN, steps=80, evaluations=5, batch=8, held_out=48, rates=RATES, calibration_batch=8)
 _CLASSES = Budget(
-    methods=MAIN, steps=160, evaluations=4, batch=16, held_out=384, rates=(1.5e-3, 3e-3, 6e-3),
+    methods=SAME_RANK, steps=160, evaluations=4, batch=16, held_out=384, rates=(1.5e-3, 3e-3, 6e-3),
     calibration_batch=32,  # twice a step's: to a joint fit each says no more than a few classes' probabilities
 )  # fmt: skip
 _IMAGES = Budget(
-    methods=("lora", "input", "block", "middle"), steps=60, evaluations=3, batch=16, held_out=128, rates=RATES,
+    methods=SAME_RANK, steps=60, evaluations=3, batch=16, held_out=128, rates=RATES,
     calibration_batch=16,
 )  # fmt: skip
 _QUICK = {"steps": 12, "evaluations": 2, "held_out": 16, "rates": (1e-2,), "calibration_batches": 4}
@@ -104,7 +105,7 @@ SETS = {
             "unet": replace(UNET, pretraining_steps=120, batch=16),
         },
         budgets={
-            "python": replace(_TEXT, **_QUICK, methods=("lora", "input", "block", "middle")),
+            "python": replace(_TEXT, **_QUICK, methods=SAME_RANK),
             "arithmetic": replace(_TEXT, **_QUICK, methods=("lora", "block")),
             "package": replace(_CLASSES, **_QUICK, methods=("lora", "block")),
             "code": replace(_CLASSES, **_QUICK, methods=("lora", "block")),
@@ -138,7 +139,7 @@ SETS = {
         },
         budgets={
             "python": replace(
-                _TEXT, methods=("lora", "input", "block", "middle"), steps=100, rates=(1e-3, 2e-3, 4e-3), tuning_runs=1
+                _TEXT, methods=SAME_RANK, steps=100, rates=(1e-3, 2e-3, 4e-3), tuning_runs=1
             )
         },
         seeds=(0, 1, 2, 3, 4),
