@@ -6,9 +6,9 @@ another. Here all A*_n and B*_n, from where least squares left them, are trained
     KL(softmax(z) ‖ softmax(z*)) per row for logits, else ‖z* - z‖² / ‖z‖²,
 
 z being the output of the unmerged model and z* that of the merged one. No labels are needed; rows of logits that a
-batch's "attention_mask" hides do not count. A*_n moves in coordinates
-in which the layer's input is white, A*_n = A + Z L⁻¹ with L Lᵀ = G_n + λI: the inputs of a transformer's layers have a
-few large directions, beside which Adam on A itself hardly moves in the others.
+batch's "attention_mask" hides do not count. A*_n moves in coordinates in which the layer's input is white,
+A*_n = A + Z L⁻¹ with L Lᵀ = G_n + λI: the inputs of a transformer's layers have a few large directions, beside which
+Adam on A itself hardly moves in the others.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.methods import BASELINE, METHODS, SHORTCUTS
+from benchmarks.convergence.methods import METHODS
+from benchmarks.convergence.settings import BASELINE, SHORTCUTS
 from benchmarks.convergence.summary import Row, Runs
 
 

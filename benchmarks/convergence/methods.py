@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.convergence.settings import BASELINE
 from benchmarks.convergence.tasks.kinds import Task
 from reslora_kernels import ResLoRAConfig, apply_reslora
 from reslora_kernels.config import Shortcut
 
 R, ALPHA = 4, 8
-BASELINE = "lora"
-SHORTCUTS = ("input", "block", "middle")  # with the default pre_num
 
 
 @dataclass(frozen=True)

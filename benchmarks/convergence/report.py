@@ -11,8 +11,9 @@ from typing import Any
 
 from benchmarks.convergence import figures, step_times
 from benchmarks.convergence.measures import JOINT_STEPS
-from benchmarks.convergence.methods import BASELINE, METHODS, SHORTCUTS
+from benchmarks.convergence.methods import METHODS
 from benchmarks.convergence.runs import read_all
+from benchmarks.convergence.settings import BASELINE, SHORTCUTS
 from benchmarks.convergence.summary import Row, Runs, as_many_parameters, final_runs, rates_tried, summarize
 
 HERE = Path(__file__).parent

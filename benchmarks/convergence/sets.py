@@ -44,12 +44,12 @@ def _done(one: Callable[[Item], Item], todo: list[Item], jobs: int, threads: int
     if jobs == 1:
         yield from map(one, todo)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        try:
-            for future in as_completed([pool.submit(one, item) for item in todo]):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error no run is begun
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    try:
+        for future in as_completed([pool.submit(one, item) for item in todo]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error no run is begun
 
 
 def _pretrain(experiments: Experiments, given: Given | None, out: Path, device: str, name: str) -> str:

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 TUNING_SEED = 1000  # the first of the runs that choose a method's learning rate; no other run has one so high
-SAME_RANK = ("lora", "input", "block", "middle")
+BASELINE = "lora"
+SHORTCUTS = ("input", "block", "middle")  # with the default pre_num
+SAME_RANK = (BASELINE, *SHORTCUTS)
 MAIN = (*SAME_RANK, "lora-16")
 PEERS = ("adalora", "loha", "lokr")
 PRE_NUM = ("block-1", "block-4", "block-all", "middle-1", "middle-4", "middle-all")
@@ -170,7 +172,7 @@ def of_given(
     Raises:
         ValueError: a method that is not there, or a rate that is no number above 0.
     """
-    from benchmarks.convergence.methods import BASELINE, METHODS
+    from benchmarks.convergence.methods import METHODS
 
     names = tuple(dict.fromkeys((BASELINE, *methods.split(","))))
     for name in names:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.convergence.methods import BASELINE
 from benchmarks.convergence.runs import Spec
+from benchmarks.convergence.settings import BASELINE
 
 Runs = dict[int, dict[str, Any]]  # results by seed
 WITHIN = 0.1  # of LoRA's number of parameters is "as many"
