@@ -8,21 +8,27 @@ another. Here all A*_n and B*_n, from where least squares left them, are trained
 z being the output of the unmerged model and z* that of the merged one. No labels are needed; rows of logits that a
 batch's "attention_mask" hides do not count. A*_n moves in coordinates in which the layer's input is white,
 A*_n = A + Z L⁻¹ with L Lᵀ = G_n + λI: the inputs of a transformer's layers have a few large directions, beside which
-Adam on A itself hardly moves in the others.
+Adam on A itself hardly moves in the others. A wider update has ``rank`` more rows of A, the right singular vectors of
+
+    Σ ∂KL/∂ΔW_n L⁻ᵀ
+
+over the batches, and more columns of B, zero at first: the directions of the white input in which B gains most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .execution import call_with, undisturbed
+from .kept import Kept
 from .linear import ResLoRALinear
 from .sequential import replaced
 from .statistics import LayerStatistics
@@ -32,43 +38,29 @@ DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
 RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
 BETAS = (0.9, 0.99)
 WARMUP_STEPS = 8  # times a factor that falls linearly to zero over all steps
-KEPT_BYTES = 2**30  # of the unmerged model's outputs, on its device; those of further batches are computed anew
+OVERSAMPLING, ITERATIONS = 8, 4  # of the search for directions: how many more than are kept
 GRADIENT_SCALE = 2.0**12  # of the backward pass, where float16 would lose what a mean over many tokens leaves of each
 
 
-class _Unmerged:
-    """What the unmerged model computes from the calibration batches; that of a list's batches is kept."""
-
-    def __init__(self, model: nn.Module, calibration: Iterable[Any]) -> None:
-        self.model, self.calibration = model, calibration
-        self._room = KEPT_BYTES if isinstance(calibration, Sequence) else 0  # another run may give other batches
-        self._kept: dict[int, tuple[Tensor, bool]] = {}
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor, bool]]:
-        """Batch, output, and whether that is logits; see ``output_of``."""
-        for i, batch in enumerate(self.calibration):
-            yield batch, *(self._kept.get(i) or self._computed(i, batch))
-
-    def _computed(self, i: int, batch: Any) -> tuple[Tensor, bool]:
-        with torch.no_grad():
-            wanted, logits = output_of(call_with(self.model, batch), batch)
-        if wanted.nbytes <= self._room:
-            self._room -= wanted.nbytes
-            self._kept[i] = wanted.clone(), logits  # a model may write over its output, or return a part of a tensor
-        return wanted, logits
+Unmerged: TypeAlias = Kept[tuple[Tensor, bool]]  # an output, and whether it is logits; see ``output_of``
 
 
 class _White(NamedTuple):
-    """A* = a + z unwhiten and B* = b, of which ``z`` and ``b`` are trained, at ``rates``."""
+    """A* = a + z unwhiten and B* = b; trained are ``z`` and ``b``; ``sizes``: root mean squares of A L and B."""
 
     a: Tensor
     z: Tensor
     unwhiten: Tensor
     b: Tensor
-    rates: tuple[float, float]
+    sizes: tuple[float, float]
 
     def update(self) -> tuple[Tensor, Tensor]:
         return self.a + self.z @ self.unwhiten, self.b
+
+    def wider(self, rows: Tensor) -> _White:
+        """With ``rows`` more of A, in white coordinates, and columns of B that are zero."""
+        a = torch.cat((self.a, rows @ self.unwhiten))
+        return self._replace(a=a, z=torch.zeros_like(a), b=nn.functional.pad(self.b, (0, len(rows))))
 
 
 def joint_updates(
@@ -77,12 +69,14 @@ def joint_updates(
     statistics: Mapping[ResLoRALinear, LayerStatistics],
     calibration: Iterable[Any],
     steps: int,
+    rank: int = 0,
 ) -> dict[ResLoRALinear, LowRankUpdate]:
     """``updates`` after ``steps`` steps of one batch each, or as they are where that brings the output no nearer.
 
     Args:
         statistics: with second moments, of the unmerged model.
-        calibration: batches; run again and again. Of a list's the unmerged output is kept, up to ``KEPT_BYTES``.
+        calibration: batches; run again and again; the unmerged output is ``Kept``.
+        rank: by how much every update becomes wider, as far as the layer is wide enough.
 
     Raises:
         TypeError: as for ``output_of``.
@@ -90,10 +84,12 @@ def joint_updates(
     """
     with undisturbed(model):
         white = {layer: _white(layer, update, statistics[layer]) for layer, update in updates.items()}
-        unmerged = _Unmerged(model, calibration)
-        before = _distance(unmerged, white)
-        _train(unmerged, white, steps)
-        if not _distance(unmerged, white) < before:  # nor where it is NaN
+        unmerged = Kept(calibration, lambda batch: _unmerged_output(model, batch))
+        before = _distance(model, unmerged, white)
+        if rank and math.isfinite(before):
+            white = _widened(model, unmerged, white, rank)
+        _train(model, unmerged, white, steps)
+        if not _distance(model, unmerged, white) < before:  # nor where it is NaN
             return dict(updates)
     fitted = {}
     for layer, update in updates.items():
@@ -139,6 +135,11 @@ def distance(found: Tensor, wanted: Tensor, logits: bool) -> Tensor:
     return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / max(len(found), 1)
 
 
+def _unmerged_output(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
+    with torch.no_grad():
+        return output_of(call_with(model, batch), batch)
+
+
 def _white(layer: ResLoRALinear, update: LowRankUpdate, statistics: LayerStatistics) -> _White:
     assert statistics.gram is not None
     gram = statistics.gram.double()
@@ -146,19 +147,48 @@ def _white(layer: ResLoRALinear, update: LowRankUpdate, statistics: LayerStatist
     factor = cholesky_factor(scaled, DAMPING, f"layer {layer.position} of chain {layer.chain and layer.chain.name!r}")
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     unwhiten = torch.linalg.solve_triangular(factor, identity, upper=False).to(update.a)
-    rates = RATES["a"] * _size(update.a.double() @ factor), RATES["b"] * _size(update.b)
-    return _White(update.a, torch.zeros_like(update.a), unwhiten, update.b.clone(), rates)
+    sizes = _size(update.a.double() @ factor), _size(update.b)
+    return _White(update.a, torch.zeros_like(update.a), unwhiten, update.b.clone(), sizes)
 
 
 def _size(matrix: Tensor) -> float:
     return float(matrix.square().mean().sqrt())
 
 
-def _train(unmerged: _Unmerged, white: Mapping[ResLoRALinear, _White], steps: int) -> None:
+def _widened(
+    model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], rank: int
+) -> dict[ResLoRALinear, _White]:
+    whole = {layer: one.wider(torch.eye(len(one.unwhiten)).to(one.unwhiten)) for layer, one in white.items()}
+    columns = [one.b.requires_grad_() for one in whole.values()]
+    sums = [torch.zeros_like(b) for b in columns]
+    for batch, (wanted, logits) in unmerged:
+        gradients = _gradients(model, whole, columns, batch, wanted, logits)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += 0 if gradient is None else gradient
+    widened = {}
+    for (layer, one), total in zip(white.items(), sums, strict=True):
+        directions = _first_directions(total[:, one.b.shape[1] :].nan_to_num(0.0, 0.0, 0.0), rank)
+        widened[layer] = one.wider(directions * (one.sizes[0] * directions.shape[1] ** 0.5))
+    return widened
+
+
+def _first_directions(matrix: Tensor, count: int) -> Tensor:
+    """The first right singular vectors as rows [count, K], by subspace iteration from one and the same start."""
+    start = torch.randn(
+        matrix.shape[1], min(count + OVERSAMPLING, *matrix.shape), generator=torch.Generator().manual_seed(0)
+    )
+    found = start.to(matrix)
+    for _ in range(ITERATIONS):
+        found = torch.linalg.qr(matrix.T @ (matrix @ found)).Q
+    turned: Tensor = torch.linalg.svd(matrix @ found, full_matrices=False)[2]
+    return turned[:count] @ found.T
+
+
+def _train(model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], steps: int) -> None:
     groups: list[dict[str, Any]] = []
     for one in white.values():
-        for parameter, rate in zip((one.z, one.b), one.rates, strict=True):
-            groups.append({"params": [parameter.requires_grad_()], "lr": rate})
+        for parameter, name, size in zip((one.z, one.b), RATES, one.sizes, strict=True):
+            groups.append({"params": [parameter.requires_grad_()], "lr": RATES[name] * size})
     trained: list[Tensor] = [group["params"][0] for group in groups]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -167,12 +197,10 @@ def _train(unmerged: _Unmerged, white: Mapping[ResLoRALinear, _White], steps: in
     done = 0
     while done < steps:
         start = done
-        for batch, wanted, logits in islice(unmerged, steps - done):
-            with torch.enable_grad(), _merged(unmerged.model, white, batch) as found:
-                loss = distance(found, wanted, logits)
-                gradients = torch.autograd.grad(loss * GRADIENT_SCALE, trained, allow_unused=True)
+        for batch, (wanted, logits) in islice(unmerged, steps - done):
+            gradients = _gradients(model, white, trained, batch, wanted, logits)
             for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.grad = None if gradient is None else gradient / GRADIENT_SCALE
+                parameter.grad = gradient
             optimizer.step()
             schedule.step()
             done += 1
@@ -180,11 +208,21 @@ def _train(unmerged: _Unmerged, white: Mapping[ResLoRALinear, _White], steps: in
             raise ValueError("calibration gave no batch on another run: with joint_steps pass a list")
 
 
-def _distance(unmerged: _Unmerged, white: Mapping[ResLoRALinear, _White]) -> float:
+def _gradients(
+    model: nn.Module, white: Mapping[ResLoRALinear, _White], of: list[Tensor], batch: Any, wanted: Tensor, logits: bool
+) -> list[Tensor | None]:
+    """Of one batch's distance; None where it does not depend on a tensor."""
+    with torch.enable_grad(), _merged(model, white, batch) as found:
+        loss = distance(found, wanted, logits)
+        gradients = torch.autograd.grad(loss * GRADIENT_SCALE, of, allow_unused=True)
+    return [None if gradient is None else gradient / GRADIENT_SCALE for gradient in gradients]
+
+
+def _distance(model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White]) -> float:
     """Summed over the batches."""
     total = 0.0
-    for batch, wanted, logits in unmerged:
-        with _merged(unmerged.model, white, batch) as found:
+    for batch, (wanted, logits) in unmerged:
+        with _merged(model, white, batch) as found:
             total += float(distance(found, wanted, logits))
     return total
 

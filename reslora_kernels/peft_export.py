@@ -52,6 +52,7 @@ def export_peft(
     calibration: Iterable[Any] | None = None,
     sequential: bool = False,
     joint_steps: int = 0,
+    joint_rank: int = 0,
     regularization: float = 1e-6,
     pattern: bool = False,
 ) -> ExportReport:
@@ -89,7 +90,7 @@ def export_peft(
         updates = compute_updates(
             model, method,
             statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
-            regularization=regularization,
+            joint_rank=joint_rank, regularization=regularization,
         )  # fmt: skip
     ranks = {name: update.rank for name, update in updates.items()}
     rank = max(ranks.values())

@@ -7,18 +7,21 @@ With x̃_n the input that layer n gets there, and x_n, v_n the input and the sho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .chain import Chain
 from .execution import call_with, undisturbed
+from .kept import Kept
 from .linear import ResLoRALinear
 from .statistics import LayerStatistics
 from .updates import LowRankUpdate, least_squares, relative_error, updates_of_chain
+
+Value = TypeVar("Value")
 
 
 def sequential_updates(
@@ -30,6 +33,8 @@ def sequential_updates(
         ValueError: a layer's moments cannot be solved for (see ``cholesky_factor``), or ``calibration`` runs once only.
     """
     updates: dict[ResLoRALinear, LowRankUpdate] = {}
+    later = [layer for chain in chains for layer in chain.layers[1:]]
+    unmerged = Kept(calibration, lambda batch: _captured(lambda x, v: v, model, later, batch))
     with undisturbed(model):
         for n in range(max(len(chain) for chain in chains)):
             current = [chain.layers[n] for chain in chains if len(chain) > n]
@@ -37,13 +42,12 @@ def sequential_updates(
                 updates |= {layer: updates_of_chain(Chain([layer]), "exact", None, 0.0)[0] for layer in current}
                 continue
             seen = {layer: LayerStatistics(layer.config, layer.whole_A, second_moments=True) for layer in current}
-            for batch in calibration:
-                unmerged = _captured(model, current, batch)
+            for batch, v in unmerged:
                 with replaced({layer: (update.a, update.b) for layer, update in updates.items()}):
-                    merged = _captured(model, current, batch)
+                    x = _captured(lambda x, v: x, model, current, batch)
                 for layer in current:
-                    for (_, v), (x, _) in zip(unmerged[layer], merged[layer], strict=True):
-                        seen[layer].observe(x, layer.whole_A, v)
+                    for x_of_call, v_of_call in zip(x[layer], v[layer], strict=True):
+                        seen[layer].observe(x_of_call, layer.whole_A, v_of_call)
             for layer in current:
                 if not seen[layer].calls:
                     raise ValueError("calibration gave no batch on a second run: with sequential=True pass a list")
@@ -59,20 +63,21 @@ def _fitted(layer: ResLoRALinear, seen: LayerStatistics, regularization: float, 
     return LowRankUpdate(fitted, b, layer.scaling, "least_squares", relative_error(seen, a, b, fitted, b))
 
 
-class _Captured:
-    """An observer that keeps x and v of every call of one batch."""
+class _Captured(Generic[Value]):
+    """An observer that keeps ``keep(x, v)`` of every call of one batch."""
 
-    def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor | None]] = []
+    def __init__(self, keep: Callable[[Tensor, Tensor | None], Value]) -> None:
+        self.keep = keep
+        self.calls: list[Value] = []
 
     def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
-        self.calls.append((x, residual))
+        self.calls.append(self.keep(x, residual))
 
 
 def _captured(
-    model: nn.Module, layers: list[ResLoRALinear], batch: Any
-) -> dict[ResLoRALinear, list[tuple[Tensor, Tensor | None]]]:
-    observers = {layer: _Captured() for layer in layers}
+    keep: Callable[[Tensor, Tensor | None], Value], model: nn.Module, layers: list[ResLoRALinear], batch: Any
+) -> dict[ResLoRALinear, list[Value]]:
+    observers = {layer: _Captured(keep) for layer in layers}
     try:
         for layer, observer in observers.items():
             layer.observer = observer

@@ -32,6 +32,7 @@ LAYERS = {
     "sharding": 5,
     "targets": 5,
     "execution": 5,
+    "kept": 5,
     "coverage": 5,
     "checkpointing": 5,
     "model": 5,

@@ -17,10 +17,12 @@ from reslora_kernels import (
     checkpoint_context,
     collect_statistics,
     joint,
+    kept,
     merge_reslora,
     reference,
     unmerge_reslora,
 )
+from reslora_kernels.kept import Kept
 from reslora_kernels.testing import max_error, relative_error
 from reslora_kernels.updates import LowRankUpdate
 
@@ -152,17 +154,45 @@ class Last(Residual):
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", -1)])
 def test_a_joint_fit_brings_the_output_nearer_and_reports_its_errors(shortcut: str, pre_num: int) -> None:
     data, distances = batches(4), {}
-    for steps in (0, 64):
+    for steps, rank in ((0, 0), (64, 0), (64, 2)):
         model = adapted(shortcut, pre_num, kind=Last)
         weights, wanted = pieces(model)[0], [model(batch).detach() for batch in data]
         xs, ys = model(torch.cat(data), whole=True)
-        report = merge_reslora(model, calibration=data, joint_steps=steps)
-        distances[steps] = sum(float(joint.distance(model(x), y, False)) for x, y in zip(data, wanted, strict=True))
+        report = merge_reslora(model, calibration=data, joint_steps=steps, joint_rank=rank)
+        distances[steps, rank] = sum(
+            float(joint.distance(model(x), y, False)) for x, y in zip(data, wanted, strict=True)
+        )
         for row, layer, weight, x, y in zip(report.rows, model.layers, weights, xs, ys, strict=True):
             low_rank = y - nn.functional.linear(x, weight, layer.bias)
             error = relative_error(x @ (layer.weight - weight).T, low_rank)
             assert row.relative_error == pytest.approx(error, rel=1e-6, abs=1e-7)
-    assert distances[64] < 0.7 * distances[0]
+            assert row.rank == RANK + rank
+    assert distances[64, 0] < 0.7 * distances[0, 0]
+    assert distances[64, 2] < 0.95 * distances[64, 0]
+
+
+def test_a_wider_update_starts_as_it_was_with_the_directions_of_the_largest_gradients() -> None:
+    model, data = adapted("middle", 2, kind=Last), batches(4)
+    with torch.no_grad(), collect_statistics(model) as seen:
+        for batch in data:
+            model(batch)
+    white = {}
+    for n, layer in enumerate(model.layers):
+        update = LowRankUpdate(layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, "exact", 0.0)
+        white[layer] = joint._white(layer, update, seen.layers[f"layers.{n}"])
+    wider = joint._widened(model, Kept(data, lambda batch: joint._unmerged_output(model, batch)), white, 2)
+    deltas = {layer: (one.b @ one.update()[0]).requires_grad_() for layer, one in white.items()}
+    wanted = [model(batch).detach() for batch in data]
+    identity = torch.eye(WIDTH, dtype=torch.float64)
+    with joint.replaced({layer: (identity, delta) for layer, delta in deltas.items()}):
+        sum(joint.distance(model(x), y, False) for x, y in zip(data, wanted, strict=True)).backward()
+    for layer, one in white.items():
+        assert max_error(wider[layer].b @ wider[layer].update()[0], deltas[layer]) < 1e-12
+        expected = torch.linalg.svd(deltas[layer].grad @ one.unwhiten.T)[2][:2]
+        rows = wider[layer].update()[0][-2:] @ torch.linalg.inv(one.unwhiten)
+        cosines = nn.functional.normalize(rows, dim=1) @ expected.T
+        assert max_error(cosines.abs(), torch.eye(2, dtype=torch.float64)) < 1e-2
+        assert rows.square().mean().sqrt() == pytest.approx(one.sizes[0])
 
 
 def test_a_joint_fit_that_brings_the_output_no_nearer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,17 +237,22 @@ class Loader:
         return iter(batches(4))
 
 
-def test_a_joint_fit_runs_the_unmerged_model_once_a_batch_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["sequential", "joint"])
+def test_the_unmerged_model_runs_once_a_batch_where_it_may(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, weights = [], []
     for room, calibration in ((2**30, batches(4)), (0, batches(4)), (2**30, Loader())):
-        monkeypatch.setattr(joint, "KEPT_BYTES", room)
+        monkeypatch.setattr(kept, "BYTES", room)
         model, count = adapted("middle", 2, kind=Last), [0]
         model.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        merge_reslora(model, calibration=calibration, joint_steps=8)
+        options = {"sequential": True} if way == "sequential" else {"joint_steps": 8, "joint_rank": 2}
+        merge_reslora(model, calibration=calibration, **options)
         calls.append(count[0])
         weights.append(pieces(model)[0])
-    merged = 6 + 8 + 6  # the distance before, the steps, the distance after
-    assert calls == [6 + 6 + merged, 6 + 2 * merged, 6 + 2 * merged]  # statistics first
+    if way == "sequential":
+        before, merged = 0, 6 * (DEPTH - 1)  # at each position but the first
+    else:
+        before, merged = 6, 6 + 6 + 8 + 6  # statistics; the distance before, the directions, the steps, the distance
+    assert calls == [before + 6 + merged, before + 2 * merged, before + 2 * merged]
     assert all(torch.equal(*pair) for other in weights[1:] for pair in zip(weights[0], other, strict=True))
 
 

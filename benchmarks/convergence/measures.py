@@ -16,6 +16,7 @@ from reslora_kernels.model import Record, adapted_layers, record_of
 from reslora_kernels.shortcuts import hands_on
 
 JOINT_STEPS = 128
+GRADIENT_EXAMPLES = 64  # that norms of gradients are measured on
 SMALLER = (1, 4)  # calibration batches that least squares is tried with, too
 
 
@@ -43,7 +44,10 @@ def merges(model: nn.Module, task: Task, calibration: list[Batch], held_out: Bat
         methods: tuple[MergeMethod, ...] = get_args(MergeMethod)
         ways = smaller | {method: {"method": method, "statistics": seen} for method in methods}
         fitted = {"method": "least_squares", "calibration": inputs}
-        ways |= {"sequential": fitted | {"sequential": True}, "joint": fitted | {"joint_steps": JOINT_STEPS}}
+        ways |= {
+            "sequential": fitted | {"sequential": True},
+            "joint": fitted | {"joint_steps": JOINT_STEPS, "joint_rank": config.r},
+        }
     found, unmerged = {}, mean_loss(model, task, calibration)
     for name, arguments in ways.items():
         merge_reslora(model, **arguments)
@@ -73,11 +77,12 @@ def adapter_norms(model: nn.Module) -> dict[str, dict[str, float]]:
 def gradient_norms(model: nn.Module, task: Task, batch: Batch, at_a_time: int) -> dict[str, float]:
     """The norm of the loss's gradient by A and B of each layer together; gradients that are there are left alone.
 
-    The loss is the mean over pieces of ``at_a_time`` examples, which is what memory is needed for.
+    The loss is the mean over at most ``GRADIENT_EXAMPLES``, of which ``at_a_time`` are in memory.
     """
     if not is_ours(model):
         return {}
-    layers, count = adapted_layers(model), len(next(iter(batch.values())))
+    layers, batch = adapted_layers(model), {name: tensor[:GRADIENT_EXAMPLES] for name, tensor in batch.items()}
+    count = len(next(iter(batch.values())))
     parameters: list[Tensor] = [matrix for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     for piece in pieces(batch, at_a_time):

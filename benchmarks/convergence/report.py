@@ -60,8 +60,8 @@ def in_short(folder: Path) -> list[Section]:
         Section(
             "Merging", 4,
             "The share of the gain in held-out loss that is lost by the better merge of the paper / by least squares / "
-            f"by a joint fit of {JOINT_STEPS} steps after it, on at most {batches} calibration batches of at most "
-            f"{examples} examples. `block` merges exactly.",
+            f"by a joint fit of {JOINT_STEPS} steps after it at twice the rank, on at most {batches} calibration "
+            f"batches of at most {examples} examples. `block` merges exactly.",
             ("task", *(METHODS[method].title for method in SHORTCUTS if method != "block")), merged,
         ),
     ]  # fmt: skip
@@ -147,10 +147,11 @@ def _merge_goal(rows: list[Row]) -> Section:
         )  # fmt: skip
     return Section(
         "What merging by least squares and a joint fit costs",
-        text="What training takes off the held-out loss, ± standard deviation; what the merge adds to it, and to the "
-        "loss on the batches that it was fitted to; the share of the gain that is lost, if the gain is more than two "
-        "standard errors; means over the seeds. Where it adds to held-out loss alone, more calibration batches would "
-        "help; where it adds as much to both, its fit is at its limit.",
+        text="What training takes off the held-out loss, ± standard deviation; what the merge, with the joint fit at "
+        "twice the adapter's rank, adds to it, and to the loss on the batches that it was fitted to; the share of the "
+        "gain that is lost, if the gain is more than two standard errors; means over the seeds. Where it adds to "
+        "held-out loss alone, more calibration batches would help; where it adds as much to both, its fit is at its "
+        "limit.",
         header=("task", "method", "gain", "added", "added, calibration data", "lost", "goal", ""),
         rows=lines,
     )

@@ -90,7 +90,7 @@ UNET = Sizes(hidden_size=32, sequence=8, batch=32, layers=1, pretraining_steps=9
 _TEXT = Budget(methods=MAIN, steps=80, evaluations=5, batch=8, held_out=48, rates=RATES, calibration_batch=8)
 _CLASSES = Budget(
     methods=SAME_RANK, steps=160, evaluations=4, batch=16, held_out=384, rates=(1.5e-3, 3e-3, 6e-3),
-    calibration_batch=32,  # twice a step's: to a joint fit each says no more than a few classes' probabilities
+    calibration_batch=48,  # three times a step's: to a joint fit each says no more than a few classes' probabilities
 )  # fmt: skip
 _IMAGES = Budget(
     methods=SAME_RANK, steps=60, evaluations=3, batch=16, held_out=128, rates=RATES,

@@ -20,7 +20,7 @@ from benchmarks.convergence.tasks.kinds import Task
 from benchmarks.convergence.training import training_steps
 from reslora_kernels.cli.bench.results import commit_of, machine_of
 
-ROUNDS, WARM_UP, TIMED = 5, 2, 6  # rounds over the methods; steps of each that are not timed, and that are
+ROUNDS, WARM_UP, TIMED = 5, 1, 5  # rounds over the methods; steps of each that are not timed, and that are
 
 
 def file_of(name: str, folder: Path) -> Path:

@@ -222,6 +222,7 @@ def test_other_forms_of_data(form: str, tmp_path: Path, finetune: Finetune, caps
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--sequential", "--shortcut", "input", "--merge-method", "input"], "--sequential needs --merge-method least"),
         (["--joint-steps", "8", "--shortcut", "input", "--merge-method", "input"], "--joint-steps needs --merge"),
+        (["--joint-rank", "8"], "--joint-rank 8 needs --joint-steps"),
         (["--tokenizer", "./nowhere"], "--tokenizer './nowhere' does not exist"),
     ],
 )

@@ -161,7 +161,7 @@ def test_merged_block_model_equals_the_adapted_one(
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--sequential", "--joint-steps", "4"], ["--method", "input"]],
+    [[], ["--sequential", "--joint-rank", "2", "--joint-steps", "4"], ["--method", "input"]],
     ids=lambda o: " ".join(o) or "default",
 )
 def test_export_is_the_merged_model(
@@ -180,7 +180,7 @@ def test_export_is_the_merged_model(
     assert f" {method} " in capsys.readouterr().out
     assert main(["export", *common, "--out", str(tmp_path / "peft")]) == 0
     printed = capsys.readouterr().out
-    assert "max_lora_rank a server needs: 4" in printed
+    assert f"max_lora_rank a server needs: {6 if method == 'joint' else 4}" in printed
     assert str(tmp_path / "peft") in printed
     served = PeftModel.from_pretrained(load(base), tmp_path / "peft")
     torch.testing.assert_close(logits(served), logits(load(tmp_path / "merged")), rtol=1e-4, atol=1e-5)
@@ -237,6 +237,7 @@ def test_overwrite_replaces_what_the_command_wrote_only(
         ("input", ["--method", "average"], "--method must be one of input, weights, least_squares, got 'average'"),
         ("input", ["--method", "input", "--sequential", "--data", "x"], "--sequential needs --method least_squares"),
         ("middle", ["--method", "input", "--joint-steps", "4", "--data", "x"], "--joint-steps needs --method least_"),
+        ("middle", ["--joint-rank", "4", "--data", "x"], "--joint-rank 4 needs --joint-steps"),
         ("middle", ["--data", "./missing.jsonl"], "--data './missing.jsonl' does not exist"),
         ("middle", ["--device", "tpu"], "--device must be one of"),
         ("middle", ["--torch-dtype", "int4"], "--torch-dtype must be one of"),
