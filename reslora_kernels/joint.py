@@ -8,11 +8,11 @@ another. Here all A*_n and B*_n, from where least squares left them, are trained
 z being the output of the unmerged model and z* that of the merged one. No labels are needed; rows of logits that a
 batch's "attention_mask" hides do not count. A*_n moves in coordinates in which the layer's input is white,
 A*_n = A + Z L⁻¹ with L Lᵀ = G_n + λI: the inputs of a transformer's layers have a few large directions, beside which
-Adam on A itself hardly moves in the others. A wider update has ``rank`` more rows of A, the right singular vectors of
+Adam on A itself hardly moves in the others. A wider update has more rows of A, the first right singular vectors of
 
-    Σ ∂KL/∂ΔW_n L⁻ᵀ
+    Σ (∂/∂y_n)ᵀ x_n L⁻ᵀ
 
-over the batches, and more columns of B, zero at first: the directions of the white input in which B gains most.
+over the batches, times L⁻¹, and more columns of B, zero at first: directions of the white input in which B gains most.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
@@ -76,7 +77,7 @@ def joint_updates(
     Args:
         statistics: with second moments, of the unmerged model.
         calibration: batches; run again and again; the unmerged output is ``Kept``.
-        rank: by how much every update becomes wider, as far as the layer is wide enough.
+        rank: by how much every update becomes wider, within the smaller side of W.
 
     Raises:
         TypeError: as for ``output_of``.
@@ -158,30 +159,48 @@ def _size(matrix: Tensor) -> float:
 def _widened(
     model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], rank: int
 ) -> dict[ResLoRALinear, _White]:
-    whole = {layer: one.wider(torch.eye(len(one.unwhiten)).to(one.unwhiten)) for layer, one in white.items()}
-    columns = [one.b.requires_grad_() for one in whole.values()]
-    sums = [torch.zeros_like(b) for b in columns]
-    for batch, (wanted, logits) in unmerged:
-        gradients = _gradients(model, whole, columns, batch, wanted, logits)
-        for total, gradient in zip(sums, gradients, strict=True):
-            total += 0 if gradient is None else gradient
+    """With up to ``rank`` more rows of A and columns of B, within the smaller side of W."""
+    sums = {layer: one.b.new_zeros(len(one.b), one.a.shape[1]) for layer, one in white.items()}
+    watches = [layer.register_forward_hook(partial(_watch, total), with_kwargs=True) for layer, total in sums.items()]
+    try:
+        for batch, (wanted, logits) in unmerged:
+            _gradients(model, white, [one.b.requires_grad_() for one in white.values()], batch, wanted, logits)
+    finally:
+        for watch in watches:
+            watch.remove()
     widened = {}
-    for (layer, one), total in zip(white.items(), sums, strict=True):
-        directions = _first_directions(total[:, one.b.shape[1] :].nan_to_num(0.0, 0.0, 0.0), rank)
-        widened[layer] = one.wider(directions * (one.sizes[0] * directions.shape[1] ** 0.5))
+    for layer, one in white.items():
+        gradient = sums.pop(layer) @ one.unwhiten.T
+        rows = _first_directions(gradient, max(0, min(rank, min(gradient.shape) - len(one.a))))
+        widened[layer] = one.wider(rows * (one.sizes[0] * gradient.shape[1] ** 0.5))
     return widened
+
+
+def _watch(total: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+    """Let the backward pass through ``y`` add (∂/∂y)ᵀ x to ``total``."""
+    if y.requires_grad:  # else it is not the pass that is differentiated
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        y.register_hook(partial(_add_product, total, x))
+
+
+def _add_product(total: Tensor, x: Tensor, gradient: Tensor) -> None:
+    with torch.autocast(x.device.type, enabled=False):
+        rows, columns = (t.reshape(-1, t.shape[-1]).to(total) for t in (gradient, x))
+        total += (rows.T @ columns).nan_to_num(0.0, 0.0, 0.0)  # of float16, where a batch may overflow
 
 
 def _first_directions(matrix: Tensor, count: int) -> Tensor:
     """The first right singular vectors as rows [count, K], by subspace iteration from one and the same start."""
+    wide = matrix.double()  # and autocast leaves it alone
     start = torch.randn(
-        matrix.shape[1], min(count + OVERSAMPLING, *matrix.shape), generator=torch.Generator().manual_seed(0)
-    )
-    found = start.to(matrix)
+        wide.shape[1], min(count + OVERSAMPLING, *wide.shape), dtype=wide.dtype, device="cpu",
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    found = start.to(wide.device)
     for _ in range(ITERATIONS):
-        found = torch.linalg.qr(matrix.T @ (matrix @ found)).Q
-    turned: Tensor = torch.linalg.svd(matrix @ found, full_matrices=False)[2]
-    return turned[:count] @ found.T
+        found = torch.linalg.qr(wide.T @ (wide @ found)).Q
+    turned = torch.linalg.svd(wide @ found, full_matrices=False)[2]
+    return (turned[:count] @ found.T).to(matrix)
 
 
 def _train(model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], steps: int) -> None:

@@ -16,8 +16,8 @@ Value = TypeVar("Value")
 class Kept(Generic[Value]):
     """Pairs of batch and ``compute(batch)``, to run through more than once.
 
-    A list's values are kept, up to ``BYTES``; the rest is computed anew, as is all of an iterable that may give other
-    batches the next time, as a shuffling DataLoader does.
+    Values are copies: a model may write over its output. A list's are kept, up to ``BYTES``; the rest is computed anew,
+    as is all of an iterable that may give other batches the next time, as a shuffling DataLoader does.
     """
 
     def __init__(self, calibration: Iterable[Any], compute: Callable[[Any], Value]) -> None:
@@ -30,10 +30,9 @@ class Kept(Generic[Value]):
             yield batch, self._kept[i] if i in self._kept else self._computed(i, batch)
 
     def _computed(self, i: int, batch: Any) -> Value:
-        value = self._compute(batch)
+        value: Value = pytree.tree_map_only(Tensor, Tensor.clone, self._compute(batch))
         size = sum(leaf.nbytes for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
         if size <= self._room:
             self._room -= size
-            # a model may write over its output, or return a part of a tensor
-            self._kept[i] = pytree.tree_map_only(Tensor, Tensor.clone, value)
+            self._kept[i] = value
         return value

@@ -69,7 +69,7 @@ def merge_reslora(
     calibration: Iterable[Any] | None = None,
     sequential: bool = False,
     joint_steps: int = 0,
-    joint_rank: int = 0,
+    extra_rank: int = 0,
     regularization: float = 1e-6,
     keep_original: bool = True,
     dequantize: bool = False,
@@ -87,17 +87,18 @@ def merge_reslora(
             tuple or list ``model(*batch)``, anything else ``model(batch)``. Padding counts as any other input, but for
             the output in a joint fit: batches without it are better.
         sequential: fit layer n of every chain on the model whose layers before n are merged already (least_squares
-            only). Runs ``calibration`` once, and once per position of the longest chain, so it must be re-iterable; or
-            twice per position, if it is no list or once a GiB of the unmerged model's r values per token and layer is
-            kept.
+            only, ``calibration`` re-iterable). Runs the model once per batch, and once more for each position of the
+            longest chain but the first; or twice for each, if ``calibration`` is no list or once a GiB of the unmerged
+            model's r values per token and layer is kept.
         joint_steps: afterwards, steps of a joint fit of A and B of all layers to the unmerged model's output
             (least_squares only, ``calibration`` re-iterable; see ``reslora_kernels.joint``). A step costs a forward and
             a backward pass of one batch, and another forward pass if ``calibration`` is no list or once a GiB of its
             outputs is kept on the model's device; each layer another K² values beside its statistics. 128 steps over
             16 batches are a good start.
-        joint_rank: by how much the joint fit makes every update wider, within min(N, K): it comes nearer then, as a
-            merged weight for nothing, as an exported adapter for a larger rank. Needs another pass over
-            ``calibration`` and N K values for each layer. The adapter's r is a good start.
+        extra_rank: rows that the joint fit adds to A and columns to B, as far as r + extra_rank is within min(N, K).
+            It comes nearer then, as a merged weight for nothing, as an exported adapter for a larger rank. Needs one
+            more pass, forward and backward, over ``calibration`` and N K values for each layer meanwhile. The
+            adapter's r is a good start.
         regularization: λ as a share of the mean diagonal of G_n.
         keep_original: keep the weights, in main memory, so that ``unmerge_reslora`` can restore them.
         dequantize: let dequantised weights take the place of quantised ones, which cannot hold an update; kept
@@ -128,7 +129,7 @@ def merge_reslora(
     updates = compute_updates(
         model, method,
         statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
-        joint_rank=joint_rank, regularization=regularization,
+        extra_rank=extra_rank, regularization=regularization,
     )  # fmt: skip
     _refuse_tied(root_of(model), layers)
     merged_weights: dict[str, Tensor] = {}
@@ -172,7 +173,7 @@ def compute_updates(
     calibration: Iterable[Any] | None = None,
     sequential: bool = False,
     joint_steps: int = 0,
-    joint_rank: int = 0,
+    extra_rank: int = 0,
     regularization: float = 1e-6,
 ) -> dict[str, LowRankUpdate]:
     """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``."""
@@ -181,7 +182,7 @@ def compute_updates(
     record = record_of(model)
     config = record.config
     method = _checked_method(config, method, statistics, calibration, sequential, joint_steps, regularization)
-    _check_joint_rank(joint_rank, joint_steps)
+    _check_extra_rank(extra_rank, joint_steps)
     if not hands_on(config.shortcut, config.pre_num):
         calibration = None  # exact: data would change nothing
     if calibration is not None and (joint_steps or not sequential):
@@ -201,7 +202,7 @@ def compute_updates(
             of_chain = [seen[layer] for layer in chain.layers] if seen else None
             by_layer |= zip(chain.layers, updates_of_chain(chain, method, of_chain, regularization), strict=True)
     if joint_steps and calibration is not None and seen:
-        by_layer = joint_updates(model, by_layer, seen, calibration, joint_steps, joint_rank)
+        by_layer = joint_updates(model, by_layer, seen, calibration, joint_steps, extra_rank)
     return {name: by_layer[layer] for name, layer in layers.items()}
 
 
@@ -254,13 +255,13 @@ def _checked_method(
     return chosen
 
 
-def _check_joint_rank(joint_rank: int, joint_steps: int) -> None:
-    if isinstance(joint_rank, bool) or not isinstance(joint_rank, int):
-        raise TypeError(f"joint_rank must be an int of 0 or more, got {joint_rank!r}")
-    if joint_rank < 0:
-        raise ValueError(f"joint_rank must be 0 or more, got {joint_rank}")
-    if joint_rank and not joint_steps:
-        raise ValueError(f"joint_rank={joint_rank} needs joint_steps: only a joint fit makes updates wider")
+def _check_extra_rank(extra_rank: int, joint_steps: int) -> None:
+    if isinstance(extra_rank, bool) or not isinstance(extra_rank, int):
+        raise TypeError(f"extra_rank must be an int of 0 or more, got {extra_rank!r}")
+    if extra_rank < 0:
+        raise ValueError(f"extra_rank must be 0 or more, got {extra_rank}")
+    if extra_rank and not joint_steps:
+        raise ValueError(f"extra_rank={extra_rank} needs joint_steps: only a joint fit makes updates wider")
 
 
 def _check_statistics(statistics: Statistics | None, layers: dict[str, ResLoRALinear]) -> None:

@@ -52,7 +52,7 @@ def export_peft(
     calibration: Iterable[Any] | None = None,
     sequential: bool = False,
     joint_steps: int = 0,
-    joint_rank: int = 0,
+    extra_rank: int = 0,
     regularization: float = 1e-6,
     pattern: bool = False,
 ) -> ExportReport:
@@ -81,16 +81,17 @@ def export_peft(
         raise TypeError(f"pattern must be True or False, got {pattern!r}")
     merged = record_of(model).merged
     if merged is not None:
-        if method is not None or statistics is not None or calibration is not None:
+        if method is not None or statistics is not None or calibration is not None or sequential or joint_steps:
             raise ValueError(
-                "model is merged already and exports that merge: give no method, statistics or calibration"
+                "model is merged already and exports that merge: give no method, statistics, calibration, sequential "
+                "or joint_steps"
             )
         updates: dict[str, LowRankUpdate] = merged.updates
     else:
         updates = compute_updates(
             model, method,
             statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
-            joint_rank=joint_rank, regularization=regularization,
+            extra_rank=extra_rank, regularization=regularization,
         )  # fmt: skip
     ranks = {name: update.rank for name, update in updates.items()}
     rank = max(ranks.values())

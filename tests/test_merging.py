@@ -158,7 +158,7 @@ def test_a_joint_fit_brings_the_output_nearer_and_reports_its_errors(shortcut: s
         model = adapted(shortcut, pre_num, kind=Last)
         weights, wanted = pieces(model)[0], [model(batch).detach() for batch in data]
         xs, ys = model(torch.cat(data), whole=True)
-        report = merge_reslora(model, calibration=data, joint_steps=steps, joint_rank=rank)
+        report = merge_reslora(model, calibration=data, joint_steps=steps, extra_rank=rank)
         distances[steps, rank] = sum(
             float(joint.distance(model(x), y, False)) for x, y in zip(data, wanted, strict=True)
         )
@@ -181,7 +181,7 @@ def test_a_wider_update_starts_as_it_was_with_the_directions_of_the_largest_grad
         update = LowRankUpdate(layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, "exact", 0.0)
         white[layer] = joint._white(layer, update, seen.layers[f"layers.{n}"])
     wider = joint._widened(model, Kept(data, lambda batch: joint._unmerged_output(model, batch)), white, 2)
-    deltas = {layer: (one.b @ one.update()[0]).requires_grad_() for layer, one in white.items()}
+    deltas = {layer: (one.b @ one.update()[0]).detach().requires_grad_() for layer, one in white.items()}
     wanted = [model(batch).detach() for batch in data]
     identity = torch.eye(WIDTH, dtype=torch.float64)
     with joint.replaced({layer: (identity, delta) for layer, delta in deltas.items()}):
@@ -223,11 +223,41 @@ def test_a_joint_fit_is_the_same_with_checkpointed_layers_and_in_inference_mode(
     if case == "checkpointed":
         model = adapted("middle", 2, kind=Checkpointed)
         model.context_fn = checkpoint_context(model)
-    merge_reslora(plain, calibration=batches(4), joint_steps=8)
+    merge_reslora(plain, calibration=batches(4), joint_steps=8, extra_rank=2)
     with torch.inference_mode(case == "inference_mode"):
-        report = merge_reslora(model, calibration=batches(4), joint_steps=8)
+        report = merge_reslora(model, calibration=batches(4), joint_steps=8, extra_rank=2)
     assert {row.method for row in report.rows} == {"joint"}
     assert all(max_error(*pair) < 1e-12 for pair in zip(pieces(model)[0], pieces(plain)[0], strict=True))
+
+
+def test_first_directions_are_the_singular_vectors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 40, generator=generator, dtype=torch.float64)).Q for n in (48, 96))
+    matrix = (u * 0.8 ** torch.arange(40)) @ v.T
+    found = joint._first_directions(matrix, 4)
+    assert max_error((found @ v[:, :4]).abs(), torch.eye(4, dtype=torch.float64)) < 1e-3
+    assert joint._first_directions(matrix, 0).shape == (0, 96)
+    assert joint._first_directions(torch.zeros(6, 9), 4).isfinite().all()
+
+
+def test_an_update_is_no_wider_than_the_weight() -> None:
+    report = merge_reslora(adapted("middle", 2, kind=Last), calibration=batches(4), joint_steps=2, extra_rank=100)
+    assert {row.rank for row in report.rows} == {WIDTH}
+
+
+@pytest.mark.parametrize("values", [0, 1, 2])  # that there is room for
+def test_what_is_kept_is_what_was_computed(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "BYTES", 4 * values)
+    written_over, computed = torch.zeros(1), []
+
+    def compute(batch: float) -> Tensor:
+        computed.append(batch)
+        return written_over.fill_(batch)
+
+    pairs = Kept([1.0, 2.0, 3.0], compute)
+    for _ in range(2):
+        assert [(batch, float(value)) for batch, value in list(pairs)] == [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)]
+    assert computed == [1.0, 2.0, 3.0, *[1.0, 2.0, 3.0][values:]]
 
 
 class Loader:
@@ -244,7 +274,7 @@ def test_the_unmerged_model_runs_once_a_batch_where_it_may(way: str, monkeypatch
         monkeypatch.setattr(kept, "BYTES", room)
         model, count = adapted("middle", 2, kind=Last), [0]
         model.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        options = {"sequential": True} if way == "sequential" else {"joint_steps": 8, "joint_rank": 2}
+        options = {"sequential": True} if way == "sequential" else {"joint_steps": 8, "extra_rank": 2}
         merge_reslora(model, calibration=calibration, **options)
         calls.append(count[0])
         weights.append(pieces(model)[0])
@@ -290,7 +320,10 @@ def test_a_joint_fit_in_float16_keeps_the_small_gradients_of_many_tokens() -> No
             return {"logits": 0.01 * super().forward(x).repeat(256, 1, 1)}
 
     report = merge_reslora(
-        adapted("middle", -1, torch.float16, Head), calibration=[x.half() for x in batches(4)], joint_steps=64
+        adapted("middle", -1, torch.float16, Head),
+        calibration=[x.half() for x in batches(4)],
+        joint_steps=64,
+        extra_rank=2,
     )
     assert {row.method for row in report.rows} == {"joint"}
 

@@ -210,7 +210,7 @@ def test_least_squares_beats_the_papers_merges_on_held_out_data(name: str, short
         merge_reslora(model, method, statistics=statistics)
         errors[method] = relative_error(outputs(), unmerged)
         unmerge_reslora(model)
-    if name != "unet":  # its longest chain has 8 layers, and every one costs two runs
+    if name != "unet":  # its longest chain has 8 layers, and every one costs a run
         merge_reslora(model, "least_squares", calibration=calibration, sequential=True)
         errors["sequential"] = relative_error(outputs(), unmerged)
         unmerge_reslora(model)

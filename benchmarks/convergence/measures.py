@@ -20,6 +20,11 @@ GRADIENT_EXAMPLES = 64  # that norms of gradients are measured on
 SMALLER = (1, 4)  # calibration batches that least squares is tried with, too
 
 
+def settings() -> dict[str, Any]:
+    """What figures of two runs must have in common to be compared, beside their budgets."""
+    return {"joint_steps": JOINT_STEPS, "joint_extra_rank": "r", "gradient_examples": GRADIENT_EXAMPLES}
+
+
 def is_ours(model: nn.Module) -> bool:
     """Whether the model is adapted by this package, not by PEFT."""
     return isinstance(model.__dict__.get("_reslora"), Record)
@@ -46,7 +51,7 @@ def merges(model: nn.Module, task: Task, calibration: list[Batch], held_out: Bat
         fitted = {"method": "least_squares", "calibration": inputs}
         ways |= {
             "sequential": fitted | {"sequential": True},
-            "joint": fitted | {"joint_steps": JOINT_STEPS, "joint_rank": config.r},
+            "joint": fitted | {"joint_steps": JOINT_STEPS, "extra_rank": config.r},
         }
     found, unmerged = {}, mean_loss(model, task, calibration)
     for name, arguments in ways.items():

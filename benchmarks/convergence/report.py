@@ -17,7 +17,7 @@ from benchmarks.convergence.settings import BASELINE, SHORTCUTS
 from benchmarks.convergence.summary import Row, Runs, as_many_parameters, final_runs, rates_tried, summarize
 
 HERE = Path(__file__).parent
-GOAL = {"up to 4": 0.01, "all": 0.02}  # of fine-tuning's gain that least squares may lose, by pre_num
+GOAL = {"up to 4": 0.01, "all": 0.02}  # of fine-tuning's gain that the best fit may lose, by pre_num
 
 
 @dataclass(frozen=True)

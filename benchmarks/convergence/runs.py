@@ -69,6 +69,7 @@ def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec)
         "task": task.description(),
         "budget": budget.of_a_run(),
         "sizes": asdict(sizes),
+        "measures": measures.settings(),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
         "curve": curve,
         "machine": machine_of(device),
@@ -116,8 +117,9 @@ def _refuse_other_settings(path: Path, experiments: Experiments, task: Task) -> 
     result = json.loads(path.read_text())
     name = result["spec"]["task"]
     found = result["task"] | {f"budget.{k}": v for k, v in result["budget"].items()} | result["sizes"]
+    found |= result.get("measures", {})
     own = task.description() | {f"budget.{k}": v for k, v in experiments.budgets[name].of_a_run().items()}
-    own |= asdict(experiments.sizes[task.kind])
+    own |= asdict(experiments.sizes[task.kind]) | measures.settings()
     different = sorted(key for key in found.keys() | own.keys() if found.get(key) != own.get(key))
     if different:
         raise ValueError(f"{path} is of a run with other settings ({', '.join(different)}): use another folder")

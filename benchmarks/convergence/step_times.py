@@ -33,6 +33,7 @@ def measure(
     """Write the task's file unless it has the times of every method of these settings; ``advance`` after each round."""
     budget, sizes, path = experiments.budgets[name], experiments.sizes[task.kind], file_of(name, folder)
     settings = {"batch": budget.batch, "sizes": asdict(sizes), "methods": list(budget.methods)}
+    settings |= {"rounds": ROUNDS, "warm_up": WARM_UP, "timed": TIMED}
     if path.exists() and json.loads(path.read_text())["settings"] == settings:
         return
     device = next(base.parameters()).device

@@ -24,7 +24,7 @@ def needs_data(config: ResLoRAConfig, method: MergeMethod | None) -> bool:
 
 def check_data(
     config: ResLoRAConfig, method: MergeMethod | None, data: str | None, sequential: bool, joint_steps: int,
-    joint_rank: int,
+    extra_rank: int,
 ) -> bool:  # fmt: skip
     """Whether data is needed.
 
@@ -32,7 +32,7 @@ def check_data(
         ValueError: it is and ``--data`` is not given; or as for ``check_fits``.
     """
     chosen = method or config.merge
-    check_fits(config, chosen, "--method", sequential, joint_steps, joint_rank)
+    check_fits(config, chosen, "--method", sequential, joint_steps, extra_rank)
     needed = needs_data(config, method)
     if needed and data is None:
         alternative = ", or --method weights, which needs none" if config.shortcut == "input" else ""
@@ -44,14 +44,14 @@ def check_data(
 
 
 def check_fits(
-    config: ResLoRAConfig, chosen: str, name: str, sequential: bool, joint_steps: int, joint_rank: int
+    config: ResLoRAConfig, chosen: str, name: str, sequential: bool, joint_steps: int, extra_rank: int
 ) -> None:
     """ValueError if ``--sequential`` or ``--joint-steps`` goes with a method, of the option ``name``, without a fit.
 
-    And if ``--joint-rank`` goes without ``--joint-steps``.
+    And if ``--extra-rank`` goes without ``--joint-steps``.
     """
-    if joint_rank and not joint_steps:
-        raise ValueError(f"--joint-rank {joint_rank} needs --joint-steps")
+    if extra_rank and not joint_steps:
+        raise ValueError(f"--extra-rank {extra_rank} needs --joint-steps")
     option = "--sequential" if sequential else "--joint-steps" if joint_steps else None
     if option and chosen != "least_squares" and hands_on(config.shortcut, config.pre_num):
         raise ValueError(f"{option} needs {name} least_squares, got {chosen}")

@@ -22,7 +22,7 @@ from reslora_kernels.cli.options import (
     Data,
     Device,
     DType,
-    JointRank,
+    ExtraRank,
     JointSteps,
     MaxLength,
     Method,
@@ -47,7 +47,7 @@ def export(
     max_length: MaxLength = None,
     sequential: Sequential = False,
     joint_steps: JointSteps = 0,
-    joint_rank: JointRank = 0,
+    extra_rank: ExtraRank = 0,
     pattern: Annotated[
         bool, typer.Option("--pattern", help="Exact rank per module (rank_pattern) instead of one padded rank.")
     ] = False,
@@ -63,7 +63,7 @@ def export(
     chosen = parse_method("--method", method)
     torch_dtype(torch_dtype_name)
     target = torch_device(device)
-    needed = check_data(read_adapter_config(adapter), chosen, data, sequential, joint_steps, joint_rank)
+    needed = check_data(read_adapter_config(adapter), chosen, data, sequential, joint_steps, extra_rank)
     check_replaceable(out, overwrite, "adapter_config.json", (adapter, base))
     model_config = load_model_config("--base", base, trust_remote_code)
     batches = None
@@ -82,7 +82,7 @@ def export(
             calibration=None if batches is None else on_device(batches, target),
             sequential=sequential and needed,
             joint_steps=joint_steps if needed else 0,
-            joint_rank=joint_rank if needed else 0,
+            extra_rank=extra_rank if needed else 0,
             pattern=pattern,
         )
     typer.echo(str(dataclasses.replace(report, path=out)))

@@ -24,7 +24,7 @@ from reslora_kernels.cli.options import (
     Data,
     Device,
     DType,
-    JointRank,
+    ExtraRank,
     JointSteps,
     MaxLength,
     Method,
@@ -49,7 +49,7 @@ def merge(
     max_length: MaxLength = None,
     sequential: Sequential = False,
     joint_steps: JointSteps = 0,
-    joint_rank: JointRank = 0,
+    extra_rank: ExtraRank = 0,
     torch_dtype_name: DType = "auto",
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -63,7 +63,7 @@ def merge(
     chosen = parse_method("--method", method)
     torch_dtype(torch_dtype_name)
     target = torch_device(device)
-    needed = check_data(read_adapter_config(adapter), chosen, data, sequential, joint_steps, joint_rank)
+    needed = check_data(read_adapter_config(adapter), chosen, data, sequential, joint_steps, extra_rank)
     check_replaceable(out, overwrite, "config.json", (adapter, base))
     model_config = load_model_config("--base", base, trust_remote_code)
     source = tokenizer_source(adapter, base)
@@ -82,7 +82,7 @@ def merge(
         calibration=None if batches is None else on_device(batches, target),
         sequential=sequential and needed,
         joint_steps=joint_steps if needed else 0,
-        joint_rank=joint_rank if needed else 0,
+        extra_rank=extra_rank if needed else 0,
         keep_original=False,
     )
     with whole_folder(out) as folder:

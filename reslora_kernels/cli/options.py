@@ -56,9 +56,9 @@ JointSteps = Annotated[
     int,
     typer.Option("--joint-steps", min=0, help="Steps of a joint fit of all layers to the output; 128 is good."),
 ]
-JointRank = Annotated[
+ExtraRank = Annotated[
     int,
-    typer.Option("--joint-rank", min=0, help="By how much the joint fit makes every update wider; r is good."),
+    typer.Option("--extra-rank", min=0, help="Rows that the joint fit adds to A, columns to B; r is good."),
 ]
 Method = Annotated[
     str | None, typer.Option("--method", help="input, weights or least_squares. Not given: the adapter's own.")

@@ -73,7 +73,7 @@ def test_trains_saves_merges_and_exports(
 
     out = tmp_path / "new" / "run"
     more = ["--shortcut", "input", "--target-modules", "q_proj,v_proj", "--eval-fraction", "0.2", "--eval-steps", "3"]
-    assert finetune(out, *more, "--merge", "--export") == 0
+    assert finetune(out, *more, "--merge", "--export", "--joint-steps", "4", "--extra-rank", "2") == 0
     printed = capsys.readouterr().out
     assert "6 layers adapted in 2 chains" in printed
     assert f"adapter: {out / 'adapter'}" in printed
@@ -88,8 +88,8 @@ def test_trains_saves_merges_and_exports(
     assert record["losses"]["eval_last"] < record["losses"]["eval_first"]
     assert record["losses"]["train_last"] < record["losses"]["train_first"]
     assert record["losses"]["eval_merged"] == pytest.approx(record["losses"]["eval_last"], abs=0.01)
-    assert record["merge"]["methods"] == ["exact", "least_squares"]
-    assert record["peft"]["max_lora_rank"] == 8
+    assert record["merge"]["methods"] == ["joint"]
+    assert record["peft"]["max_lora_rank"] == 8 + 2
     assert record["settings"]["config"]["target_modules"] == ["q_proj", "v_proj"]
     assert record["plain_chat_template"] is True
 
@@ -222,7 +222,7 @@ def test_other_forms_of_data(form: str, tmp_path: Path, finetune: Finetune, caps
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--sequential", "--shortcut", "input", "--merge-method", "input"], "--sequential needs --merge-method least"),
         (["--joint-steps", "8", "--shortcut", "input", "--merge-method", "input"], "--joint-steps needs --merge"),
-        (["--joint-rank", "8"], "--joint-rank 8 needs --joint-steps"),
+        (["--extra-rank", "8"], "--extra-rank 8 needs --joint-steps"),
         (["--tokenizer", "./nowhere"], "--tokenizer './nowhere' does not exist"),
     ],
 )

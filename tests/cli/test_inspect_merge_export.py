@@ -161,7 +161,7 @@ def test_merged_block_model_equals_the_adapted_one(
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--sequential", "--joint-rank", "2", "--joint-steps", "4"], ["--method", "input"]],
+    [[], ["--sequential", "--extra-rank", "2", "--joint-steps", "4"], ["--method", "input"]],
     ids=lambda o: " ".join(o) or "default",
 )
 def test_export_is_the_merged_model(
@@ -237,7 +237,7 @@ def test_overwrite_replaces_what_the_command_wrote_only(
         ("input", ["--method", "average"], "--method must be one of input, weights, least_squares, got 'average'"),
         ("input", ["--method", "input", "--sequential", "--data", "x"], "--sequential needs --method least_squares"),
         ("middle", ["--method", "input", "--joint-steps", "4", "--data", "x"], "--joint-steps needs --method least_"),
-        ("middle", ["--joint-rank", "4", "--data", "x"], "--joint-rank 4 needs --joint-steps"),
+        ("middle", ["--extra-rank", "4", "--data", "x"], "--extra-rank 4 needs --joint-steps"),
         ("middle", ["--data", "./missing.jsonl"], "--data './missing.jsonl' does not exist"),
         ("middle", ["--device", "tpu"], "--device must be one of"),
         ("middle", ["--torch-dtype", "int4"], "--torch-dtype must be one of"),

@@ -24,7 +24,7 @@ from reslora_kernels.cli.options import (
     Device,
     DType,
     ExcludeModules,
-    JointRank,
+    ExtraRank,
     JointSteps,
     LayersToTransform,
     LoraAlpha,
@@ -103,7 +103,7 @@ def finetune(
     export: Annotated[bool, typer.Option("--export", help="Also save a PEFT adapter, in OUTPUT_DIR/peft.")] = False,
     sequential: Sequential = False,
     joint_steps: JointSteps = 0,
-    joint_rank: JointRank = 0,
+    extra_rank: ExtraRank = 0,
     calibration_examples: CalibrationExamples = 128,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT_DIR.")] = False,
     overwrite: Annotated[
@@ -124,7 +124,7 @@ def finetune(
         exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, use_rslora=use_rslora, bias=bias,
         shortcut=shortcut, pre_num=pre_num, merge=merge_method, backend=backend,
     )  # fmt: skip
-    check_fits(config, config.merge, "--merge-method", sequential, joint_steps, joint_rank)
+    check_fits(config, config.merge, "--merge-method", sequential, joint_steps, extra_rank)
     torch_dtype(torch_dtype_name)
     target = torch_device(device)
     _check_evaluation(eval_data, eval_fraction)
@@ -220,7 +220,7 @@ def finetune(
         batches = results.calibration_for(config, prepared.train, calibration_examples, seed, network.device)
         options: dict[str, Any] = {"calibration": batches}
         if batches is not None:
-            options |= {"sequential": sequential, "joint_steps": joint_steps, "joint_rank": joint_rank}
+            options |= {"sequential": sequential, "joint_steps": joint_steps, "extra_rank": extra_rank}
         network.eval()
         if export and first:
             record["peft"] = results.export_trained(network, prepared.tokenizer, output_dir / "peft", options)
