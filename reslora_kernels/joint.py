@@ -38,6 +38,7 @@ from .updates import LowRankUpdate, cholesky_factor, relative_error
 DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
 RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
 BETAS = (0.9, 0.99)
+NEW_ROWS = (1.0, 0.1)  # their size to that of the others; the second where a fit with the first comes no nearer
 WARMUP_STEPS = 8  # times a factor that falls linearly to zero over all steps
 OVERSAMPLING, ITERATIONS = 8, 4  # of the search for directions: how many more than are kept
 GRADIENT_SCALE = 2.0**12  # of the backward pass, where float16 would lose what a mean over many tokens leaves of each
@@ -87,14 +88,17 @@ def joint_updates(
         white = {layer: _white(layer, update, statistics[layer]) for layer, update in updates.items()}
         unmerged = Kept(calibration, lambda batch: _unmerged_output(model, batch))
         before = _distance(model, unmerged, white)
-        if rank and math.isfinite(before):
-            white = _widened(model, unmerged, white, rank)
-        _train(model, unmerged, white, steps)
-        if not _distance(model, unmerged, white) < before:  # nor where it is NaN
+        rows = _new_rows(model, unmerged, white, rank) if rank and math.isfinite(before) else {}
+        for size in NEW_ROWS if rows else (0.0,):
+            found = {layer: one.wider(size * rows[layer]) for layer, one in white.items()} if rows else white
+            _train(model, unmerged, found, steps)
+            if _distance(model, unmerged, found) < before:
+                break
+        else:  # also where it is NaN
             return dict(updates)
     fitted = {}
     for layer, update in updates.items():
-        a, b = (matrix.detach() for matrix in white[layer].update())
+        a, b = (matrix.detach() for matrix in found[layer].update())
         error = relative_error(statistics[layer], layer.whole_A.detach(), layer.whole_B.detach(), a, b)
         fitted[layer] = LowRankUpdate(a, b, update.scaling, "joint", error)
     return fitted
@@ -156,10 +160,10 @@ def _size(matrix: Tensor) -> float:
     return float(matrix.square().mean().sqrt())
 
 
-def _widened(
+def _new_rows(
     model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], rank: int
-) -> dict[ResLoRALinear, _White]:
-    """With up to ``rank`` more rows of A and columns of B, within the smaller side of W."""
+) -> dict[ResLoRALinear, Tensor]:
+    """Up to ``rank`` for each A, within the smaller side of W, as large as those that are there."""
     sums = {layer: one.b.new_zeros(len(one.b), one.a.shape[1]) for layer, one in white.items()}
     watches = [layer.register_forward_hook(partial(_watch, total), with_kwargs=True) for layer, total in sums.items()]
     try:
@@ -168,12 +172,12 @@ def _widened(
     finally:
         for watch in watches:
             watch.remove()
-    widened = {}
+    new = {}
     for layer, one in white.items():
         gradient = sums.pop(layer) @ one.unwhiten.T
         rows = _first_directions(gradient, max(0, min(rank, min(gradient.shape) - len(one.a))))
-        widened[layer] = one.wider(rows * (one.sizes[0] * gradient.shape[1] ** 0.5))
-    return widened
+        new[layer] = rows * (one.sizes[0] * gradient.shape[1] ** 0.5)
+    return new
 
 
 def _watch(total: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:

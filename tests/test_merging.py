@@ -180,19 +180,20 @@ def test_a_wider_update_starts_as_it_was_with_the_directions_of_the_largest_grad
     for n, layer in enumerate(model.layers):
         update = LowRankUpdate(layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, "exact", 0.0)
         white[layer] = joint._white(layer, update, seen.layers[f"layers.{n}"])
-    wider = joint._widened(model, Kept(data, lambda batch: joint._unmerged_output(model, batch)), white, 2)
+    rows = joint._new_rows(model, Kept(data, lambda batch: joint._unmerged_output(model, batch)), white, 2)
     deltas = {layer: (one.b @ one.update()[0]).detach().requires_grad_() for layer, one in white.items()}
     wanted = [model(batch).detach() for batch in data]
     identity = torch.eye(WIDTH, dtype=torch.float64)
     with joint.replaced({layer: (identity, delta) for layer, delta in deltas.items()}):
         sum(joint.distance(model(x), y, False) for x, y in zip(data, wanted, strict=True)).backward()
     for layer, one in white.items():
-        assert max_error(wider[layer].b @ wider[layer].update()[0], deltas[layer]) < 1e-12
+        wider = one.wider(rows[layer])
+        assert max_error(wider.b @ wider.update()[0], deltas[layer]) < 1e-12
         expected = torch.linalg.svd(deltas[layer].grad @ one.unwhiten.T)[2][:2]
-        rows = wider[layer].update()[0][-2:] @ torch.linalg.inv(one.unwhiten)
-        cosines = nn.functional.normalize(rows, dim=1) @ expected.T
+        added = wider.update()[0][-2:] @ torch.linalg.inv(one.unwhiten)
+        cosines = nn.functional.normalize(added, dim=1) @ expected.T
         assert max_error(cosines.abs(), torch.eye(2, dtype=torch.float64)) < 1e-2
-        assert rows.square().mean().sqrt() == pytest.approx(one.sizes[0])
+        assert added.square().mean().sqrt() == pytest.approx(one.sizes[0])
 
 
 def test_a_joint_fit_that_brings_the_output_no_nearer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +202,15 @@ def test_a_joint_fit_that_brings_the_output_no_nearer_is_dropped(monkeypatch: py
     merge_reslora(plain, calibration=batches(4))
     merge_reslora(dropped, calibration=batches(4), joint_steps=8)
     assert all(map(torch.equal, pieces(plain)[0], pieces(dropped)[0]))
+
+
+def test_a_wider_fit_that_comes_no_nearer_is_tried_with_smaller_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, small = adapted("middle", -1, kind=Last), adapted("middle", -1, kind=Last)
+    for model, sizes in ((small, (0.1,)), (wide, (1e4, 0.1))):
+        monkeypatch.setattr(joint, "NEW_ROWS", sizes)
+        report = merge_reslora(model, calibration=batches(4), joint_steps=8, extra_rank=2)
+        assert {(row.method, row.rank) for row in report.rows} == {("joint", RANK + 2)}
+    assert all(map(torch.equal, pieces(wide)[0], pieces(small)[0]))
 
 
 class Checkpointed(Last):
