@@ -184,7 +184,7 @@ def _watch(total: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[
     """Let the backward pass through ``y`` add (∂/∂y)ᵀ x to ``total``."""
     if y.requires_grad:  # else it is not the pass that is differentiated
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        y.register_hook(partial(_add_product, total, x))
+        y.register_hook(partial(_add_product, total, x))  # type: ignore[no-untyped-call]
 
 
 def _add_product(total: Tensor, x: Tensor, gradient: Tensor) -> None:
@@ -203,8 +203,9 @@ def _first_directions(matrix: Tensor, count: int) -> Tensor:
     found = start.to(wide.device)
     for _ in range(ITERATIONS):
         found = torch.linalg.qr(wide.T @ (wide @ found)).Q
-    turned = torch.linalg.svd(wide @ found, full_matrices=False)[2]
-    return (turned[:count] @ found.T).to(matrix)
+    turned: Tensor = torch.linalg.svd(wide @ found, full_matrices=False)[2]
+    directions: Tensor = turned[:count] @ found.T
+    return directions.to(matrix)
 
 
 def _train(model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], steps: int) -> None:
