@@ -38,7 +38,8 @@ from .updates import LowRankUpdate, cholesky_factor, relative_error
 DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
 RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
 BETAS = (0.9, 0.99)
-NEW_ROWS = (1.0, 0.1)  # their size to that of the others; the second where a fit with the first comes no nearer
+NEW_ROWS = (1.0, 0.1)  # their size to that of the others; the second where a fit with the first fails
+DIVERGED = 1.5  # times the distance before, in the mean over a pass through the batches: the fit has failed
 WARMUP_STEPS = 8  # times a factor that falls linearly to zero over all steps
 OVERSAMPLING, ITERATIONS = 8, 4  # of the search for directions: how many more than are kept
 GRADIENT_SCALE = 2.0**12  # of the backward pass, where float16 would lose what a mean over many tokens leaves of each
@@ -91,8 +92,7 @@ def joint_updates(
         rows = _new_rows(model, unmerged, white, rank) if rank and math.isfinite(before) else {}
         for size in NEW_ROWS if rows else (0.0,):
             found = {layer: one.wider(size * rows[layer]) for layer, one in white.items()} if rows else white
-            _train(model, unmerged, found, steps)
-            if _distance(model, unmerged, found) < before:
+            if _train(model, unmerged, found, steps, before) and _distance(model, unmerged, found) < before:
                 break
         else:  # also where it is NaN
             return dict(updates)
@@ -208,7 +208,10 @@ def _first_directions(matrix: Tensor, count: int) -> Tensor:
     return directions.to(matrix)
 
 
-def _train(model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], steps: int) -> None:
+def _train(
+    model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], steps: int, before: float
+) -> bool:
+    """Whether all steps were done; where the distance grows instead, it is no use to go on."""
     groups: list[dict[str, Any]] = []
     for one in white.values():
         for parameter, name, size in zip((one.z, one.b), RATES, one.sizes, strict=True):
@@ -220,9 +223,10 @@ def _train(model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _
     )
     done = 0
     while done < steps:
-        start = done
+        start, passed = done, 0.0
         for batch, (wanted, logits) in islice(unmerged, steps - done):
-            gradients = _gradients(model, white, trained, batch, wanted, logits)
+            loss, gradients = _gradients(model, white, trained, batch, wanted, logits)
+            passed = passed + loss
             for parameter, gradient in zip(trained, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
@@ -230,25 +234,28 @@ def _train(model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _
             done += 1
         if done == start:
             raise ValueError("calibration gave no batch on another run: with joint_steps pass a list")
+        if done < steps and not passed / (done - start) <= DIVERGED * before:  # also where it is NaN
+            return False
+    return True
 
 
 def _gradients(
     model: nn.Module, white: Mapping[ResLoRALinear, _White], of: list[Tensor], batch: Any, wanted: Tensor, logits: bool
-) -> list[Tensor | None]:
-    """Of one batch's distance; None where it does not depend on a tensor."""
+) -> tuple[Tensor, list[Tensor | None]]:
+    """One batch's distance and its gradients; None where it does not depend on a tensor."""
     with torch.enable_grad(), _merged(model, white, batch) as found:
         loss = distance(found, wanted, logits)
         gradients = torch.autograd.grad(loss * GRADIENT_SCALE, of, allow_unused=True)
-    return [None if gradient is None else gradient / GRADIENT_SCALE for gradient in gradients]
+    return loss.detach(), [None if gradient is None else gradient / GRADIENT_SCALE for gradient in gradients]
 
 
 def _distance(model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White]) -> float:
-    """Summed over the batches."""
-    total = 0.0
+    """The mean over the batches."""
+    total, count = 0.0, 0
     for batch, (wanted, logits) in unmerged:
         with _merged(model, white, batch) as found:
-            total += float(distance(found, wanted, logits))
-    return total
+            total, count = total + float(distance(found, wanted, logits)), count + 1
+    return total / max(count, 1)
 
 
 @contextmanager
