@@ -39,7 +39,9 @@ DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
 RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
 BETAS = (0.9, 0.99)
 NEW_ROWS = (1.0, 0.1)  # their size to that of the others; the second where a fit with the first fails
-DIVERGED = 1.5  # times the distance before, in the mean over a pass through the batches: the fit has failed
+TRIAL_STEPS = (
+    16  # at least, in whole passes over the batches; where the distance grows in their mean, the fit has failed
+)
 WARMUP_STEPS = 8  # times a factor that falls linearly to zero over all steps
 OVERSAMPLING, ITERATIONS = 8, 4  # of the search for directions: how many more than are kept
 GRADIENT_SCALE = 2.0**12  # of the backward pass, where float16 would lose what a mean over many tokens leaves of each
@@ -90,9 +92,11 @@ def joint_updates(
         unmerged = Kept(calibration, lambda batch: _unmerged_output(model, batch))
         before = _distance(model, unmerged, white)
         rows = _new_rows(model, unmerged, white, rank) if rank and math.isfinite(before) else {}
-        for size in NEW_ROWS if rows else (0.0,):
+        sizes = NEW_ROWS if rows else (0.0,)
+        for size in sizes:
+            limit = before if size > sizes[-1] else math.inf  # nothing to try after the last
             found = {layer: one.wider(size * rows[layer]) for layer, one in white.items()} if rows else white
-            if _train(model, unmerged, found, steps, before) and _distance(model, unmerged, found) < before:
+            if _train(model, unmerged, found, steps, limit) and _distance(model, unmerged, found) < before:
                 break
         else:  # also where it is NaN
             return dict(updates)
@@ -209,9 +213,9 @@ def _first_directions(matrix: Tensor, count: int) -> Tensor:
 
 
 def _train(
-    model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], steps: int, before: float
+    model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], steps: int, limit: float
 ) -> bool:
-    """Whether all steps were done; where the distance grows instead, it is no use to go on."""
+    """Whether all steps were done; not where the distance's mean over ``TRIAL_STEPS`` is above ``limit``."""
     groups: list[dict[str, Any]] = []
     for one in white.values():
         for parameter, name, size in zip((one.z, one.b), RATES, one.sizes, strict=True):
@@ -221,12 +225,12 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1.0) * (1 - step / steps)
     )
-    done = 0
+    done, tried, total = 0, 0, torch.zeros(())
     while done < steps:
-        start, passed = done, 0.0
+        start = done
         for batch, (wanted, logits) in islice(unmerged, steps - done):
             loss, gradients = _gradients(model, white, trained, batch, wanted, logits)
-            passed = passed + loss
+            total = total.to(loss) + loss
             for parameter, gradient in zip(trained, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
@@ -234,8 +238,11 @@ def _train(
             done += 1
         if done == start:
             raise ValueError("calibration gave no batch on another run: with joint_steps pass a list")
-        if done < steps and not passed / (done - start) <= DIVERGED * before:  # also where it is NaN
-            return False
+        tried += done - start
+        if tried >= TRIAL_STEPS:
+            if not float(total) / tried <= limit:  # also where it is NaN
+                return False
+            tried, total = 0, torch.zeros(())
     return True
 
 
