@@ -38,7 +38,7 @@ from .updates import LowRankUpdate, cholesky_factor, relative_error
 DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
 RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
 BETAS = (0.9, 0.99)
-NEW_ROWS = (1.0, 0.1)  # their size to that of the others; the second where a fit with the first fails
+NEW_ROWS = (1.0, 0.1)  # their size to that of the others, tried in turn, and at last a fit without them
 TRIAL_STEPS = (
     16  # at least, in whole passes over the batches; where the distance grows in their mean, the fit has failed
 )
@@ -92,10 +92,9 @@ def joint_updates(
         unmerged = Kept(calibration, lambda batch: _unmerged_output(model, batch))
         before = _distance(model, unmerged, white)
         rows = _new_rows(model, unmerged, white, rank) if rank and math.isfinite(before) else {}
-        sizes = NEW_ROWS if rows else (0.0,)
-        for size in sizes:
-            limit = before if size > sizes[-1] else math.inf  # nothing to try after the last
-            found = {layer: one.wider(size * rows[layer]) for layer, one in white.items()} if rows else white
+        for size in (*NEW_ROWS, 0.0) if rows else (0.0,):
+            limit = before if size else math.inf  # nothing to try after the last
+            found = {layer: one.wider(size * rows[layer]) for layer, one in white.items()} if size else white
             if _train(model, unmerged, found, steps, limit) and _distance(model, unmerged, found) < before:
                 break
         else:  # also where it is NaN

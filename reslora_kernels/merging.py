@@ -96,7 +96,7 @@ def merge_reslora(
             outputs is kept on the model's device; each layer another K² values beside its statistics. 128 steps over
             16 batches are a good start.
         extra_rank: rows that the joint fit adds to A and columns to B, as far as r + extra_rank is within min(N, K).
-            It comes nearer then, in some models only with as many steps again: as a merged weight for nothing, as an
+            It comes nearer then, in some models only after a second or third try: as a merged weight for nothing, as an
             exported adapter for a larger rank. Needs one more pass, forward and backward, over ``calibration`` and N K
             values for each layer meanwhile. The adapter's r is a good start.
         regularization: λ as a share of the mean diagonal of G_n.

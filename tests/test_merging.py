@@ -204,13 +204,17 @@ def test_a_joint_fit_that_brings_the_output_no_nearer_is_dropped(monkeypatch: py
     assert all(map(torch.equal, pieces(plain)[0], pieces(dropped)[0]))
 
 
-def test_a_wider_fit_that_fails_is_tried_with_smaller_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide, small = adapted("middle", -1, kind=Last), adapted("middle", -1, kind=Last)
-    for model, sizes in ((small, (0.1,)), (wide, (1e4, 0.1))):
-        monkeypatch.setattr(joint, "NEW_ROWS", sizes)
-        report = merge_reslora(model, calibration=batches(4), joint_steps=24, extra_rank=2)
-        assert {(row.method, row.rank) for row in report.rows} == {("joint", RANK + 2)}
-    assert all(map(torch.equal, pieces(wide)[0], pieces(small)[0]))
+def test_a_wider_fit_that_fails_is_tried_with_smaller_rows_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    for sizes, same, rank in (((1e4, 0.1), (0.1,), 2), ((1e4, 1e4), (), 0)):
+        merged = []
+        for tried in (sizes, same):
+            monkeypatch.setattr(joint, "NEW_ROWS", tried)
+            model = adapted("middle", -1, kind=Last)
+            extra_rank = 2 if tried else 0
+            report = merge_reslora(model, calibration=batches(4), joint_steps=24, extra_rank=extra_rank)
+            assert {(row.method, row.rank) for row in report.rows} == {("joint", RANK + rank)}
+            merged.append(pieces(model)[0])
+        assert all(map(torch.equal, *merged))
 
 
 class Checkpointed(Last):
