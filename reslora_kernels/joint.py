@@ -39,9 +39,7 @@ DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n
 RATES = {"a": 1e-2, "b": 2e-3}  # of Adam, as shares of the root mean square of what is trained
 BETAS = (0.9, 0.99)
 NEW_ROWS = (1.0, 0.1)  # their size to that of the others, tried in turn, and at last a fit without them
-TRIAL_STEPS = (
-    16  # at least, in whole passes over the batches; where the distance grows in their mean, the fit has failed
-)
+TRIAL_STEPS = 16  # or more, to whole passes over the batches: if the distance grows in their mean, a try has failed
 WARMUP_STEPS = 8  # times a factor that falls linearly to zero over all steps
 OVERSAMPLING, ITERATIONS = 8, 4  # of the search for directions: how many more than are kept
 GRADIENT_SCALE = 2.0**12  # of the backward pass, where float16 would lose what a mean over many tokens leaves of each
