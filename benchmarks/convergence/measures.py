@@ -86,7 +86,7 @@ def gradient_norms(model: nn.Module, task: Task, batch: Batch, at_a_time: int) -
     """
     if not is_ours(model):
         return {}
-    layers, batch = adapted_layers(model), {name: tensor[:GRADIENT_EXAMPLES] for name, tensor in batch.items()}
+    layers, batch = adapted_layers(model), next(pieces(batch, GRADIENT_EXAMPLES))
     count = len(next(iter(batch.values())))
     parameters: list[Tensor] = [matrix for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
     sums = [torch.zeros_like(parameter) for parameter in parameters]
