@@ -35,7 +35,7 @@ class TestConfig:
             ("target_modules", [], ValueError, "at least one"),
             ("target_modules", "", ValueError, "empty"),
             ("target_modules", [3], ValueError, "str"),
-            ("target_modules", {"q_proj", 3}, ValueError, "str"),
+            ("target_modules", {3}, ValueError, "str"),
             ("target_modules", 3, TypeError, "list of names"),
             ("target_modules", b"q_proj", TypeError, "list of names"),
             ("target_modules", "(q", ValueError, "regular expression"),
