@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.shipped_launches import STANDARD, Call, record
-from reslora_kernels.kernels import tiles
-from reslora_kernels.kernels.launch import Launch
+from reslora_kernels.tuning import gpus
+from reslora_kernels.tuning.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def split(launches: list[Launch]) -> tuple[list[Launch], list[Launch]]:
     return launches[:forward], launches[forward:]
 
 
-def traffic(call: Call, gpu: tiles.Gpu) -> tuple[Traffic, Traffic]:
+def traffic(call: Call, gpu: gpus.Gpu) -> tuple[Traffic, Traffic]:
     """Forward and backward pass of the two-pass form with all gradients."""
     m, k, n, r = call.m, call.k, call.n, call.rank
     forward, backward = split(record(call, gpu, ("two_pass",)))
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="write the rows to this JSON file")
     output = parser.parse_args().output
-    gpu = tiles.GENERATIONS["sm_90"]
+    gpu = gpus.GENERATIONS["sm_90"]
     calls = [
         replace(call, rank=rank, p=p) for call in STANDARD for rank, p in ((16, 0.0), (16, 0.1), (32, 0.0), (64, 0.0))
     ]

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reslora_kernels.kernels.launch import Launch
+    from reslora_kernels.tuning.launch import Launch
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from reslora_kernels.backends import triton
-from reslora_kernels.kernels import launch, tiles
-from reslora_kernels.kernels.launch import Launch
+from reslora_kernels.tuning import gpus, launch, tiles
+from reslora_kernels.tuning.forms import assume
+from reslora_kernels.tuning.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Call:
 STANDARD = (Call(8192, 4096, 4096), Call(8192, 4096, 14336), Call(8192, 14336, 4096), Call(8192, 4096, 1024))
 
 
-def record(call: Call, gpu: tiles.Gpu, forms: tuple[str, ...], tile: tiles.MatmulTile | None = None) -> list[Launch]:
+def record(call: Call, gpu: gpus.Gpu, forms: tuple[str, ...], tile: tiles.MatmulTile | None = None) -> list[Launch]:
     """The launches of one forward and one backward pass, all gradients wanted."""
     k, n, rank, own = call.k, call.n, call.rank, call.rank - call.hand
     wide = 0 if call.aligned else 1
@@ -46,7 +47,7 @@ def record(call: Call, gpu: tiles.Gpu, forms: tuple[str, ...], tile: tiles.Matmu
     residual = matrix(call.m, own) if call.hand else None
     seed = torch.zeros((), dtype=torch.int64) if call.p else None
     arguments = (seed, 1.0, 2.0, call.p, own)
-    with tiles.assume(gpu, forms, tile), launch.recording(execute=False) as launches:
+    with assume(gpu, forms, tile), launch.recording(execute=False) as launches:
         y, handed, u = triton.forward(x, weight, None, a, b, residual, *arguments, rank)
         dhanded = handed if call.hand else None
         triton.backward(matrix(*y.shape), dhanded, x, weight, a, b, u, *arguments, True, True, True, call.hand > 0)
@@ -55,7 +56,7 @@ def record(call: Call, gpu: tiles.Gpu, forms: tuple[str, ...], tile: tiles.Matmu
 
 def shipped_launches(target: str, quick: bool = False) -> Iterator[tuple[str, Launch]]:
     """(what it is for, launch) for every tile, form, dtype and option that ``target``'s table can lead to."""
-    gpu = tiles.GENERATIONS[target]
+    gpu = gpus.GENERATIONS[target]
     seen = set()
     for call in _calls(quick):
         precision = launch.precision(call.dtype)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.convergence import report as convergence
-from reslora_kernels.cli.bench import results as bench
-from reslora_kernels.cli.bench.figures import draw_all
-from reslora_kernels.cli.bench.series import by_case, label, timed
+from reslora_kernels.bench import results as bench
+from reslora_kernels.bench.figures import draw_all
+from reslora_kernels.bench.series import by_case, label, timed
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -8,7 +8,7 @@ with those in use that were the fastest. One that hangs ends this; started again
 on without that kernel.
 
 The file keeps what it says of other GPU generations, and is whole at every moment; its format is documented in
-``reslora_kernels/kernels/measured.py``.
+``reslora_kernels/tuning/measured.py``.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from benchmarks.gpu_check.hopper_launches import launches_of
 from benchmarks.gpu_check.steps import Steps
 from benchmarks.gpu_check.steps import write as write_whole
 from reslora_kernels.backends import cuda, hopper, select, triton
-from reslora_kernels.cli.bench import results
-from reslora_kernels.cli.bench.capture import warmed_up
-from reslora_kernels.cli.bench.clocks import check_alive, clock_of
-from reslora_kernels.cli.bench.timing import Plan, Subject, measure, percentiles
-from reslora_kernels.cli.bench.workload import cache_bytes, sets_of
-from reslora_kernels.kernels import tiles
+from reslora_kernels.bench import results
+from reslora_kernels.bench.capture import warmed_up
+from reslora_kernels.bench.clocks import check_alive, clock_of
+from reslora_kernels.bench.timing import Plan, Subject, measure, percentiles
+from reslora_kernels.bench.workload import cache_bytes, sets_of
+from reslora_kernels.tuning import forms, gpus, tiles
 
-OUTPUT = Path(__file__).parents[1] / "reslora_kernels" / "kernels" / "measured.json"
+OUTPUT = Path(__file__).parents[1] / "reslora_kernels" / "tuning" / "measured.json"
 REPLAYED_ROWS = 512  # up to so many tokens a call is replayed from a graph: Python's launches take longer than it does
 SCALING = 2.0
 Table = dict[str, list[dict[str, Any]]]  # rows by kind
@@ -96,9 +96,9 @@ def shapes() -> Iterator[Shape]:
         yield from (Shape(m, k, n) for k, n in layers)
 
 
-def candidates(gpu: tiles.Gpu, shape: Shape, one_pass: bool) -> list[Candidate]:
+def candidates(gpu: gpus.Gpu, shape: Shape, one_pass: bool) -> list[Candidate]:
     """Every form and tile that can compute a [m, k] -> [m, n] product; the library's first."""
-    from reslora_kernels.kernels.launch import precision
+    from reslora_kernels.tuning.launch import precision
 
     found = [Candidate("library")]
     for form in ("two_pass", "one_pass") if one_pass else ("two_pass",):
@@ -110,7 +110,7 @@ def candidates(gpu: tiles.Gpu, shape: Shape, one_pass: bool) -> list[Candidate]:
 
 
 def tune(
-    gpu: tiles.Gpu,
+    gpu: gpus.Gpu,
     timer: Timer,
     chosen: Sequence[Shape],
     keep: Callable[[Table], None],
@@ -179,7 +179,7 @@ class GpuTimer:
 
     def __init__(self, device: torch.device, plan: Plan) -> None:
         self.device, self.plan, self.clock = device, plan, clock_of(device)
-        self.gpu = tiles.gpu_of(device)
+        self.gpu = gpus.gpu_of(device)
         self._operands: tuple[Shape | None, list[dict[str, Tensor]]] = (None, [])
 
     def forward(self, shape: Shape, candidates: Sequence[Candidate]) -> list[float | None]:
@@ -206,11 +206,11 @@ class GpuTimer:
         return {name: value for name, value in zip(names, seconds, strict=True) if value is not None}
 
     def _forward(self, v: dict[str, Tensor], way: Candidate) -> None:
-        with tiles.assume(self.gpu, (way.form,), way.tile):
+        with forms.assume(self.gpu, (way.form,), way.tile):
             triton.forward(*_forward_arguments(v))
 
     def _backward(self, v: dict[str, Tensor], way: Candidate, all_gradients: bool) -> None:
-        with tiles.assume(self.gpu, (way.form,), way.tile):
+        with forms.assume(self.gpu, (way.form,), way.tile):
             triton.backward(*_backward_arguments(v, all_gradients))
 
     def _time(self, shape: Shape, functions: Sequence[Callable[[dict[str, Tensor]], None]]) -> list[float | None]:
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tuning needs the Triton backend: {reason}")
         return 1
     device = torch.device("cuda")
-    gpu, machine = tiles.gpu_of(device), results.machine_of(device)
+    gpu, machine = gpus.gpu_of(device), results.machine_of(device)
     deadline = time.monotonic() + options.budget_seconds
     timer = GpuTimer(device, Plan(most=100, least=10, seconds=options.seconds))
 

@@ -1,21 +1,22 @@
 """ResLoRA (arXiv 2402.18039): low-rank adapters with residual paths between them, at the price of the frozen matmul."""
 
 from ._version import __version__
-from .adapters import load_adapter, save_adapter
-from .checkpointing import checkpoint_context
+from .adapt.apply import apply_reslora
+from .adapt.coverage import inspect
+from .adapt.switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
 from .config import ResLoRAConfig
-from .coverage import inspect
-from .distributed import shard_reslora
-from .linear import ResLoRALinear, link
-from .loraplus import loraplus_groups
-from .merging import merge_reslora, unmerge_reslora
-from .model import apply_reslora
-from .peft_export import export_peft
-from .peft_import import load_peft_adapter
-from .rank_allocation import RankAllocator
-from .relora import restart_reslora
-from .statistics import collect_statistics
-from .switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
+from .files.peft_export import export_peft
+from .files.peft_import import load_peft_adapter
+from .files.save_load import load_adapter, save_adapter
+from .layers.checkpointing import checkpoint_context
+from .layers.linear import ResLoRALinear
+from .layers.link import link
+from .merge.merging import merge_reslora, unmerge_reslora
+from .merge.statistics import collect_statistics
+from .training.adalora import RankAllocator
+from .training.fsdp2 import shard_reslora
+from .training.loraplus import loraplus_groups
+from .training.relora import restart_reslora
 
 __all__ = [
     "RankAllocator",

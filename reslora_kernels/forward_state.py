@@ -8,13 +8,14 @@ object, opaque to pytree (FSDP2 maps over dicts and dataclasses and copies them)
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Member(Protocol):
@@ -70,14 +71,14 @@ class ForwardState:
         self._handed = (h, *earlier)
 
     def project_for(self, x: Tensor, projections: Mapping[int, Tensor]) -> None:
-        """A layer has multiplied its input x by the A of others, too: h [..., R_a] of each, by place in the group."""
+        """A layer has multiplied its input x by the A of others, too: h [..., R_a] of each, by index in the group."""
         self._projected = (x, dict(projections))
 
-    def projection_of(self, place: int, x: Tensor) -> Tensor | None:
-        """h of the layer at ``place``, if it was worked out from this very x."""
+    def projection_of(self, index: int, x: Tensor) -> Tensor | None:
+        """h of the layer at ``index``, if it was worked out from this very x."""
         if self._projected is None or self._projected[0] is not x:
             return None
-        return self._projected[1].pop(place, None)
+        return self._projected[1].pop(index, None)
 
 
 class Passes:
@@ -182,3 +183,45 @@ def _running_backward() -> int:
 def _thread() -> int:
     """The running thread; 0 inside a compiled graph, where threads do not exist."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class Linked(Protocol):
+    """A chain, or a group that reads one input: whoever has forward passes to open, unless it is not active."""
+
+    passes: Passes
+    active: bool
+
+
+def scope_pass(module: nn.Module, chains: Sequence[Linked]) -> list[RemovableHandle]:
+    """Make ``module``'s forward one pass through ``chains``. The hooks hold the chains, so a deep copy has its own."""
+    return [
+        module.register_forward_pre_hook(_OpenPass(chains), prepend=True),
+        module.register_forward_hook(_ClosePass(chains), always_call=True),
+    ]
+
+
+class _OpenPass:
+    def __init__(self, chains: Sequence[Linked]) -> None:
+        self.chains = list(chains)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        for chain in self.chains:
+            if chain.active:
+                chain.passes.open(module)
+
+
+class _ClosePass(_OpenPass):
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        for chain in self.chains:
+            chain.passes.close(module)
+
+
+def outside(shortcut: str, name: str, position: int) -> str:
+    """What to tell who runs a layer where its chain has no forward pass open."""
+    where = f"layer {position} of chain {name!r}" if name else f"layer {position} of a chain"
+    return (
+        f"{where} with shortcut {shortcut!r} ran outside a forward pass, where no earlier layer's state exists. Call "
+        "the model that apply_reslora or link(..., root=model) was given, or run the layers inside "
+        "`with chain.forward_pass():`. If this happened in backward, activation checkpointing recomputes the layer: "
+        "use torch.utils.checkpoint with use_reentrant=False and context_fn=checkpoint_context(model)."
+    )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, inspect, load_adapter
-from reslora_kernels.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from reslora_kernels.files.adapter_format import CONFIG_NAME, WEIGHTS_NAME
 
 from .models import Scrambled, randomize
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reslora_kernels.model import adapted_layers
+from reslora_kernels.adapt.record import adapted_layers
 
 VOCABULARY = 48
 

@@ -20,15 +20,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 import reslora_kernels
-from reslora_kernels import (
-    apply_reslora,
-    inspect,
-    load_adapter,
-    merge_reslora,
-    save_adapter,
-    unmerge_reslora,
-)
-from reslora_kernels.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from reslora_kernels import apply_reslora, inspect, load_adapter, merge_reslora, save_adapter, unmerge_reslora
+from reslora_kernels.files.adapter_format import CONFIG_NAME, WEIGHTS_NAME
 
 from .adapter_files import X, adapted, assert_unchanged, config, put_weights, rewrite, state
 from .models import Scrambled, llama, randomize, roberta, t5

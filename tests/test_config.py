@@ -10,9 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from reslora_kernels import (
-    ResLoRAConfig,
-)
+from reslora_kernels import ResLoRAConfig
 
 FIELDS = [field.name for field in dataclasses.fields(ResLoRAConfig)]
 

@@ -15,11 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reslora_kernels import (
-    load_adapter,
-    save_adapter,
-)
-from reslora_kernels.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from reslora_kernels import load_adapter, save_adapter
+from reslora_kernels.files.adapter_format import CONFIG_NAME, WEIGHTS_NAME
 
 from .adapter_files import X, adapted, assert_unchanged, put_tensors, put_weights, refused, rewrite, state
 from .models import Scrambled

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, merge_reslora, shard_reslora
-from reslora_kernels.model import adapted_layers, record_of
+from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.reference import chain_forward
 from reslora_kernels.testing import relative_error
 

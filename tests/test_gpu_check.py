@@ -18,8 +18,8 @@ from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import parts, small_launches
 from benchmarks.gpu_check.parts import Finished
 from reslora_kernels.backends import triton
-from reslora_kernels.cli.bench import results
-from reslora_kernels.kernels import measured, tiles
+from reslora_kernels.bench import results
+from reslora_kernels.tuning import forms, gpus, measured, tiles
 
 JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.kernels.test_a" name="one"/>
@@ -242,7 +242,7 @@ def test_small_launches_fit_the_triton_backend(form: str, triton_interpreter: bo
     if not triton_interpreter:
         pytest.skip("runs on a CPU, in Triton's interpreter")
     for case in [case for case in small_launches.cases() if case[0] == 17]:
-        with tiles.assume(tiles.GENERATIONS["interpreter"], (form,)):
+        with forms.assume(gpus.GENERATIONS["interpreter"], (form,)):
             small_launches.run(triton, case, "cpu")
 
 
@@ -264,7 +264,7 @@ class StandInTimer:
 def test_tuning_writes_the_table_that_the_choice_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "measured.json"
     path.write_text(json.dumps({"sm_80": {"matmuls": [], "calls": [], "machine": "kept"}}))
-    gpu = tiles.GENERATIONS["sm_90"]
+    gpu = gpus.GENERATIONS["sm_90"]
     shapes = [tune.Shape(8192, 4096, 14336), tune.Shape(16, 4096, 4096), tune.Shape(8192, 4096, 4096, 128)]
     told: list[int] = []
     table = tune.tune(gpu, StandInTimer(), shapes, lambda found: told.append(len(found["calls"])))
@@ -284,7 +284,7 @@ def test_tuning_writes_the_table_that_the_choice_reads(tmp_path: Path, monkeypat
 
 
 def test_tuning_stops_at_the_deadline_and_knows_what_cannot_be_in_one_pass() -> None:
-    gpu = tiles.GENERATIONS["sm_90"]
+    gpu = gpus.GENERATIONS["sm_90"]
     nothing = tune.tune(gpu, StandInTimer(), list(tune.shapes()), lambda table: None, deadline=-math.inf)
     assert nothing == {"matmuls": [], "calls": []}
     forms = {c.form for c in tune.candidates(gpu, tune.Shape(8192, 4096, 4096, triton.ONE_PASS_RANK), True)}

@@ -5,57 +5,42 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "reslora_kernels"
-LAYERS = {
-    "_version": 0,
-    "_build_info": 0,
-    "config": 0,
-    "reference": 0,
-    "dropout": 0,
-    "testing": 1,
-    "kernels": 1,
-    "backends": 2,
-    "ops": 3,
-    "shortcuts": 3,
-    "initialization": 3,
-    "magnitude": 3,
-    "forward_state": 3,
-    "quantizers": 3,
-    "chain": 4,
-    "linear": 4,
-    "quantized_linear": 4,
-    "sharding": 5,
-    "targets": 5,
-    "execution": 5,
-    "kept": 5,
-    "coverage": 5,
-    "checkpointing": 5,
-    "model": 5,
-    "switching": 5,
-    "updates": 5,
-    "merging": 5,
-    "sequential": 5,
-    "joint": 5,
-    "statistics": 5,
-    "adapter_files": 5,
-    "adapters": 5,
-    "peft_export": 5,
-    "peft_import": 5,
-    "training": 5,
-    "loraplus": 5,
-    "rank_allocation": 5,
-    "relora": 5,
-    "distributed": 5,
-    "": 5,  # the package itself: its public names
-    "cli": 6,
-    "__main__": 6,
+FLOORS = (  # of the package's files and folders, ground floor first; one imports from the floors below it only
+    ("_version", "_build_info", "config", "reference", "dropout", "forward_state", "dtensors", "quantizers", "tuning"),
+    ("testing", "kernels"),
+    ("backends",),
+    ("ops",),
+    ("layers",),
+    ("adapt",),
+    ("merge", "bench"),
+    ("files",),
+    ("training",),
+    ("", "cli"),  # the package itself: its public names
+    ("__main__",),
+)
+INSIDE = {  # the same for the files of a folder; one that is not here must only be free of circles
+    "tuning": (("launch", "gpus", "measured"), ("tiles",), ("forms",)),
+    "kernels": (("device",), ("augmented_matmul", "project", "low_rank_grads", "outer_products")),
+    "backends": (("torch", "hopper", "select"), ("triton", "cuda")),
+    "layers": (
+        ("dora", "initialization", "shortcuts"),
+        ("chain", "shared_input"),
+        ("linear",),
+        ("link", "checkpointing", "quantized_linear"),
+    ),
+    "adapt": (("record", "targets", "execution", "state_dicts"), ("coverage", "linking"), ("apply",), ("switching",)),
+    "merge": (("statistics", "batch_cache"), ("closed_form",), ("sequential",), ("joint_fit",), ("merging",)),
+    "files": (("adapter_format",), ("save_load", "peft_export"), ("peft_import",)),
+    "training": (("trainer", "loraplus", "adalora", "relora", "fsdp2"),),
 }
-SHARED_BY_KERNELS = ("choice", "device", "launch", "measured", "tiles")
+FREE = ("bench", "cli", "__main__")  # may import what they like; all else imports with torch alone
 
 
 class Import(NamedTuple):
@@ -93,31 +78,49 @@ def is_module(package: str, name: str, root: Path) -> bool:
     return top == root.name and ((folder / f"{name}.py").is_file() or (folder / name).is_dir())
 
 
-def room(name: str) -> str:
-    """The entry of LAYERS for a module of the package."""
-    return [*name.split("."), ""][1]
+def floor(floors: tuple[tuple[str, ...], ...], room: str) -> int | None:
+    return next((number for number, rooms in enumerate(floors) if room in rooms), None)
+
+
+def place(name: str) -> tuple[str, str]:
+    """The file or folder of the package that holds a module, and the module within it."""
+    _, room, inside, *_ = [*name.split("."), "", ""]
+    return room, inside
+
+
+def goes_up(here: str, name: str) -> str | None:
+    """What is wrong with an import of ``name`` in the module ``here``, both absolute."""
+    (room, inside), (other, other_inside) = place(here), place(name)
+    if room != other:
+        own, its = floor(FLOORS, room), floor(FLOORS, other)
+        assert own is not None and its is not None, (here, name)
+        return f"floor {own} imports {name} of floor {its}" if its >= own else None
+    if room not in INSIDE or not inside or not other_inside or inside == other_inside:
+        return None
+    own, its = floor(INSIDE[room], inside), floor(INSIDE[room], other_inside)
+    if own is None or its is None:
+        return f"{inside if own is None else other_inside} has no floor in {room}/; give it one in tests/test_layers.py"
+    return f"{room}/ floor {own} imports {name} of floor {its}" if its >= own else None
+
+
+def module_of(path: Path, root: Path = PACKAGE) -> str:
+    return ".".join((root.name, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
 
 
 def violations(path: Path, root: Path = PACKAGE) -> Iterator[str]:
-    relative = path.relative_to(root)
-    here = "" if relative == Path("__init__.py") else relative.parts[0].removesuffix(".py")
-    where = relative.as_posix()
-    if here not in LAYERS:
-        yield f"{where}: has no layer; give it one in tests/test_layers.py"
+    here, where = module_of(path, root), path.relative_to(root).as_posix()
+    if floor(FLOORS, place(here)[0]) is None:
+        yield f"{where}: has no floor; give it one in tests/test_layers.py"
         return
     for name, line, deferred in imports(path, root):
         top = name.split(".")[0]
         if top == root.name:
-            if LAYERS[room(name)] > LAYERS[here]:
-                yield f"{where}:{line}: layer {LAYERS[here]} imports {name} of layer {LAYERS[room(name)]}"
-            if here == "kernels" and room(name) == "kernels" and name.split(".")[2] not in SHARED_BY_KERNELS:
-                yield f"{where}:{line}: a kernel imports {name}; kernels share nothing but {SHARED_BY_KERNELS}"
-            if here == "testing" and LAYERS[room(name)] > 0:
-                yield f"{where}:{line}: testing imports {name}; it rests on layer 0 alone"
+            if complaint := goes_up(here, name):
+                yield f"{where}:{line}: {complaint}"
         elif top == "triton":
-            if here != "kernels" and where != "backends/triton.py":
+            if place(here)[0] != "kernels" and where not in ("backends/triton.py", "tuning/launch.py"):
                 yield f"{where}:{line}: triton is for kernels/ and backends/triton.py"
-        elif top not in sys.stdlib_module_names and top != "torch" and not deferred and LAYERS[here] < 6:
+        elif top not in (*sys.stdlib_module_names, "torch") and not deferred and place(here)[0] not in FREE:
             yield f"{where}:{line}: imports {top} at the top; the package must import with torch alone"
 
 
@@ -131,25 +134,44 @@ def test_reference_needs_torch_only() -> None:
     assert not {name for name in outside if name.split(".")[0] not in sys.stdlib_module_names}
 
 
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {
+        module_of(path): {found.name for found in imports(path) if found.name.startswith(PACKAGE.name)}
+        for path in PACKAGE.rglob("*.py")
+    }
+    list(TopologicalSorter({name: used - {name} for name, used in graph.items()}).static_order())  # CycleError
+
+
 @pytest.mark.parametrize(
     ("file", "source", "complaint"),
     [
-        ("ops.py", "from .linear import ResLoRALinear", "layer 3 imports"),
-        ("ops.py", "def f():\n    from reslora_kernels import model", "layer 3 imports"),
-        ("config.py", "from . import ops", "layer 0 imports"),
-        ("config.py", "from . import ResLoRAConfig", "layer 0 imports"),
-        ("backends/torch.py", "from .. import linear", "layer 2 imports"),
-        ("model.py", "import reslora_kernels.cli.app", "layer 5 imports"),
-        ("testing.py", "from .kernels import project", "rests on layer 0"),
-        ("kernels/project.py", "from . import augmented_matmul", "share nothing but"),
-        ("linear.py", "def f():\n    import triton", "triton is for"),
-        ("adapters.py", "from safetensors.torch import save_file", "with torch alone"),
-        ("helpers.py", "", "has no layer"),
+        ("ops.py", "from .layers.linear import ResLoRALinear", "floor 3 imports"),
+        ("ops.py", "def f():\n    from reslora_kernels import adapt", "floor 3 imports"),
+        ("config.py", "from . import ops", "floor 0 imports"),
+        ("config.py", "from . import ResLoRAConfig", "floor 0 imports"),
+        ("backends/torch.py", "from ..layers import linear", "floor 2 imports"),
+        ("adapt/apply.py", "import reslora_kernels.cli.app", "floor 5 imports"),
+        ("testing.py", "from .kernels import project", "floor 1 imports"),
+        ("kernels/project.py", "from . import augmented_matmul", "kernels/ floor 1 imports"),
+        ("layers/shortcuts.py", "from .linear import ResLoRALinear", "layers/ floor 0 imports"),
+        ("merge/statistics.py", "def f():\n    from . import merging", "merge/ floor 0 imports"),
+        ("layers/linear.py", "def f():\n    import triton", "triton is for"),
+        ("files/save_load.py", "from safetensors.torch import save_file", "with torch alone"),
+        ("helpers.py", "", "has no floor"),
+        ("layers/helpers.py", "from . import linear", "helpers has no floor in layers/"),
     ],
 )
 def test_planted_fault_is_caught(tmp_path: Path, file: str, source: str, complaint: str) -> None:
     root = tmp_path / "reslora_kernels"
-    for name in ("ops", "linear", "model", "kernels/augmented_matmul", "cli/app", file.removesuffix(".py")):
+    for name in (
+        "ops",
+        "layers/linear",
+        "merge/merging",
+        "adapt/apply",
+        "kernels/augmented_matmul",
+        "cli/app",
+        file[:-3],
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / f"{name}.py").write_text("")
     (root / file).write_text(source)
@@ -161,10 +183,11 @@ def test_planted_fault_is_caught(tmp_path: Path, file: str, source: str, complai
 def test_downward_imports_are_accepted(tmp_path: Path) -> None:
     root = tmp_path / "reslora_kernels"
     (root / "kernels").mkdir(parents=True)
-    (root / "kernels/tiles.py").write_text("")
+    (root / "files").mkdir()
+    (root / "kernels/device.py").write_text("")
     (root / "config.py").write_text("")
     (root / "kernels/project.py").write_text(
-        "import triton\nfrom . import tiles\nfrom .tiles import TileConfig\nfrom ..config import X"
+        "import triton\nfrom . import device\nfrom .device import load_block\nfrom ..config import X"
     )
-    (root / "adapters.py").write_text("import json, torch\nfrom .config import X\ndef f():\n    import safetensors")
+    (root / "files/save_load.py").write_text("import torch\nfrom ..config import X\ndef f():\n    import safetensors")
     assert [fault for path in root.rglob("*.py") for fault in violations(path, root)] == []

@@ -16,15 +16,15 @@ from reslora_kernels import (
     apply_reslora,
     checkpoint_context,
     collect_statistics,
-    joint,
-    kept,
     merge_reslora,
     reference,
     unmerge_reslora,
 )
-from reslora_kernels.kept import Kept
+from reslora_kernels.merge import batch_cache as kept
+from reslora_kernels.merge import joint_fit as joint
+from reslora_kernels.merge.batch_cache import Kept
+from reslora_kernels.merge.closed_form import LowRankUpdate
 from reslora_kernels.testing import max_error, relative_error
-from reslora_kernels.updates import LowRankUpdate
 
 WIDTH, RANK, DEPTH = 12, 3, 5
 INEXACT = [("input", 1), ("middle", 2), ("middle", -1)]

@@ -12,12 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reslora_kernels import (
-    ResLoRAConfig,
-    apply_reslora,
-    merge_reslora,
-)
-from reslora_kernels.model import adapted_layers, record_of
+from reslora_kernels import ResLoRAConfig, apply_reslora, merge_reslora
+from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, llama, randomize, t5, train

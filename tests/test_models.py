@@ -20,7 +20,7 @@ from reslora_kernels import (
     merge_reslora,
     unmerge_reslora,
 )
-from reslora_kernels.model import adapted_layers, record_of
+from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, Scrambled, llama, randomize, roberta, t5, train, unet

@@ -23,8 +23,8 @@ from reslora_kernels import (
     save_adapter,
     unmerge_reslora,
 )
-from reslora_kernels.magnitude import row_norms
-from reslora_kernels.model import adapted_layers
+from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels.layers.dora import row_norms
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, llama, logits, randomize, train

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, export_peft, merge_reslora
-from reslora_kernels.model import adapted_layers
+from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, Family, llama, randomize, roberta, t5

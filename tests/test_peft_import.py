@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, export_peft, load_peft_adapter, merge_reslora
-from reslora_kernels.model import adapted_layers, record_of
+from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.testing import relative_error
 
 from .adapter_files import assert_unchanged, state

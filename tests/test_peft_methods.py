@@ -11,15 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from reslora_kernels import (
-    ResLoRAConfig,
-    apply_reslora,
-    export_peft,
-    load_adapter,
-    merge_reslora,
-    save_adapter,
-)
-from reslora_kernels.model import adapted_layers, record_of
+from reslora_kernels import ResLoRAConfig, apply_reslora, export_peft, load_adapter, merge_reslora, save_adapter
+from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, llama, logits, randomize, roberta

@@ -29,8 +29,8 @@ from reslora_kernels import (
     shard_reslora,
     unmerge_reslora,
 )
-from reslora_kernels.model import adapted_layers
-from reslora_kernels.quantized_linear import QuantizedResLoRALinear
+from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels.layers.quantized_linear import QuantizedResLoRALinear
 from reslora_kernels.quantizers import QuantizedWeight
 from reslora_kernels.quantizers import bitsandbytes as quantizer
 from reslora_kernels.testing import relative_error

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reslora_kernels import (
+from reslora_kernels import (  # fmt: skip
     ResLoRAConfig,
     apply_reslora,
     collect_statistics,
     load_adapter,
     merge_reslora,
     save_adapter,
-)  # fmt: skip
-from reslora_kernels.model import adapted_layers, record_of
+)
+from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.ops import lora_linear
 from reslora_kernels.testing import relative_error
 

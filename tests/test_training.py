@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, collect_statistics, load_adapter, merge_reslora
-from reslora_kernels.model import adapted_layers
+from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.training import STATISTICS_NAME, AdapterCheckpoints, ResLoRACallback
 
 from .models import FAMILIES, llama

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating, pieces
 from reslora_kernels import collect_statistics, merge_reslora
+from reslora_kernels.adapt.record import Record, adapted_layers, record_of
 from reslora_kernels.config import MergeMethod
-from reslora_kernels.merging import unmerge_reslora
-from reslora_kernels.model import Record, adapted_layers, record_of
-from reslora_kernels.shortcuts import hands_on
+from reslora_kernels.layers.shortcuts import hands_on
+from reslora_kernels.merge.merging import unmerge_reslora
 
 JOINT_STEPS = 128
 GRADIENT_EXAMPLES = 64  # that norms of gradients are measured on

@@ -110,7 +110,7 @@ def describe(rehearse: bool) -> tuple[dict[str, Any], str | None, bool | None]:
     """Machine and commit. This process looks at the GPU and starts nothing on it."""
     import torch
 
-    from reslora_kernels.cli.bench import results
+    from reslora_kernels.bench import results
 
     device = torch.device("cuda" if torch.cuda.is_available() and not rehearse else "cpu")
     return results.machine_of(device), *results.commit_of(results.SOURCE)

@@ -25,11 +25,11 @@ from benchmarks.gpu_check import hopper_launches, hopper_layers
 from benchmarks.gpu_check.hopper_launches import LIBRARY, Launch, Matmul, Projection, launches_of
 from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper
-from reslora_kernels.cli.bench import cases
-from reslora_kernels.cli.bench.cases import LORA, Case
-from reslora_kernels.cli.bench.clocks import check_alive, clock_of, one_line
-from reslora_kernels.cli.bench.roofline import measure_rates
-from reslora_kernels.cli.bench.timing import Plan
+from reslora_kernels.bench import cases
+from reslora_kernels.bench.cases import LORA, Case
+from reslora_kernels.bench.clocks import check_alive, clock_of, one_line
+from reslora_kernels.bench.roofline import measure_rates
+from reslora_kernels.bench.timing import Plan
 
 BF16, FP16 = torch.bfloat16, torch.float16
 # Times of a whole layer relative to the frozen linear's; the least share of the library's speed that a matmul reaches,

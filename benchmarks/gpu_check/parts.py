@@ -233,7 +233,7 @@ def _step_by_step(run: Runner, command: Sequence[str], path: Path, limit: float)
 
 
 def tune(run: Runner, limit: float) -> Outcome:
-    """Every form and tile for the table of measured choices, ``reslora_kernels/kernels/measured.json``.
+    """Every form and tile for the table of measured choices, ``reslora_kernels/tuning/measured.json``.
 
     What was measured before a fault is kept.
     """

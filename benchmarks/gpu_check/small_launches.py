@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reslora_kernels.backends import select
-from reslora_kernels.kernels import tiles
+from reslora_kernels.tuning import forms, gpus
 
 Case = tuple[int, torch.dtype, float, bool, bool]
 
@@ -63,8 +63,8 @@ def main() -> int:
         backend = importlib.import_module(f"reslora_kernels.backends.{status.name}")
         for case in cases():
             for form in ("one_pass", "two_pass") if status.name == "triton" else ("",):
-                gpu = tiles.gpu_of(torch.device(device))
-                with tiles.assume(gpu, (form,)) if form else nullcontext():
+                gpu = gpus.gpu_of(torch.device(device))
+                with forms.assume(gpu, (form,)) if form else nullcontext():
                     run(backend, case, device)
         ran.append(status.name)
     if device == "cuda":

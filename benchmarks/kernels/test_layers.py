@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from reslora_kernels.cli.bench.accuracy import Judge
-from reslora_kernels.cli.bench.capture import Pass
-from reslora_kernels.cli.bench.cases import LORA, Case, Method
-from reslora_kernels.cli.bench.clocks import clock_of
-from reslora_kernels.cli.bench.providers import PROVIDERS
-from reslora_kernels.cli.bench.workload import draw
+from reslora_kernels.bench.accuracy import Judge
+from reslora_kernels.bench.capture import Pass
+from reslora_kernels.bench.cases import LORA, Case, Method
+from reslora_kernels.bench.clocks import clock_of
+from reslora_kernels.bench.providers import PROVIDERS
+from reslora_kernels.bench.workload import draw
 
 ROUNDS, WARMUP = 15, 2
 METHODS = [LORA, Method("input", 1), Method("middle", 1), Method("middle", -1), Method("block", 1), Method("block", 3)]

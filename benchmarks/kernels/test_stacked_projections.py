@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from reslora_kernels import ResLoRAConfig, apply_reslora
-from reslora_kernels.cli.bench.clocks import clock_of
-from reslora_kernels.model import record_of
+from reslora_kernels.adapt.record import record_of
+from reslora_kernels.bench.clocks import clock_of
 
 ROUNDS, WARMUP = 25, 3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

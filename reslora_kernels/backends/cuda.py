@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import dropout
-from ..kernels.launch import Sum, precision
-from ..kernels.tiles import MAX_RANK
+from ..tuning.launch import Sum, precision
+from ..tuning.tiles import MAX_RANK
 from . import hopper
 from . import torch as library
 

@@ -1,6 +1,6 @@
 """Which calls of the cuda backend the Hopper kernels, csrc/*_sm90.cu, serve: those that they were measured fastest for.
 
-``RESLORA_CUDA_HOPPER`` is "auto" where it is not set: the table of ``kernels.measured`` names the fastest kernel near
+``RESLORA_CUDA_HOPPER`` is "auto" where it is not set: the table of ``tuning.measured`` names the fastest kernel near
 the call's shape, and where it knows none the portable kernel serves. "off" is the portable kernel for all; a variant's
 name asks for that variant of csrc/augmented_matmul_sm90.cu wherever it is able, for csrc/project_sm90.cu and, in one
 pass, for csrc/augmented_matmul_one_pass_sm90.cu, which have but one.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import measured
+from ..tuning import measured
 
 VARIABLE = "RESLORA_CUDA_HOPPER"
 AUTO, OFF = "auto", "off"

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..kernels.measured import nearest
-from ..kernels.tiles import gpu_of
+from ..tuning.gpus import gpu_of
+from ..tuning.measured import nearest
 
 PREFERENCE = ("triton", "cuda", "torch")  # "auto" takes the first that can serve the call, unless another was faster
 OVERRIDE = "RESLORA_BACKEND"

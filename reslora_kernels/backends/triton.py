@@ -18,9 +18,9 @@ from .. import dropout
 from . import torch as library
 
 if TYPE_CHECKING:
-    from ..kernels.choice import Choice
-    from ..kernels.launch import Sum
-    from ..kernels.tiles import Gpu
+    from ..tuning.forms import Choice
+    from ..tuning.gpus import Gpu
+    from ..tuning.launch import Sum
 
 MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (8, 0)
@@ -58,7 +58,7 @@ def _interpreted() -> bool:
 def _compile_failure() -> str | None:
     """Why a small kernel cannot be compiled and run, None when it can. The message is Triton's own."""
     from ..kernels import low_rank_grads
-    from ..kernels.launch import Sum
+    from ..tuning.launch import Sum
 
     ones = torch.ones(1, 16, device="cuda")
     try:
@@ -69,7 +69,7 @@ def _compile_failure() -> str | None:
 
 
 def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
-    from ..kernels.tiles import MAX_RANK
+    from ..tuning.tiles import MAX_RANK
 
     device = "cpu" if _interpreted() else "cuda"
     if x.device.type != device:
@@ -103,7 +103,8 @@ def forward(
     """See ``backends.torch.forward``; products are accumulated in float32 and rounded once, at the store."""
     from ..kernels.augmented_matmul import OnePass, augmented_matmul
     from ..kernels.project import project
-    from ..kernels.tiles import gpu_of, project_tile
+    from ..tuning.gpus import gpu_of
+    from ..tuning.tiles import project_tile
 
     gpu, (m, k), n, rank = gpu_of(x.device), x.shape, weight.shape[0], a_cat.shape[0]
     choice = _forward_choice(x, weight, rank, seed, scaling) if rank else _given_choice(x, weight, b_cat.shape[1])
@@ -156,10 +157,10 @@ def backward(
         )  # fmt: skip
     (m, n), k, (rank, rank_b) = dy.shape, weight.shape[1], (a_cat.shape[0], b_cat.shape[1])
     from ..kernels.augmented_matmul import augmented_matmul
-    from ..kernels.choice import choose, reads_dy_once
-    from ..kernels.launch import precision
     from ..kernels.low_rank_grads import finish
-    from ..kernels.tiles import gpu_of
+    from ..tuning.forms import choose, reads_dy_once
+    from ..tuning.gpus import gpu_of
+    from ..tuning.launch import precision
 
     gpu = gpu_of(dy.device)
     wanted = _Wanted(
@@ -233,7 +234,7 @@ def _one_read(
 ) -> tuple[Sum | None, Sum | None]:
     """du and dB from one pass over dy, dh and dA from one over x; returns what is left to add up for dA and dB."""
     from ..kernels.low_rank_grads import pass_over_dy, pass_over_x
-    from ..kernels.tiles import grads_tile
+    from ..tuning.tiles import grads_tile
 
     da_left = db_left = du = None
     m, n = dy.shape
@@ -272,7 +273,7 @@ def _two_reads(
     """dh from one pass over dy, then dA and dB from one over x and another over dy; returns as ``_one_read``."""
     from ..kernels.outer_products import outer_products
     from ..kernels.project import project
-    from ..kernels.tiles import outer_tile, project_tile
+    from ..tuning.tiles import outer_tile, project_tile
 
     assert wanted.dh is not None
     m, n = dy.shape
@@ -292,9 +293,9 @@ def _two_reads(
 
 
 def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, scaling: float) -> Choice:
-    from ..kernels.choice import choose
-    from ..kernels.launch import precision
-    from ..kernels.tiles import gpu_of
+    from ..tuning.forms import choose
+    from ..tuning.gpus import gpu_of
+    from ..tuning.launch import precision
 
     (m, k), n, products = x.shape, weight.shape[0], precision(x.dtype)
     one_pass = seed is None and rank <= ONE_PASS_RANK
@@ -308,9 +309,9 @@ def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, s
 
 def _given_choice(x: Tensor, weight: Tensor, rank: int) -> Choice:
     """As ``_forward_choice``, for u that is known."""
-    from ..kernels.choice import choose
-    from ..kernels.launch import precision
-    from ..kernels.tiles import gpu_of
+    from ..tuning.forms import choose
+    from ..tuning.gpus import gpu_of
+    from ..tuning.launch import precision
 
     (m, k), n, forms = x.shape, weight.shape[0], ("two_pass", "library")
     return choose(gpu_of(x.device), m, n, k, rank, x.dtype, precision(x.dtype), forms, _aligned(x, weight))
@@ -318,7 +319,7 @@ def _given_choice(x: Tensor, weight: Tensor, rank: int) -> Choice:
 
 def _aligned(*operands: Tensor) -> bool:
     """Whether 16 bytes at a time can be loaded from every operand, along its rows or its columns."""
-    from ..kernels.launch import fits_tma
+    from ..tuning.launch import fits_tma
 
     return all(fits_tma(operand) or fits_tma(operand.T) for operand in operands)
 

@@ -12,7 +12,7 @@ from reslora_kernels.cli.examples import read_examples
 from reslora_kernels.cli.loading import load_tokenizer
 from reslora_kernels.cli.tokenization import Row, encode, max_length_for
 from reslora_kernels.config import MergeMethod, ResLoRAConfig
-from reslora_kernels.shortcuts import hands_on
+from reslora_kernels.layers.shortcuts import hands_on
 
 
 def needs_data(config: ResLoRAConfig, method: MergeMethod | None) -> bool:

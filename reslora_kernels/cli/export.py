@@ -9,13 +9,7 @@ from typing import Annotated
 import typer
 
 from reslora_kernels.cli.calibration import check_data, on_device, read_batches
-from reslora_kernels.cli.loading import (
-    load_adapted,
-    load_model_config,
-    read_adapter_config,
-    torch_device,
-    torch_dtype,
-)
+from reslora_kernels.cli.loading import load_adapted, load_model_config, read_adapter_config, torch_device, torch_dtype
 from reslora_kernels.cli.merge import tokenizer_source
 from reslora_kernels.cli.options import (
     CalibrationExamples,
@@ -33,7 +27,7 @@ from reslora_kernels.cli.options import (
     parse_method,
 )
 from reslora_kernels.cli.output import check_replaceable, whole_folder
-from reslora_kernels.peft_export import export_peft
+from reslora_kernels.files.peft_export import export_peft
 
 
 def export(

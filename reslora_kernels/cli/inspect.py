@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from reslora_kernels.adapters import load_adapter
+from reslora_kernels.adapt.apply import apply_reslora
+from reslora_kernels.adapt.coverage import Coverage
+from reslora_kernels.adapt.coverage import inspect as coverage_of
 from reslora_kernels.cli.loading import (
     adapted_without_weights,
     load_model,
@@ -32,9 +34,7 @@ from reslora_kernels.cli.options import (
     TrustRemoteCode,
     make_config,
 )
-from reslora_kernels.coverage import Coverage
-from reslora_kernels.coverage import inspect as coverage_of
-from reslora_kernels.model import apply_reslora
+from reslora_kernels.files.save_load import load_adapter
 
 
 def inspect(

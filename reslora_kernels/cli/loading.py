@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from reslora_kernels.adapter_files import CONFIG_NAME, read_config
-from reslora_kernels.adapters import load_adapter
+from reslora_kernels.adapt.apply import apply_reslora
 from reslora_kernels.cli.options import check_choice
 from reslora_kernels.config import ResLoRAConfig
-from reslora_kernels.linear import ADAPTER_PARAMETERS
-from reslora_kernels.model import apply_reslora
+from reslora_kernels.files.adapter_format import CONFIG_NAME, read_config
+from reslora_kernels.files.save_load import load_adapter
+from reslora_kernels.layers.linear import ADAPTER_PARAMETERS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")

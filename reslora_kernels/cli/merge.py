@@ -35,7 +35,7 @@ from reslora_kernels.cli.options import (
     parse_method,
 )
 from reslora_kernels.cli.output import check_replaceable, whole_folder
-from reslora_kernels.merging import merge_reslora
+from reslora_kernels.merge.merging import merge_reslora
 
 
 def merge(

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning.gpus import Gpu
+from ..tuning.launch import Launch, Sum, descriptor, fits_tma, precision
+from ..tuning.tiles import MatmulTile
 from .device import TRITON_DTYPE, add_partials, grouped_tile, load_block, side_channel, unpack_bits
-from .launch import Launch, Sum, descriptor, fits_tma, precision
-from .tiles import Gpu, MatmulTile
 
 
 @triton.jit

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning.launch import Launch, Sum, descriptor, fits_tma, precision
+from ..tuning.tiles import GradsTile
 from .device import (
     TRITON_DTYPE,
     add_partials,
@@ -25,8 +27,6 @@ from .device import (
     sum_products,
     unpack_bits,
 )
-from .launch import Launch, Sum, descriptor, fits_tma, precision
-from .tiles import GradsTile
 
 
 @triton.jit

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning.launch import Launch, Sum, descriptor, fits_tma, precision
+from ..tuning.tiles import OuterTile
 from .device import keep_bytes, load_block, outer_product, store_product, unpack_bits
-from .launch import Launch, Sum, descriptor, fits_tma, precision
-from .tiles import OuterTile
 
 
 @triton.jit

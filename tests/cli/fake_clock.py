@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from reslora_kernels.cli.bench import timing
-from reslora_kernels.cli.bench.cases import LORA, Case, Method
-from reslora_kernels.cli.bench.results import TIMED, Measurement, Result
-from reslora_kernels.cli.bench.suite import AGAIN, fill
+from reslora_kernels.bench import timing
+from reslora_kernels.bench.cases import LORA, Case, Method
+from reslora_kernels.bench.results import TIMED, Measurement, Result
+from reslora_kernels.bench.suite import AGAIN, fill
 
 CASE = Case(8192, 4096, 4096)
 MACHINE = {"gpu": None, "cpu": "test", "threads": 1, "torch": "2", "driver": None, "triton": None}

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from reslora_kernels.bench import series
+from reslora_kernels.bench.cases import Method
+from reslora_kernels.bench.report import write_report
+from reslora_kernels.bench.results import REFUSED, TIMED, Measurement, ModelMeasurement, Result
 from reslora_kernels.cli import main
-from reslora_kernels.cli.bench import series
-from reslora_kernels.cli.bench.cases import Method
-from reslora_kernels.cli.bench.report import write_report
-from reslora_kernels.cli.bench.results import REFUSED, TIMED, Measurement, ModelMeasurement, Result
 
 from .fake_clock import CASE, FakeClock, result, row
 

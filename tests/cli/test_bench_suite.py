@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from reslora_kernels.backends import select
+from reslora_kernels.bench import capture, cases, clocks, model_cases, providers, session, suite, timing
+from reslora_kernels.bench.cases import LORA, Case, Method
+from reslora_kernels.bench.memory import highest, peak_bytes, saved_bytes
+from reslora_kernels.bench.model_cases import ModelCase
+from reslora_kernels.bench.models import run_model
+from reslora_kernels.bench.providers import PROVIDERS, Provider
+from reslora_kernels.bench.results import FAILED, REFUSED, SKIPPED, TIMED, read
+from reslora_kernels.bench.roofline import Rates, floor_seconds, stacked_ranks
+from reslora_kernels.bench.workload import Layers, Workload, draw, input_sets
 from reslora_kernels.cli import main
-from reslora_kernels.cli.bench import capture, cases, clocks, model_cases, providers, session, suite, timing
-from reslora_kernels.cli.bench.cases import LORA, Case, Method
-from reslora_kernels.cli.bench.memory import highest, peak_bytes, saved_bytes
-from reslora_kernels.cli.bench.model_cases import ModelCase
-from reslora_kernels.cli.bench.models import run_model
-from reslora_kernels.cli.bench.providers import PROVIDERS, Provider
-from reslora_kernels.cli.bench.results import FAILED, REFUSED, SKIPPED, TIMED, read
-from reslora_kernels.cli.bench.roofline import Rates, floor_seconds, stacked_ranks
-from reslora_kernels.cli.bench.workload import Layers, Workload, draw, input_sets
 
 CPU = torch.device("cpu")
 TINY = Case(24, 16, 20, r=4, dtype="float32", layers=3)
@@ -298,7 +298,7 @@ def test_a_model_is_adapted_in_five_ways_on_shared_weights(bench: suite.Bench) -
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_model_with_a_wrong_gradient_is_refused(bench: suite.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reslora_kernels.cli.bench import models
+    from reslora_kernels.bench import models
 
     sound = models.adapt
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from reslora_kernels.bench import comparison, timing
+from reslora_kernels.bench.results import FAILED, Result, read
 from reslora_kernels.cli import main
-from reslora_kernels.cli.bench import comparison, timing
-from reslora_kernels.cli.bench.results import FAILED, Result, read
 
 from .fake_clock import FakeClock, result
 

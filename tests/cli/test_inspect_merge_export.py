@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, save_adapter
+from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.cli import export, loading, main, merge
 from reslora_kernels.cli.options import parse_names
-from reslora_kernels.model import adapted_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,8 +27,8 @@ from reslora_kernels import (
     save_adapter,
     shard_reslora,
 )
-from reslora_kernels.checkpointing import checkpoint_context
-from reslora_kernels.model import record_of
+from reslora_kernels.adapt.record import record_of
+from reslora_kernels.layers.checkpointing import checkpoint_context
 
 from ..models import randomize
 from .residual import (

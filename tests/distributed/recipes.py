@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from reslora_kernels.linear import ResLoRALinear
-from reslora_kernels.model import adapted_layers
+from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels.layers.linear import ResLoRALinear
 
 from .fsdp import refused
 from .residual import SHORTCUTS, Residual, batch, difference, in_one_process, residual, share, shared_data, train

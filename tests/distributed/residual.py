@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reslora_kernels import ResLoRAConfig, apply_reslora
-from reslora_kernels.model import adapted_layers
-from reslora_kernels.sharding import gathered, reshard
+from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels.dtensors import gathered, reshard
 
 from ..models import randomize
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reslora_kernels.backends import cuda
 from reslora_kernels.backends import torch as library
-from reslora_kernels.kernels import choice, tiles
+from reslora_kernels.tuning import forms, gpus
 
 SEED = 1234567890123456789
 RESULTS = ("y", "handed", "u", "dx", "da_cat", "db_cat", "dresidual")
@@ -96,8 +96,8 @@ def run(call: Call, values: dict[str, Tensor | None], backend=library) -> dict[s
     seed = torch.tensor(SEED, device=v["x"].device) if call.p else None
     scalars = (call.c, call.scaling, call.p, call.hand[0])
     stacks = (v["a_cat"], v["b_cat"])
-    once = mock.patch.object(choice, "reads_dy_once", lambda *_: call.reads_of_dy == 1)
-    with tiles.assume(tiles.GENERATIONS[call.generation], (call.form,)), once:
+    once = mock.patch.object(forms, "reads_dy_once", lambda *_: call.reads_of_dy == 1)
+    with forms.assume(gpus.GENERATIONS[call.generation], (call.form,)), once:
         y, handed, u = backend.forward(
             v["x"], v["weight"], v["bias"], *stacks, v["residual"], seed, *scalars, call.hand[1]
         )

@@ -17,8 +17,8 @@ from benchmarks.gpu_check import hopper as gpu_check
 from benchmarks.gpu_check import hopper_launches, hopper_layers, steps
 from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper, select
-from reslora_kernels.cli.bench.timing import Samples, Subject
-from reslora_kernels.kernels import measured
+from reslora_kernels.bench.timing import Samples, Subject
+from reslora_kernels.tuning import measured
 
 from .calls import Call, draw, launched, run, truth
 

@@ -10,9 +10,10 @@ import torch
 from benchmarks.bytes_moved import split, traffic
 from benchmarks.shipped_launches import STANDARD, Call, record
 from reslora_kernels.backends import triton
-from reslora_kernels.kernels import launch, tiles
+from reslora_kernels.tuning import gpus, launch
+from reslora_kernels.tuning.forms import assume
 
-HOPPER = tiles.GENERATIONS["sm_90"]
+HOPPER = gpus.GENERATIONS["sm_90"]
 
 
 @pytest.mark.parametrize("form", ["one_pass", "two_pass"])
@@ -53,11 +54,11 @@ def test_recording_runs_nothing_when_told_so(device: torch.device) -> None:
     a, b = torch.ones(4, 32, device=device), torch.ones(8, 4, device=device)
     arguments = (x, weight, None, a, b, None, None, 1.0, 1.0, 0.0, 0, 0)
     forms = ("two_pass",)
-    with tiles.assume(tiles.gpu_of(device), forms), launch.recording() as executed:
+    with assume(gpus.gpu_of(device), forms), launch.recording() as executed:
         y, _, u = triton.forward(*arguments)
     assert y.unique().tolist() == [32 + 4 * 32]
     assert u.unique().tolist() == [32]
-    with tiles.assume(tiles.gpu_of(device), forms), launch.recording(execute=False) as planned:
+    with assume(gpus.gpu_of(device), forms), launch.recording(execute=False) as planned:
         triton.forward(*arguments)
     assert [entry.name for entry in planned] == [entry.name for entry in executed] == ["project", "augmented_matmul"]
     assert "BLOCK_M=" in str(planned[1])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from reslora_kernels.backends import select, triton
-from reslora_kernels.kernels import choice, measured, tiles
-from reslora_kernels.kernels.choice import choose
-from reslora_kernels.kernels.tiles import GENERATIONS, fits, matmul_tiles
+from reslora_kernels.tuning import forms, measured, tiles
+from reslora_kernels.tuning.forms import choose
+from reslora_kernels.tuning.gpus import GENERATIONS
+from reslora_kernels.tuning.tiles import fits, matmul_tiles
 
 BF16 = torch.bfloat16
 FORMS = ("one_pass", "two_pass", "library")
@@ -41,7 +42,7 @@ def test_the_cost_model_explains_itself() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_can_be_assumed(form: str) -> None:
     gpu = GENERATIONS["sm_80"]
-    with tiles.assume(gpu, (form,)):
+    with forms.assume(gpu, (form,)):
         assert choose(gpu, 4096, 4096, 4096, 16, BF16, "ieee", FORMS).form == form
         assert choose(gpu, 4096, 4096, 4096, 16, BF16, "ieee", ("two_pass",)).form == "two_pass"
 
@@ -55,9 +56,9 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     call = shape | {"microseconds": {"torch": 700.0, "triton": 900.0}}
     content = {"interpreter": {"matmuls": [matmul], "calls": [call]}}
     monkeypatch.setattr(measured, "table", lambda: content)
-    choice._choose.cache_clear()
+    forms._choose.cache_clear()
     yield
-    choice._choose.cache_clear()
+    forms._choose.cache_clear()
 
 
 def test_measured_rows_come_first(table: None) -> None:

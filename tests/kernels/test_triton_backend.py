@@ -11,10 +11,10 @@ from reslora_kernels import ResLoRAConfig, ResLoRALinear, link
 from reslora_kernels.backends import select, triton
 from reslora_kernels.backends import torch as plain
 from reslora_kernels.cli.verify import check_case
-from reslora_kernels.kernels import launch, tiles
 from reslora_kernels.kernels.project import project
 from reslora_kernels.ops import lora_linear
 from reslora_kernels.testing import GoldenCase, assert_close_to_truth, golden_cases
+from reslora_kernels.tuning import gpus, launch, tiles
 
 from .calls import Call, draw, run, truth
 
@@ -191,7 +191,7 @@ def test_projection_gives_the_norms_of_its_input_along(m: int, k: int, device: t
     """Squared norms of the rows of x, dropped elements counted: what merging needs, at no further read of x."""
     call = Call("", m, k, 8, 80, 80, BF16, FP32, p=0.5)
     values = draw(call, device, integers=True)
-    gpu = tiles.gpu_of(device)
+    gpu = gpus.gpu_of(device)
     tile = tiles.project_tile(gpu, m, k, 80, BF16)
     squares = torch.full((tile.parts(k), m), float("nan"), device=device)
     launches = project(

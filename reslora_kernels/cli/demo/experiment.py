@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from reslora_kernels.adapters import save_adapter
+from reslora_kernels.adapt.coverage import inspect
 from reslora_kernels.cli.demo import data
 from reslora_kernels.cli.demo.merges import (
     Merge,
@@ -37,7 +37,7 @@ from reslora_kernels.cli.demo.training import (
     steps_to_reach,
 )
 from reslora_kernels.config import Shortcut
-from reslora_kernels.coverage import inspect
+from reslora_kernels.files.save_load import save_adapter
 
 PRETRAINING, MEASURING, MERGING, SAMPLING = "pre-training", "step times", "merging, PEFT", "generating"
 

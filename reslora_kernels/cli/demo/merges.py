@@ -11,13 +11,13 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from reslora_kernels.adapt.record import record_of
 from reslora_kernels.cli.demo.training import evaluate, inputs
 from reslora_kernels.config import MergeMethod
-from reslora_kernels.merging import merge_reslora, unmerge_reslora
-from reslora_kernels.model import record_of
-from reslora_kernels.peft_export import export_peft
-from reslora_kernels.shortcuts import hands_on
-from reslora_kernels.statistics import Statistics, collect_statistics
+from reslora_kernels.files.peft_export import export_peft
+from reslora_kernels.layers.shortcuts import hands_on
+from reslora_kernels.merge.merging import merge_reslora, unmerge_reslora
+from reslora_kernels.merge.statistics import Statistics, collect_statistics
 
 EXACT = (None,)  # in place of a list of methods
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from reslora_kernels.adapt.apply import apply_reslora
 from reslora_kernels.cli.demo.settings import Settings
 from reslora_kernels.config import Shortcut
-from reslora_kernels.model import apply_reslora
 
 EVALUATION_BATCH = 16  # sequences in one forward
 

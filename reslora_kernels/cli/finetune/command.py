@@ -8,15 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from reslora_kernels.adapt.apply import apply_reslora
+from reslora_kernels.adapt.coverage import inspect
 from reslora_kernels.cli.calibration import check_fits
 from reslora_kernels.cli.finetune import results
 from reslora_kernels.cli.finetune.preparation import prepare
-from reslora_kernels.cli.loading import (
-    load_model,
-    require,
-    torch_device,
-    torch_dtype,
-)
+from reslora_kernels.cli.loading import load_model, require, torch_device, torch_dtype
 from reslora_kernels.cli.options import (
     DEFAULTS,
     Backend,
@@ -40,8 +37,6 @@ from reslora_kernels.cli.options import (
 )
 from reslora_kernels.cli.output import check_writable
 from reslora_kernels.cli.tokenization import pad_token
-from reslora_kernels.coverage import inspect
-from reslora_kernels.model import apply_reslora
 
 
 def finetune(

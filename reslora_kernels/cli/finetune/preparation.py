@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from reslora_kernels.adapt.targets import find_targets
 from reslora_kernels.cli.examples import Chat, read_examples
 from reslora_kernels.cli.loading import load_model_config, load_tokenizer, model_without_weights
 from reslora_kernels.cli.tokenization import PLAIN_CHAT_TEMPLATE, Encoded, Row, encode, max_length_for
 from reslora_kernels.config import ResLoRAConfig
-from reslora_kernels.targets import find_targets
 
 
 @dataclass(frozen=True)

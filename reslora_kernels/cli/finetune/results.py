@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reslora_kernels.adapters import save_adapter
+from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.cli.calibration import as_batches, needs_data, on_device
 from reslora_kernels.cli.loading import save_merged
 from reslora_kernels.cli.output import whole_folder
 from reslora_kernels.cli.tokenization import Row
 from reslora_kernels.config import ResLoRAConfig
-from reslora_kernels.merging import merge_reslora
-from reslora_kernels.model import adapted_layers
-from reslora_kernels.peft_export import export_peft
+from reslora_kernels.files.peft_export import export_peft
+from reslora_kernels.files.save_load import save_adapter
+from reslora_kernels.merge.merging import merge_reslora
 
 
 def save_trained(model: Any, tokenizer: Any, folder: Path | None) -> None:

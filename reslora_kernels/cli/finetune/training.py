@@ -18,8 +18,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from reslora_kernels._version import __version__
-from reslora_kernels.adapter_files import CONFIG_NAME, write_durably
 from reslora_kernels.cli.tokenization import Row, collate
+from reslora_kernels.files.adapter_format import CONFIG_NAME, write_durably
 from reslora_kernels.training import AdapterCheckpoints
 
 RECORD_NAME = "finetune.json"

@@ -1,0 +1,137 @@
+"""apply_reslora: freeze a model, swap its linear layers, link them in the order in which they execute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..backends import select
+from ..config import ResLoRAConfig
+from ..dtensors import refuse_sharded
+from ..layers.linear import ResLoRALinear
+from ..layers.quantized_linear import QuantizedResLoRALinear
+from ..quantizers import quantizer_of
+from .linking import _RecordFirstForward, build_chains, dry_run_chains
+from .record import Record, checked_name
+from .state_dicts import _RefusePartial
+from .targets import find_targets, matches
+
+
+def apply_reslora(
+    model: nn.Module,
+    config: ResLoRAConfig,
+    *,
+    example_inputs: Any = None,
+    autocast_adapter_dtype: bool = True,
+    adapter_name: str = "default",
+) -> nn.Module:
+    """Adapt ``model`` in place: freeze it, swap every targeted ``nn.Linear`` for a ``ResLoRALinear``, link the chains.
+
+    A chain holds the layers of one role (last non-numeric component of the module's name), equal ``in_features``,
+    ``out_features`` and rank and the same tokens, in the order in which they execute. The order is read off a dry run
+    with ``example_inputs``; without them, off small inputs derived from the config of a Transformers model or a
+    diffusers UNet; for any other model off the first real forward, which then runs once more before it.
+
+    Args:
+        model: any module; it is changed and returned.
+        config: what to adapt and how.
+        example_inputs: a dict of keyword arguments, a tuple or list of positional ones, or one tensor.
+        autocast_adapter_dtype: keep adapters in float32 when the weights are float16 or bfloat16, as PEFT does.
+        adapter_name: what to call the adapter where the model gets more than one (``add_adapter``).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: nothing matches, a match is no plain ``nn.Linear``, or the model is adapted or sharded over
+            processes already. The message lists the candidates.
+        RuntimeError: ``config.backend`` cannot run on this machine. In every case the model is left as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, ResLoRAConfig):
+        raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
+    if not isinstance(autocast_adapter_dtype, bool):
+        raise TypeError(f"autocast_adapter_dtype must be True or False, got {autocast_adapter_dtype!r}")
+    refuse_sharded(model, "adapted", "call apply_reslora first, then shard_reslora")
+    checked_name(adapter_name)
+    select.check(config.backend)
+    targets = find_targets(model, config)
+    record = Record(config, targets.unmatched, adapter_name)
+    chains = dry_run_chains(model, targets.matched, example_inputs, record)
+    adapt(model, targets.matched, record, chains, autocast_adapter_dtype)
+    return model
+
+
+def adapt(
+    model: nn.Module,
+    targets: Mapping[str, nn.Linear],
+    record: Record,
+    chains: Iterable[tuple[str, Sequence[str]]] | None,
+    autocast_adapter_dtype: bool,
+    init_values: bool = True,
+) -> None:
+    """Swap ``targets``, freeze the rest, link ``chains`` (name, layer names); None reads them off the first forward."""
+    _swap(model, targets, record.config, autocast_adapter_dtype, init_values)
+    first = "_reslora" not in model.__dict__
+    model.__dict__["_reslora"] = record
+    if first:
+        complete = _RefusePartial()
+        model.register_load_state_dict_pre_hook(complete.before)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_post_hook(complete.after)  # type: ignore[no-untyped-call]
+    if chains is None:
+        model.register_forward_pre_hook(_RecordFirstForward(), with_kwargs=True, prepend=True)
+    else:
+        build_chains(model, chains)
+
+
+def _swap(
+    model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAConfig, autocast: bool, init_values: bool
+) -> None:
+    """Replace the targets wherever they are registered; nothing is changed if building a layer fails."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        new = {
+            id(linear): _kind_of(linear).from_linear(
+                linear,
+                config.for_module(name),
+                None if autocast or not linear.weight.is_floating_point() else linear.weight.dtype,
+                init_values=init_values,
+            )
+            for name, linear in targets.items()
+        }
+    except Exception:
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        raise
+    replace_modules(model, new)
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if config.modules_to_save and matches(name, config.modules_to_save):
+            module.requires_grad_(True)
+    for layer in new.values():
+        for name, parameter in layer.adapter_parameters().items():
+            parameter.requires_grad_(name.startswith("lora_"))
+        if layer.bias is not None and config.bias == "lora_only":
+            layer.bias.requires_grad_(True)
+    if config.bias == "all":
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.requires_grad_(True)
+
+
+def _kind_of(linear: nn.Linear) -> type[ResLoRALinear]:
+    return ResLoRALinear if quantizer_of(linear) is None else QuantizedResLoRALinear
+
+
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put ``new`` in the place of the modules with these ids, wherever they are registered."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in new:
+                parent._modules[name] = new[id(child)]
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    parent.activation_relu_or_gelu = 0  # no fused inference: it reads linear1.weight past the adapter

@@ -1,0 +1,94 @@
+"""What a model remembers of its adaptation, and how the rest of the package finds it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..config import ResLoRAConfig
+from ..layers.chain import Chain
+from ..layers.linear import ResLoRALinear
+from ..layers.shared_input import SharedInput
+
+
+@dataclass
+class Record:
+    """What a model remembers of its adaptation; hangs on the adapted root as ``_reslora``."""
+
+    config: ResLoRAConfig
+    unmatched: tuple[tuple[str, str], ...]
+    name: str = "default"
+    order: str = "not recorded yet"
+    note: str = ""
+    chains: list[Chain[ResLoRALinear]] = field(default_factory=list)
+    same_input: list[list[str]] = field(default_factory=list)  # names of layers that read one tensor
+    groups: list[SharedInput] = field(default_factory=list)  # the same, as layers, where they share their projection
+    restarts: int = 0  # how often restart_reslora has changed the weights for good
+    merged: Any = None  # what merge_reslora did, while it is in force
+    hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes
+    others: dict[str, SetAside] = field(default_factory=dict)  # the model's other adapters
+
+    def put_in_force(self, active: bool) -> None:
+        """Let the hooks of this adapter open forward passes, or not."""
+        for chain in self.chains:
+            chain.active = active
+        for group in self.groups:
+            group.active = active
+
+
+@dataclass
+class SetAside:
+    """An adapter that is not in its model now."""
+
+    record: Record
+    layers: dict[str, ResLoRALinear]
+
+
+def checked_name(adapter_name: str) -> str:
+    """The name of an adapter; TypeError or ValueError if it cannot be one."""
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name must be a str, got {adapter_name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_\-]+", adapter_name):
+        raise ValueError(f"adapter_name must be letters, digits, '_' and '-', got {adapter_name!r}")
+    return adapter_name
+
+
+def adapted_layers(model: nn.Module) -> dict[str, ResLoRALinear]:
+    """The adapted layers by name, in registration order; wrappers' prefixes (DDP, torch.compile) are left off."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    layers = {name: m for name, m in root_of(model).named_modules() if isinstance(m, ResLoRALinear)}
+    return {name.replace("_orig_mod.", ""): layer for name, layer in layers.items()}
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The module that apply_reslora was given, which may sit inside a wrapper such as DDP.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module.__dict__.get("_reslora"), Record):
+            return module
+    raise ValueError(
+        "model has no ResLoRA adapters: call apply_reslora(model, config) or load_adapter(model, path) first"
+    )
+
+
+def record_of(model: nn.Module) -> Record:
+    """The record of an adapted model; ValueError if it is not adapted."""
+    record: Record = root_of(model).__dict__["_reslora"]
+    return record
+
+
+def refuse_restarted(model: nn.Module) -> None:
+    """Raise a ValueError if the frozen weights are no longer those of the base model."""
+    if record_of(model).restarts:
+        raise ValueError(
+            "model was restarted (restart_reslora): its weights hold updates that an adapter alone would lose. "
+            "Save the whole model, with save_pretrained or state_dict"
+        )

@@ -1,0 +1,169 @@
+"""Which linear layers a configuration means, with PEFT's matching rules, and why each other one is left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..config import ALL_LINEAR, ResLoRAConfig, pattern_matches
+from ..layers.linear import ResLoRALinear
+from ..quantizers import quantizer_of
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The layers to adapt by name, in registration order, and every other linear layer with the reason."""
+
+    matched: Mapping[str, nn.Linear]
+    unmatched: tuple[tuple[str, str], ...]
+
+
+def role_of(name: str) -> str:
+    """The last component of a module's name that is not a number: what the layer is for ("q_proj")."""
+    words = [part for part in name.split(".") if not part.isdecimal()]
+    return words[-1] if words else name
+
+
+def stack_of(name: str) -> str | None:
+    """Whether a module's name says that it is part of an "encoder" or of a "decoder"; None where it says neither."""
+    return next((part for part in name.split(".") if part in ("encoder", "decoder")), None)
+
+
+def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
+    """Match ``config`` against the model's modules.
+
+    Raises:
+        ValueError: nothing matches, a matched module is not a plain ``nn.Linear``, an entry of ``rank_pattern`` or
+            ``alpha_pattern`` matches none of those found, one of ``modules_to_save`` no module, or the model is adapted
+            already.
+    """
+    _refuse_adapted(model)
+    head = _output_head(model)
+    matched: dict[str, nn.Linear] = {}
+    unmatched: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        reason = _left_out(name, module, config, head)
+        if reason is None:
+            if type(module) is not nn.Linear and quantizer_of(module) is None:
+                raise ValueError(
+                    f"target_modules {config.target_modules!r} matches {name!r}, a {type(module).__name__}; "
+                    f"only torch.nn.Linear can be adapted{_instead(module)}"
+                )
+            assert isinstance(module, nn.Linear)
+            matched[name] = module
+        elif isinstance(module, nn.Linear):
+            unmatched.append((name, reason))
+    if not matched:
+        raise ValueError(_nothing_matched(model, config))
+    for ending in config.modules_to_save or ():
+        if not any(matches(name, [ending]) for name, _ in model.named_modules()):
+            raise ValueError(f"modules_to_save: {ending!r} matches no module of the model")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(pattern_matches(key, name) for name in matched):
+                raise ValueError(f"{field} key {key!r} matches no adapted layer; they are {', '.join(matched)}")
+    return Targets(matched, tuple(unmatched))
+
+
+def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Module | None) -> str | None:
+    """Why the module is not adapted; None when it is."""
+    if not name:
+        return "the model itself, which has no parent to swap it in"
+    if config.modules_to_save and any(matches(module, config.modules_to_save) for module in _with_parents(name)):
+        return "in modules_to_save: trained whole"
+    if config.exclude_modules and matches(name, config.exclude_modules):
+        return "in exclude_modules"
+    if config.target_modules == ALL_LINEAR:
+        if not isinstance(module, nn.Linear):
+            return "not a linear layer"
+        if type(module) is not nn.Linear and quantizer_of(module) is None:
+            return f"a {type(module).__name__}, not a plain torch.nn.Linear"
+        if module is head:
+            return "the model's output head, which 'all-linear' leaves out"
+    elif not matches(name, config.target_modules):
+        return "not in target_modules"
+    if config.layers_to_transform is not None:
+        index = next((int(part) for part in name.split(".")[:-1] if part.isdecimal()), None)
+        assert not isinstance(config.layers_to_transform, int)  # the config stores a tuple
+        if index not in config.layers_to_transform:
+            return f"layer index {index} is not in layers_to_transform"
+    return None
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _instead(module: nn.Module) -> str:
+    """What to do about a module of a kind that is known and not adapted."""
+    if type(module).__name__ == "Conv1D":
+        return ". A Conv1D (GPT-2) holds its weight transposed: replace it by an nn.Linear with weight.T first"
+    if isinstance(module, nn.Embedding):
+        return ". An embedding can be trained whole: name it in modules_to_save"
+    return ""
+
+
+def matches(name: str, wanted: str | Sequence[str]) -> bool:
+    """Whether a module is meant: by its whole name or the ending of it; a str is a regular expression for the whole."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == ending or name.endswith("." + ending) for ending in wanted)
+
+
+def endings_of(root: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """``target_modules`` that mean the modules ``names`` and no others.
+
+    Last name components, as people write them, where they do; full names elsewhere; one regular expression where even a
+    full name is the ending of another module's.
+    """
+    every = [name for name, _ in root.named_modules()]
+    wanted, chosen = set(names), set()
+
+    def means_others(ending: str) -> bool:
+        return any(other == ending or other.endswith("." + ending) for other in every if other not in wanted)
+
+    for name in names:
+        ending = name.rpartition(".")[2]
+        chosen.add(name if means_others(ending) or ending.isdecimal() else ending)
+    if any(means_others(name) for name in chosen):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return sorted(chosen)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The language-model head as Transformers names it; None for other models."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, ResLoRALinear):
+            raise ValueError(f"model is already adapted: {name!r} is a ResLoRALinear")
+    for name, _ in model.named_parameters():
+        if "lora_" in name:
+            raise ValueError(f"model already holds LoRA parameters ({name!r}); merge or unload them first")
+
+
+def _nothing_matched(model: nn.Module, config: ResLoRAConfig) -> str:
+    if isinstance(model, nn.Linear):
+        return "model is itself a linear layer and has no parent to swap it in: use ResLoRALinear.from_linear"
+    roles: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            roles.setdefault(role_of(name), []).append(name)
+    asked = f"target_modules={config.target_modules!r}"
+    if config.exclude_modules:
+        asked += f", exclude_modules={config.exclude_modules!r}"
+    if config.layers_to_transform is not None:
+        asked += f", layers_to_transform={config.layers_to_transform!r}"
+    transposed = next((_instead(module) for module in model.modules() if type(module).__name__ == "Conv1D"), "")
+    if not roles:
+        return f"{asked} matches nothing: the model has no torch.nn.Linear{transposed}"
+    listed = "; ".join(f"{role} ({len(names)}x, e.g. {names[0]!r})" for role, names in sorted(roles.items()))
+    return f"{asked} matches no linear layer of the model; candidates: {listed}{transposed}"

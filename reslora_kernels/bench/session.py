@@ -1,0 +1,127 @@
+"""One run of the command: sets in order, results written after every case, whatever ends the run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+
+from reslora_kernels.bench import results, timing
+from reslora_kernels.bench.cases import SETS, Case
+from reslora_kernels.bench.clocks import DeviceLostError, clock_of, one_line
+from reslora_kernels.bench.model_cases import MODEL_SETS, ModelCase
+from reslora_kernels.bench.models import run_model
+from reslora_kernels.bench.progress import show_bar
+from reslora_kernels.bench.providers import Provider
+from reslora_kernels.bench.roofline import measure_rates
+from reslora_kernels.bench.suite import Bench, run_case
+from reslora_kernels.bench.tables import show_result
+
+QUICK_SECONDS, QUICK_ROUNDS = 2.5, 25
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``seconds`` and ``rounds`` bound one case, ``budget_seconds`` the whole run; sets in the order of importance."""
+
+    sets: tuple[str, ...]
+    quick: bool = False
+    rounds: int = 200
+    seconds: float = 5.0
+    budget_seconds: float | None = None
+
+    def plan(self) -> timing.Plan:
+        if self.quick:
+            return timing.Plan(most=min(self.rounds, QUICK_ROUNDS), least=5, seconds=min(self.seconds, QUICK_SECONDS))
+        return timing.Plan(most=self.rounds, least=min(10, self.rounds), seconds=self.seconds)
+
+    def tasks(self, gpu: bool) -> list[tuple[str, Case | ModelCase]]:
+        """What to measure, set by set, but for cases that an earlier one covers.
+
+        Raises:
+            ValueError: there is no such set.
+        """
+        tasks: list[tuple[str, Case | ModelCase]] = []
+        for name in self.sets:
+            if name in MODEL_SETS:
+                tasks += [(name, case) for case in MODEL_SETS[name](gpu, self.quick)]
+            elif name in SETS:
+                done = [case for _, case in tasks if isinstance(case, Case)]
+                tasks += [(name, case) for case in SETS[name](gpu) if not any(one.covers(case) for one in done)]
+            else:
+                raise ValueError(f"unknown set {name!r}; the sets are {', '.join([*SETS, *MODEL_SETS])}")
+        return tasks
+
+
+def run_session(
+    settings: Settings,
+    providers: Sequence[Provider],
+    device: torch.device,
+    folder: Path,
+    name: str | None,
+    console: Console,
+    progress: Console,
+) -> results.Result:
+    """Measure, write as it goes, print a table.
+
+    Raises:
+        RuntimeError: the GPU was lost; what was measured before is in the file, which the message names.
+    """
+    started = time.monotonic()
+    result = results.new_result(device, asdict(settings))
+    result.providers = {provider.name: provider.about for provider in providers}
+    path = folder / name if name is not None else results.default_path(result, folder)
+    try:
+        _measure(settings, providers, device, result, path, progress, started)
+    except KeyboardInterrupt:
+        result.stopped = "interrupted"
+        raise typer.Exit(130) from None
+    except Exception as error:  # raised again: what was measured is written first, and says why it stopped
+        result.stopped = one_line(error)
+        if isinstance(error, DeviceLostError):
+            kept = len(result.measurements) + len(result.models)
+            raise RuntimeError(f"{error}; the {kept} results before that are in {path}") from None
+        raise
+    finally:
+        result.seconds = round(time.monotonic() - started, 1)
+        result.write(path)
+        show_result(result, console)
+        console.print(f"Written: {path} and {path.with_suffix('.csv').name}", soft_wrap=True, highlight=False)
+    return result
+
+
+def _measure(
+    settings: Settings,
+    providers: Sequence[Provider],
+    device: torch.device,
+    result: results.Result,
+    path: Path,
+    progress: Console,
+    started: float,
+) -> None:
+    deadline = started + settings.budget_seconds if settings.budget_seconds is not None else math.inf
+    tasks = settings.tasks(device.type == "cuda")
+    with show_bar(len(tasks), progress) as bar:
+        bar.begin("this machine's rates")
+        dtypes = sorted({case.dtype for _, case in tasks if isinstance(case, Case)})
+        rates = measure_rates(dtypes, device, clock_of(device))
+        result.rates = asdict(rates)
+        bench = Bench.on(device, settings.plan(), rates, deadline)
+        for set_name, case in tasks:
+            if time.monotonic() >= deadline:
+                result.stopped = f"budget of {settings.budget_seconds:g} s used up"
+                return
+            bar.begin(f"{set_name} {case}")
+            if isinstance(case, Case):
+                result.measurements += run_case(bench, set_name, case, providers, bar.note)
+            else:
+                result.models += run_model(bench, case, bar.note)
+            result.seconds = round(time.monotonic() - started, 1)
+            result.write(path)
+            bar.advance()

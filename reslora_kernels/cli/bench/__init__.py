@@ -1,9 +1,0 @@
-"""``reslora bench``: speed, memory and accuracy of the layers and of whole models against every peer.
-
-It ships with the package, so that a user of a wheel measures on their own machine what these kernels bring them. What
-needs a clone of the repository stays in its ``benchmarks/``: pytest entries, the check of a GPU, tables, results.
-"""
-
-from reslora_kernels.cli.bench.command import application
-
-__all__ = ["application"]

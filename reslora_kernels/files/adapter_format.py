@@ -1,0 +1,260 @@
+"""The two files of a saved adapter: JSON and safetensors, written so that a crash loses nothing, read with suspicion.
+
+A folder holds ``reslora_model.safetensors`` and ``reslora_config.json``; the config holds the weights' SHA-256, so the
+two cannot be mixed up. Saving over an older adapter commits with one rename, that of the config: until it happens the
+old pair is in place, and from then on the new weights are found under their final or their temporary name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._version import __version__
+from ..config import ResLoRAConfig
+from ..layers.linear import ADAPTER_PARAMETERS
+
+CONFIG_NAME = "reslora_config.json"
+WEIGHTS_NAME = "reslora_model.safetensors"
+_PENDING_NAME = "reslora_model.pending.safetensors"
+_FORMAT_VERSION = 1
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+Chains = list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter read from disk and checked for itself, not yet against a model."""
+
+    config: ResLoRAConfig
+    chains: Chains | None
+    same_input: list[list[str]]
+    trained: list[str]
+    tensors: dict[str, Tensor]
+
+    @property
+    def layers(self) -> set[str]:
+        return {key.rpartition(".")[0] for key in self.tensors.keys() - set(self.trained)}
+
+    def unwrapped(self) -> SavedAdapter:
+        """Without the prefix that DDP puts before every name."""
+        plain = {name: name.removeprefix("module.") for name in (*self.tensors, *self.trained, *self.layers)}
+        return SavedAdapter(
+            self.config,
+            self.chains and [(title, [name.removeprefix("module.") for name in names]) for title, names in self.chains],
+            [[name.removeprefix("module.") for name in names] for names in self.same_input],
+            [plain[name] for name in self.trained],
+            _renamed({plain[key]: tensor for key, tensor in self.tensors.items()}, len(self.tensors)),
+        )
+
+
+def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files; ``config`` lacks only what describes the files. A crash leaves the old pair or the new one."""
+    from safetensors.torch import save
+
+    weights = save(dict(tensors), metadata={"format": "pt"})
+    about = {
+        "format": "reslora",
+        "format_version": _FORMAT_VERSION,
+        "reslora_version": __version__,
+        **config,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _finish_killed_save(folder)
+    write_durably(folder / _PENDING_NAME, weights)
+    temporary = folder / f".{CONFIG_NAME}.tmp"
+    write_durably(temporary, (json.dumps(about, indent=2) + "\n").encode())
+    sync_folder(folder)
+    os.replace(temporary, folder / CONFIG_NAME)  # the commit
+    os.replace(folder / _PENDING_NAME, folder / WEIGHTS_NAME)
+    sync_folder(folder)
+
+
+def _finish_killed_save(folder: Path) -> None:
+    """Weights that a save killed after its commit left under their temporary name get their final one."""
+    pending, config = folder / _PENDING_NAME, folder / CONFIG_NAME
+    if not (pending.exists() and config.exists()):
+        return
+    if hashlib.sha256(pending.read_bytes()).hexdigest().encode() in config.read_bytes():
+        os.replace(pending, folder / WEIGHTS_NAME)
+        sync_folder(folder)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the folder's renames are on the disk (where the system can do that for folders)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def compiled(key: str) -> str:
+    """A parameter's name without the prefix of torch.compile."""
+    return key.replace("_orig_mod.", "")
+
+
+def checked_folder(path: str | os.PathLike[str]) -> Path:
+    """``path`` as a Path; TypeError if it is none, NotADirectoryError if it is a file."""
+    if not isinstance(path, (str, os.PathLike)) or isinstance(path, bytes):
+        raise TypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"path must be a folder, got the file {str(folder)!r}")
+    return folder
+
+
+def read_config(path: str | os.PathLike[str]) -> ResLoRAConfig:
+    """The configuration of a saved adapter; errors as for ``load_adapter``. Reads no weights."""
+    return _read_config(_config_file(checked_folder(path)))[0]
+
+
+def read(folder: Path) -> SavedAdapter:
+    config, chains, same_input, trained, sha256 = _read_config(_config_file(folder))
+    tensors = parsed_tensors(_find_weights(folder, sha256), WEIGHTS_NAME)
+    tensors = _renamed({compiled(key): tensor for key, tensor in tensors.items()}, len(tensors))
+    for key in tensors:
+        if key not in trained and key.rpartition(".")[2] not in ADAPTER_PARAMETERS:
+            allowed = ", ".join(f".{name}" for name in ADAPTER_PARAMETERS)
+            raise ValueError(f"{WEIGHTS_NAME}: unexpected tensor {key!r}; adapters end in {allowed}")
+    return SavedAdapter(config, chains, same_input, trained, tensors)
+
+
+def _config_file(folder: Path) -> Path:
+    if not (folder / CONFIG_NAME).exists():
+        raise FileNotFoundError(f"path {str(folder)!r} holds no {CONFIG_NAME}: it is not a ResLoRA adapter")
+    return regular(folder / CONFIG_NAME)
+
+
+def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[list[str]], list[str], str]:
+    where = path.name
+    values = parsed_json(path.read_bytes(), f"{where} is not valid JSON")
+    if not isinstance(values, dict) or values.get("format") != "reslora":
+        raise ValueError(f"{where} is not the config of a ResLoRA adapter (its \"format\" must be 'reslora')")
+    if values.get("format_version") != _FORMAT_VERSION:
+        raise ValueError(f"{where}: format_version must be {_FORMAT_VERSION}, got {values.get('format_version')!r}")
+    expected = {
+        "format", "format_version", "reslora_version", "config", "chains", "same_input", "trained_parameters",
+        "base_model_name_or_path", "weights_sha256",
+    }  # fmt: skip
+    values.setdefault("same_input", [])  # files of earlier versions lack it
+    if values.keys() != expected:
+        raise ValueError(f"{where} must have exactly the keys {sorted(expected)}, got {sorted(values)}")
+    if not isinstance(values["config"], dict):
+        raise ValueError(f"{where}: config must be an object, got {values['config']!r}")
+    try:
+        config = ResLoRAConfig.from_dict(values["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    trained, chains = values["trained_parameters"], values["chains"]
+    if not _is_names(trained):
+        raise ValueError(f"{where}: trained_parameters must be a list of names, got {trained!r}")
+    if chains is not None:
+        if not isinstance(chains, list) or not all(
+            isinstance(chain, dict)
+            and chain.keys() == {"name", "layers"}
+            and isinstance(chain["name"], str)
+            and _is_names(chain["layers"])
+            and chain["layers"]
+            for chain in chains
+        ):
+            raise ValueError(f'{where}: chains must be a list of {{"name": str, "layers": [names]}}, got {chains!r}')
+        chains = [(chain["name"], [compiled(name) for name in chain["layers"]]) for chain in chains]
+    same_input = values["same_input"]
+    if not isinstance(same_input, list) or not all(_is_names(names) for names in same_input):
+        raise ValueError(f"{where}: same_input must be a list of lists of names, got {same_input!r}")
+    same_input = [[compiled(name) for name in names] for names in same_input]
+    if not isinstance(values["weights_sha256"], str):
+        raise ValueError(f"{where}: weights_sha256 must be a hexadecimal str, got {values['weights_sha256']!r}")
+    return config, chains, same_input, [compiled(name) for name in trained], values["weights_sha256"]
+
+
+def _find_weights(folder: Path, sha256: str) -> bytes:
+    """The weights that the config belongs to: under their final name, or where a killed save left them."""
+    for name in (WEIGHTS_NAME, _PENDING_NAME):
+        if (folder / name).exists():
+            content = regular(folder / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return content
+    if not (folder / WEIGHTS_NAME).exists():
+        raise FileNotFoundError(f"path {str(folder)!r} holds {CONFIG_NAME} but no {WEIGHTS_NAME}")
+    raise ValueError(f"{WEIGHTS_NAME} does not have the SHA-256 that {CONFIG_NAME} states: it is damaged or another's")
+
+
+def regular(path: Path) -> Path:
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path.name} must be a regular file, not a link or a device")
+    return path
+
+
+def parsed_json(content: bytes, complaint: str) -> Any:
+    """The value that JSON text stands for; ValueError, with ``complaint`` first, if it is none or names a key twice."""
+    try:
+        return json.loads(content, object_pairs_hook=_unique_keys)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{complaint}: {error}") from None
+
+
+def parsed_tensors(weights: bytes, file: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError, which names ``file``, if it is damaged or one is not finite."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    _check_header(weights, file)
+    try:
+        tensors: dict[str, Tensor] = load(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: tensor {key!r} holds NaN or Inf")
+    return tensors
+
+
+def _check_header(weights: bytes, file: str) -> None:
+    """Refuse a header that names a tensor twice or a dtype no adapter has; the rest is the library's to check."""
+    length = int.from_bytes(weights[:8], "little")
+    header = parsed_json(weights[8 : 8 + length], f"{file} is damaged: its header is not valid JSON")
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is damaged: its header must be an object, got {header!r:.80}")
+    for key, about in header.items():
+        dtype = about.get("dtype") if isinstance(about, dict) else None
+        if key != "__metadata__" and dtype not in _DTYPES:
+            raise ValueError(f"{file}: tensor {key!r} must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+
+
+def _renamed(tensors: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    if len(tensors) != count:
+        raise ValueError(f"{WEIGHTS_NAME}: two tensors differ in name by a wrapper's prefix only")
+    return tensors
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return values
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)

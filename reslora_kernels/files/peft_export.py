@@ -1,0 +1,183 @@
+"""export_peft: the merged result as a PEFT LoRA adapter, which PEFT, Transformers and inference servers load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt.record import adapted_layers, record_of, refuse_restarted, root_of
+from ..adapt.targets import endings_of
+from ..config import MergeMethod
+from ..dtensors import gathered, mesh_of, one_writer, reshard
+from ..layers.linear import ADAPTER_PARAMETERS
+from ..merge.closed_form import LowRankUpdate
+from ..merge.merging import compute_updates
+from ..merge.statistics import Statistics
+from .adapter_format import checked_folder, sync_folder, write_durably
+
+PREFIX = "base_model.model."
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written. ``max_lora_rank`` is what a server must be started with at least."""
+
+    path: Path
+    ranks: Mapping[str, int]
+    max_lora_rank: int
+    relative_error: float | None
+
+    def __str__(self) -> str:
+        error = "" if self.relative_error is None else f", largest relative error of a layer {self.relative_error:.2e}"
+        return (
+            f"PEFT LoRA adapter for {len(self.ranks)} modules in {self.path}{error}\n"
+            f"max_lora_rank a server needs: {self.max_lora_rank}"
+        )
+
+
+def export_peft(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    method: MergeMethod | None = None,
+    *,
+    statistics: Statistics | None = None,
+    calibration: Iterable[Any] | None = None,
+    sequential: bool = False,
+    joint_steps: int = 0,
+    extra_rank: int = 0,
+    regularization: float = 1e-6,
+    pattern: bool = False,
+) -> ExportReport:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``: A and B per module, the scaling folded into B.
+
+    Every module gets the same rank, padded with zeros, and ``lora_alpha = r``: some servers mis-scale per-module
+    patterns. A model that is merged exports that merge; else the arguments say how, as for ``merge_reslora``, and the
+    model is left unmerged. Trained biases travel as PEFT's ``bias="all"``, other modules as ``modules_to_save``. With a
+    model that was merged and then sharded by ``fully_shard`` all processes call this; the first writes.
+
+    Args:
+        path: folder; made if need be.
+        pattern: give every module its exact rank through ``rank_pattern`` and ``alpha_pattern`` instead.
+
+    Returns:
+        the ranks, and the ``max_lora_rank`` that a server needs.
+
+    Raises:
+        TypeError, ValueError: as ``merge_reslora``; or merge arguments for a model that is merged already; or a trained
+            parameter that a PEFT adapter cannot hold. Nothing is written then.
+    """
+    layers = adapted_layers(model)
+    refuse_restarted(model)
+    folder = checked_folder(path)
+    if not isinstance(pattern, bool):
+        raise TypeError(f"pattern must be True or False, got {pattern!r}")
+    merged = record_of(model).merged
+    if merged is not None:
+        if method is not None or statistics is not None or calibration is not None or sequential or joint_steps:
+            raise ValueError(
+                "model is merged already and exports that merge: give no method, statistics, calibration, sequential "
+                "or joint_steps"
+            )
+        updates: dict[str, LowRankUpdate] = merged.updates
+    else:
+        updates = compute_updates(
+            model, method,
+            statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
+            extra_rank=extra_rank, regularization=regularization,
+        )  # fmt: skip
+    ranks = {name: update.rank for name, update in updates.items()}
+    rank = max(ranks.values())
+    tensors: dict[str, Tensor] = {}
+    for name, update in updates.items():
+        dtype = layers[name].lora_A.dtype
+        padding = 0 if pattern else rank - update.rank
+        a = nn.functional.pad(update.a, (0, 0, 0, padding))
+        b = nn.functional.pad(update.b * update.scaling, (0, padding))
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
+        if layers[name].lora_magnitude_vector is not None:  # PEFT divides by its own norm of W + ΔW
+            layer = layers[name]
+            weight = layer.with_update(update.delta()) if merged is None else layer.dense_weight(torch.float32)
+            lengths = torch.linalg.vector_norm(weight, dim=1)
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = lengths.to("cpu", dtype)
+        if not (torch.isfinite(tensors[f"{PREFIX}{name}.lora_A.weight"]).all() and torch.isfinite(b).all()):
+            raise ValueError(f"layer {name!r}: the update holds NaN or Inf; nothing was written")
+    reshard(model)
+    biases, modules, others = _other_trained(root_of(model), layers)
+    extra, _ = gathered(others)
+    config = _peft_config(root_of(model), list(layers), rank, biases, modules)
+    config["use_dora"] = record_of(model).config.use_dora
+    if pattern:
+        config["rank_pattern"] = {name: r for name, r in ranks.items() if r != rank}
+        config["alpha_pattern"] = dict(config["rank_pattern"])
+    with one_writer(mesh_of(model)) as writes:
+        if writes:
+            _write(folder, tensors | extra, config)
+    errors = [update.relative_error for update in updates.values() if update.relative_error is not None]
+    return ExportReport(folder, ranks, rank, max(errors, default=None))
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, content in (
+        ("adapter_model.safetensors", save(tensors, metadata={"format": "pt"})),
+        ("adapter_config.json", (json.dumps(config, indent=2) + "\n").encode()),
+    ):
+        write_durably(folder / f".{file}.tmp", content)
+        os.replace(folder / f".{file}.tmp", folder / file)
+    sync_folder(folder)
+
+
+def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, modules: list[str]) -> dict[str, Any]:
+    base = getattr(root, "config", None)
+    task = next((task for ending, task in _TASKS.items() if type(root).__name__.endswith(ending)), None)
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "bias": "all" if biases else "none",
+        "target_modules": endings_of(root, names),
+        "modules_to_save": modules or None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _other_trained(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[bool, list[str], dict[str, Tensor]]:
+    """Trained parameters beside the adapters: (any biases, modules saved whole, their tensors under PEFT's keys)."""
+    trained = {
+        name: parameter
+        for name, parameter in root.named_parameters()
+        if parameter.requires_grad and name.rpartition(".")[2] not in ADAPTER_PARAMETERS
+    }
+    modules = sorted({name.rpartition(".")[0] for name in trained if not name.endswith("bias")})
+    tensors: dict[str, Tensor] = {}
+    for module in modules:
+        frozen = [
+            name for name, parameter in root.get_submodule(module).named_parameters() if not parameter.requires_grad
+        ]
+        if frozen or module in layers:
+            raise ValueError(f"a PEFT adapter saves whole modules, but of trained {module!r} {frozen[:3]} is frozen")
+    biases = False
+    for name, parameter in trained.items():
+        owner, _, leaf = name.rpartition(".")
+        key = name
+        if not any(owner == module or owner.startswith(module + ".") for module in modules):
+            biases, key = True, f"{owner}.base_layer.{leaf}" if owner in layers else name
+        tensors[PREFIX + key] = parameter
+    return biases, modules, tensors

@@ -1,0 +1,153 @@
+"""load_peft_adapter: go on from a LoRA adapter that PEFT trained."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt.apply import apply_reslora
+from ..adapt.record import adapted_layers
+from ..adapt.targets import endings_of
+from ..config import ResLoRAConfig, Shortcut, pattern_matches
+from .adapter_format import checked_folder, parsed_json, parsed_tensors, regular
+from .peft_export import PREFIX
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model's weights
+_OTHER_METHODS = ("lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
+
+
+def load_peft_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    shortcut: Shortcut = "none",
+    pre_num: int = 1,
+    example_inputs: Any = None,
+    autocast_adapter_dtype: bool = True,
+) -> nn.Module:
+    """Adapt a plain model with the ranks, scalings and modules of a PEFT LoRA adapter, starting from its A and B.
+
+    With shortcut "none" the model computes what PEFT's does. With another shortcut every layer has the same A and B,
+    and the shortcut's terms are added from the first step on: the adapter is where training starts, not what the model
+    computes then. To start exactly from it, let PEFT merge it into the base model (``merge_and_unload``) and call
+    ``apply_reslora``.
+
+    Args:
+        model: the base model; changed in place.
+        path: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        shortcut, pre_num: as in ``ResLoRAConfig``.
+        example_inputs, autocast_adapter_dtype: as for ``apply_reslora``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the files.
+        TypeError, ValueError: the adapter is of another method (LoHa, say), damaged, not finite, or does not fit the
+            model; or as for ``apply_reslora``. The model is unchanged then.
+    """
+    folder = checked_folder(path)
+    about = _read_config(folder)
+    matrices, others = _read_weights(folder)
+    config = _config_of(about, model, matrices, shortcut, pre_num)
+    _check_fit(config, model, matrices, others)
+    apply_reslora(model, config, example_inputs=example_inputs, autocast_adapter_dtype=autocast_adapter_dtype)
+    layers, parameters = adapted_layers(model), dict(model.named_parameters())
+    with torch.no_grad():
+        for (name, kind), tensor in matrices.items():
+            getattr(layers[name], kind).copy_(tensor)
+        for name, tensor in others.items():
+            parameters[name].copy_(tensor)
+    return model
+
+
+def _content(folder: Path, name: str) -> bytes:
+    if not (folder / name).exists():
+        raise FileNotFoundError(f"path {str(folder)!r} holds no {name}: it is not a PEFT adapter in safetensors format")
+    return regular(folder / name).read_bytes()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    about = parsed_json(_content(folder, CONFIG), f"{CONFIG} is not valid JSON")
+    kind = about.get("peft_type") if isinstance(about, dict) else about
+    if not isinstance(about, dict) or kind != "LORA":
+        raise ValueError(f"{CONFIG}: peft_type must be 'LORA', got {kind!r:.80}")
+    for name in _OTHER_METHODS:
+        if about.get(name):
+            raise ValueError(f"{CONFIG}: {name}={about[name]!r} is no plain LoRA and has no ResLoRA counterpart")
+    if about.get("init_lora_weights", True) not in _INITS:
+        raise ValueError(
+            f"{CONFIG}: init_lora_weights={about['init_lora_weights']!r} changed the base model; save the adapter "
+            "with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    return about
+
+
+def _read_weights(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, Tensor]]:
+    """A, B and magnitudes by (module, name of the parameter), and what else was trained by the base model's names."""
+    matrices: dict[tuple[str, str], Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in parsed_tensors(_content(folder, WEIGHTS), WEIGHTS).items():
+        name = key.removeprefix(PREFIX)
+        module, _, kind = name.removesuffix(".weight").rpartition(".")
+        if kind in (("lora_A", "lora_B") if name.endswith(".weight") else ("lora_magnitude_vector",)):
+            matrices[module, kind] = tensor
+        elif "lora_" in name:
+            raise ValueError(f"{WEIGHTS}: tensor {key!r} is neither A, B nor magnitude of a linear layer")
+        else:
+            others[name.replace(".base_layer.", ".")] = tensor
+    return matrices, others
+
+
+def _config_of(
+    about: dict[str, Any], model: nn.Module, matrices: dict[tuple[str, str], Tensor], shortcut: Shortcut, pre_num: int
+) -> ResLoRAConfig:
+    names = sorted({name for name, _ in matrices})
+    known = {name for name, _ in model.named_modules()}
+    if not names or not set(names) <= known:
+        raise ValueError(f"the adapter does not fit the model: it has no module {sorted(set(names) - known)[:5]}")
+
+    def pattern(field: str) -> dict[str, Any]:
+        entries = about.get(field) or {}
+        return {key: value for key, value in entries.items() if any(pattern_matches(key, name) for name in names)}
+
+    fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "modules_to_save")
+    try:
+        return ResLoRAConfig(
+            **{field: about[field] for field in fields if field in about},
+            rank_pattern=pattern("rank_pattern"),
+            alpha_pattern=pattern("alpha_pattern"),
+            target_modules=endings_of(model, names),
+            shortcut=shortcut,
+            pre_num=pre_num,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{CONFIG}: {error}") from None
+
+
+def _check_fit(
+    config: ResLoRAConfig, model: nn.Module, matrices: dict[tuple[str, str], Tensor], others: dict[str, Tensor]
+) -> None:
+    shapes: dict[str, list[int]] = {}
+    found = {f"{name}.{kind}": list(tensor.shape) for (name, kind), tensor in matrices.items()}
+    for name in {name for name, _ in matrices}:
+        module, r = model.get_submodule(name), config.for_module(name).r
+        if isinstance(module, nn.Linear):  # of other kinds apply_reslora says what they are
+            shapes |= {f"{name}.lora_A": [r, module.in_features], f"{name}.lora_B": [module.out_features, r]}
+            if config.use_dora:
+                shapes[f"{name}.lora_magnitude_vector"] = [module.out_features]
+    parameters = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, tensor in others.items():
+        found[name] = list(tensor.shape)
+        shapes[name] = parameters.get(name, [])
+    wrong = sorted(name for name in shapes if shapes[name] != found.get(name))
+    if wrong:
+        raise ValueError(
+            f"the adapter does not fit the model: {wrong[0]!r} must be {shapes[wrong[0]] or 'a parameter of it'}, got "
+            f"{found.get(wrong[0], 'no such tensor')}"
+        )

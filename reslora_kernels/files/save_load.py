@@ -1,0 +1,213 @@
+"""save_adapter and load_adapter: trained adapters of a model, to and from the files of ``adapter_files``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt.apply import adapt
+from ..adapt.linking import build_chains, dry_run_chains
+from ..adapt.record import Record, adapted_layers, checked_name, record_of, refuse_restarted, root_of
+from ..adapt.switching import in_place_of_the_active_one
+from ..adapt.targets import find_targets
+from ..dtensors import fill, gathered, is_sharded, one_writer, refuse_flat, reshard
+from ..layers.linear import ResLoRALinear
+from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, compiled, read, write
+
+_MUST_AGREE = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "has_start", "shortcut", "pre_num",
+)  # fmt: skip
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Save the adapters, and every other trained parameter of the model, to the folder ``path``.
+
+    The folder is made if need be; other files in it are left alone. A crash at any moment leaves the previous adapter
+    or the new one, whole. File modes follow the umask. With a model sharded over processes all of them call this: the
+    adapters are gathered, the first process writes them under their usual names, and all return when it has.
+
+    Returns:
+        the folder.
+
+    Raises:
+        TypeError, ValueError: ``model`` is not adapted, was restarted, or its parameters are on the meta device.
+        NotADirectoryError: ``path`` is a file.
+        RuntimeError: the process that writes failed.
+    """
+    layers = adapted_layers(model)
+    refuse_restarted(model)
+    refuse_flat(model)
+    reshard(model)
+    others = _other_trained(model)
+    tensors = _own_parameters(layers) | others
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError("model has parameters on the meta device: there are no values to save")
+    whole, mesh = gathered(tensors)
+    with one_writer(mesh) as writes:
+        if writes:
+            write(checked_folder(path), _described(model, sorted(others)), whole)
+    return Path(path)
+
+
+def _described(model: nn.Module, others: list[str]) -> dict[str, Any]:
+    """What the config file says of the adapters."""
+    record = record_of(model)
+    names = {id(layer): name for name, layer in adapted_layers(model).items()}
+    return {
+        "config": record.config.to_dict(),
+        "chains": [
+            {"name": chain.name, "layers": [names[id(layer)] for layer in chain.layers]} for chain in record.chains
+        ]
+        or None,
+        "same_input": record.same_input,
+        "trained_parameters": others,
+        "base_model_name_or_path": getattr(getattr(root_of(model), "config", None), "_name_or_path", None) or None,
+    }
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> nn.Module:
+    """Load what ``save_adapter`` wrote: adapt a plain model as it was adapted then, or fill the adapters it has.
+
+    Everything is checked before the model is touched: file types, the hash, keys, shapes, dtypes and values. Every
+    process of a sharded model must call this.
+
+    Args:
+        adapter_name: which adapter of the model to fill, or the name of a new one, which ``set_adapter`` puts in force;
+            None is the one in force, or "default" on a plain model.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter.
+        ValueError: the files are damaged, or do not fit the model; the message says where. The model is unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if adapter_name is not None:
+        checked_name(adapter_name)
+    saved = read(checked_folder(path))
+    adapted = any(isinstance(module, ResLoRALinear) for module in model.modules())
+    refuse_flat(model)
+    if not adapted and is_sharded(model):
+        raise ValueError("model is sharded over processes: load the adapter first, then call shard_reslora")
+    if adapted and adapter_name not in (None, record_of(model).name):
+        assert adapter_name is not None
+        if saved.trained:
+            raise ValueError(
+                f"adapter {adapter_name!r} comes with parameters of the base model ({saved.trained[0]!r}), which the "
+                "model's other adapters share; load it into a model of its own"
+            )
+        with in_place_of_the_active_one(model, adapter_name):
+            load_adapter(root_of(model), path)
+        return model
+    if adapted:
+        model_root = root_of(model)
+        record, layers = record_of(model), dict[str, nn.Linear](adapted_layers(model))
+    else:
+        model_root = model
+        targets = find_targets(model, saved.config)
+        record, layers = Record(saved.config, targets.unmatched, adapter_name or "default"), dict(targets.matched)
+    if not saved.layers & layers.keys():
+        saved = saved.unwrapped()
+    if adapted:
+        _check_agreement(record, saved, {id(layer): name for name, layer in layers.items()})
+    _check_fit(saved, model_root, layers)
+    if not adapted:
+        chains = saved.chains
+        if chains is None:
+            chains = dry_run_chains(model, layers, None, record)
+        else:
+            record.order, record.same_input = "adapter file", saved.same_input
+        adapt(model, layers, record, chains, autocast_adapter_dtype=True, init_values=False)
+    elif saved.chains is not None and not record.chains:
+        record.same_input = saved.same_input
+        build_chains(model_root, saved.chains)
+        record.order = "adapter file"
+    reshard(model)
+    parameters = _parameters(model)
+    with torch.no_grad():
+        for key, tensor in saved.tensors.items():
+            fill(parameters[key], tensor)
+            if key in saved.trained:
+                parameters[key].requires_grad_(True)
+    return model
+
+
+def _own_parameters(layers: Mapping[str, ResLoRALinear]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{own}": value for name, layer in layers.items() for own, value in layer.adapter_parameters().items()
+    }
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter of the adapted root, by plain name."""
+    return {name.replace("_orig_mod.", ""): parameter for name, parameter in root_of(model).named_parameters()}
+
+
+def _other_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters that are not adapters: biases, a head that the user unfroze."""
+    own = {id(parameter) for parameter in _own_parameters(adapted_layers(model)).values()}
+    return {name: p for name, p in _parameters(model).items() if p.requires_grad and id(p) not in own}
+
+
+def _check_agreement(record: Record, saved: SavedAdapter, names: Mapping[int, str]) -> None:
+    """An adapted model takes an adapter only if both were made the same way."""
+    if record.merged is not None:
+        raise ValueError("model is merged; call unmerge_reslora(model) before loading another adapter")
+    for name in _MUST_AGREE:
+        own, other = getattr(record.config, name), getattr(saved.config, name)
+        if own != other:
+            raise ValueError(f"the model's adapters have {name}={own!r}, the saved ones {name}={other!r}")
+    if record.chains and saved.chains is not None:
+        own_chains = sorted([names[id(layer)] for layer in chain.layers] for chain in record.chains)
+        if own_chains != sorted(layers for _, layers in saved.chains):
+            raise ValueError("the saved adapter links other layers, or in another order, than the model does")
+
+
+def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuse an adapter that is not this model's: same layers, sizes, chains that cover each layer once."""
+    missing, unexpected = sorted(layers.keys() - saved.layers), sorted(saved.layers - layers.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"the adapter does not fit the model: layers missing {missing[:5]}, unexpected {unexpected[:5]}"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
+        r = saved.config.for_module(name).r
+        for kind in ("lora", "start") if saved.config.has_start else ("lora",):
+            if saved.config.use_dora:
+                shapes[f"{name}.lora_magnitude_vector"] = (layer.out_features,)
+            shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = (r, layer.in_features), (layer.out_features, r)
+    parameters = {compiled(name): parameter for name, parameter in root.named_parameters()}
+    for name in saved.trained:
+        if name not in parameters or name in shapes:
+            raise ValueError(f"the adapter does not fit the model: there is no parameter {name!r}")
+        shapes[name] = tuple(parameters[name].shape)
+    if shapes.keys() != saved.tensors.keys():
+        absent, extra = sorted(shapes.keys() - saved.tensors.keys()), sorted(saved.tensors.keys() - shapes.keys())
+        raise ValueError(f"{WEIGHTS_NAME}: tensors missing {absent[:5]}, unexpected {extra[:5]}")
+    for key, tensor in saved.tensors.items():
+        if tuple(tensor.shape) != shapes[key]:
+            raise ValueError(f"{WEIGHTS_NAME}: tensor {key!r} must be {list(shapes[key])}, got {list(tensor.shape)}")
+    if saved.chains is not None:
+        linked = [name for _, names in saved.chains for name in names]
+        if sorted(linked) != sorted(layers):
+            raise ValueError(f"{CONFIG_NAME}: chains must hold each adapted layer exactly once")
+        grouped = [name for names in saved.same_input for name in names]
+        if len(set(grouped)) != len(grouped) or not set(grouped) <= layers.keys():
+            raise ValueError(f"{CONFIG_NAME}: same_input must hold adapted layers, each once at most")
+        for names in saved.same_input:
+            if len({layers[name].in_features for name in names}) != 1:
+                raise ValueError(f"{CONFIG_NAME}: same_input {names} have inputs of different sizes")
+        for title, names in saved.chains:
+            sizes = {tuple(saved.tensors[f"{name}.lora_{kind}"].shape for kind in "AB") for name in names}
+            if len(sizes) != 1:
+                raise ValueError(f"{CONFIG_NAME}: chain {title!r} links layers of different sizes {sorted(sizes)}")

@@ -1,0 +1,378 @@
+"""ResLoRALinear, a drop-in for ``nn.Linear``, and ``link``, which makes chains of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import dropout
+from ..config import ResLoRAConfig
+from ..forward_state import ForwardState, outside, recomputing
+from ..ops import lora_linear
+from . import initialization
+from .chain import Chain, Neighbours
+from .dora import row_norms
+from .shared_input import SharedInput
+from .shortcuts import Call, call_of, carried, hands_on, rows
+
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "start_A", "start_B")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_FLAGS = (
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
+)  # fmt: skip
+
+
+class Observer(Protocol):
+    """Whoever gathers statistics: told of every call's input and of the shortcut's part of u."""
+
+    def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None: ...
+
+
+class ResLoRALinear(nn.Linear):
+    """y = x Wᵀ + b + the low-rank term of ``config.shortcut`` (ResLoRA, arXiv 2402.18039, Eqs. 1 to 4).
+
+    W and b are frozen and keep ``nn.Linear``'s names, so a base checkpoint loads unchanged. On its own the layer is
+    layer 0 of a chain of one: plain LoRA for every shortcut but ``input``, which counts its own input twice.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is a b.
+        device: as for ``nn.Linear``.
+        dtype: of W and b; the adapters are float32 when this is float16 or bfloat16, else the same.
+        config: rank, scaling, dropout, shortcut and backend.
+
+    Attributes:
+        lora_A: [r, in_features]; lora_B: [out_features, r]. Their start is ``config.init_lora_weights``.
+        start_A, start_B: frozen, of the same shapes, where A and B start from W, else None: the start A_0 and -B_0.
+            Every equation then reads [A; A_0] and [B, -B_0] for A and B: the start cancels in every shortcut, and W
+            stays as it is.
+        lora_magnitude_vector: m [out_features] with ``use_dora``, else None: y = m / ‖W + s B A‖ ⊙ (x Wᵀ + the low-rank
+            term) + b, with norms of rows.
+        merged: whether W holds the merged update and the adapters are passed over.
+        disabled: whether the adapters are passed over with W as it is.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
+    start_A: nn.Parameter | None
+    start_B: nn.Parameter | None
+    neighbours = Neighbours()
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        config: ResLoRAConfig | None = None,
+    ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an int, got {size!r}")
+            if size < 0:
+                raise ValueError(f"{name} must be 0 or more, got {size}")
+        _check_floating("dtype", dtype)
+        config = _checked(config if config is not None else ResLoRAConfig())
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.requires_grad_(False)
+        self._adapt(config, None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: ResLoRAConfig,
+        adapter_dtype: torch.dtype | None = None,
+        *,
+        init_values: bool = True,
+    ) -> ResLoRALinear:
+        """The adapted layer that shares ``linear``'s weight, bias, hooks and training mode.
+
+        Args:
+            adapter_dtype: dtype of lora_A and lora_B; None gives float32 for a half-precision weight, else its dtype.
+            init_values: False leaves A and B without a start, for who fills them next.
+
+        Raises:
+            TypeError: ``linear`` is not exactly an ``nn.Linear`` (a quantised subclass, say), or another argument has
+                the wrong type. ``linear`` is as it was then.
+            ValueError: ``adapter_dtype`` is no floating dtype, or A and B cannot start from this weight.
+        """
+        cls.check_base(linear)
+        _checked(config)
+        _check_floating("adapter_dtype", adapter_dtype)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.share_base(linear)
+        layer.requires_grad_(False)
+        layer._adapt(config, adapter_dtype, init_values)
+        return layer
+
+    def take_place_of(self, linear: nn.Linear) -> None:
+        """Stand in for what ``leave`` gave: take over its weight, bias, hooks and training mode."""
+        self.share_base(linear)
+        linear.weight = linear.bias = None  # type: ignore[assignment]
+        self.__dict__["_displaced"] = linear
+
+    def leave(self) -> nn.Linear:
+        """The frozen layer by itself: an ``nn.Linear`` that shares weight, bias, hooks and training mode.
+
+        It is the module that ``take_place_of`` was given last, if any, so that compiled code finds again what it knows.
+        """
+        linear: nn.Linear | None = self.__dict__.pop("_displaced", None)
+        if linear is None:
+            linear = nn.Linear.__new__(nn.Linear)
+            nn.Module.__init__(linear)
+        _share_base(linear, self)
+        return linear
+
+    @staticmethod
+    def check_base(linear: nn.Linear) -> None:
+        """TypeError unless this kind of layer can share ``linear``'s base."""
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+
+    def share_base(self, linear: nn.Linear) -> None:
+        """Take sizes, weight, bias, hooks and training mode from ``linear``, which stays as it is."""
+        _share_base(self, linear)
+
+    @property
+    def frozen_weight(self) -> Any:
+        """W as ``lora_linear`` takes it."""
+        return self.weight
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The values of W [N, K] in ``dtype``, or in its own if that is wider."""
+        return self.weight.detach().to(torch.promote_types(self.weight.dtype, dtype))
+
+    def frozen_forward(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        """The dtype that a merged weight has."""
+        return self.weight.dtype
+
+    def original(self) -> Any:
+        """What ``restore`` needs after ``set_merged``, off the device."""
+        return self.weight.detach().to("cpu", copy=True)
+
+    def set_merged(self, weight: Tensor) -> None:
+        """Take W* [N, K] for W, and pass the adapters over."""
+        self.weight.data.copy_(weight)
+        self.merged = True
+
+    def restore(self, original: Any) -> None:
+        """The inverse of ``set_merged``."""
+        self.weight.data.copy_(original)
+        self.merged = False
+
+    def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None, init_values: bool = True) -> None:
+        dtype = adapter_dtype or (torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
+        device = self.weight.device
+        self.config = config
+        shapes = {"A": (config.r, self.in_features), "B": (self.out_features, config.r)}
+        for kind, shape in shapes.items():
+            empty = torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(f"lora_{kind}", nn.Parameter(empty))
+            start = nn.Parameter(torch.empty_like(empty), requires_grad=False) if config.has_start else None
+            self.register_parameter(f"start_{kind}", start)
+        magnitude = (
+            nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if config.use_dora else None
+        )
+        self.register_parameter("lora_magnitude_vector", magnitude)
+        self.merged = self.disabled = False
+        self.chain: Chain[ResLoRALinear] | None = None
+        self.position = 0
+        self.shared: SharedInput | None = None
+        self.index = 0  # in ``shared``
+        self.observer: Observer | None = None
+        self.replacement: tuple[Tensor, Tensor] | None = None  # (A, B) of a plain update that stands in, while merging
+        if init_values:
+            self.reset_lora_parameters()
+
+    @property
+    def scaling(self) -> float:
+        """s of the equations."""
+        return self.config.scaling
+
+    @property
+    def chain_length(self) -> int:
+        return len(self.chain) if self.chain is not None else 1
+
+    @property
+    def a_stack(self) -> tuple[Tensor, ...]:
+        """The A matrices [., K], its own and others', that one forward of this layer multiplies by."""
+        return self._call(()).a_stack
+
+    @property
+    def rank_of_call(self) -> int:
+        """R_a, the rows of ``a_stack``."""
+        return rows(self.a_stack)
+
+    @property
+    def a_parts(self) -> tuple[Tensor, ...]:
+        """What the A of the equations is made of: its rows, from top to bottom."""
+        return (self.lora_A,) if self.start_A is None else (self.lora_A, self.start_A)
+
+    @property
+    def b_parts(self) -> tuple[Tensor, ...]:
+        """What the B of the equations is made of: its columns, from left to right."""
+        return (self.lora_B,) if self.start_B is None else (self.lora_B, self.start_B)
+
+    @property
+    def whole_A(self) -> Tensor:
+        """The A of the equations [r or 2r, in_features]."""
+        return joined(self.a_parts, 0)
+
+    @property
+    def whole_B(self) -> Tensor:
+        """The B of the equations [out_features, r or 2r]."""
+        return joined(self.b_parts, 1)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What the adapter adds to ``nn.Linear``'s parameters, by name."""
+        return {name: value for name in ADAPTER_PARAMETERS if (value := self._parameters.get(name)) is not None}
+
+    def reset_lora_parameters(self) -> None:
+        """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""
+        if self.start_A is None or self.start_B is None:
+            initialization.fill(self.config, self.lora_A, self.lora_B)
+        else:
+            a, b = initialization.from_weight(self.config, self.dense_weight(torch.float32))
+            with torch.no_grad():
+                self.start_A.copy_(self.lora_A.copy_(a))
+                self.start_B.copy_(-self.lora_B.copy_(b))
+        if self.lora_magnitude_vector is not None:
+            with torch.no_grad():
+                self.lora_magnitude_vector.copy_(torch.linalg.vector_norm(self.dense_weight(torch.float32), dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] to y [..., out_features]."""
+        if self.merged or self.disabled:
+            return self.frozen_forward(x)
+        state = self._open_pass()
+        received = () if state is None else state.enter(self, self.neighbours.predecessor, x.shape[:-1])
+        call = self._call(received)
+        residual, scale = call.residual, self._dora_scale(call)
+        if self.replacement is not None:
+            call = _replaced(call, *self.replacement)
+        p = self.config.lora_dropout if self.training else 0.0
+        compute = partial(self._low_rank, x, self.bias if scale is None else None, p)
+        y, handed = compute(call) if self.shared is None or p > 0 else self.shared.run(self.index, x, call, compute)
+        if scale is not None:
+            y = (y * scale.to(y.dtype)) if self.bias is None else torch.addcmul(self.bias, y, scale.to(y.dtype))
+        if self.observer is not None and not recomputing():
+            self.observer.observe(x, self.whole_A, residual)
+        if handed is not None and state is not None:
+            state.hand_on(*carried(self.config.shortcut, self.config.pre_num, received, handed))
+        return y
+
+    def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
+        """``lora_linear`` of the layer: y, and the rows of h = x A_stackᵀ that ``call.hand`` asks for."""
+        return lora_linear(
+            x,
+            self.frozen_weight,
+            bias,
+            call.a_stack,
+            call.b_stack,
+            call.residual,
+            scaling=self.scaling,
+            c=call.c,
+            p=p,
+            seed=dropout.new_seed(x.device) if p > 0 else None,
+            hand=call.hand,
+            backend=self.config.backend,
+        )
+
+    def _dora_scale(self, call: Call) -> Tensor | None:
+        """m / ‖W + ΔW‖ [N], ΔW being the layer's own update; None without ``use_dora``."""
+        if self.lora_magnitude_vector is None:
+            return None
+        b = torch.cat(call.b_stack, 1)
+        a = torch.cat(call.a_stack)[: b.shape[1]]
+        return self.lora_magnitude_vector / row_norms(self.dense_weight(self.merged_dtype), a, b, self.scaling)
+
+    def with_update(self, delta: Tensor) -> Tensor:
+        """W* [N, K] in float32 or better, for a plain update ΔW."""
+        weight = self.dense_weight(torch.float32)
+        weight = weight + delta.to(weight.dtype)
+        scale = self._dora_scale(self._call(()))
+        return weight if scale is None else weight * scale.detach()[:, None]
+
+    def _open_pass(self) -> ForwardState | None:
+        """The forward pass that the layer takes from and hands on to; None if it does neither."""
+        chain, (earlier, following) = self.chain, self.neighbours
+        if chain is None or not (earlier or following) or not hands_on(self.config.shortcut, self.config.pre_num):
+            return None
+        state = chain.passes.current()
+        if state is None or state.is_stale:
+            raise RuntimeError(outside(self.config.shortcut, chain.name, self.position))
+        return state
+
+    def _call(self, received: tuple[Tensor, ...]) -> Call:
+        """The layer's part in its chain, given what was handed to it."""
+        return call_of(self.config.shortcut, self.config.pre_num, self, *self.neighbours, received)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the neighbours, whose chain introduces them again: a copy would recurse from layer to layer."""
+        return {name: value for name, value in self.__dict__.items() if name != "neighbours"}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint without this layer's adapter is a base checkpoint: it leaves the adapter as it is."""
+        missing_keys: list[str] = args[2]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        own = {prefix + name for name in self.adapter_parameters()}
+        if own.issubset(missing_keys):
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def extra_repr(self) -> str:
+        config = self.config
+        place = f", position={self.position} of {self.chain_length}" if self.chain is not None else ""
+        return f"{super().extra_repr()}, r={config.r}, shortcut={config.shortcut!r}{place}"
+
+
+def _share_base(layer: nn.Linear, other: nn.Linear) -> None:
+    layer.in_features, layer.out_features = other.in_features, other.out_features
+    layer.weight, layer.bias = other.weight, other.bias
+    share_hooks(other, layer)
+    layer.training = other.training
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """The same dicts, so that handles that remove a hook go on working."""
+    for name in (*_HOOKS, *_HOOK_FLAGS):
+        setattr(target, name, getattr(source, name))
+
+
+def joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _replaced(call: Call, a: Tensor, b: Tensor) -> Call:
+    """The plain update (a, b) in place of the shortcut, handing on what the layer would have handed on."""
+    if call.hand is None:
+        return Call((a,), (b,))
+    handed = torch.cat(call.a_stack)[slice(*call.hand)]
+    return Call((a, handed), (b,), hand=(a.shape[0], a.shape[0] + handed.shape[0]))
+
+
+def _checked(config: ResLoRAConfig) -> ResLoRAConfig:
+    if not isinstance(config, ResLoRAConfig):
+        raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
+    return config
+
+
+def _check_floating(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {dtype!r}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"{name} must be a floating dtype, got {dtype}")

@@ -1,0 +1,81 @@
+"""QuantizedResLoRALinear: a ResLoRALinear around a frozen layer whose weight another library holds quantised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import QuantizedWeight, quantizer_of
+from .linear import ResLoRALinear, share_hooks
+
+
+class QuantizedResLoRALinear(ResLoRALinear):
+    """y = x Wᵀ + b + the low-rank term, with W dequantised to x's dtype for each forward and each backward.
+
+    The quantised layer is the child ``base_layer``, as in PEFT. One dequantised weight [N, K] exists at a time, while
+    its pass runs; no pass keeps one for the next. LLM.int8's rounding of x (bitsandbytes) is not repeated.
+    """
+
+    base_layer: nn.Linear
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """The weight as its library holds it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:  # type: ignore[override]
+        return self.base_layer.bias
+
+    @property
+    def frozen_weight(self) -> Any:
+        return QuantizedWeight(self.base_layer)
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        return QuantizedWeight(self.base_layer).dtype
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        if self.merged:
+            return self.base_layer.weight.detach().to(dtype)
+        return QuantizedWeight(self.base_layer).unpacked(dtype)
+
+    def frozen_forward(self, x: Tensor) -> Tensor:
+        """By the library's own matmul; merged, in the merged weight's dtype."""
+        dtype = self.base_layer.weight.dtype if self.merged else x.dtype
+        y: Tensor = self.base_layer.forward(x.to(dtype))  # its hooks are this layer's, which have run
+        return y.to(x.dtype)
+
+    @staticmethod
+    def check_base(linear: nn.Linear) -> None:
+        if quantizer_of(linear) is None:
+            raise TypeError(f"linear must hold a quantised weight, got {type(linear).__name__}")
+
+    def share_base(self, linear: nn.Linear) -> None:
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.base_layer = linear
+        share_hooks(linear, self)
+        self.training = linear.training
+
+    def leave(self) -> nn.Linear:
+        self.base_layer.train(self.training)
+        return self.base_layer
+
+    def take_place_of(self, linear: nn.Linear) -> None:
+        self.share_base(linear)
+
+    def original(self) -> nn.Linear:
+        return self.base_layer
+
+    def set_merged(self, weight: Tensor) -> None:
+        """A plain linear layer with W* takes the quantised one's index."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(weight.dtype), requires_grad=False)
+        self.base_layer, self.merged = dense, True
+
+    def restore(self, original: nn.Linear) -> None:
+        self.base_layer, self.merged = original, False

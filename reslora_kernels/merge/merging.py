@@ -1,0 +1,291 @@
+"""merge_reslora and unmerge_reslora: shortcuts folded into the frozen weights, and weights restored bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt.coverage import table
+from ..adapt.execution import call_with, undisturbed
+from ..adapt.record import adapted_layers, record_of, root_of
+from ..config import MergeMethod, ResLoRAConfig
+from ..dtensors import refuse_sharded
+from ..layers.chain import Chain
+from ..layers.linear import ResLoRALinear
+from ..layers.quantized_linear import QuantizedResLoRALinear
+from ..layers.shortcuts import hands_on
+from .closed_form import LowRankUpdate, updates_of_chain
+from .joint_fit import joint_updates
+from .sequential import sequential_updates
+from .statistics import Statistics, collect_statistics
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """One merged layer; ``relative_error`` is that of its low-rank output on the data, None if not measured."""
+
+    name: str
+    method: str
+    rank: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did to each layer. ``str()`` gives a table."""
+
+    rows: tuple[MergeRow, ...]
+
+    def worst(self) -> float | None:
+        """The largest relative error that was measured; None if none was."""
+        return max((row.relative_error for row in self.rows if row.relative_error is not None), default=None)
+
+    def __str__(self) -> str:
+        rows = [
+            (row.name, row.method, str(row.rank), "-" if row.relative_error is None else f"{row.relative_error:.2e}")
+            for row in self.rows
+        ]
+        return table(("layer", "merge", "rank", "relative error"), rows)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge in force: the updates, and the weights as they were (None when they were not kept)."""
+
+    updates: dict[str, LowRankUpdate]
+    originals: dict[str, Any] | None
+
+
+def merge_reslora(
+    model: nn.Module,
+    method: MergeMethod | None = None,
+    *,
+    statistics: Statistics | None = None,
+    calibration: Iterable[Any] | None = None,
+    sequential: bool = False,
+    joint_steps: int = 0,
+    extra_rank: int = 0,
+    regularization: float = 1e-6,
+    keep_original: bool = True,
+    dequantize: bool = False,
+) -> MergeReport:
+    """Fold every adapted layer's term into its weight: W*_n = W_n + ΔW_n, computed in float32 or better, rounded once.
+
+    ``none`` and ``block`` merge exactly, whatever the method, and need no data; neither does ``input`` with "weights".
+    Every other merge is an approximation and needs ``statistics`` or ``calibration``.
+
+    Args:
+        model: an adapted model; changed in place.
+        method: "input", "weights" (the paper's, Section 3.3) or "least_squares"; None takes ``config.merge``.
+        statistics: from ``collect_statistics``.
+        calibration: batches to collect them from, run here in evaluation mode: a mapping calls ``model(**batch)``, a
+            tuple or list ``model(*batch)``, anything else ``model(batch)``. Padding counts as any other input, but for
+            the output in a joint fit: batches without it are better.
+        sequential: fit layer n of every chain on the model whose layers before n are merged already (least_squares
+            only, ``calibration`` re-iterable). Runs the model once per batch, and once more for each position of the
+            longest chain but the first; or twice for each, if ``calibration`` is no list or once a GiB of the unmerged
+            model's r values per token and layer is kept.
+        joint_steps: afterwards, steps of a joint fit of A and B of all layers to the unmerged model's output
+            (least_squares only, ``calibration`` re-iterable; see ``reslora_kernels.joint``). A step costs a forward and
+            a backward pass of one batch, and another forward pass if ``calibration`` is no list or once a GiB of its
+            outputs is kept on the model's device; each layer another K² values beside its statistics. 128 steps over
+            16 batches are a good start.
+        extra_rank: rows that the joint fit adds to A and columns to B, as far as r + extra_rank is within min(N, K).
+            It comes nearer then, in some models only after a second or third try: as a merged weight for nothing, as an
+            exported adapter for a larger rank. Needs one more pass, forward and backward, over ``calibration`` and N K
+            values for each layer meanwhile. The adapter's r is a good start.
+        regularization: λ as a share of the mean diagonal of G_n.
+        keep_original: keep the weights, in main memory, so that ``unmerge_reslora`` can restore them.
+        dequantize: let dequantised weights take the place of quantised ones, which cannot hold an update; kept
+            originals are the quantised layers themselves. ``export_peft`` needs no such thing.
+
+    Returns:
+        the method, rank and relative error of every layer.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, data is missing, an update holds NaN or Inf, a weight is
+            shared with another module or quantised, or the model is sharded over processes. The model is unchanged
+            then.
+    """
+    layers = adapted_layers(model)
+    record = record_of(model)
+    if not isinstance(keep_original, bool):
+        raise TypeError(f"keep_original must be True or False, got {keep_original!r}")
+    if record.merged is not None:
+        raise ValueError("model is merged already; call unmerge_reslora(model) first")
+    if not isinstance(dequantize, bool):
+        raise TypeError(f"dequantize must be True or False, got {dequantize!r}")
+    quantized = next((name for name, layer in layers.items() if isinstance(layer, QuantizedResLoRALinear)), None)
+    if quantized and not dequantize:
+        raise ValueError(
+            f"layer {quantized!r} has a quantised weight, which cannot hold an update: export_peft(model, path) keeps "
+            "the adapter apart from it, merge_reslora(..., dequantize=True) merges into dequantised weights"
+        )
+    updates = compute_updates(
+        model, method,
+        statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
+        extra_rank=extra_rank, regularization=regularization,
+    )  # fmt: skip
+    _refuse_tied(root_of(model), layers)
+    merged_weights: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        merged_weights[name] = layer.with_update(updates[name].delta()).to(layer.merged_dtype)
+        if not torch.isfinite(merged_weights[name]).all():
+            raise ValueError(f"layer {name!r}: the merged weight holds NaN or Inf; nothing was merged")
+    originals = {name: layer.original() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.set_merged(merged_weights.pop(name))
+    record.merged = Merged(updates, originals if keep_original else None)
+    return MergeReport(
+        tuple(MergeRow(name, update.method, update.rank, update.relative_error) for name, update in updates.items())
+    )
+
+
+def unmerge_reslora(model: nn.Module) -> nn.Module:
+    """Restore the weights from before ``merge_reslora``, bit for bit, and let the adapters run again.
+
+    Raises:
+        ValueError: the model is not merged, was merged with ``keep_original=False``, or is sharded over processes.
+    """
+    layers = adapted_layers(model)
+    refuse_sharded(model, "unmerged", "unmerge it before it is sharded")
+    record = record_of(model)
+    if record.merged is None:
+        raise ValueError("model is not merged: there is nothing to restore")
+    if record.merged.originals is None:
+        raise ValueError("model was merged with keep_original=False: its weights can only be loaded from a checkpoint")
+    for name, layer in layers.items():
+        layer.restore(record.merged.originals[name])
+    record.merged = None
+    return model
+
+
+def compute_updates(
+    model: nn.Module,
+    method: MergeMethod | None,
+    *,
+    statistics: Statistics | None = None,
+    calibration: Iterable[Any] | None = None,
+    sequential: bool = False,
+    joint_steps: int = 0,
+    extra_rank: int = 0,
+    regularization: float = 1e-6,
+) -> dict[str, LowRankUpdate]:
+    """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``."""
+    layers = adapted_layers(model)
+    refuse_sharded(model, "merged or exported", "save_adapter(model, path), then load and merge it in one process")
+    record = record_of(model)
+    config = record.config
+    method = _checked_method(config, method, statistics, calibration, sequential, joint_steps, regularization)
+    _check_extra_rank(extra_rank, joint_steps)
+    if not hands_on(config.shortcut, config.pre_num):
+        calibration = None  # exact: data would change nothing
+    if calibration is not None and (joint_steps or not sequential):
+        with undisturbed(model), collect_statistics(model) as statistics:
+            for batch in calibration:
+                call_with(model, batch)
+    if not record.chains and config.shortcut != "none":
+        raise ValueError("the layers' execution order is not known yet: run one forward of the model before merging")
+    chains = record.chains or [Chain([layer], name) for name, layer in layers.items()]
+    _check_statistics(statistics, layers)
+    seen = {layer: statistics.layers[name] for name, layer in layers.items()} if statistics else None
+    if calibration is not None and sequential:
+        by_layer = sequential_updates(model, record.chains, calibration, regularization)
+    else:
+        by_layer = {}
+        for chain in chains:
+            of_chain = [seen[layer] for layer in chain.layers] if seen else None
+            by_layer |= zip(chain.layers, updates_of_chain(chain, method, of_chain, regularization), strict=True)
+    if joint_steps and calibration is not None and seen:
+        by_layer = joint_updates(model, by_layer, seen, calibration, joint_steps, extra_rank)
+    return {name: by_layer[layer] for name, layer in layers.items()}
+
+
+def _checked_method(
+    config: ResLoRAConfig,
+    method: str | None,
+    statistics: Statistics | None,
+    calibration: Iterable[Any] | None,
+    sequential: bool,
+    joint_steps: int,
+    regularization: float,
+) -> MergeMethod:
+    allowed = get_args(MergeMethod)
+    if method is not None and method not in allowed:
+        raise ValueError(f"method must be None or one of {', '.join(map(repr, allowed))}, got {method!r}")
+    if statistics is not None and not isinstance(statistics, Statistics):
+        raise TypeError(f"statistics must come from collect_statistics, got {type(statistics).__name__}")
+    if statistics is not None and calibration is not None:
+        raise ValueError("give statistics or calibration, not both")
+    if calibration is not None and (
+        not isinstance(calibration, Iterable) or isinstance(calibration, (Mapping, Tensor, str, bytes))
+    ):
+        raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
+    if not isinstance(sequential, bool):
+        raise TypeError(f"sequential must be True or False, got {sequential!r}")
+    if isinstance(joint_steps, bool) or not isinstance(joint_steps, int):
+        raise TypeError(f"joint_steps must be an int of 0 or more, got {joint_steps!r}")
+    if joint_steps < 0:
+        raise ValueError(f"joint_steps must be 0 or more, got {joint_steps}")
+    if isinstance(regularization, bool) or not isinstance(regularization, (int, float)):
+        raise TypeError(f"regularization must be a number of 0 or more, got {regularization!r}")
+    if not (math.isfinite(regularization) and regularization >= 0):
+        raise ValueError(f"regularization must be a finite number of 0 or more, got {regularization!r}")
+    chosen: MergeMethod = method or config.merge  # type: ignore[assignment]
+    if not hands_on(config.shortcut, config.pre_num):
+        return chosen
+    again = "sequential=True" if sequential else f"joint_steps={joint_steps}" if joint_steps else None
+    if again and (chosen != "least_squares" or calibration is None or iter(calibration) is calibration):
+        raise ValueError(
+            f"{again} needs method='least_squares' and calibration as a list or another re-iterable, "
+            f"got method {chosen!r} and calibration of type {type(calibration).__name__}"
+        )
+    needs_data = not (config.shortcut == "input" and chosen == "weights")
+    if needs_data and statistics is None and calibration is None:
+        hint = ", or method='weights', which needs none" if config.shortcut == "input" else ""
+        raise ValueError(
+            f"merging shortcut {config.shortcut!r} with method {chosen!r} needs data: pass calibration=<batches> or "
+            f"statistics=<from collect_statistics>{hint}"
+        )
+    return chosen
+
+
+def _check_extra_rank(extra_rank: int, joint_steps: int) -> None:
+    if isinstance(extra_rank, bool) or not isinstance(extra_rank, int):
+        raise TypeError(f"extra_rank must be an int of 0 or more, got {extra_rank!r}")
+    if extra_rank < 0:
+        raise ValueError(f"extra_rank must be 0 or more, got {extra_rank}")
+    if extra_rank and not joint_steps:
+        raise ValueError(f"extra_rank={extra_rank} needs joint_steps: only a joint fit makes updates wider")
+
+
+def _check_statistics(statistics: Statistics | None, layers: dict[str, ResLoRALinear]) -> None:
+    if statistics is None:
+        return
+    if statistics.layers.keys() != layers.keys():
+        raise ValueError("statistics were collected from another model: their layers are not this model's")
+    for name, layer in layers.items():
+        if statistics.layers[name].sizes != tuple(layer.whole_A.shape):
+            raise ValueError(
+                f"statistics were collected from another model: A of {name!r} was "
+                f"{list(statistics.layers[name].sizes)} there, it is {list(layer.whole_A.shape)} here"
+            )
+    unseen = [name for name, seen in statistics.layers.items() if seen.calls == 0]
+    if unseen:
+        raise ValueError(f"statistics hold no batch for layer {unseen[0]!r}: run the model inside collect_statistics")
+
+
+def _refuse_tied(root: nn.Module, layers: dict[str, ResLoRALinear]) -> None:
+    owners: dict[int, str] = {}
+    weights = {id(layer.weight): name for name, layer in layers.items()}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if id(parameter) in weights:
+            first = owners.setdefault(id(parameter), name)
+            module, other = root.get_submodule(name.rpartition(".")[0]), root.get_submodule(first.rpartition(".")[0])
+            if module is not other:
+                raise ValueError(f"weight {name!r} is shared with {first!r}: merging would change both")

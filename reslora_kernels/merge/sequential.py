@@ -1,0 +1,100 @@
+"""Least squares layer by layer: each is fitted on the model whose earlier layers are merged already.
+
+With x̃_n the input that layer n gets there, and x_n, v_n the input and the shortcut's part of u_n in the unmerged model,
+
+    A*_n = A_n + Σ v_nᵀ x̃_n (G̃_n + λI)⁻¹,   G̃_n = Σ x̃_nᵀ x̃_n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt.execution import call_with, undisturbed
+from ..layers.chain import Chain
+from ..layers.linear import ResLoRALinear
+from .batch_cache import Kept
+from .closed_form import LowRankUpdate, least_squares, relative_error, updates_of_chain
+from .statistics import LayerStatistics
+
+Value = TypeVar("Value")
+
+
+def sequential_updates(
+    model: nn.Module, chains: Sequence[Chain[ResLoRALinear]], calibration: Iterable[Any], regularization: float
+) -> dict[ResLoRALinear, LowRankUpdate]:
+    """One update per layer, position by position, with all chains side by side.
+
+    Raises:
+        ValueError: a layer's moments cannot be solved for (see ``cholesky_factor``), or ``calibration`` runs once only.
+    """
+    updates: dict[ResLoRALinear, LowRankUpdate] = {}
+    later = [layer for chain in chains for layer in chain.layers[1:]]
+    unmerged = Kept(calibration, lambda batch: _captured(lambda x, v: v, model, later, batch))
+    with undisturbed(model):
+        for n in range(max(len(chain) for chain in chains)):
+            current = [chain.layers[n] for chain in chains if len(chain) > n]
+            if n == 0:
+                updates |= {layer: updates_of_chain(Chain([layer]), "exact", None, 0.0)[0] for layer in current}
+                continue
+            seen = {layer: LayerStatistics(layer.config, layer.whole_A, second_moments=True) for layer in current}
+            for batch, v in unmerged:
+                with replaced({layer: (update.a, update.b) for layer, update in updates.items()}):
+                    x = _captured(lambda x, v: x, model, current, batch)
+                for layer in current:
+                    for x_of_call, v_of_call in zip(x[layer], v[layer], strict=True):
+                        seen[layer].observe(x_of_call, layer.whole_A, v_of_call)
+            for layer in current:
+                if not seen[layer].calls:
+                    raise ValueError("calibration gave no batch on a second run: with sequential=True pass a list")
+                name = layer.chain.name if layer.chain is not None else ""
+                updates[layer] = _fitted(layer, seen[layer], regularization, f"layer {n} of chain {name!r}")
+    return updates
+
+
+def _fitted(layer: ResLoRALinear, seen: LayerStatistics, regularization: float, where: str) -> LowRankUpdate:
+    wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
+    a, b = layer.whole_A.detach().to(wide), layer.whole_B.detach().to(wide)
+    fitted = a + least_squares(seen, regularization, where).to(wide)
+    return LowRankUpdate(fitted, b, layer.scaling, "least_squares", relative_error(seen, a, b, fitted, b))
+
+
+class _Captured(Generic[Value]):
+    """An observer that keeps ``keep(x, v)`` of every call of one batch."""
+
+    def __init__(self, keep: Callable[[Tensor, Tensor | None], Value]) -> None:
+        self.keep = keep
+        self.calls: list[Value] = []
+
+    def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
+        self.calls.append(self.keep(x, residual))
+
+
+def _captured(
+    keep: Callable[[Tensor, Tensor | None], Value], model: nn.Module, layers: list[ResLoRALinear], batch: Any
+) -> dict[ResLoRALinear, list[Value]]:
+    observers = {layer: _Captured(keep) for layer in layers}
+    try:
+        for layer, observer in observers.items():
+            layer.observer = observer
+        call_with(model, batch)
+    finally:
+        for layer in layers:
+            layer.observer = None
+    return {layer: observer.calls for layer, observer in observers.items()}
+
+
+@contextmanager
+def replaced(updates: Mapping[ResLoRALinear, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let plain updates (A [R, K], B [N, R]) stand in for their layers' shortcuts inside the ``with`` block."""
+    try:
+        for layer, update in updates.items():
+            layer.replacement = update
+        yield
+    finally:
+        for layer in updates:
+            layer.replacement = None

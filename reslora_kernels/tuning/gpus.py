@@ -1,0 +1,76 @@
+"""What the choice of kernels knows of a GPU. The rates rank candidates only; sm_90's were measured on an H200."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice of tiles needs to know of a GPU. Rates are per second: 16-bit FLOP of a matmul, bytes copied."""
+
+    generation: str
+    processors: int
+    shared_bytes: int  # one program may use
+    tma: bool
+    shared_operands: bool  # the matrix unit reads shared memory itself; elsewhere operands pass through registers
+    flops: float
+    bandwidth: float
+    share: float  # of the vendor library's matmul rate that a Triton matmul is taken to reach
+
+    def rate(self, dtype: torch.dtype, precision: str) -> float:
+        """FLOP per second of a library matmul in this dtype."""
+        if dtype == torch.float32:
+            return self.flops / (2 if precision == "tf32" else 12)
+        return self.flops
+
+
+GENERATIONS = {
+    "sm_80": Gpu("sm_80", 108, 166_912, False, False, 250e12, 1.7e12, 0.95),
+    "sm_89": Gpu("sm_89", 128, 101_376, False, False, 150e12, 0.9e12, 0.95),
+    "sm_90": Gpu("sm_90", 132, 232_448, True, True, 790e12, 4.3e12, 0.88),
+    "sm_100": Gpu("sm_100", 148, 232_448, True, True, 1500e12, 7.0e12, 0.88),
+    "sm_120": Gpu("sm_120", 170, 101_376, True, False, 200e12, 1.6e12, 0.92),
+    "gfx942": Gpu("gfx942", 304, 65_536, False, False, 700e12, 4.0e12, 0.85),
+    "default": Gpu("default", 64, 65_536, False, False, 100e12, 0.5e12, 0.85),
+    "interpreter": Gpu("interpreter", 4, 232_448, True, True, 1e9, 1e8, 1.0),
+}
+
+
+_SIMILAR = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120", "gfx940": "gfx942"}
+
+
+_assumed: list[Gpu] = []
+
+
+@contextmanager
+def assume_gpu(gpu: Gpu) -> Iterator[None]:
+    """Choose for ``gpu``, whatever this machine has."""
+    _assumed.append(gpu)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU as the choice of tiles sees it; Triton's CPU interpreter for a CPU device."""
+    if _assumed:
+        return _assumed[-1]
+    return GENERATIONS["interpreter"] if device.type == "cpu" else _probe(device.index or 0)
+
+
+@cache
+def _probe(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name = str(properties.gcnArchName).split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    generation = GENERATIONS.get(_SIMILAR.get(name, name), GENERATIONS["default"])
+    return replace(generation, processors=properties.multi_processor_count)
