@@ -99,7 +99,10 @@ def sdist_of(source: Path) -> Path:
     return sdist
 
 
-def test_sdist_has_all_sources(source: Path) -> None:
+def test_sdist_has_all_sources_and_no_results(source: Path) -> None:
+    results = source / "benchmarks/results/set"
+    results.mkdir(parents=True)
+    (results / "runs.jsonl").write_text("{}\n")
     with tarfile.open(sdist_of(source)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"reslora_kernels/golden/{name}" for name in GOLDEN} <= names
@@ -107,7 +110,7 @@ def test_sdist_has_all_sources(source: Path) -> None:
     files = {"tests/test_build.py", "setup.py", "build_cuda.py", "constraints.txt", "Makefile", "LICENSE"}
     assert files <= names
     assert "reslora_kernels/_build_info.py" not in names
-    assert not [name for name in names if name.endswith(".so")]
+    assert not [name for name in names if name.endswith(".so") or name.startswith("benchmarks/results")]
 
 
 @needs_sources

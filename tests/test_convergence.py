@@ -1,4 +1,4 @@
-"""The convergence benchmarks: runs are resumable and repeatable, and the report says what the runs' files say."""
+"""The convergence benchmarks: runs are resumable and repeatable, and the report says what the runs say."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import json
 import math
 import random
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.convergence import bases, measures, runs, settings, step_times, summary
+from benchmarks.convergence import bases, json_lines, measures, runs, settings, step_times, summary
 from benchmarks.convergence.__main__ import app
 from benchmarks.convergence.methods import METHODS, adapted
 from benchmarks.convergence.report import write_report
@@ -39,6 +42,14 @@ TINY = settings.Experiments(
     seeds=(0, 1),
 )
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+APPEND_MANY = """
+import sys
+from pathlib import Path
+from benchmarks.convergence import json_lines
+for i in range(40):
+    json_lines.append({"name": sys.argv[2], "i": i, "long": "x" * 20_000}, Path(sys.argv[1]))
+"""
 
 
 @pytest.fixture
@@ -55,22 +66,24 @@ def run(folder: Path, *more: str) -> str:
 @pytest.mark.slow
 def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
     run(tmp_path)
-    files = sorted(tmp_path.glob("*.json"))
-    assert len(files) == 3 * (2 * 2 + 2) + 2 * (2 + 2)  # methods times rates' runs and seeds, or seeds alone
-    first = {path: path.read_text() for path in files}
-    lost = tmp_path / "python-middle-0.01-1000.json"
-    lost.unlink()
-    run(tmp_path, "--tasks", "python")
-    again, before = json.loads(lost.read_text()), json.loads(first.pop(lost))
-    assert again["curve"] == before["curve"]
-    assert {path: path.read_text() for path in first} == first
+    file = tmp_path / runs.FILE
+    first = file.read_text().splitlines(keepends=True)
+    assert len(first) == 3 * (2 * 2 + 2) + 2 * (2 + 2)  # methods times rates' runs and seeds, or seeds alone
+    spec = runs.Spec("python", "middle", 0.01, settings.TUNING_SEED)
+    (lost,) = (line for line in first if json.loads(line)["spec"] == dataclasses.asdict(spec))
+    kept = [line for line in first if line != lost]
+    file.write_text("".join(kept) + lost[:100])  # killed while it wrote
+    run(tmp_path, "--tasks", "python", "--jobs", "2")
+    *others, last = file.read_text().splitlines(keepends=True)
+    again = json.loads(last)
+    assert others == kept and again["curve"] == json.loads(lost)["curve"]
     assert not runs.missing(TINY, TASKS, tmp_path, tuning=False)
     other = dataclasses.replace(TINY, budgets={"python": dataclasses.replace(BUDGET, steps=7)})
     with pytest.raises(ValueError, match=r"other settings \(budget.steps\)"):
         runs.missing(other, TASKS, tmp_path, tuning=True)
     if (Path(__file__).parents[1] / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{40}", again["commit"][0])
-    rows = summary.summarize(runs.read_all(tmp_path), step_times.read_all(tmp_path))
+    rows = summary.summarize(list(runs.read_all(tmp_path).values()), step_times.read_all(tmp_path))
     assert len(rows) == 3 + 2 + 2
     for name in ("REPORT.md", "report.html"):
         report = (tmp_path / name).read_text()
@@ -82,6 +95,47 @@ def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
         assert {"python.png", "code.png", "slanted.png", "slanted-samples.png"} <= shown
         assert {f"{task}-{kind}.png" for task in ("python", "code") for kind in kinds} <= shown
         assert all((tmp_path / figure).stat().st_size > 3000 for figure in shown)
+
+
+def test_processes_append_at_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "all.jsonl"
+    command = [sys.executable, "-c", APPEND_MANY, str(path)]
+    processes = [subprocess.Popen([*command, name], cwd=Path(__file__).parents[1]) for name in "abc"]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    found = json_lines.read(path)
+    assert [one["i"] for one in sorted(found, key=lambda one: (one["name"], one["i"]))] == [*range(40)] * 3
+    assert {len(one["long"]) for one in found} == {20_000}
+
+
+def test_a_crash_in_a_line_loses_no_other(tmp_path: Path) -> None:
+    path, one, two = tmp_path / "all.jsonl", {"a": [1.5, "é"]}, {"b": None}
+    assert json_lines.read(path) == []
+    json_lines.append(one, path)
+    whole, line = path.read_bytes(), json.dumps(two).encode()
+    for end in range(len(line) + 1):
+        path.write_bytes(whole + line[:end])
+        found = [one, two] if end == len(line) else [one]  # whole but for its line feed
+        assert json_lines.read(path) == found
+        json_lines.append(two, path)
+        assert json_lines.read(path) == [*found, two] and path.read_bytes().startswith(whole)
+    for bad in (b'{"a": \n', b"7\n"):
+        path.write_bytes(whole + bad + whole)
+        with pytest.raises(ValueError, match=r"all\.jsonl, line 2 must be a JSON object"):
+            json_lines.read(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RESULTS.exists(), reason="the sdist has no results")
+def test_the_committed_report_is_that_of_the_committed_runs(tmp_path: Path) -> None:
+    folders = [path.parent for path in RESULTS.glob(f"*/{runs.FILE}")]
+    assert folders
+    for folder in folders:
+        for name in (runs.FILE, step_times.FILE):
+            shutil.copy(folder / name, tmp_path)
+        write_report(tmp_path)
+        report = (folder / "REPORT.md").read_text()
+        assert (tmp_path / "REPORT.md").read_text() == report
+        assert {path.name for path in folder.glob("*.png")} == set(re.findall(r"\((\S+\.png)\)", report))
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
@@ -190,8 +244,8 @@ def test_a_rate_is_judged_by_all_its_tuning_runs(tmp_path: Path) -> None:
     first = settings.TUNING_SEED
     found = [result("lora", first + i, loss, rate) for rate, own in losses.items() for i, loss in enumerate(own)]
     for one in found:
-        runs.write(one, runs.Spec(**one["spec"]).file(tmp_path))
-    assert runs.best_rate(experiments, tmp_path, "python", "lora") == 0.02
+        runs.add(one, tmp_path)
+    assert runs.best_rate(experiments, runs.read_all(tmp_path), "python", "lora") == 0.02
     tried = summary.rates_tried(found)["python"]
     assert tried["lora", 0.01][0] == 2.5 and math.isnan(tried["lora", 0.04][0])
 

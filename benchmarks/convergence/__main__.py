@@ -27,7 +27,7 @@ COLUMNS = (
 
 @app.command()
 def run(
-    out: Annotated[Path, typer.Option(help="The runs' files; those there are not run again.")],
+    out: Annotated[Path, typer.Option(help="The folder of the runs; those there are not run again.")],
     name: Annotated[str, typer.Option("--set", help=f"One of {', '.join(SETS)}.")] = "quick",
     part: Annotated[
         str | None, typer.Option("--tasks", help="Of the set, separated by commas; all if not given.")
@@ -46,7 +46,7 @@ def run(
     seeds: Annotated[int, typer.Option(min=1, help="With --model.")] = 5,
     dtype: Annotated[str, typer.Option(help="With --model: float32, bfloat16 or float16.")] = "bfloat16",
 ) -> None:
-    """Train every run of a set, or with a model and data of your own, that has no file yet, then write the report."""
+    """Train every run of a set, or with a model and data of your own, that --out lacks, then write the report."""
     try:
         if (model is None) != (data is None):
             raise ValueError("--model and --data go together: give both, or neither for a --set")

@@ -38,7 +38,7 @@ def in_short(folder: Path) -> list[Section]:
     Raises:
         ValueError: as for ``write_report``.
     """
-    results = read_all(folder)
+    results = list(read_all(folder).values())
     every = summarize(results, step_times.read_all(folder))
     budgets = [result["budget"] for result in results]
     batches, examples = (max(b[f"calibration_{name}"] for b in budgets) for name in ("batches", "batch"))
@@ -78,7 +78,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         ValueError: the folder has no runs, or not all of a set (see ``summarize``).
     """
-    results = read_all(folder)
+    results = list(read_all(folder).values())
     if not results:
         raise ValueError(f"{str(folder)!r} has no runs: python -m benchmarks.convergence run --out {folder}")
     rows = summarize(results, step_times.read_all(folder))

@@ -1,10 +1,8 @@
-"""One run: adapt, train, measure, merge; and the file that makes a set of runs resumable."""
+"""One run: adapt, train, measure, merge; and the file of all runs that makes a set resumable."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.convergence import measures
+from benchmarks.convergence import json_lines, measures
 from benchmarks.convergence.methods import METHODS, adapted
 from benchmarks.convergence.settings import TUNING_SEED, Budget, Experiments
 from benchmarks.convergence.tasks.kinds import Batch, Task
@@ -22,9 +20,10 @@ from benchmarks.convergence.training import training_steps
 from reslora_kernels.bench.results import commit_of, machine_of
 
 CALIBRATION_SEED = 10_000  # added to a run's own
+FILE = "runs.jsonl"  # of a folder, with a line for each run that is done
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Spec:
     """Which run: the rest is the budget's."""
 
@@ -37,9 +36,6 @@ class Spec:
     def tunes(self) -> bool:
         """Whether it only helps to choose the learning rate."""
         return self.seed >= TUNING_SEED
-
-    def file(self, folder: Path) -> Path:
-        return folder / f"{self.task}-{self.method}-{self.rate:g}-{self.seed}.json"
 
 
 def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec) -> dict[str, Any]:
@@ -94,58 +90,55 @@ def on(batch: Batch, device: torch.device) -> Batch:
 
 
 def missing(experiments: Experiments, tasks: Mapping[str, Task], folder: Path, *, tuning: bool) -> list[Spec]:
-    """The runs without a file: those that choose the learning rates, or, once those are done, the others.
+    """The runs that the folder lacks: those that choose the learning rates, or, once those are done, the others.
 
     Raises:
-        ValueError: a file of this folder is of a run with other settings.
+        ValueError: a run of this folder had other settings.
     """
-    wanted = []
+    wanted, found = [], read_all(folder)
     for task, budget in experiments.budgets.items():
         for method in budget.methods:
             if not tuning:
-                rate = best_rate(experiments, folder, task, method)
+                rate = best_rate(experiments, found, task, method)
                 wanted += [Spec(task, method, rate, seed) for seed in experiments.seeds]
             elif len(budget.rates) > 1 and budget.tuned_like(method) == method:
                 wanted += [spec for rate in budget.rates for spec in tuning_runs(budget, task, method, rate)]
     for spec in wanted:
-        if spec.file(folder).exists():
-            _refuse_other_settings(spec.file(folder), experiments, tasks[spec.task])
-    return [spec for spec in wanted if not spec.file(folder).exists()]
+        if spec in found and (different := _other_settings(found[spec], experiments, tasks[spec.task])):
+            raise ValueError(f"{folder / FILE} has {spec} with other settings ({different}): use another folder")
+    return [spec for spec in wanted if spec not in found]
 
 
-def _refuse_other_settings(path: Path, experiments: Experiments, task: Task) -> None:
-    result = json.loads(path.read_text())
+def _other_settings(result: dict[str, Any], experiments: Experiments, task: Task) -> str:
+    """Their names, none if the run had these."""
     name = result["spec"]["task"]
     found = result["task"] | {f"budget.{k}": v for k, v in result["budget"].items()} | result["sizes"]
     found |= result.get("measures", {})
     own = task.description() | {f"budget.{k}": v for k, v in experiments.budgets[name].of_a_run().items()}
     own |= asdict(experiments.sizes[task.kind]) | measures.settings()
-    different = sorted(key for key in found.keys() | own.keys() if found.get(key) != own.get(key))
-    if different:
-        raise ValueError(f"{path} is of a run with other settings ({', '.join(different)}): use another folder")
+    return ", ".join(sorted(key for key in found.keys() | own.keys() if found.get(key) != own.get(key)))
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result) + "\n")
-    os.replace(temporary, path)
+def add(result: dict[str, Any], folder: Path) -> None:
+    """Keep a run that is done; other processes may do the same meanwhile."""
+    json_lines.append(result, folder / FILE)
 
 
-def read_all(folder: Path) -> list[dict[str, Any]]:
-    """Every run of a folder."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def read_all(folder: Path) -> dict[Spec, dict[str, Any]]:
+    """Every run of a folder, in the order of ``Spec``; of one that is there twice, the later."""
+    found = {Spec(**result["spec"]): result for result in json_lines.read(folder / FILE)}
+    return dict(sorted(found.items()))
 
 
-def best_rate(experiments: Experiments, folder: Path, task: str, method: str) -> float:
+def best_rate(experiments: Experiments, found: Mapping[Spec, dict[str, Any]], task: str, method: str) -> float:
     """The rate of the grid whose tuning runs ended with the lowest mean loss; see ``Budget.tuned_like``."""
     budget = experiments.budgets[task]
     if len(budget.rates) == 1:
         return budget.rates[0]
 
     def loss(rate: float) -> float:
-        files = [spec.file(folder) for spec in tuning_runs(budget, task, budget.tuned_like(method), rate)]
-        mean = statistics.mean(json.loads(path.read_text())["curve"][-1]["loss"] for path in files)
+        judges = tuning_runs(budget, task, budget.tuned_like(method), rate)
+        mean = statistics.mean(found[spec]["curve"][-1]["loss"] for spec in judges)
         return math.inf if math.isnan(mean) else mean
 
     return min(budget.rates, key=loss)

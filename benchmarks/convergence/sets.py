@@ -1,4 +1,4 @@
-"""Every run of a set, several at a time if asked; what has a file is not run again."""
+"""Every run of a set, several at a time if asked; what the folder has is not run again."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _pretrain(experiments: Experiments, given: Given | None, out: Path, device: 
 def _one_run(experiments: Experiments, given: Given | None, out: Path, device: str, spec: runs.Spec) -> runs.Spec:
     task = tasks_of(given)[spec.task]
     base = _base(spec.task, given, experiments.sizes[task.kind], out, device)
-    runs.write(runs.train_one(base, task, experiments, spec), spec.file(out))
+    runs.add(runs.train_one(base, task, experiments, spec), out)
     return spec
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -13,28 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.convergence import json_lines
 from benchmarks.convergence.methods import adapted
-from benchmarks.convergence.runs import on, write
+from benchmarks.convergence.runs import on
 from benchmarks.convergence.settings import Experiments
 from benchmarks.convergence.tasks.kinds import Task
 from benchmarks.convergence.training import training_steps
 from reslora_kernels.bench.results import commit_of, machine_of
 
 ROUNDS, WARM_UP, TIMED = 5, 1, 5  # rounds over the methods; steps of each that are not timed, and that are
-
-
-def file_of(name: str, folder: Path) -> Path:
-    return folder / "step-times" / f"{name}.json"
+FILE = "step-times.jsonl"  # of a folder, with a line for each task; of two the later holds
 
 
 def measure(
     base: nn.Module, task: Task, name: str, experiments: Experiments, folder: Path, advance: Callable[[], None]
 ) -> None:
-    """Write the task's file unless it has the times of every method of these settings; ``advance`` after each round."""
-    budget, sizes, path = experiments.budgets[name], experiments.sizes[task.kind], file_of(name, folder)
+    """Add the task's times unless those of every method, of these settings, are there; ``advance`` after each round."""
+    budget, sizes = experiments.budgets[name], experiments.sizes[task.kind]
     settings = {"batch": budget.batch, "sizes": asdict(sizes), "methods": list(budget.methods)}
     settings |= {"rounds": ROUNDS, "warm_up": WARM_UP, "timed": TIMED}
-    if path.exists() and json.loads(path.read_text())["settings"] == settings:
+    if _latest(folder).get(name, {}).get("settings") == settings:
         return
     device = next(base.parameters()).device
     batches = [on(batch, device) for batch in task.train(sizes, WARM_UP + TIMED, budget.batch, 0)]
@@ -44,11 +41,10 @@ def measure(
             times.append(_one_stretch(adapted(base, task, method, len(batches), 0), task, batches, device))
         advance()
     result = {
-        "settings": settings, "seconds": seconds, "machine": machine_of(device),
+        "task": name, "settings": settings, "seconds": seconds, "machine": machine_of(device),
         "commit": commit_of(Path(__file__).parents[2]),
     }  # fmt: skip
-    path.parent.mkdir(exist_ok=True)
-    write(result, path)
+    json_lines.append(result, folder / FILE)
 
 
 def _one_stretch(model: nn.Module, task: Task, batches: list[dict[str, Any]], device: torch.device) -> float:
@@ -66,8 +62,11 @@ def _one_stretch(model: nn.Module, task: Task, batches: list[dict[str, Any]], de
 def read_all(folder: Path) -> dict[str, dict[str, float]]:
     """By task and method, the median over the rounds."""
     return {
-        path.stem: {
-            method: statistics.median(times) for method, times in json.loads(path.read_text())["seconds"].items()
-        }
-        for path in sorted((folder / "step-times").glob("*.json"))
+        task: {method: statistics.median(times) for method, times in result["seconds"].items()}
+        for task, result in _latest(folder).items()
     }
+
+
+def _latest(folder: Path) -> dict[str, dict[str, Any]]:
+    """By task."""
+    return {result["task"]: result for result in json_lines.read(folder / FILE)}
