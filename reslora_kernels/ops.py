@@ -10,6 +10,7 @@ Nothing here knows what a layer or a chain is; ``shortcuts`` says which stacks m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -228,8 +229,8 @@ def lora_linear(
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """[..., K] as [M, K]; reshape cannot tell M of an empty tensor."""
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    """[..., K] as [M, K]; reshape cannot tell M of an empty tensor, and Size.numel loses a dynamic length."""
+    return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 def _rows(stack: Sequence[Tensor], weight: Tensor) -> Tensor:
