@@ -120,8 +120,9 @@ class _LoRALinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.leading, ctx.dtype = x.shape[:-1], x.dtype
         ctx.scalars, ctx.hand_start, ctx.backend, ctx.depth = (c, scaling, p), hand[0], backend, depth
-        # y is shaped here and not by a view afterwards, on which FSDP2 could not count for its hooks.
-        return y.view(*x.shape[:-1], y.shape[1]), handed
+        # y is shaped here and not by a view afterwards, on which FSDP2 could not count for its hooks; and as no view of
+        # the op's output, or autograd refuses to change it in place (nn.ReLU(inplace=True)).
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]), handed
 
     @staticmethod
     @once_differentiable

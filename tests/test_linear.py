@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -159,3 +160,22 @@ def test_root_opens_the_pass() -> None:
     truth = reference_results(config, inputs)["y"]
     for n, y in enumerate(stack(inputs["x"])):
         assert max_error(y, truth[n]) < 1e-12
+
+
+@pytest.mark.parametrize("change", [Tensor.relu_, lambda y: y.mul_(y.detach().cos()), lambda y: y[..., 0].zero_()])
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
+def test_outputs_may_be_changed_in_place(
+    shortcut: str, pre_num: int, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]
+) -> None:
+    config = ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num)
+    layers, chain = make_chain(config, chain_inputs(3, shape[:-1], 4, 4, 2))
+    x, gradients = torch.randn(shape, dtype=torch.float64, requires_grad=True), []
+    for in_place in (True, False):
+        y = x
+        with chain.forward_pass():
+            for layer in layers:
+                y = layer(y) if in_place else layer(y).clone()
+                change(y)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, *(layer.lora_A for layer in layers)]))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(*gradients, strict=True))
