@@ -15,8 +15,8 @@ from torch import nn
 from benchmarks.convergence import json_lines, measures
 from benchmarks.convergence.methods import METHODS, adapted
 from benchmarks.convergence.settings import TUNING_SEED, Budget, Experiments
+from benchmarks.convergence.steps import training_steps
 from benchmarks.convergence.tasks.kinds import Batch, Task
-from benchmarks.convergence.training import training_steps
 from reslora_kernels.bench.results import commit_of, machine_of
 
 CALIBRATION_SEED = 10_000  # added to a run's own

@@ -16,8 +16,8 @@ from benchmarks.convergence import json_lines
 from benchmarks.convergence.methods import adapted
 from benchmarks.convergence.runs import on
 from benchmarks.convergence.settings import Experiments
+from benchmarks.convergence.steps import training_steps
 from benchmarks.convergence.tasks.kinds import Task
-from benchmarks.convergence.training import training_steps
 from reslora_kernels.bench.results import commit_of, machine_of
 
 ROUNDS, WARM_UP, TIMED = 5, 1, 5  # rounds over the methods; steps of each that are not timed, and that are

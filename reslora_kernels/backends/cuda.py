@@ -109,7 +109,7 @@ def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     return f"two passes: h first, {projection}; then the matmul on top of the low-rank product, {matmul}"
 
 
-def _kernel(choice: hopper.Choice, unsupported: str | None) -> str:
+def _kernel(choice: hopper.KernelChoice, unsupported: str | None) -> str:
     """Which kernel serves, and why."""
     if choice.kernel is None or unsupported:
         return f"by the portable kernel, not by a Hopper one: {choice.reason if choice.kernel is None else unsupported}"

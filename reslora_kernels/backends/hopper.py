@@ -32,7 +32,7 @@ PROJECTED = 128  # columns of x aᵀ that a block has in registers
 ALIGNMENT = 16  # bytes: of a base and of a stride, for the copy engine
 
 
-class Choice(NamedTuple):
+class KernelChoice(NamedTuple):
     """The Hopper kernel that serves a kind of call, None for the portable one, and why."""
 
     kernel: str | None
@@ -81,15 +81,15 @@ def kernels_of(form: str) -> tuple[str, ...]:
     return (IN_ONE_PASS,) if form == ONE_PASS else tuple(VARIANTS)
 
 
-def matmul(extension: Any, x: Tensor, form: str, n: int, rank: int) -> Choice:
+def matmul(extension: Any, x: Tensor, form: str, n: int, rank: int) -> KernelChoice:
     """For x [M, K], ``n`` columns of y and ``rank`` rows of b; found once for each kind of call."""
     return _choice(setting(), extension, x.device, x.dtype, "cuda_matmuls", form, x.shape[0], n, x.shape[1], rank)
 
 
-def projection(extension: Any, x: Tensor, form: str, n: int) -> Choice:
+def projection(extension: Any, x: Tensor, form: str, n: int) -> KernelChoice:
     """For x [M, K] and ``n`` columns of x aᵀ, no dropout; found once for each kind of call."""
     if n > PROJECTED:
-        return Choice(None, f"the result has more than {PROJECTED} columns")
+        return KernelChoice(None, f"the result has more than {PROJECTED} columns")
     return _choice(setting(), extension, x.device, x.dtype, "cuda_projections", form, x.shape[0], n, x.shape[1], None)
 
 
@@ -105,25 +105,25 @@ def _choice(
     n: int,
     k: int,
     rank: int | None,
-) -> Choice:
+) -> KernelChoice:
     if asked == OFF:
-        return Choice(None, f"{VARIABLE}={OFF}")
+        return KernelChoice(None, f"{VARIABLE}={OFF}")
     if reason := _unable_reason(extension, device, dtype, m):
-        return Choice(None, reason)
+        return KernelChoice(None, reason)
     kernels = kernels_of(form)
     if asked != AUTO:
-        return Choice(asked if asked in kernels else kernels[0], f"{VARIABLE}={asked}")
+        return KernelChoice(asked if asked in kernels else kernels[0], f"{VARIABLE}={asked}")
     sizes = {"m": m, "n": n, "k": k} | ({} if rank is None else {"rank": rank})
     exact: dict[str, str | bool] = {"form": form, "dtype": str(dtype)}
     row = measured.nearest(GENERATION, kind, sizes, exact) if all(sizes.values()) else None
     found = row["microseconds"] if row else {}
     times = {name: found[name] for name in (PORTABLE, *kernels) if name in found}
     if not times:
-        return Choice(None, "none was measured near this shape")
+        return KernelChoice(None, "none was measured near this shape")
     fastest = min(times, key=times.__getitem__)
     if fastest == PORTABLE:
-        return Choice(None, f"the portable one was measured fastest near this shape ({times[fastest]:.0f} us)")
-    return Choice(fastest, f"measured fastest near this shape ({times[fastest]:.0f} us)")
+        return KernelChoice(None, f"the portable one was measured fastest near this shape ({times[fastest]:.0f} us)")
+    return KernelChoice(fastest, f"measured fastest near this shape ({times[fastest]:.0f} us)")
 
 
 def admit(rows: dict[str, list[dict[str, Any]]]) -> None:

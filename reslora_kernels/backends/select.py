@@ -29,7 +29,7 @@ class Status(NamedTuple):
     reason: str
 
 
-class Choice(NamedTuple):
+class BackendChoice(NamedTuple):
     """The backend that serves a call, and why this one."""
 
     name: str
@@ -81,7 +81,7 @@ def check(backend: str) -> None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}; usable on this machine: {usable}")
 
 
-def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> Choice:
+def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> BackendChoice:
     """The backend that serves x [M, K] with weight [N, K] and ``rank`` rows of A, with the reason.
 
     Raises:
@@ -96,9 +96,9 @@ def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> Choice:
         if reason := module.unsupported_reason(x, weight, rank):
             raise ValueError(f"backend {name!r}: {reason}; use backend='auto' or 'torch'")
         why = f"{OVERRIDE}={name}" if asked else "asked for"
-        return Choice(name, f"{why}; {module.explain(x, weight, rank)}")
+        return BackendChoice(name, f"{why}; {module.explain(x, weight, rank)}")
     if x.device.type != "cuda":
-        return Choice("torch", f"x is on device {x.device}; {_require('torch').explain(x, weight, rank)}")
+        return BackendChoice("torch", f"x is on device {x.device}; {_require('torch').explain(x, weight, rank)}")
     passed_over: list[str] = []
     able: list[str] = []
     for name in PREFERENCE:
@@ -111,7 +111,7 @@ def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> Choice:
         else:
             passed_over.append(f"{name}: {reason}")
     name, why = _fastest(able, x, weight, rank)
-    return Choice(name, "; ".join([why, _require(name).explain(x, weight, rank), *passed_over]))
+    return BackendChoice(name, "; ".join([why, _require(name).explain(x, weight, rank), *passed_over]))
 
 
 def choose(backend: str, x: Tensor, weight: Tensor, rank: int) -> ModuleType:

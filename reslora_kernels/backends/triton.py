@@ -18,7 +18,7 @@ from .. import dropout
 from . import torch as library
 
 if TYPE_CHECKING:
-    from ..tuning.forms import Choice
+    from ..tuning.forms import FormChoice
     from ..tuning.gpus import Gpu
     from ..tuning.launch import Sum
 
@@ -292,7 +292,7 @@ def _two_reads(
     return da_left, db_left
 
 
-def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, scaling: float) -> Choice:
+def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, scaling: float) -> FormChoice:
     from ..tuning.forms import choose
     from ..tuning.gpus import gpu_of
     from ..tuning.launch import precision
@@ -307,7 +307,7 @@ def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, s
     return choose(gpu_of(x.device), m, n, k, rank, x.dtype, products, forms, _aligned(x, weight))
 
 
-def _given_choice(x: Tensor, weight: Tensor, rank: int) -> Choice:
+def _given_choice(x: Tensor, weight: Tensor, rank: int) -> FormChoice:
     """As ``_forward_choice``, for u that is known."""
     from ..tuning.forms import choose
     from ..tuning.gpus import gpu_of

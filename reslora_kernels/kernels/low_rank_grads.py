@@ -55,6 +55,9 @@ def pass_over_dy_kernel(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
+    """BLOCK_M rows of dy [m, n] over ``chunk`` columns: du_partial [parts, m, rank] = dy b, b [n, rank], in float32, and
+    db_partial [row blocks, n, rank] = db_scale dyᵀ u, u [m, rank].
+    """
     row = tl.program_id(0) * BLOCK_M
     part = tl.program_id(1)
     column = tl.program_id(2) * BLOCK_R
@@ -114,6 +117,9 @@ def pass_over_x_kernel(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
+    """BLOCK_M rows of x [m, k] over ``chunk`` columns: dh [m, rank] from du_partial [du_parts, m, du_rank] and dhanded,
+    dresidual [m, du_rank], bits [m, bits_row] of the mask, and da_partial [row blocks, rank, k] = da_scale dhᵀ D(x).
+    """
     row = tl.program_id(0) * BLOCK_M
     part = tl.program_id(1)
     column = tl.program_id(2) * BLOCK_R
@@ -150,6 +156,7 @@ def pass_over_x_kernel(
 
 @triton.jit
 def finish_kernel(da_partial, da, db_partial, db, da_parts, da_size, da_scale, db_parts, db_size, db_scale):
+    """da [da_size] = da_scale times the sum of da_partial [da_parts, da_size], float32; db likewise."""
     if da_partial is not None:
         for block in range(tl.program_id(0), tl.cdiv(da_size, 1024), tl.num_programs(0)):
             add_partials(block, da_partial, da, da_parts, da_size, da_scale, 1024)

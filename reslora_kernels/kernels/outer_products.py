@@ -105,6 +105,9 @@ def outer_products_kernel(
     STREAM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Programs below ``da_programs``: da [parts, a_rank, k] = da_scale dhᵀ D(x) for x [m, k], dh [m, a_rank], and bits
+    [m, bits_row] of the mask; the others: db [parts, n, b_rank] = db_scale dyᵀ u for dy [m, n], u [m, b_rank].
+    """
     program = tl.program_id(0)
     if program < da_programs:
         if da is not None:

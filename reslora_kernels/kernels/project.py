@@ -27,7 +27,6 @@ def project_kernel(
     u,
     handed,
     partial,
-    squares,
     m,
     k,
     rank,
@@ -53,27 +52,25 @@ def project_kernel(
     WHOLE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """A block [BLOCK_M, BLOCK_R] of h = D(x) aᵀ, x [m, k], a [rank, k], over ``split_k`` columns of x.
+
+    The whole sum goes to u [m, u_rank] (float32 factor, residual [m, .] added) and handed [m, hand_stop - hand_start];
+    a part of it to partial [parts, m, rank], float32.
+    """
     row = tl.program_id(0) * BLOCK_M
     column = tl.program_id(1) * BLOCK_R
     part = tl.program_id(2)
     if seed is not None:
         seed_value = tl.load(seed)
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    if squares is not None:
-        square_sums = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(part * split_k, min(k, (part + 1) * split_k), BLOCK_K):
         x_block = load_block(x, row, start, m, k, x_row, x_column, BLOCK_M, BLOCK_K, X_TMA, WHOLE_K)
-        if squares is not None:
-            square_sums += tl.sum(x_block.to(tl.float32) * x_block.to(tl.float32), 1)
         if seed is not None:
             group = start // 8 + tl.arange(0, BLOCK_K // 8)
             keep = keep_bytes(seed_value, row + tl.arange(0, BLOCK_M), group, threshold)
             x_block = tl.where(unpack_bits(keep, BLOCK_M, BLOCK_K // 8, 8), x_block, 0.0)
         a_block = load_block(a, column, start, rank, k, a_row, a_column, BLOCK_R, BLOCK_K, False, WHOLE_K)
         h = tl.dot(x_block, tl.trans(a_block.to(x_block.dtype)), h, input_precision=PRECISION)
-    if squares is not None:
-        i = row + tl.arange(0, BLOCK_M)
-        tl.store(squares + part * m + i, square_sums, mask=(i < m) & (tl.program_id(1) == 0))
     if partial is not None:
         i = row + tl.arange(0, BLOCK_M)
         j = column + tl.arange(0, BLOCK_R)
@@ -107,6 +104,7 @@ def finish_projection_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """Adds partial [parts, m, rank] up and does what ``project_kernel`` does with a whole h [m, rank]."""
     row = tl.program_id(0) * BLOCK_M
     column = tl.program_id(1) * BLOCK_R
     h = sum_products(partial, row, column, m, rank, parts, BLOCK_M, BLOCK_R)
@@ -130,7 +128,6 @@ def project(
     c: float,
     tile: ProjectTile,
     residual_start: int = 0,
-    squares: Tensor | None = None,
 ) -> Iterator[Launch]:
     """The launches that fill u [M, R_b] and handed [M, hand_stop - hand_start].
 
@@ -144,7 +141,6 @@ def project(
         seed: int64, one element, or None for no dropout. An element is kept iff its 16 bits are at least
             ``threshold``, and counts ``keep_scale`` times.
         tile: blocks, and into how many parts K is split.
-        squares: float32 [tile.parts(K), M] for the squared norm of each row of x, by part; or None.
     """
     (m, k), rank = x.shape, a.shape[0]
     x_tma = tile.tma and fits_tma(x)
@@ -177,7 +173,6 @@ def project(
             "a": a,
             "seed": seed,
             "partial": partial,
-            "squares": squares,
             "k": k,
             "x_row": x.stride(0),
             "x_column": x.stride(1),

@@ -46,7 +46,7 @@ def reads_dy_once(gpu: Gpu, m: int, n: int, k: int, rank: int, own: int, dtype: 
 
 
 @dataclass(frozen=True)
-class Choice:
+class FormChoice:
     """How an augmented matmul is computed: ``form`` and tile, what it is expected to take, and why."""
 
     form: str  # "one_pass", "two_pass" or "library"
@@ -89,7 +89,7 @@ def choose(
     precision: str,
     forms: tuple[str, ...],
     aligned: bool = True,
-) -> Choice:
+) -> FormChoice:
     """The form and tile that were fastest where this was measured, else those with the shortest expected time.
 
     Args:
@@ -115,7 +115,7 @@ def _choose(
     aligned: bool,
     forms: tuple[str, ...],
     wanted_tile: MatmulTile | None,
-) -> Choice:
+) -> FormChoice:
     if forms == possible and wanted_tile is None and aligned:
         sizes = {"m": m, "n": n, "k": k, "rank": rank}
         row = nearest(gpu.generation, "matmuls", sizes, {"dtype": str(dtype), "one_pass": "one_pass" in possible})
@@ -123,19 +123,19 @@ def _choose(
             tile = MatmulTile(**row["tile"]) if row["tile"] else None
             if tile is not None:
                 tile = with_rank(tile, gpu, rank, row["form"] == "one_pass")
-            return Choice(row["form"], tile, row["seconds"], f"{row['form']}, measured fastest near this shape")
+            return FormChoice(row["form"], tile, row["seconds"], f"{row['form']}, measured fastest near this shape")
     pass_over_x = dtype.itemsize * m * k / gpu.bandwidth + LAUNCH_SECONDS if "one_pass" in possible else 0.0
     candidates = []
     for form in forms:
         before = 0.0 if form == "one_pass" else pass_over_x
         if form == "library":
             seconds = library_seconds(gpu, m, n, k, rank, dtype, precision)
-            candidates.append(Choice(form, None, before + seconds, ""))
+            candidates.append(FormChoice(form, None, before + seconds, ""))
             continue
         tiles = matmul_tiles(gpu, m, rank, dtype, precision, form == "one_pass", aligned)
         for tile in [with_rank(wanted_tile, gpu, rank, form == "one_pass")] if wanted_tile else tiles:
             seconds = matmul_seconds(gpu, tile, m, n, k, dtype, precision, form == "one_pass")
-            candidates.append(Choice(form, tile, before + seconds, ""))
+            candidates.append(FormChoice(form, tile, before + seconds, ""))
     ranked = sorted(candidates, key=lambda choice: choice.seconds)
     best = ranked[0]
     others = {choice.form: choice for choice in reversed(ranked) if choice.form != best.form}

@@ -15,8 +15,8 @@ from reslora_kernels import load_adapter
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.cli import main
 from reslora_kernels.cli.demo import command, data
+from reslora_kernels.cli.demo.fine_tuning import Curve, adapted, evaluate, new_model, steps_to_reach
 from reslora_kernels.cli.demo.settings import QUICK, Settings
-from reslora_kernels.cli.demo.training import Curve, adapted, evaluate, new_model, steps_to_reach
 
 for library in command.LIBRARIES:
     pytest.importorskip(library)

@@ -11,10 +11,9 @@ from reslora_kernels import ResLoRAConfig, ResLoRALinear, link
 from reslora_kernels.backends import select, triton
 from reslora_kernels.backends import torch as plain
 from reslora_kernels.cli.verify import check_case
-from reslora_kernels.kernels.project import project
 from reslora_kernels.ops import lora_linear
 from reslora_kernels.testing import GoldenCase, assert_close_to_truth, golden_cases
-from reslora_kernels.tuning import gpus, launch, tiles
+from reslora_kernels.tuning import launch
 
 from .calls import Call, draw, run, truth
 
@@ -184,23 +183,6 @@ def test_bad_input_is_refused_before_any_launch(change: dict, message: str, devi
     with launch.recording() as launches, pytest.raises(ValueError, match=message):
         lora_linear(**(arguments | change), scaling=1.0, backend="triton")
     assert launches == []
-
-
-@pytest.mark.parametrize(("m", "k"), [(40, 100), (3, 520)], ids=["whole reduction", "reduction in parts"])
-def test_projection_gives_the_norms_of_its_input_along(m: int, k: int, device: torch.device) -> None:
-    """Squared norms of the rows of x, dropped elements counted: what merging needs, at no further read of x."""
-    call = Call("", m, k, 8, 80, 80, BF16, FP32, p=0.5)
-    values = draw(call, device, integers=True)
-    gpu = gpus.gpu_of(device)
-    tile = tiles.project_tile(gpu, m, k, 80, BF16)
-    squares = torch.full((tile.parts(k), m), float("nan"), device=device)
-    launches = project(
-        values["x"], values["a_cat"], None, torch.tensor(1, device=device), values["x"].new_empty(m, 80), None, 0,
-        threshold=32768, keep_scale=2.0, c=1.0, tile=tile, squares=squares,
-    )  # fmt: skip
-    for entry in launches:
-        entry.run()
-    assert torch.equal(squares.sum(0), values["x"].float().square().sum(1))
 
 
 def test_the_op_passes_opcheck(device: torch.device) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.convergence.settings import Sizes
+from benchmarks.convergence.steps import training_steps
 from benchmarks.convergence.tasks import texts
 from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating
-from benchmarks.convergence.training import training_steps
 from reslora_kernels.cli.demo import data
 
 START, PAD, MASK, SEPARATOR = range(256, 260)  # tokens beside the bytes

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.convergence.settings import Sizes
+from benchmarks.convergence.steps import training_steps
 from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating
-from benchmarks.convergence.training import training_steps
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOCABULARY = {word: i + 1 for i, word in enumerate(("a", "handwritten", *WORDS))}  # 0 is padding

@@ -14,6 +14,16 @@ from torch import Tensor, nn
 
 from reslora_kernels.adapt.coverage import inspect
 from reslora_kernels.cli.demo import data
+from reslora_kernels.cli.demo.fine_tuning import (
+    EVALUATION_BATCH,
+    Curve,
+    adapted,
+    evaluate,
+    finetune,
+    new_model,
+    pretrain,
+    steps_to_reach,
+)
 from reslora_kernels.cli.demo.merges import (
     Merge,
     PeftComparison,
@@ -26,16 +36,6 @@ from reslora_kernels.cli.demo.progress import Bars, Stage, show_bars
 from reslora_kernels.cli.demo.samples import generate
 from reslora_kernels.cli.demo.settings import BASELINE, TITLES, Settings
 from reslora_kernels.cli.demo.timing import StepTime, time_steps
-from reslora_kernels.cli.demo.training import (
-    EVALUATION_BATCH,
-    Curve,
-    adapted,
-    evaluate,
-    finetune,
-    new_model,
-    pretrain,
-    steps_to_reach,
-)
 from reslora_kernels.config import Shortcut
 from reslora_kernels.files.save_load import save_adapter
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reslora_kernels.adapt.record import record_of
-from reslora_kernels.cli.demo.training import evaluate, inputs
+from reslora_kernels.cli.demo.fine_tuning import evaluate, inputs
 from reslora_kernels.config import MergeMethod
 from reslora_kernels.files.peft_export import export_peft
 from reslora_kernels.layers.shortcuts import hands_on

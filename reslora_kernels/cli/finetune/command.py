@@ -124,7 +124,7 @@ def finetune(
     target = torch_device(device)
     _check_evaluation(eval_data, eval_fraction)
 
-    from reslora_kernels.cli.finetune import training  # imports Transformers
+    from reslora_kernels.cli.finetune import trainer  # imports Transformers
 
     _check_output(output_dir, resume, overwrite)
     checkpoint = training.last_checkpoint(output_dir) if resume else None
@@ -247,7 +247,7 @@ def _check_evaluation(eval_data: str | None, eval_fraction: float) -> None:
 
 
 def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
-    from reslora_kernels.cli.finetune.training import is_earlier_run
+    from reslora_kernels.cli.finetune.trainer import is_earlier_run
 
     check_writable("--output-dir", folder)
     if resume and overwrite:

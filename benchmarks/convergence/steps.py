@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reslora_kernels.cli.demo import training
-
 
 def training_steps(
     model: nn.Module,
