@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reslora_kernels.cli.demo import fine_tuning
+
 
 def training_steps(
     model: nn.Module,
@@ -18,5 +20,5 @@ def training_steps(
 ) -> Iterator[float]:
     """A step per batch in training mode, and evaluation mode in the end; yields the losses. See the demo's."""
     model.train()
-    yield from training.training_steps(model, optimizer, batches, warmup_steps, loss)
+    yield from fine_tuning.training_steps(model, optimizer, batches, warmup_steps, loss)
     model.eval()

@@ -105,8 +105,8 @@ def augmented_matmul_kernel(
 ):
     """y [m, n] = x [m, k] w [k, n] + bias [n] + keep ∘ (scale t [m, rank] b [rank, n]), BLOCK_M x BLOCK_N at a time.
 
-    ONE_PASS: t is x aᵀ, a [rank, k]; inner [m, inner_stop] gets factor t + extra, raw its columns to hand on. bits: keep
-    as packed bits [m, words], int32. da_partial [da_parts, da_size] is added up to da, scaled, and so is db's.
+    ONE_PASS: t is x aᵀ, a [rank, k]; inner [m, inner_stop] gets factor t + extra, raw its columns to hand on. bits:
+    keep as packed bits [m, words], int32. da_partial [da_parts, da_size] is added up to da, scaled, and so is db's.
     """
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)

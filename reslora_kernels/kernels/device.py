@@ -78,7 +78,7 @@ def keep_bytes(seed, row, group, threshold):
 
 @triton.jit
 def _two_bits(word, threshold):
-    """int32, as word: bit 0 says whether its low 16 bits are at least ``threshold``, bit 1 whether its high ones are."""
+    """int32, as word: bit 0 says whether its low half is at least ``threshold``, bit 1 whether its high half is."""
     low = ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
     return low | (((word >> 16).to(tl.int32) >= threshold).to(tl.int32) << 1)
 

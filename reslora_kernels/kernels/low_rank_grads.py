@@ -55,7 +55,7 @@ def pass_over_dy_kernel(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """BLOCK_M rows of dy [m, n] over ``chunk`` columns: du_partial [parts, m, rank] = dy b, b [n, rank], in float32, and
+    """BLOCK_M rows of dy [m, n] over ``chunk`` columns: du_partial [parts, m, rank] = dy b, b [n, rank], and
     db_partial [row blocks, n, rank] = db_scale dyᵀ u, u [m, rank].
     """
     row = tl.program_id(0) * BLOCK_M

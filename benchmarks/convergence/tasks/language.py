@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.convergence.settings import Sizes
 from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating
-from reslora_kernels.cli.demo import data, training
+from reslora_kernels.cli.demo import data, fine_tuning
 from reslora_kernels.cli.demo.settings import Settings
 
 IGNORED = -100
@@ -28,13 +28,13 @@ class Language(Task):
     targets: tuple[str, ...] = LINEARS
 
     def base(self, sizes: Sizes) -> nn.Module:
-        return training.new_model(_demo(sizes))
+        return fine_tuning.new_model(_demo(sizes))
 
     def pretrain(self, model: nn.Module, sizes: Sizes) -> None:
         """On the prose of Python's help topics."""
         text = data.prose().train
         batches = data.random_batches(text, sizes.pretraining_steps, sizes.batch, sizes.sequence, seed=0)
-        training.pretrain(model, batches.to(next(model.parameters()).device), _demo(sizes), lambda loss: None)
+        fine_tuning.pretrain(model, batches.to(next(model.parameters()).device), _demo(sizes), lambda loss: None)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {"input_ids": batch["input_ids"], "use_cache": False}

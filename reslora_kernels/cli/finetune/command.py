@@ -124,11 +124,11 @@ def finetune(
     target = torch_device(device)
     _check_evaluation(eval_data, eval_fraction)
 
-    from reslora_kernels.cli.finetune import trainer  # imports Transformers
+    from reslora_kernels.cli.finetune import run  # imports Transformers
 
     _check_output(output_dir, resume, overwrite)
-    checkpoint = training.last_checkpoint(output_dir) if resume else None
-    arguments = training.training_arguments(
+    checkpoint = run.last_checkpoint(output_dir) if resume else None
+    arguments = run.training_arguments(
         output_dir, evaluate=eval_data is not None or eval_fraction > 0, device=target,
         learning_rate=learning_rate, num_train_epochs=num_train_epochs, max_steps=max_steps,
         per_device_train_batch_size=per_device_train_batch_size, per_device_eval_batch_size=per_device_eval_batch_size,
@@ -145,7 +145,7 @@ def finetune(
     settings = {
         "model": model,
         "config": config.to_dict(),
-        "data_sha256": training.fingerprint(prepared.train),
+        "data_sha256": run.fingerprint(prepared.train),
         "max_length": prepared.max_length,
         "seed": seed,
         "learning_rate": learning_rate,
@@ -161,7 +161,7 @@ def finetune(
         "torch_dtype": torch_dtype_name,
     }
     if resume:
-        training.check_same_run(output_dir, settings)
+        run.check_same_run(output_dir, settings)
 
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -172,9 +172,7 @@ def finetune(
     set_seed(seed)
     apply_reslora(network, config)
     coverage = inspect(network)
-    trainer = training.make_trainer(
-        network, arguments, prepared.train, prepared.evaluation, pad_token(prepared.tokenizer)
-    )
+    trainer = run.make_trainer(network, arguments, prepared.train, prepared.evaluation, pad_token(prepared.tokenizer))
     first = arguments.process_index == 0  # it alone writes and talks; all processes train
     say = typer.echo if first else _say_nothing
     say(
@@ -187,13 +185,13 @@ def finetune(
             f"left out {prepared.dropped} of {prepared.examples} examples: no token to learn within --max-length "
             f"{prepared.max_length}"
         )
-    record: dict[str, Any] = {"status": "started", "settings": settings, "versions": training.versions()}
-    training.wait_for_all()  # each has looked at the folder before it is changed
+    record: dict[str, Any] = {"status": "started", "settings": settings, "versions": run.versions()}
+    run.wait_for_all()  # each has looked at the folder before it is changed
     if not resume and first:
         if output_dir.exists():
-            training.remove_earlier_run(output_dir)
-        training.write_record(output_dir, record)
-    training.wait_for_all()
+            run.remove_earlier_run(output_dir)
+        run.write_record(output_dir, record)
+    run.wait_for_all()
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     results.save_trained(network, prepared.tokenizer, output_dir / "adapter" if first else None)
@@ -229,10 +227,10 @@ def finetune(
                 record["losses"]["eval_merged"] = trainer.evaluate()["eval_loss"]
     record |= {"status": "finished", "log": trainer.state.log_history}
     if first:
-        training.write_record(output_dir, record)
+        run.write_record(output_dir, record)
         for line in results.summary(record):
             typer.echo(line)
-    training.part()
+    run.part()
 
 
 def _say_nothing(message: str) -> None:
@@ -247,7 +245,7 @@ def _check_evaluation(eval_data: str | None, eval_fraction: float) -> None:
 
 
 def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
-    from reslora_kernels.cli.finetune.trainer import is_earlier_run
+    from reslora_kernels.cli.finetune.run import is_earlier_run
 
     check_writable("--output-dir", folder)
     if resume and overwrite:
