@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RESULT ?= benchmarks/results/latest.json
+# The versions to install; `make test CONSTRAINTS=constraints-oldest.txt VENV=.venv-oldest` tests the oldest that are claimed.
+CONSTRAINTS ?= constraints.txt
+export CONSTRAINTS
 # The CUDA extension takes minutes to compile: .venv gets it where there is a GPU to run it or RESLORA_CUDA asks for it.
 BUILD_CUDA := $(or $(RESLORA_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,0))
-REQUIREMENTS := pyproject.toml setup.py build_cuda.py constraints.txt
+REQUIREMENTS := pyproject.toml setup.py build_cuda.py $(CONSTRAINTS)
 REQUIREMENTS += $(if $(filter-out 0,$(BUILD_CUDA)),$(wildcard csrc/*.*))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PARALLEL := --numprocesses auto --dist loadfile
-PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint constraints.txt
+PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench convergence bench-layers gpu-check tune readme-tables lint format typecheck clean
+.PHONY: help demo test test-fast bench convergence bench-layers gpu-check tune readme-tables lint format typecheck docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -48,8 +51,8 @@ bench-layers: $(VENV)/.installed-dev ## Time the layers under pytest-benchmark, 
 	$(BIN)/python -m pytest benchmarks/kernels --benchmark-json=$(RESULT) $(ARGS)
 	$(BIN)/python -m benchmarks.tables $(RESULT)
 
-readme-tables: $(VENV)/.installed-dev ## Write the tables of README.md from the newest committed result
-	$(BIN)/python -m benchmarks.tables --readme README.md
+readme-tables: $(VENV)/.installed-dev ## Write the tables of README.md and docs/ from the newest committed results
+	$(BIN)/python -m benchmarks.tables --pages README.md docs/measured.md
 
 gpu-check: ## On a CUDA GPU: tests on the chip, compute-sanitizer, then speed; RESLORA_PYTHON picks an interpreter
 	@test -n "$(RESLORA_PYTHON)" || $(MAKE) --no-print-directory $(VENV)/.installed-dev
@@ -69,6 +72,9 @@ format: $(VENV)/.installed-dev ## Let ruff rewrite what it can
 
 typecheck: $(VENV)/.installed-dev ## mypy, strict on the package
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev ## Build the documentation in build/docs; `.venv/bin/mkdocs serve` shows it while it is written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean: ## Remove .venv and everything that was generated
 	rm -rf $(VENV) build dist *.egg-info reslora_kernels/_build_info.py reslora_kernels/_cuda*.so

@@ -1,9 +1,10 @@
-"""Markdown tables from result files, so that no number in README.md is typed by hand.
+"""Markdown tables from result files, so that no number in README.md or docs/measured.md is typed by hand.
 
-python -m benchmarks.tables RESULT.json            print the table of one result file
-python -m benchmarks.tables --readme README.md     write the newest results' tables and figures between the markers
+python -m benchmarks.tables RESULT.json                          print the table of one result file
+python -m benchmarks.tables --pages README.md docs/measured.md   write the newest results' tables between the markers
 
-What no result file holds is shown as not yet measured.
+A page has the tables for which it has markers; each kind stands on one of the pages at least. Figures go beside their
+results. What no result file holds is shown as not yet measured.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.convergence import report as convergence
 from reslora_kernels.bench import results as bench
-from reslora_kernels.bench.figures import draw_all
+from reslora_kernels.bench.figures import Figure, draw_all
 from reslora_kernels.bench.series import by_case, label, timed
 
 RESULTS = Path(__file__).parent / "results"
@@ -97,12 +98,17 @@ def bench_table(path: Path) -> str:
         f"{' with changes' if result.uncommitted_changes else ''} "
         f"([{path.name}](benchmarks/results/{path.name}))."
     )
-    for figure in draw_all(result):
-        if figure.name in SHOWN_FIGURES:
-            image = path.with_name(f"{path.stem}-{figure.name}.png")
-            image.write_bytes(figure.png["light"])
-            rows.append(f"\n![{figure.alt}](benchmarks/results/{image.name})")
+    for figure in shown_figures(result):
+        rows.append(f"\n![{figure.alt}](benchmarks/results/{image_of(path, figure).name})")
     return "\n".join(rows)
+
+
+def shown_figures(result: bench.Result) -> list[Figure]:
+    return [figure for figure in draw_all(result) if figure.name in SHOWN_FIGURES]
+
+
+def image_of(path: Path, figure: Figure) -> Path:
+    return path.with_name(f"{path.stem}-{figure.name}.png")
 
 
 def _bench_rows(result: bench.Result) -> list[str]:
@@ -173,16 +179,38 @@ def newest(kind: str) -> Path | None:
     return max(found)[-1] if found else None
 
 
-def write_readme(readme: Path) -> None:
-    text = readme.read_text()
-    for kind, table in TABLES.items():
-        markers = re.compile(rf"(<!-- {kind}: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not markers.search(text):
-            raise SystemExit(f"{readme} has no markers for {kind}")
+def with_tables(text: str) -> str:
+    """A page with the newest table of each kind that it has markers for."""
+    for kind in kinds_of(text):
         path = newest(kind)
-        filled = NOT_MEASURED if path is None else table(path)
-        text = markers.sub(lambda match, filled=filled: f"{match[1]}{filled}\n{match[2]}", text)  # type: ignore[misc]
-    readme.write_text(text)
+        filled = NOT_MEASURED if path is None else TABLES[kind](path)
+        text = _markers(kind).sub(lambda match, filled=filled: f"{match[1]}{filled}\n{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def kinds_of(text: str) -> list[str]:
+    """The kinds of table that a page has markers for."""
+    return [kind for kind in TABLES if _markers(kind).search(text)]
+
+
+def _markers(kind: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- {kind}: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def write_pages(pages: Sequence[Path]) -> None:
+    """Write the tables of all pages, and the figures that they show.
+
+    Raises:
+        SystemExit: a kind of table stands on none of them.
+    """
+    missing = set(TABLES) - {kind for page in pages for kind in kinds_of(page.read_text())}
+    if missing:
+        raise SystemExit(f"{', '.join(map(str, pages))} have no markers for {', '.join(sorted(missing))}")
+    for page in pages:
+        page.write_text(with_tables(page.read_text()))
+    for path in filter(None, (newest("bench-cpu"), newest("bench-gpu"))):
+        for figure in shown_figures(bench.read(path)):
+            image_of(path, figure).write_bytes(figure.png["light"])
 
 
 def table_of(path: Path) -> str:
@@ -196,10 +224,10 @@ def table_of(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", nargs="?", type=Path)
-    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--pages", nargs="+", type=Path)
     arguments = parser.parse_args()
-    if arguments.readme is not None:
-        write_readme(arguments.readme)
+    if arguments.pages is not None:
+        write_pages(arguments.pages)
     else:
         print(table_of(arguments.result or newest("cpu-layers") or parser.error("no result; give one")))
 

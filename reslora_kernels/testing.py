@@ -39,7 +39,7 @@ class GoldenCase:
         return [self.tensors.get(f"bias.{n}") for n in range(self.num_layers)]
 
     def batches(self) -> list[list[Tensor]]:
-        """The training batches that norms are averaged over: [batch][layer], each [..., K]."""
+        """The training batches that norms are averaged over: for each of them the x [..., K] of every layer."""
         return [self.series("x"), *(self.series(f"calibration.{s}.x") for s in (1, 2))]
 
 

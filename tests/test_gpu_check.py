@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import tables, tune
+from benchmarks import tune
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import parts, small_launches
 from benchmarks.gpu_check.parts import Finished
@@ -303,11 +303,3 @@ def test_the_real_timer_calls_the_backend(monkeypatch: pytest.MonkeyPatch, trito
     assert all(seconds is not None and seconds > 0 for seconds in timer.forward(shape, ways))
     assert all(seconds is not None for seconds in timer.backward(shape, ways[:2]))
     assert "torch" in timer.calls(shape, ways[1], ways[0])
-
-
-def test_readme_tables_show_what_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text("".join(f"<!-- {kind}: here -->\nold\n<!-- end -->\n" for kind in tables.TABLES))
-    tables.write_readme(readme)
-    assert readme.read_text().count(tables.NOT_MEASURED) == len(tables.TABLES) and "old" not in readme.read_text()

@@ -16,7 +16,7 @@ import reslora_kernels
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["demo", "test", "test-fast", "bench", "bench-layers", "gpu-check", "tune", "readme-tables"]
-TARGETS += ["convergence", "lint", "format", "typecheck", "clean"]
+TARGETS += ["convergence", "lint", "format", "typecheck", "docs", "clean"]
 
 if sys.version_info >= (3, 11):
     import tomllib

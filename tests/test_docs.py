@@ -1,0 +1,121 @@
+"""README and docs/: every block of Python runs, every command exists, every table is the generated one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import reslora_kernels
+import reslora_kernels.training
+from benchmarks import tables
+
+from . import shown_commands
+from .models import FAMILIES, llama
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GENERATED = (ROOT / "README.md", ROOT / "docs/measured.md")
+NEEDS = {"quantized-base.md": ("bitsandbytes",)}
+WRITTEN = {
+    "README.md": ["adapter/reslora_model.safetensors", "peft-adapter/adapter_model.safetensors"],
+    "tutorial.md": ["adapter/reslora_model.safetensors", "peft-adapter/adapter_model.safetensors"],
+}
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(*found) for found in FENCE.findall(page.read_text())]
+
+
+def python(page: Path) -> list[str]:
+    """Blocks to run; an included script has a test of its own."""
+    return [block.text for block in blocks(page) if block.language == "python" and not block.text.startswith("--8<--")]
+
+
+def train(model: nn.Module) -> None:
+    """What the pages leave to the reader: a loop."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for seed in range(2):
+        optimizer.zero_grad()
+        model(**FAMILIES["llama"].batch(seed)).loss.backward()
+        optimizer.step()
+
+
+def pages_with(language: str) -> list[Any]:
+    found = [page for page in PAGES if any(block.language == language for block in blocks(page))]
+    return [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in found]
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in NEEDS.get(page.name, ("transformers", "peft")):
+        pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    llama().save_pretrained("path/or/id")
+    batches = [FAMILIES["llama"].batch(seed) for seed in range(8)]
+    names: dict[str, Any] = {"train": train, "batches": batches, "x": torch.randn(2, 1024)}
+    for text in python(page):
+        exec(compile(text, page.name, "exec"), names)
+    assert all((tmp_path / file).is_file() for file in WRITTEN.get(page.name, []))
+
+
+@pytest.mark.parametrize("page", pages_with("sh"))
+def test_commands_exist(page: Path) -> None:
+    for block in blocks(page):
+        for words in shown_commands.commands(block.text) if block.language == "sh" else []:
+            shown_commands.check(words)
+
+
+@pytest.mark.parametrize(
+    "line", ["make prove", "reslora merge a --base b --out c --fast", "torchrun lost.py", "curl x"]
+)
+def test_a_command_that_does_not_exist_is_found(line: str) -> None:
+    with pytest.raises((AssertionError, SystemExit, shown_commands.typer.TyperException)):
+        shown_commands.check(line.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_blocks_say_their_language(page: Path) -> None:
+    """So that none escapes the tests above."""
+    assert {block.language for block in blocks(page)} <= {"python", "sh", "text", "json"}
+    assert page.read_text().count("```") == 2 * len(blocks(page))
+
+
+def test_every_public_name_has_its_place_in_the_reference() -> None:
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    documented = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)
+    public = [f"reslora_kernels.{name}" for name in reslora_kernels.__all__ if name != "__version__"]
+    assert set(public) <= set(documented)
+    assert {f"reslora_kernels.training.{name}" for name in ("AdapterCheckpoints", "ResLoRACallback")} <= set(documented)
+    assert len(documented) == len(set(documented))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GENERATED, ids=lambda page: page.name)
+def test_tables_are_the_generated_ones(page: Path) -> None:
+    assert tables.with_tables(page.read_text()) == page.read_text(), "run `make readme-tables`"
+
+
+def test_every_kind_of_table_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {kind for page in GENERATED for kind in tables.kinds_of(page.read_text())} == set(tables.TABLES)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    pages = [tmp_path / "one.md", tmp_path / "other.md"]
+    marked = [f"<!-- {kind}: here -->\nold\n<!-- end -->\n" for kind in tables.TABLES]
+    pages[0].write_text("".join(marked[:2]))
+    pages[1].write_text("".join(marked[2:]))
+    tables.write_pages(pages)
+    written = "".join(page.read_text() for page in pages)
+    assert written.count(tables.NOT_MEASURED) == len(marked) and "old" not in written
+    with pytest.raises(SystemExit, match="have no markers for"):
+        tables.write_pages(pages[:1])
