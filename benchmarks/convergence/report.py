@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,15 @@ from benchmarks.convergence.measures import JOINT_STEPS
 from benchmarks.convergence.methods import METHODS
 from benchmarks.convergence.runs import read_all
 from benchmarks.convergence.settings import BASELINE, SHORTCUTS
-from benchmarks.convergence.summary import Row, Runs, as_many_parameters, final_runs, rates_tried, summarize
+from benchmarks.convergence.summary import (
+    Row,
+    Runs,
+    as_many_parameters,
+    description_of,
+    final_runs,
+    rates_tried,
+    summarize,
+)
 
 HERE = Path(__file__).parent
 GOAL = {"up to 4": 0.01, "all": 0.02}  # of fine-tuning's gain that the best fit may lose, by pre_num
@@ -45,7 +52,7 @@ def in_short(folder: Path) -> list[Section]:
     learnt, merged = [], []
     for task, runs in final_runs(results).items():
         rows = {row.method: row for row in every if row.task == task}
-        title, lora = _titles(runs)["title"], rows[BASELINE]
+        title, lora = description_of(runs)["title"], rows[BASELINE]
         cells = (f"{rows[m].difference:+.4f} (p {_p(rows[m])}), {_steps(rows[m], lora)}" for m in SHORTCUTS)
         learnt.append((title, f"{lora.loss:.4f}", *cells))
         merged.append((title, *(_merge_costs(rows[m]) for m in SHORTCUTS if rows[m].merges.keys() - {"exact"})))
@@ -85,7 +92,8 @@ def write_report(folder: Path) -> Path:
     by_task, tried = final_runs(results), rates_tried(results)
     sections = [Section("Convergence", 1, _provenance(results)), _headline(rows, by_task), _merge_goal(rows)]
     for task, runs in by_task.items():
-        sections += _task(task, [row for row in rows if row.task == task], runs, tried.get(task, {}), folder)
+        sections += _task([row for row in rows if row.task == task], runs, tried.get(task, {}))
+    sections.append(Section("Figures", images=tuple(figures.draw_all(by_task, rows, folder))))
     for name, render in (("REPORT.md", _markdown), ("report.html", _html)):
         (folder / name).write_text(render(sections))
     return folder / "report.html"
@@ -103,12 +111,6 @@ def _provenance(results: list[dict[str, Any]]) -> str:
     )
 
 
-def _titles(runs: dict[str, Runs]) -> dict[str, Any]:
-    """The description of the task that these runs are of."""
-    description: dict[str, Any] = next(iter(next(iter(runs.values())).values()))["task"]
-    return description
-
-
 def _headline(rows: list[Row], by_task: dict[str, dict[str, Runs]]) -> Section:
     """What a user asks first: how soon is LoRA's final loss reached, and is the loss lower in the end?"""
     lines = []
@@ -117,7 +119,7 @@ def _headline(rows: list[Row], by_task: dict[str, dict[str, Runs]]) -> Section:
         if row.method in SHORTCUTS:
             lines.append(
                 (
-                    _titles(by_task[row.task])["title"], METHODS[row.method].title, _steps(row, lora),
+                    description_of(by_task[row.task])["title"], METHODS[row.method].title, _steps(row, lora),
                     _seconds(row, lora), f"{row.difference:+.4f}", _p(row), row.verdict,
                 )
             )  # fmt: skip
@@ -157,19 +159,15 @@ def _merge_goal(rows: list[Row]) -> Section:
     )
 
 
-def _task(
-    task: str, rows: list[Row], runs: dict[str, Runs], tried: dict[tuple[str, float], tuple[float, float]], folder: Path
-) -> list[Section]:
-    about, lora = _titles(runs), rows[0]
+def _task(rows: list[Row], runs: dict[str, Runs], tried: dict[tuple[str, float], tuple[float, float]]) -> list[Section]:
+    about, lora = description_of(runs), rows[0]
     budget = next(iter(runs[BASELINE].values()))["budget"]
-    figures.losses(runs, folder / f"{task}.png", about)
     metrics = tuple(lora.metrics)
     return [
         Section(
             about["title"],
             text=f"{budget['steps']} steps of {budget['batch']} examples, {lora.seeds} seeds; loss in {about['unit']}; "
             "mean ± standard deviation; p of a paired t-test of the final losses over seeds.",
-            images=((f"{task}.png", "losses over steps"),),
         ),
         Section(
             "Equal steps", 3,
@@ -206,7 +204,6 @@ def _task(
         ),
         *_learning_rates(tried),
         *_merging(rows, metrics, budget),
-        *_ablations(task, rows, runs, folder, about),
     ]  # fmt: skip
 
 
@@ -269,23 +266,6 @@ def _merging(rows: list[Row], metrics: tuple[str, ...], budget: dict[str, Any]) 
             for metric in after
         ),
     ]  # fmt: skip
-
-
-def _ablations(task: str, rows: list[Row], runs: dict[str, Runs], folder: Path, about: dict[str, Any]) -> list[Section]:
-    drawn: list[tuple[str, str, Callable[[Path], bool]]] = [
-        ("pre-num", "Final loss against pre_num", lambda path: figures.pre_num(rows, path, about)),
-        ("calibration", "Cost of merging by least squares against calibration batches",
-         lambda path: figures.calibration(rows, path)),
-        ("norms", "Difference of an adapter's norm from LoRA's, by layer", lambda path: figures.norms(runs, path)),
-        ("gradients", "Norm of the gradient by layer, early and late", lambda path: figures.gradients(runs, path)),
-        ("samples", "Images at equal steps, first seed", lambda path: figures.samples(runs, path)),
-    ]  # fmt: skip
-    found = [
-        Section(title, 3, images=((f"{task}-{name}.png", title.lower()),))
-        for name, title, draw in drawn
-        if draw(folder / f"{task}-{name}.png")
-    ]
-    return found
 
 
 def _spoken(metric: str) -> str:

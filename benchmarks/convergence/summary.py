@@ -107,6 +107,12 @@ def final_runs(results: list[dict[str, Any]]) -> dict[str, dict[str, Runs]]:
     return found
 
 
+def description_of(runs: dict[str, Runs]) -> dict[str, Any]:
+    """Of the task that these runs by method are of."""
+    description: dict[str, Any] = next(iter(next(iter(runs.values())).values()))["task"]
+    return description
+
+
 def rates_tried(results: list[dict[str, Any]]) -> dict[str, dict[tuple[str, float], tuple[float, float]]]:
     """By task, and by method and learning rate: final loss of the runs that judged the rate, mean and spread."""
     losses: dict[str, dict[tuple[str, float], list[float]]] = {}
