@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.convergence.bases import base_of
 from benchmarks.convergence.methods import adapted
+from benchmarks.convergence.runs import read_all
 from benchmarks.convergence.settings import Sizes
 from benchmarks.convergence.tasks.given import given_task
 from benchmarks.convergence.tasks.given_language import final_answer
@@ -240,7 +241,7 @@ def test_two_runs_at_a_time_give_what_one_does(llama: str, written: Any, tmp_pat
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        found = [json.loads(path.read_text()) for path in sorted((tmp_path / jobs).glob("*.json"))]
+        found = read_all(tmp_path / jobs).values()
         curves.append([point["loss"] for result in found for point in result["curve"]])
     assert len(curves[0]) == 2 * (1 + 1) + 2 * (1 + 4) and curves[0] == pytest.approx(curves[1], rel=1e-5)
 
