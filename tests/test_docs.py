@@ -103,6 +103,7 @@ def test_every_public_name_has_its_place_in_the_reference() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", GENERATED, ids=lambda page: page.name)
+@pytest.mark.skipif(not tables.RESULTS.exists(), reason="the sdist has no results")
 def test_tables_are_the_generated_ones(page: Path) -> None:
     assert tables.with_tables(page.read_text()) == page.read_text(), "run `make readme-tables`"
 
