@@ -216,7 +216,7 @@ def test_a_plain_checkpoint_of_the_adapters_loads(tmp_path: Path) -> None:
 def test_refused() -> None:
     with pytest.raises(TypeError, match="must hold a quantised weight, got Linear"):
         QuantizedResLoRALinear.from_linear(nn.Linear(8, 8), ResLoRAConfig())
-    with pytest.raises(TypeError, match=r"must be an nn\.Linear, got Linear4bit"):
+    with pytest.raises(TypeError, match=r"must be an nn\.Linear with a plain weight, got Linear4bit"):
         ResLoRALinear.from_linear(bitsandbytes.nn.Linear4bit(64, 64), ResLoRAConfig())
     with pytest.raises(ValueError, match="quantised weights"):
         shard_reslora(adapted("nf4"), [])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +12,11 @@ from torch import nn
 
 from ..config import ALL_LINEAR, ResLoRAConfig, pattern_matches
 from ..layers.linear import ResLoRALinear
+from ..layers.linear_map import why_not_linear
 from ..quantizers import quantizer_of
+from .weight_readers import read_past
+
+LORA_PARAMETERS = frozenset(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))  # as LoRA libraries name them
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,12 @@ def stack_of(name: str) -> str | None:
 def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     """Match ``config`` against the model's modules.
 
+    Warns of an entry of ``target_modules`` or ``layers_to_transform`` that matches nothing beside others that do, and
+    of a layer asked for by name whose owner reads its weight past it, so that an adapter in it has no effect.
+
     Raises:
-        ValueError: nothing matches, a matched module is not a plain ``nn.Linear``, an entry of ``rank_pattern`` or
+        ValueError: nothing matches, a matched module does not compute ``nn.Linear``'s map of its own weight (see
+            ``why_not_linear``) or may not be adapted (Mamba's out_proj), an entry of ``rank_pattern`` or
             ``alpha_pattern`` matches none of those found, one of ``modules_to_save`` no module, or the model is adapted
             already.
     """
@@ -45,15 +55,9 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     matched: dict[str, nn.Linear] = {}
     unmatched: list[tuple[str, str]] = []
     for name, module in model.named_modules():
-        reason = _left_out(name, module, config, head)
+        reason = _left_out(name, module, config, head) or _passed_over(model, name, module, config)
         if reason is None:
-            if type(module) is not nn.Linear and quantizer_of(module) is None:
-                raise ValueError(
-                    f"target_modules {config.target_modules!r} matches {name!r}, a {type(module).__name__}; "
-                    f"only torch.nn.Linear can be adapted{_instead(module)}"
-                )
-            assert isinstance(module, nn.Linear)
-            matched[name] = module
+            matched[name] = _adaptable(name, module, config, model)
         elif isinstance(module, nn.Linear):
             unmatched.append((name, reason))
     if not matched:
@@ -65,11 +69,12 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
         for key in getattr(config, field):
             if not any(pattern_matches(key, name) for name in matched):
                 raise ValueError(f"{field} key {key!r} matches no adapted layer; they are {', '.join(matched)}")
+    _warn_of_unused(model, config)
     return Targets(matched, tuple(unmatched))
 
 
 def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Module | None) -> str | None:
-    """Why the module is not adapted; None when it is."""
+    """Why the configuration does not mean the module; None where it does."""
     if not name:
         return "the model itself, which has no parent to swap it in"
     if config.modules_to_save and any(matches(module, config.modules_to_save) for module in _with_parents(name)):
@@ -79,18 +84,86 @@ def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Modu
     if config.target_modules == ALL_LINEAR:
         if not isinstance(module, nn.Linear):
             return "not a linear layer"
-        if type(module) is not nn.Linear and quantizer_of(module) is None:
-            return f"a {type(module).__name__}, not a plain torch.nn.Linear"
         if module is head:
             return "the model's output head, which 'all-linear' leaves out"
     elif not matches(name, config.target_modules):
         return "not in target_modules"
     if config.layers_to_transform is not None:
-        index = next((int(part) for part in name.split(".")[:-1] if part.isdecimal()), None)
+        index = _layer_index(name)
         assert not isinstance(config.layers_to_transform, int)  # the config stores a tuple
         if index not in config.layers_to_transform:
             return f"layer index {index} is not in layers_to_transform"
     return None
+
+
+def _passed_over(model: nn.Module, name: str, module: nn.Module, config: ResLoRAConfig) -> str | None:
+    """Why 'all-linear' leaves out a layer that cannot be adapted, or not with effect; None where it takes it."""
+    if config.target_modules != ALL_LINEAR or not isinstance(module, nn.Linear):
+        return None
+    fault = None if quantizer_of(module) is not None else why_not_linear(module)
+    return fault or _incompatible(model, name) or _without_effect(model, name)
+
+
+def _adaptable(name: str, module: nn.Module, config: ResLoRAConfig, model: nn.Module) -> nn.Linear:
+    """The module that was asked for by name, if it can be adapted; warns where that has no effect."""
+    asked = f"target_modules {config.target_modules!r} matches {name!r}"
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{asked}, a {type(module).__name__}; only torch.nn.Linear can be adapted{_instead(module)}")
+    if quantizer_of(module) is None and (fault := why_not_linear(module)):
+        raise ValueError(f"{asked}, {fault}")
+    if fault := _incompatible(model, name):
+        raise ValueError(f"{asked}, {fault}: leave it out of target_modules")
+    if fault := _without_effect(model, name):
+        warnings.warn(f"{asked}, but an adapter there has no effect: {fault}", stacklevel=5)
+    return module
+
+
+def _incompatible(model: nn.Module, name: str) -> str | None:
+    """Why a layer of a state-space mixer cannot be adapted."""
+    owner, child = _owner(model, name)
+    if child == "out_proj" and "A_log" in owner._parameters and read_past(owner, child):
+        return f"of which the fused training path of {type(owner).__name__} reads the weight past an adapter"
+    return None
+
+
+def _without_effect(model: nn.Module, name: str) -> str | None:
+    """Why an adapter in a layer would never run."""
+    owner, child = _owner(model, name)
+    if read_past(owner, child) == "only":
+        return f"{type(owner).__name__} reads its weight and never runs it"
+    return None
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, child = name.rpartition(".")
+    return model.get_submodule(parent), child
+
+
+def _layer_index(name: str) -> int | None:
+    """The first number in a module's name, its own last component left out: which block it is in."""
+    return next((int(part) for part in name.split(".")[:-1] if part.isdecimal()), None)
+
+
+def _warn_of_unused(model: nn.Module, config: ResLoRAConfig) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    wanted = config.target_modules
+    unused = [] if isinstance(wanted, str) else [t for t in wanted if not any(matches(name, [t]) for name in names)]
+    if unused:
+        warnings.warn(f"target_modules: {_listed(unused)} matches no module of the model", stacklevel=4)
+    assert not isinstance(config.layers_to_transform, int)
+    if config.layers_to_transform is not None:
+        meant = dataclasses.replace(config, layers_to_transform=None)
+        head = _output_head(model)
+        there = {_layer_index(name) for name, m in model.named_modules() if _left_out(name, m, meant, head) is None}
+        missing = [index for index in config.layers_to_transform if index not in there]
+        if missing:
+            warnings.warn(
+                f"layers_to_transform: {_listed(missing)} is no layer that target_modules means", stacklevel=4
+            )
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(repr, values))
 
 
 def _with_parents(name: str) -> list[str]:
@@ -146,7 +219,7 @@ def _refuse_adapted(model: nn.Module) -> None:
         if isinstance(module, ResLoRALinear):
             raise ValueError(f"model is already adapted: {name!r} is a ResLoRALinear")
     for name, _ in model.named_parameters():
-        if "lora_" in name:
+        if not LORA_PARAMETERS.isdisjoint(name.split(".")):
             raise ValueError(f"model already holds LoRA parameters ({name!r}); merge or unload them first")
 
 
@@ -155,7 +228,7 @@ def _nothing_matched(model: nn.Module, config: ResLoRAConfig) -> str:
         return "model is itself a linear layer and has no parent to swap it in: use ResLoRALinear.from_linear"
     roles: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and (quantizer_of(module) is not None or why_not_linear(module) is None):
             roles.setdefault(role_of(name), []).append(name)
     asked = f"target_modules={config.target_modules!r}"
     if config.exclude_modules:

@@ -12,9 +12,11 @@ from .. import dropout
 from ..config import ResLoRAConfig
 from ..forward_state import ForwardState, outside, recomputing
 from ..ops import lora_linear
+from ..quantizers import quantizer_of
 from . import initialization
 from .chain import Chain, Neighbours
 from .dora import row_norms
+from .linear_map import why_not_linear
 from .shared_input import SharedInput
 from .shortcuts import Call, call_of, carried, hands_on, rows
 
@@ -24,6 +26,7 @@ _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
     "_is_full_backward_hook",
 )  # fmt: skip
+_MACHINERY = vars(nn.Linear(1, 1, device="meta")).keys()  # what every linear layer holds
 
 
 class Observer(Protocol):
@@ -63,6 +66,7 @@ class ResLoRALinear(nn.Linear):
     start_A: nn.Parameter | None
     start_B: nn.Parameter | None
     neighbours = Neighbours()
+    _base: tuple[type[nn.Linear], dict[str, Any]] = (nn.Linear, {})  # class and own attributes of the frozen layer
 
     def __init__(
         self,
@@ -101,8 +105,9 @@ class ResLoRALinear(nn.Linear):
             init_values: False leaves A and B without a start, for who fills them next.
 
         Raises:
-            TypeError: ``linear`` is not exactly an ``nn.Linear`` (a quantised subclass, say), or another argument has
-                the wrong type. ``linear`` is as it was then.
+            TypeError: ``linear`` is no ``nn.Linear`` or computes another function than x Wᵀ + b of its own weight and
+                bias (weight_norm, a quantised subclass), or another argument has the wrong type. ``linear`` is as it
+                was then.
             ValueError: ``adapter_dtype`` is no floating dtype, or A and B cannot start from this weight.
         """
         cls.check_base(linear)
@@ -111,6 +116,8 @@ class ResLoRALinear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.share_base(linear)
+        if type(linear) is not nn.Linear:
+            layer._base = type(linear), {name: value for name, value in vars(linear).items() if name not in _MACHINERY}
         layer.requires_grad_(False)
         layer._adapt(config, adapter_dtype, init_values)
         return layer
@@ -122,22 +129,26 @@ class ResLoRALinear(nn.Linear):
         self.__dict__["_displaced"] = linear
 
     def leave(self) -> nn.Linear:
-        """The frozen layer by itself: an ``nn.Linear`` that shares weight, bias, hooks and training mode.
+        """The frozen layer by itself: of the class it was, it shares weight, bias, hooks and training mode.
 
         It is the module that ``take_place_of`` was given last, if any, so that compiled code finds again what it knows.
         """
         linear: nn.Linear | None = self.__dict__.pop("_displaced", None)
         if linear is None:
-            linear = nn.Linear.__new__(nn.Linear)
+            kind, attributes = self._base
+            linear = kind.__new__(kind)
             nn.Module.__init__(linear)
+            linear.__dict__.update(attributes)
         _share_base(linear, self)
         return linear
 
     @staticmethod
     def check_base(linear: nn.Linear) -> None:
         """TypeError unless this kind of layer can share ``linear``'s base."""
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        if not isinstance(linear, nn.Linear) or quantizer_of(linear) is not None:
+            raise TypeError(f"linear must be an nn.Linear with a plain weight, got {type(linear).__name__}")
+        if fault := why_not_linear(linear):
+            raise TypeError(f"linear must be an nn.Linear, got {fault}")
 
     def share_base(self, linear: nn.Linear) -> None:
         """Take sizes, weight, bias, hooks and training mode from ``linear``, which stays as it is."""
