@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import select
+from .backends import torch as plain
 from .forward_state import refuse_recomputation
 
 _FORWARD = "reslora_kernels::lora_linear_forward"
 _BACKWARD = "reslora_kernels::lora_linear_backward"
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)  # the former from PyTorch 2.7 on
 
 torch.library.define(
     _FORWARD,
@@ -211,6 +213,8 @@ def lora_linear(
                 scaling=scaling, c=c, p=p, seed=seed, hand=hand, backend=backend,
             )  # fmt: skip
     _check(x, weight, bias, a_stack, b_stack, residual, p, seed, hand)
+    if _is_exporting() or torch.jit.is_tracing():
+        return _exported(x, weight, bias, a_stack, b_stack, residual, seed if p > 0 else None, c, scaling, p, hand)
     y, handed = _LoRALinear.apply(  # type: ignore[no-untyped-call]
         x,
         weight,
@@ -227,6 +231,26 @@ def lora_linear(
         *b_stack,
     )
     return y, handed.reshape(*x.shape[:-1], handed.shape[1]) if hand else None
+
+
+def _exported(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    a_stack: Sequence[Tensor],
+    b_stack: Sequence[Tensor],
+    residual: Tensor | None,
+    *scalars: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The same in operations that every PyTorch and ONNX knows, for a graph that runs without this package."""
+    *seed_to_p, hand = scalars
+    weight = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
+    y, handed, _ = plain.forward(
+        _tokens(x), weight, bias, _rows(a_stack, weight), _columns(b_stack),
+        None if residual is None else _tokens(residual), *seed_to_p, *(hand or (0, 0)),
+    )  # fmt: skip
+    shape = x.shape[:-1]
+    return y.reshape(*shape, y.shape[1]), handed.reshape(*shape, handed.shape[1]) if hand else None
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""torch.export with dynamic lengths: saved, loaded, and exact at a length that the export never saw."""
+"""torch.export and ONNX with dynamic lengths: saved, loaded, and exact at a length that the export never saw."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,3 +38,20 @@ def test_an_export_serves_every_length(shortcut: str, strict: bool, tmp_path: Pa
     torch.export.save(exported, tmp_path / "model.pt2")
     x = torch.randn(1, 9, 8)
     torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), model(x), rtol=0, atol=0)
+    assert not any("reslora" in str(node.target) for node in exported.graph.nodes)  # runs without this package
+
+
+@pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes that are the same at every length
+@pytest.mark.parametrize("dynamo", [False, True], ids=["traced", "exported"])
+def test_onnx_runtime_serves_an_unmerged_model(shortcut: str, dynamo: bool, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, path = adapted(shortcut).double(), str(tmp_path / "model.onnx")
+    dynamic: dict[str, Any] = {"dynamic_axes": {"x": {1: "length"}}}
+    if dynamo:
+        dynamic = {"dynamic_shapes": ({1: torch.export.Dim("length")},)}
+    torch.onnx.export(model, (torch.randn(1, 4, 8).double(),), path, dynamo=dynamo, input_names=["x"], **dynamic)
+    x = torch.randn(1, 9, 8).double()
+    (y,) = runtime.InferenceSession(path).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-10, atol=1e-10)

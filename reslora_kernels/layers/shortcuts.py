@@ -90,7 +90,7 @@ def with_projection(call: Call, h: Tensor) -> tuple[Call, Tensor | None]:
 
 def rows(parts: Sequence[Tensor]) -> int:
     """The height of matrices put one above the other."""
-    return sum(part.shape[0] for part in parts)
+    return sum(int(part.shape[0]) for part in parts)  # a traced size is a tensor
 
 
 def reach(shortcut: str, pre_num: int, length: int) -> tuple[int, int]:
