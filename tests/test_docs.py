@@ -101,6 +101,14 @@ def test_every_public_name_has_its_place_in_the_reference() -> None:
     assert len(documented) == len(set(documented))
 
 
+def test_the_architecture_has_every_room() -> None:
+    rooms = {path.stem for path in (ROOT / "reslora_kernels").iterdir() if path.suffix in ("", ".py")}
+    rooms = {room for room in rooms if not room.startswith("_")} - {"golden", "py"}
+    for name in ("architecture.md", "architecture.svg"):
+        page = (ROOT / "docs" / name).read_text()
+        assert {room for room in rooms if not re.search(rf"[`>]{room}[/`<]", page)} == set(), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", GENERATED, ids=lambda page: page.name)
 @pytest.mark.skipif(not tables.RESULTS.exists(), reason="the sdist has no results")
