@@ -21,7 +21,8 @@ from reslora_kernels.bench import results as bench
 from reslora_kernels.bench.figures import Figure, draw_all
 from reslora_kernels.bench.series import by_case, label, timed
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def layers_table(path: Path) -> str:
@@ -179,11 +180,13 @@ def newest(kind: str) -> Path | None:
     return max(found)[-1] if found else None
 
 
-def with_tables(text: str) -> str:
-    """A page with the newest table of each kind that it has markers for."""
+def with_tables(page: Path) -> str:
+    """The text of a page with the newest table of each kind that it has markers for."""
+    text = page.read_text()
+    up = "../" * len(page.resolve().parent.relative_to(ROOT).parts) if page.resolve().is_relative_to(ROOT) else ""
     for kind in kinds_of(text):
         path = newest(kind)
-        filled = NOT_MEASURED if path is None else TABLES[kind](path)
+        filled = NOT_MEASURED if path is None else TABLES[kind](path).replace("](benchmarks/", f"]({up}benchmarks/")
         text = _markers(kind).sub(lambda match, filled=filled: f"{match[1]}{filled}\n{match[2]}", text)  # type: ignore[misc]
     return text
 
@@ -207,7 +210,7 @@ def write_pages(pages: Sequence[Path]) -> None:
     if missing:
         raise SystemExit(f"{', '.join(map(str, pages))} have no markers for {', '.join(sorted(missing))}")
     for page in pages:
-        page.write_text(with_tables(page.read_text()))
+        page.write_text(with_tables(page))
     for path in filter(None, (newest("bench-cpu"), newest("bench-gpu"))):
         for figure in shown_figures(bench.read(path)):
             image_of(path, figure).write_bytes(figure.png["light"])

@@ -92,6 +92,16 @@ def test_blocks_say_their_language(page: Path) -> None:
     assert page.read_text().count("```") == 2 * len(blocks(page))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_to_files_hold_in_the_repository(page: Path) -> None:
+    """mkdocs checks those of the site; these are for who reads the pages where they lie."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    targets = [target for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text) if "://" not in target]
+    if not tables.RESULTS.exists():
+        targets = [target for target in targets if "benchmarks/results" not in target]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
 def test_every_public_name_has_its_place_in_the_reference() -> None:
     pages = "\n".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
     documented = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)
@@ -113,7 +123,7 @@ def test_the_architecture_has_every_room() -> None:
 @pytest.mark.parametrize("page", GENERATED, ids=lambda page: page.name)
 @pytest.mark.skipif(not tables.RESULTS.exists(), reason="the sdist has no results")
 def test_tables_are_the_generated_ones(page: Path) -> None:
-    assert tables.with_tables(page.read_text()) == page.read_text(), "run `make readme-tables`"
+    assert tables.with_tables(page) == page.read_text(), "run `make readme-tables`"
 
 
 def test_every_kind_of_table_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
