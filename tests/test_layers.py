@@ -43,7 +43,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("switching",),
     ),
     "merge": (("statistics", "batch_cache"), ("closed_form",), ("sequential",), ("joint_fit",), ("merging",)),
-    "files": (("adapter_format",), ("save_load", "peft_export"), ("peft_import",)),
+    "files": (("adapter_format", "peft_compatibility"), ("save_load", "peft_export"), ("peft_import",)),
     "training": (("trainer", "loraplus", "adalora", "relora", "fsdp2"),),
 }
 FREE = ("bench", "cli", "__main__")  # may import what they like; all else imports with torch alone

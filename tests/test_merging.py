@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from reslora_kernels.merge import joint_fit as joint
 from reslora_kernels.merge.batch_cache import Kept
 from reslora_kernels.merge.closed_form import LowRankUpdate
 from reslora_kernels.testing import max_error, relative_error
+
+from .models import randomize
 
 WIDTH, RANK, DEPTH = 12, 3, 5
 INEXACT = [("input", 1), ("middle", 2), ("middle", -1)]
@@ -458,3 +461,37 @@ def test_a_refused_merge_changes_nothing(case: str, message: str) -> None:
         merge_reslora(model, **arguments)
     assert all(torch.equal(layer.weight, w) for layer, w in zip(model.layers, before, strict=True))
     assert all(layer.merged == (case == "merged") for layer in model.layers)
+
+
+class Skipping(nn.Module):
+    """A chain of five layers of which the third never runs, as a tower on batches without its modality."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(5))
+
+    def forward(self, x: Tensor, whole: bool = False) -> Tensor:
+        for n, layer in enumerate(self.layers):
+            x = x + torch.tanh(layer(x)) if whole or n != 2 else x
+        return x
+
+
+@pytest.mark.parametrize(
+    "way", [{}, {"method": "input"}, {"method": "weights"}, {"sequential": True}, {"joint_steps": 2}]
+)
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_layer_that_never_ran_merges_as_plain_lora(shortcut: str, way: dict[str, Any]) -> None:
+    """The layer after it ran as layer 0, and so it merges: exactly."""
+    x = torch.randn(4, 40, WIDTH, dtype=torch.float64)
+    model = Skipping()
+    config = ResLoRAConfig(r=3, lora_alpha=5, shortcut=shortcut, pre_num=1)
+    apply_reslora(model, config, example_inputs={"x": x, "whole": True})
+    randomize(model)
+    before = copy.deepcopy(model.layers)
+    report = merge_reslora(model, calibration=[x[:2], x[2:]], **way)
+    assert [row.name for row in report.rows if "never ran" in row.method] == ["layers.2"]
+    own = [config.scaling * layer.lora_B @ layer.lora_A for layer in before]
+    delta = [layer.weight - old.weight for layer, old in zip(model.layers, before, strict=True)]
+    assert torch.allclose(delta[2], own[2])
+    if "joint_steps" not in way:
+        assert torch.allclose(delta[3], own[3] * (2 if shortcut == "input" else 1), rtol=1e-4)

@@ -17,29 +17,35 @@ from ..adapt.targets import endings_of
 from ..config import MergeMethod
 from ..dtensors import gathered, mesh_of, one_writer, reshard
 from ..layers.linear import ADAPTER_PARAMETERS
-from ..merge.closed_form import LowRankUpdate
+from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
 from ..merge.statistics import Statistics
 from .adapter_format import checked_folder, sync_folder, write_durably
+from .peft_compatibility import refuse_rewritten, refuse_twice_registered, task_of
 
 PREFIX = "base_model.model."
-_TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written. ``max_lora_rank`` is what a server must be started with at least."""
+    """What was written.
+
+    ``max_lora_rank`` is what a server must be started with at least; ``never_ran`` names the layers that the
+    calibration never reached, which are plain LoRA.
+    """
 
     path: Path
     ranks: Mapping[str, int]
     max_lora_rank: int
     relative_error: float | None
+    never_ran: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         error = "" if self.relative_error is None else f", largest relative error of a layer {self.relative_error:.2e}"
+        never = f"\nnever ran, so exported as plain LoRA: {', '.join(self.never_ran)}" if self.never_ran else ""
         return (
             f"PEFT LoRA adapter for {len(self.ranks)} modules in {self.path}{error}\n"
-            f"max_lora_rank a server needs: {self.max_lora_rank}"
+            f"max_lora_rank a server needs: {self.max_lora_rank}{never}"
         )
 
 
@@ -72,13 +78,15 @@ def export_peft(
 
     Raises:
         TypeError, ValueError: as ``merge_reslora``; or merge arguments for a model that is merged already; or a trained
-            parameter that a PEFT adapter cannot hold. Nothing is written then.
+            parameter that a PEFT adapter cannot hold; or a layer that PEFT would not put back where it was, being
+            registered twice or named like a part of fused experts. Nothing is written then.
     """
     layers = adapted_layers(model)
     refuse_restarted(model)
     folder = checked_folder(path)
     if not isinstance(pattern, bool):
         raise TypeError(f"pattern must be True or False, got {pattern!r}")
+    refuse_twice_registered(root_of(model), layers)
     merged = record_of(model).merged
     if merged is not None:
         if method is not None or statistics is not None or calibration is not None or sequential or joint_steps:
@@ -115,6 +123,7 @@ def export_peft(
     extra, _ = gathered(others)
     config = _peft_config(root_of(model), list(layers), rank, biases, modules)
     config["use_dora"] = record_of(model).config.use_dora
+    refuse_rewritten(root_of(model), config, tensors)
     if pattern:
         config["rank_pattern"] = {name: r for name, r in ranks.items() if r != rank}
         config["alpha_pattern"] = dict(config["rank_pattern"])
@@ -122,7 +131,8 @@ def export_peft(
         if writes:
             _write(folder, tensors | extra, config)
     errors = [update.relative_error for update in updates.values() if update.relative_error is not None]
-    return ExportReport(folder, ranks, rank, max(errors, default=None))
+    never_ran = tuple(name for name, update in updates.items() if update.method == NEVER_RAN)
+    return ExportReport(folder, ranks, rank, max(errors, default=None), never_ran)
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -140,10 +150,9 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
 
 def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, modules: list[str]) -> dict[str, Any]:
     base = getattr(root, "config", None)
-    task = next((task for ending, task in _TASKS.items() if type(root).__name__.endswith(ending)), None)
     return {
         "peft_type": "LORA",
-        "task_type": task,
+        "task_type": task_of(root),
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,

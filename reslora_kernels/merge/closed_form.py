@@ -11,12 +11,14 @@ with v_n the shortcut's part of u_n. The rank stays r.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from ..layers.chain import Chain
 from ..layers.linear import ResLoRALinear
+from ..layers.shortcuts import hands_on
 from ..reference import earlier
 from .statistics import LayerStatistics
 
@@ -40,12 +42,30 @@ class LowRankUpdate:
         return (self.b @ self.a).mul_(self.scaling)
 
 
+NEVER_RAN = "plain LoRA (never ran)"  # the method of an update that no data could be had for
+
+
 def updates_of_chain(
     chain: Chain[ResLoRALinear], method: str, statistics: list[LayerStatistics] | None, regularization: float
 ) -> list[LowRankUpdate]:
-    """One update per layer of a chain. ``statistics`` holds one entry per layer, None where the method needs none."""
+    """One update per layer of a chain. ``statistics`` holds one entry per layer, None where the method needs none.
+
+    A layer that never ran handed nothing on: the one after it ran as layer 0. Its own update is plain LoRA.
+    """
     layers = chain.layers
     shortcut, m = layers[0].config.shortcut, layers[0].config.pre_num
+    if statistics is not None and hands_on(shortcut, m) and not all(seen.calls for seen in statistics):
+        parts = groupby(zip(layers, statistics, strict=True), key=lambda pair: pair[1].calls > 0)
+        updates = []
+        for ran, part in parts:
+            of_part = list(part)
+            alike = Chain([layer for layer, _ in of_part], chain.name)
+            updates += (
+                updates_of_chain(alike, method, [seen for _, seen in of_part], regularization)
+                if ran
+                else [plain_update(layer) for layer in alike.layers]
+            )
+        return updates
     a, b = [_wide(layer.whole_A) for layer in layers], [_wide(layer.whole_B) for layer in layers]
     if shortcut in ("none", "block"):
         windows = [range(earlier(m, n) + 1 if shortcut == "block" else 1) for n in range(len(layers))]
@@ -73,6 +93,11 @@ def updates_of_chain(
         error = 0.0 if alone[n] else error
         updates.append(LowRankUpdate(merged_a[n], b[n], layer.scaling, "exact" if alone[n] else method, error))
     return updates
+
+
+def plain_update(layer: ResLoRALinear) -> LowRankUpdate:
+    """A layer's own A and B, for one that never ran."""
+    return LowRankUpdate(_wide(layer.whole_A), _wide(layer.whole_B), layer.scaling, NEVER_RAN, None)
 
 
 def _merged_a(

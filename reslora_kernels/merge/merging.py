@@ -19,7 +19,7 @@ from ..layers.chain import Chain
 from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
-from .closed_form import LowRankUpdate, updates_of_chain
+from .closed_form import NEVER_RAN, LowRankUpdate, updates_of_chain
 from .joint_fit import joint_updates
 from .sequential import sequential_updates
 from .statistics import Statistics, collect_statistics
@@ -77,7 +77,8 @@ def merge_reslora(
     """Fold every adapted layer's term into its weight: W*_n = W_n + ΔW_n, computed in float32 or better, rounded once.
 
     ``none`` and ``block`` merge exactly, whatever the method, and need no data; neither does ``input`` with "weights".
-    Every other merge is an approximation and needs ``statistics`` or ``calibration``.
+    Every other merge is an approximation and needs ``statistics`` or ``calibration``. A layer that never ran on those
+    merges as plain LoRA, and the report says so.
 
     Args:
         model: an adapted model; changed in place.
@@ -202,7 +203,8 @@ def compute_updates(
             of_chain = [seen[layer] for layer in chain.layers] if seen else None
             by_layer |= zip(chain.layers, updates_of_chain(chain, method, of_chain, regularization), strict=True)
     if joint_steps and calibration is not None and seen:
-        by_layer = joint_updates(model, by_layer, seen, calibration, joint_steps, extra_rank)
+        ran = {layer: update for layer, update in by_layer.items() if update.method != NEVER_RAN}
+        by_layer |= joint_updates(model, ran, seen, calibration, joint_steps, extra_rank)
     return {name: by_layer[layer] for name, layer in layers.items()}
 
 
@@ -275,9 +277,8 @@ def _check_statistics(statistics: Statistics | None, layers: dict[str, ResLoRALi
                 f"statistics were collected from another model: A of {name!r} was "
                 f"{list(statistics.layers[name].sizes)} there, it is {list(layer.whole_A.shape)} here"
             )
-    unseen = [name for name, seen in statistics.layers.items() if seen.calls == 0]
-    if unseen:
-        raise ValueError(f"statistics hold no batch for layer {unseen[0]!r}: run the model inside collect_statistics")
+    if not any(seen.calls for seen in statistics.layers.values()):
+        raise ValueError("statistics hold no batch: run the model inside collect_statistics")
 
 
 def _refuse_tied(root: nn.Module, layers: dict[str, ResLoRALinear]) -> None:

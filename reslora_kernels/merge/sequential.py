@@ -18,7 +18,7 @@ from ..adapt.execution import call_with, undisturbed
 from ..layers.chain import Chain
 from ..layers.linear import ResLoRALinear
 from .batch_cache import Kept
-from .closed_form import LowRankUpdate, least_squares, relative_error, updates_of_chain
+from .closed_form import LowRankUpdate, least_squares, plain_update, relative_error, updates_of_chain
 from .statistics import LayerStatistics
 
 Value = TypeVar("Value")
@@ -42,21 +42,25 @@ def sequential_updates(
                 updates |= {layer: updates_of_chain(Chain([layer]), "exact", None, 0.0)[0] for layer in current}
                 continue
             seen = {layer: LayerStatistics(layer.config, layer.whole_A, second_moments=True) for layer in current}
+            batches = 0
             for batch, v in unmerged:
+                batches += 1
                 with replaced({layer: (update.a, update.b) for layer, update in updates.items()}):
                     x = _captured(lambda x, v: x, model, current, batch)
                 for layer in current:
                     for x_of_call, v_of_call in zip(x[layer], v[layer], strict=True):
                         seen[layer].observe(x_of_call, layer.whole_A, v_of_call)
+            if not batches:
+                raise ValueError("calibration gave no batch on a second run: with sequential=True pass a list")
             for layer in current:
-                if not seen[layer].calls:
-                    raise ValueError("calibration gave no batch on a second run: with sequential=True pass a list")
                 name = layer.chain.name if layer.chain is not None else ""
                 updates[layer] = _fitted(layer, seen[layer], regularization, f"layer {n} of chain {name!r}")
     return updates
 
 
 def _fitted(layer: ResLoRALinear, seen: LayerStatistics, regularization: float, where: str) -> LowRankUpdate:
+    if not seen.calls:
+        return plain_update(layer)
     wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
     a, b = layer.whole_A.detach().to(wide), layer.whole_B.detach().to(wide)
     fitted = a + least_squares(seen, regularization, where).to(wide)
