@@ -36,7 +36,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("link", "checkpointing", "quantized_linear"),
     ),
     "adapt": (
-        ("record", "weight_readers", "execution", "state_dicts"),
+        ("record", "other_parameters", "weight_readers", "execution", "state_dicts"),
         ("targets",),
         ("coverage", "linking"),
         ("apply",),

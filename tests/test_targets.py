@@ -200,3 +200,22 @@ def test_output_projection_of_state_space_mixers(family: str) -> None:
     apply_reslora(model, ResLoRAConfig())
     reasons = dict(inspect(model).unmatched)
     assert all("fused training path" in reasons[name] for name in mixers)
+
+
+@pytest.mark.parametrize("shortcut", ["none", "block"])
+def test_inspect_accounts_for_every_parameter(shortcut: str) -> None:
+    """Fused experts, routers, embeddings and norms beside the linear layers: nothing is left unsaid."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, vocab_size=99, num_key_value_heads=2))
+    apply_reslora(model, ResLoRAConfig(r=2, shortcut=shortcut))
+    coverage = inspect(model)
+    linear = [*(row.name for row in coverage.layers), *(name for name, _ in coverage.unmatched)]
+    held = sum(parameter.numel() for name in linear for parameter in model.get_submodule(name).parameters())
+    assert held + sum(row.parameters for row in coverage.others) == coverage.total_parameters
+    found = {row.name: (row.modules, row.parameters) for row in coverage.others}
+    assert found["model.layers.*.mlp.experts"] == (3, 3 * 8 * 3 * 32 * 48)
+    assert found["model.layers.*.mlp.gate"] == (3, 3 * 8 * 32)
+    assert found["model.embed_tokens"] == (1, 99 * 32) and found["(norms)"] == (7, 7 * 32)
+    assert "model.layers.*.mlp.experts" in str(coverage) and coverage.to_dict()["others"][0]["parameters"] == 99 * 32

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..backends import select
 from ..layers.linear import ResLoRALinear
+from .other_parameters import OtherRow, other_parameters
 from .record import adapted_layers, record_of, root_of
 
 NOMINAL_TOKENS = 4096  # for which the choice of a backend is shown
@@ -33,13 +34,17 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Every adapted layer, and every linear layer that is not adapted with the reason. ``str()`` gives a table."""
+    """Every adapted layer, every linear layer that is not with the reason, and what no linear layer holds.
+
+    ``str()`` gives tables.
+    """
 
     shortcut: str
     pre_num: int
     order: str
     layers: tuple[LayerRow, ...]
     unmatched: tuple[tuple[str, str], ...]
+    others: tuple[OtherRow, ...]
     trainable_parameters: int
     total_parameters: int
 
@@ -70,6 +75,9 @@ class Coverage:
         ]
         if self.unmatched:
             parts += ["not adapted:", table(("linear layer", "why"), self.unmatched)]
+        if self.others:
+            others = [(row.name, row.kind, str(row.modules), f"{row.parameters:,}") for row in self.others]
+            parts += ["in no linear layer:", table(("module", "kind", "modules", "parameters"), others)]
         return "\n".join(parts)
 
 
@@ -92,6 +100,7 @@ def inspect(model: nn.Module) -> Coverage:
         order=f"{record.order}; {record.note}" if record.note else record.order,
         layers=tuple(_row(names[id(layer)], layer) for layer in ordered),
         unmatched=record.unmatched,
+        others=other_parameters(root_of(model)),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         total_parameters=sum(p.numel() for p in parameters),
     )

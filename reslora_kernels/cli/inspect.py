@@ -119,6 +119,11 @@ def show(coverage: Coverage) -> None:
         for name, reason in coverage.unmatched:
             others.add_row(escape(name), escape(reason))
         console.print(others)
+    if coverage.others:
+        rest = Table("module", "kind", "modules", "parameters", title="In no linear layer", title_justify="left")
+        for other in coverage.others:
+            rest.add_row(escape(other.name), escape(other.kind), str(other.modules), f"{other.parameters:,}")
+        console.print(rest)
     share = 100 * coverage.trainable_parameters / max(1, coverage.total_parameters)
     console.print(
         f"trainable parameters: {coverage.trainable_parameters:,} of {coverage.total_parameters:,} ({share:.3f} %)",
