@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .checks import check_int, check_number
+
 Shortcut = Literal["none", "input", "block", "middle"]
 MergeMethod = Literal["input", "weights", "least_squares"]
 BackendName = Literal["auto", "torch", "triton", "cuda"]
@@ -173,27 +175,6 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     unknown = [str(key) for key in values if key not in known]
     if unknown:
         raise ValueError(f"unknown ResLoRAConfig field {', '.join(sorted(unknown))}; the fields are {', '.join(known)}")
-
-
-def check_int(name: str, value: Any, low: int, high: int | None) -> None:
-    """Raise a TypeError or ValueError unless ``value`` is an int from ``low`` to ``high``, None for no limit."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < low or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-
-
-def check_number(name: str, value: Any, allowed: str, holds: Any) -> None:
-    """Raise a TypeError or ValueError unless ``value`` is a finite number that ``holds``; ``allowed`` says which do."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an int that no float can hold
-        finite = False
-    if not finite or not holds(value):
-        raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
 
 
 def pattern_matches(key: str, name: str) -> bool:

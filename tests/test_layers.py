@@ -13,9 +13,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "reslora_kernels"
 FLOORS = (  # of the package's files and folders, ground floor first; one imports from the floors below it only
-    ("_version", "_build_info", "config", "reference", "dropout", "forward_state", "dtensors", "quantizers", "tuning"),
-    ("testing", "kernels"),
-    ("backends",),
+    ("_version", "_build_info", "checks", "reference", "dropout", "forward_state", "dtensors", "quantizers", "tuning"),
+    ("config", "kernels"),
+    ("testing", "backends"),
     ("ops",),
     ("layers",),
     ("adapt",),

@@ -8,7 +8,6 @@ rounds, kept in ``extra_info``. Nothing is timed before its outputs and gradient
 from __future__ import annotations
 
 import time
-from statistics import median, quantiles
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from reslora_kernels.bench.capture import Pass
 from reslora_kernels.bench.cases import LORA, Case, Method
 from reslora_kernels.bench.clocks import clock_of
 from reslora_kernels.bench.providers import PROVIDERS
+from reslora_kernels.bench.timing import percentiles, relative
 from reslora_kernels.bench.workload import draw
 
 ROUNDS, WARMUP = 15, 2
@@ -58,14 +58,14 @@ def test_forward_and_backward(method: Method, benchmark: Any) -> None:
 
     benchmark.pedantic(step, args=(subject,), setup=run_competitors, rounds=ROUNDS, warmup_rounds=WARMUP, iterations=1)
     own = benchmark.stats.stats.data
-    fifths = quantiles(own, n=5)
+    low, _, high = percentiles(own)
     benchmark.extra_info.update(
         shortcut=method.shortcut,
         pre_num=method.pre_num,
         shape=f"{CASE.layers} x {CASE.k} -> {CASE.n}, M = {CASE.m}, r = {CASE.r}, {CASE.dtype}",
-        seconds_20=fifths[0],
-        seconds_80=fifths[-1],
-        times_frozen=median(t / f for t, f in zip(own, seconds["frozen"][-ROUNDS:], strict=True)),
-        speedup_over_plain=median(p / t for t, p in zip(own, seconds["plain"][-ROUNDS:], strict=True)),
-        speedup_over_peft=median(p / t for t, p in zip(own, seconds["peft"][-ROUNDS:], strict=True)),
+        seconds_20=low,
+        seconds_80=high,
+        times_frozen=relative(own, seconds["frozen"][-ROUNDS:]).median,
+        speedup_over_plain=relative(seconds["plain"][-ROUNDS:], own).median,
+        speedup_over_peft=relative(seconds["peft"][-ROUNDS:], own).median,
     )

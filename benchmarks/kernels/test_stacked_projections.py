@@ -6,7 +6,6 @@ Each round runs frozen, apart and stacked one right after the other; ratios are 
 from __future__ import annotations
 
 import time
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from reslora_kernels import ResLoRAConfig, apply_reslora
 from reslora_kernels.adapt.record import record_of
 from reslora_kernels.bench.clocks import clock_of
+from reslora_kernels.bench.timing import relative
 
 ROUNDS, WARMUP = 25, 3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +65,7 @@ def test_three_projections_of_one_input(benchmark: Any) -> None:
     own = benchmark.stats.stats.data
     benchmark.extra_info.update(
         shape=f"3 x {K} -> {N}, M = {M}, r = {R}, {DTYPE}",
-        stacked_times_frozen=median(t / f for t, f in zip(own, seconds["frozen"][-ROUNDS:], strict=True)),
-        apart_times_frozen=median(a / f for a, f in zip(seconds["apart"], seconds["frozen"], strict=True)),
-        speedup_over_apart=median(a / t for t, a in zip(own, seconds["apart"][-ROUNDS:], strict=True)),
+        stacked_times_frozen=relative(own, seconds["frozen"][-ROUNDS:]).median,
+        apart_times_frozen=relative(seconds["apart"], seconds["frozen"]).median,
+        speedup_over_apart=relative(seconds["apart"][-ROUNDS:], own).median,
     )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..backends import select
+from ..checks import check_bool, check_module
 from ..config import ResLoRAConfig
 from ..dtensors import refuse_sharded
 from ..layers.linear import ResLoRALinear
@@ -50,12 +51,10 @@ def apply_reslora(
             processes already. The message lists the candidates.
         RuntimeError: ``config.backend`` cannot run on this machine. In every case the model is left as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     if not isinstance(config, ResLoRAConfig):
         raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
-    if not isinstance(autocast_adapter_dtype, bool):
-        raise TypeError(f"autocast_adapter_dtype must be True or False, got {autocast_adapter_dtype!r}")
+    check_bool("autocast_adapter_dtype", autocast_adapter_dtype)
     refuse_sharded(model, "adapted", "call apply_reslora first, then shard_reslora")
     checked_name(adapter_name)
     select.check(config.backend)

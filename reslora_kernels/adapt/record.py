@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..checks import check_module
 from ..config import ResLoRAConfig
 from ..layers.chain import Chain
 from ..layers.linear import ResLoRALinear
@@ -59,10 +60,14 @@ def checked_name(adapter_name: str) -> str:
 
 def adapted_layers(model: nn.Module) -> dict[str, ResLoRALinear]:
     """The adapted layers by name, in registration order; wrappers' prefixes (DDP, torch.compile) are left off."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     layers = {name: m for name, m in root_of(model).named_modules() if isinstance(m, ResLoRALinear)}
-    return {name.replace("_orig_mod.", ""): layer for name, layer in layers.items()}
+    return {without_compiled(name): layer for name, layer in layers.items()}
+
+
+def without_compiled(name: str) -> str:
+    """The name of a module or parameter without the prefixes that torch.compile adds."""
+    return name.replace("_orig_mod.", "")
 
 
 def root_of(model: nn.Module) -> nn.Module:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reslora_kernels.bench import series
+from reslora_kernels.bench.drawing import THEMES, Theme, new_figure, png
 from reslora_kernels.bench.results import Result
 from reslora_kernels.bench.tables import share
 
@@ -28,19 +28,6 @@ COLOURS = {
 DASHES = ("-", "--", ":", "-.")
 FASTER, SLOWER = "#10b981", "#ef4444"
 MOST_PANELS = 6
-
-
-@dataclass(frozen=True)
-class Theme:
-    """``ink`` for text and lines on ``paper``; ``grid`` for what should stay in the background."""
-
-    name: str
-    paper: str
-    ink: str
-    grid: str
-
-
-THEMES = (Theme("light", "#ffffff", "#1f2937", "#d9dee6"), Theme("dark", "#161b22", "#e6e9ee", "#343c48"))
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,7 @@ def _speedup(result: Result, theme: Theme) -> bytes | None:
     bars = series.mean_bars(result)
     if not bars:
         return None
-    figure, (axes,) = _figure(theme, 1, 1.4 + 0.3 * len(bars))
+    figure, (axes,) = new_figure(theme, 1, 1.4 + 0.3 * len(bars))
     for place, bar in enumerate(bars):
         value = math.log2(bar.speedup)
         opacity = 1.0 if bar.beyond_noise else 0.45
@@ -93,7 +80,7 @@ def _speedup(result: Result, theme: Theme) -> bytes | None:
     axes.axvline(0, color=theme.ink, linewidth=1)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("slower  |  faster than the plain layers; pale: within the noise")
-    return _png(figure)
+    return png(figure)
 
 
 def _over_m(result: Result, theme: Theme) -> bytes | None:
@@ -112,7 +99,7 @@ def _lines(panels: Sequence[series.Panel], theme: Theme, x: str, y: str, log: bo
     panels = panels[:MOST_PANELS]
     if not panels:
         return None
-    figure, every = _figure(theme, len(panels), 3.6 * len(panels))
+    figure, every = new_figure(theme, len(panels), 3.6 * len(panels))
     for axes, panel in zip(every, panels, strict=True):
         seen: dict[str, int] = {}
         for line in panel.lines:
@@ -133,14 +120,14 @@ def _lines(panels: Sequence[series.Panel], theme: Theme, x: str, y: str, log: bo
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, ncols=2)
-    return _png(figure)
+    return png(figure)
 
 
 def _memory(result: Result, theme: Theme) -> bytes | None:
     rows = [row for row in series.first_case(result) if row.peak_bytes is not None and row.saved_bytes is not None]
     if not rows:
         return None
-    figure, (axes,) = _figure(theme, 1, 1.6 + 0.36 * len(rows))
+    figure, (axes,) = new_figure(theme, 1, 1.6 + 0.36 * len(rows))
     for place, row in enumerate(rows):
         colour = COLOURS.get(row.provider, "#7f8794")
         axes.barh(place - 0.19, (row.peak_bytes or 0) / 2**20, color=colour, height=0.36)
@@ -150,14 +137,14 @@ def _memory(result: Result, theme: Theme) -> bytes | None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("MiB; full: peak of forward and backward, pale: saved for backward")
     axes.set_title(rows[0].case, loc="left", fontsize=10, color=theme.ink)
-    return _png(figure)
+    return png(figure)
 
 
 def _roofline(result: Result, theme: Theme) -> bytes | None:
     groups = series.by_case(series.timed(result))
     if not groups:
         return None
-    figure, (axes,) = _figure(theme, 1, 1.8 + 0.3 * len(groups))
+    figure, (axes,) = new_figure(theme, 1, 1.8 + 0.3 * len(groups))
     labelled = set()
     for place, rows in enumerate(groups.values()):
         for row in rows:
@@ -174,7 +161,7 @@ def _roofline(result: Result, theme: Theme) -> bytes | None:
     axes.set_xlim(left=0)
     axes.set_xlabel("% of the floor at this machine's own matmul rate and copy bandwidth")
     axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, ncols=3)
-    return _png(figure)
+    return png(figure)
 
 
 def _error(result: Result, theme: Theme) -> bytes | None:
@@ -187,7 +174,7 @@ def _error(result: Result, theme: Theme) -> bytes | None:
                 errors[name] = max(errors.get(name, 0.0), quotient)
     if not worst:
         return None
-    figure, (axes,) = _figure(theme, 1, 1.8 + 0.4 * len(worst))
+    figure, (axes,) = new_figure(theme, 1, 1.8 + 0.4 * len(worst))
     for place, (provider, errors) in enumerate(worst.items()):
         for marker, name in zip("os^D", ("y", "dx", "dA", "dB"), strict=True):
             if name in errors:
@@ -200,27 +187,4 @@ def _error(result: Result, theme: Theme) -> bytes | None:
     axes.set_xlim(left=0)
     axes.set_xlabel("largest error against float64 / plain PyTorch's; refused right of the line")
     axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, ncols=4)
-    return _png(figure)
-
-
-def _figure(theme: Theme, panels: int, height: float) -> tuple[Any, list[Any]]:
-    """A figure of its own, away from pyplot's global state, in the theme's colours; panels one above another."""
-    from matplotlib.figure import Figure as Canvas
-
-    figure = Canvas(figsize=(6.4, min(40.0, height)), dpi=130, facecolor=theme.paper, layout="constrained")
-    every = [figure.add_subplot(panels, 1, n + 1, facecolor=theme.paper) for n in range(panels)]
-    for axes in every:
-        axes.tick_params(colors=theme.ink, labelsize=9)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        for text in (axes.xaxis.label, axes.yaxis.label):
-            text.set_color(theme.ink)
-        axes.grid(color=theme.grid, linewidth=0.8)
-        axes.set_axisbelow(True)
-    return figure, every
-
-
-def _png(figure: Any) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return png(figure)

@@ -81,12 +81,14 @@ def measure(
     plan: Plan,
     on_failure: Callable[[], None] = lambda: None,
     deadline: float = math.inf,
+    on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Samples]:
     """Time the subjects in interleaved rounds.
 
     Args:
         on_failure: called after a subject raised and was given up; raises where nothing can be measured any more.
         deadline: of ``time.monotonic``; no chunk of rounds begins after it, once ``plan.least`` rounds are done.
+        on_round: called after each round, those of the warm-up included.
 
     Returns:
         the samples by subject; those of a round are at the same place in every subject that did not fail.
@@ -103,6 +105,7 @@ def measure(
             _hold(clock, plan, running)
             marks = _round(running, clock, n % plan.input_sets, samples, on_failure)
             clock.drain()
+            on_round()
             spent = sum(clock.seconds(first, last) for first, _, last in marks.values())
         fitting = int(plan.seconds / spent) if spent > 0 else plan.most
         rounds = min(plan.most, max(plan.least, fitting))
@@ -113,6 +116,7 @@ def measure(
                 order.shuffle(running)
                 _hold(clock, plan, running)
                 chunk.append(_round(running, clock, n % plan.input_sets, samples, on_failure))
+                on_round()
             clock.drain()
             for marks in chunk:
                 for name, (start, middle, stop) in marks.items():

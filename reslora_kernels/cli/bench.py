@@ -13,7 +13,7 @@ from rich.table import Table
 from reslora_kernels.bench import cases, providers
 from reslora_kernels.bench.model_cases import MODEL_SETS
 from reslora_kernels.bench.session import Settings, run_session
-from reslora_kernels.cli.options import check_choice
+from reslora_kernels.cli.options import torch_device
 from reslora_kernels.cli.output import check_writable
 
 DEFAULT_SETS = ("standard", "small-m", "models", "pre-num", "growth", "compiled")
@@ -36,7 +36,7 @@ def bench(
         list[str] | None, typer.Option("--provider", help="Only this one, beside frozen. May be repeated.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="A .json file, or the folder for it; a CSV goes beside it.")
+        Path | None, typer.Option("--out", "--output", help="A .json file, or the folder for it; a CSV goes beside it.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="At most so many rounds in a case.")] = 200,
@@ -52,7 +52,7 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
-    where = choose_device(device)
+    where = torch_device(device)
     if list_all:
         show_names(Console(), where)
         return
@@ -97,19 +97,6 @@ def report(
     Console().print("Written:", *map(str, written), sep="\n  ", soft_wrap=True, highlight=False)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that an option names.
-
-    Raises:
-        ValueError: there is no such option.
-        RuntimeError: there is no GPU.
-    """
-    check_choice("--device", name, ("auto", "cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: torch can use no GPU on this machine (see: reslora doctor)")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def destination(output: Path | None) -> tuple[Path, str | None]:
     """(folder, file name or None for the default name) of the result.
 
@@ -119,9 +106,9 @@ def destination(output: Path | None) -> tuple[Path, str | None]:
     if output is None:
         output = REPOSITORY_RESULTS if REPOSITORY_RESULTS.is_dir() else Path("reslora-bench")
     folder, name = (output.parent, output.name) if output.suffix == ".json" else (output, None)
-    check_writable("--output", folder)
+    check_writable("--out", folder)
     if name is not None and output.is_dir():
-        raise IsADirectoryError(f"--output {str(output)!r} is a folder")
+        raise IsADirectoryError(f"--out {str(output)!r} is a folder")
     return folder, name
 
 

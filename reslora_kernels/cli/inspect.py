@@ -20,7 +20,6 @@ from reslora_kernels.cli.loading import (
     load_model_config,
     model_class,
     read_adapter_config,
-    torch_device,
 )
 from reslora_kernels.cli.options import (
     DEFAULTS,
@@ -33,6 +32,7 @@ from reslora_kernels.cli.options import (
     TargetModules,
     TrustRemoteCode,
     make_config,
+    torch_device,
 )
 from reslora_kernels.files.save_load import load_adapter
 

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from reslora_kernels.adapt.apply import apply_reslora
-from reslora_kernels.cli.options import check_choice
+from reslora_kernels.cli.options import check_choice, torch_device
 from reslora_kernels.config import ResLoRAConfig
 from reslora_kernels.files.adapter_format import CONFIG_NAME, read_config
 from reslora_kernels.files.save_load import load_adapter
 from reslora_kernels.layers.linear import ADAPTER_PARAMETERS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-DEVICES = ("auto", "cpu", "cuda")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -161,18 +160,12 @@ def torch_dtype(name: str) -> Any:
     return name if name == "auto" else getattr(torch, name)
 
 
-def torch_device(name: str) -> torch.device:
-    """The device that ``--device`` means.
-
-    Raises:
-        ValueError: it means none, or a GPU that torch cannot use.
-    """
-    check_choice("--device", name, DEVICES)
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch cannot use a GPU here (see: reslora doctor)")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def tokenizer_source(adapter: str, base: str) -> tuple[str, str] | None:
+    """The tokenizer's place: with the adapter, as ``reslora finetune`` leaves it, else with the base model, or None."""
+    if has_tokenizer(Path(adapter).expanduser()):
+        return "adapter", str(Path(adapter).expanduser().absolute())
+    folder = local_folder("--base", base)
+    return ("--base", base) if folder is None or has_tokenizer(folder) else None
 
 
 def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import fields
 from typing import Annotated, Any, get_args
 
+import torch
 import typer
 
 from reslora_kernels.backends import select
@@ -119,3 +120,16 @@ def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise a ValueError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def torch_device(name: str, option: str = "--device") -> torch.device:
+    """The device that ``auto`` (a GPU if there is one), ``cpu`` or ``cuda`` means.
+
+    Raises:
+        ValueError: the name is none of them, or means a GPU that torch cannot use.
+    """
+    check_choice(option, name, ("auto", "cpu", "cuda"))
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise ValueError(f"{option} cuda: torch cannot use a GPU here (see: reslora doctor)")
+    return torch.device("cuda" if gpu and name != "cpu" else "cpu")

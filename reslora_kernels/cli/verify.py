@@ -9,6 +9,7 @@ import typer
 from torch import Tensor
 
 from reslora_kernels.backends import select
+from reslora_kernels.cli.options import torch_device
 from reslora_kernels.layers.linear import ResLoRALinear
 from reslora_kernels.layers.link import link
 from reslora_kernels.testing import GoldenCase, assert_close_to_truth, golden_cases, max_error, reference_results
@@ -86,14 +87,10 @@ def served_dtype(case: GoldenCase, backend: str) -> torch.dtype:
     """float64, or float32 where the backend cannot serve float64."""
     x, weight = case.series("x")[0].flatten(0, -2), case.series("weight")[0]
     try:
-        select.explain(backend, x.to(device()), weight.to(device()), case.config.r)
+        select.explain(backend, x.to(torch_device("auto")), weight.to(torch_device("auto")), case.config.r)
     except ValueError:
         return torch.float32
     return torch.float64
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def inputs_of(case: GoldenCase) -> dict[str, list[Tensor]]:
@@ -104,11 +101,12 @@ def inputs_of(case: GoldenCase) -> dict[str, list[Tensor]]:
 def chain_results(case: GoldenCase, backend: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
     """y, dx, dlora_A, dlora_B of linked layers, on the CPU; every x is a leaf, all layers differentiated together."""
     config = case.config.replace(backend=backend)
-    inputs = {name: [t.to(device(), dtype, copy=True) for t in tensors] for name, tensors in inputs_of(case).items()}
+    device = torch_device("auto")
+    inputs = {name: [t.to(device, dtype, copy=True) for t in tensors] for name, tensors in inputs_of(case).items()}
     layers = []
     for n, weight in enumerate(inputs["weight"]):
         out_features, in_features = weight.shape
-        layer = ResLoRALinear(in_features, out_features, bool(inputs["bias"]), device(), dtype, config=config)
+        layer = ResLoRALinear(in_features, out_features, bool(inputs["bias"]), device, dtype, config=config)
         layer.load_state_dict(
             {name: inputs[name][n] for name in ("weight", "bias", "lora_A", "lora_B") if inputs[name]}
         )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..adapt.record import without_compiled
 from ..config import ResLoRAConfig
 from ..layers.linear import ADAPTER_PARAMETERS
 
@@ -108,11 +109,6 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def compiled(key: str) -> str:
-    """A parameter's name without the prefix of torch.compile."""
-    return key.replace("_orig_mod.", "")
-
-
 def checked_folder(path: str | os.PathLike[str]) -> Path:
     """``path`` as a Path; TypeError if it is none, NotADirectoryError if it is a file."""
     if not isinstance(path, (str, os.PathLike)) or isinstance(path, bytes):
@@ -131,7 +127,7 @@ def read_config(path: str | os.PathLike[str]) -> ResLoRAConfig:
 def read(folder: Path) -> SavedAdapter:
     config, chains, same_input, trained, sha256 = _read_config(_config_file(folder))
     tensors = parsed_tensors(_find_weights(folder, sha256), WEIGHTS_NAME)
-    tensors = _renamed({compiled(key): tensor for key, tensor in tensors.items()}, len(tensors))
+    tensors = _renamed({without_compiled(key): tensor for key, tensor in tensors.items()}, len(tensors))
     for key in tensors:
         if key not in trained and key.rpartition(".")[2] not in ADAPTER_PARAMETERS:
             allowed = ", ".join(f".{name}" for name in ADAPTER_PARAMETERS)
@@ -178,14 +174,14 @@ def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[list[st
             for chain in chains
         ):
             raise ValueError(f'{where}: chains must be a list of {{"name": str, "layers": [names]}}, got {chains!r}')
-        chains = [(chain["name"], [compiled(name) for name in chain["layers"]]) for chain in chains]
+        chains = [(chain["name"], [without_compiled(name) for name in chain["layers"]]) for chain in chains]
     same_input = values["same_input"]
     if not isinstance(same_input, list) or not all(_is_names(names) for names in same_input):
         raise ValueError(f"{where}: same_input must be a list of lists of names, got {same_input!r}")
-    same_input = [[compiled(name) for name in names] for names in same_input]
+    same_input = [[without_compiled(name) for name in names] for names in same_input]
     if not isinstance(values["weights_sha256"], str):
         raise ValueError(f"{where}: weights_sha256 must be a hexadecimal str, got {values['weights_sha256']!r}")
-    return config, chains, same_input, [compiled(name) for name in trained], values["weights_sha256"]
+    return config, chains, same_input, [without_compiled(name) for name in trained], values["weights_sha256"]
 
 
 def _find_weights(folder: Path, sha256: str) -> bytes:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapt.record import adapted_layers, record_of, refuse_restarted, root_of
 from ..adapt.targets import endings_of
+from ..checks import check_bool
 from ..config import MergeMethod
 from ..dtensors import gathered, mesh_of, one_writer, reshard
 from ..layers.linear import ADAPTER_PARAMETERS
@@ -84,8 +85,7 @@ def export_peft(
     layers = adapted_layers(model)
     refuse_restarted(model)
     folder = checked_folder(path)
-    if not isinstance(pattern, bool):
-        raise TypeError(f"pattern must be True or False, got {pattern!r}")
+    check_bool("pattern", pattern)
     refuse_twice_registered(root_of(model), layers)
     merged = record_of(model).merged
     if merged is not None:

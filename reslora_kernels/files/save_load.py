@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..adapt.apply import adapt
 from ..adapt.linking import build_chains, dry_run_chains
-from ..adapt.record import Record, adapted_layers, checked_name, record_of, refuse_restarted, root_of
+from ..adapt.record import Record, adapted_layers, checked_name, record_of, refuse_restarted, root_of, without_compiled
 from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
+from ..checks import check_module
 from ..dtensors import fill, gathered, is_sharded, one_writer, refuse_flat, reshard
 from ..layers.linear import ResLoRALinear
-from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, compiled, read, write
+from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, read, write
 
 _MUST_AGREE = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "has_start", "shortcut", "pre_num",
@@ -87,8 +88,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
         FileNotFoundError: the folder holds no adapter.
         ValueError: the files are damaged, or do not fit the model; the message says where. The model is unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     if adapter_name is not None:
         checked_name(adapter_name)
     saved = read(checked_folder(path))
@@ -147,7 +147,7 @@ def _own_parameters(layers: Mapping[str, ResLoRALinear]) -> dict[str, Tensor]:
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter of the adapted root, by plain name."""
-    return {name.replace("_orig_mod.", ""): parameter for name, parameter in root_of(model).named_parameters()}
+    return {without_compiled(name): parameter for name, parameter in root_of(model).named_parameters()}
 
 
 def _other_trained(model: nn.Module) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Lin
             if saved.config.use_dora:
                 shapes[f"{name}.lora_magnitude_vector"] = (layer.out_features,)
             shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = (r, layer.in_features), (layer.out_features, r)
-    parameters = {compiled(name): parameter for name, parameter in root.named_parameters()}
+    parameters = {without_compiled(name): parameter for name, parameter in root.named_parameters()}
     for name in saved.trained:
         if name not in parameters or name in shapes:
             raise ValueError(f"the adapter does not fit the model: there is no parameter {name!r}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import check_module
 from .chain import Chain
 from .linear import ResLoRALinear
 
@@ -33,8 +34,7 @@ def checkpoint_context(model: nn.Module) -> Callable[[], Contexts]:
         TypeError: ``model`` is not a module.
         ValueError: it has no ResLoRALinear.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     layers = [module for module in model.modules() if isinstance(module, ResLoRALinear)]
     if not layers:
         raise ValueError("model has no ResLoRALinear: adapt it first, with apply_reslora or load_adapter")

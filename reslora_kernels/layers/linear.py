@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dropout
+from ..checks import check_int
 from ..config import ResLoRAConfig
 from ..forward_state import ForwardState, outside, recomputing
 from ..ops import lora_linear
@@ -79,10 +80,7 @@ class ResLoRALinear(nn.Linear):
         config: ResLoRAConfig | None = None,
     ) -> None:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} must be an int, got {size!r}")
-            if size < 0:
-                raise ValueError(f"{name} must be 0 or more, got {size}")
+            check_int(name, size, 0, None)
         _check_floating("dtype", dtype)
         config = _checked(config if config is not None else ResLoRAConfig())
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ..adapt.coverage import table
 from ..adapt.execution import call_with, undisturbed
 from ..adapt.record import adapted_layers, record_of, root_of
+from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
 from ..dtensors import refuse_sharded
 from ..layers.chain import Chain
@@ -115,12 +115,10 @@ def merge_reslora(
     """
     layers = adapted_layers(model)
     record = record_of(model)
-    if not isinstance(keep_original, bool):
-        raise TypeError(f"keep_original must be True or False, got {keep_original!r}")
+    check_bool("keep_original", keep_original)
     if record.merged is not None:
         raise ValueError("model is merged already; call unmerge_reslora(model) first")
-    if not isinstance(dequantize, bool):
-        raise TypeError(f"dequantize must be True or False, got {dequantize!r}")
+    check_bool("dequantize", dequantize)
     quantized = next((name for name, layer in layers.items() if isinstance(layer, QuantizedResLoRALinear)), None)
     if quantized and not dequantize:
         raise ValueError(
@@ -228,16 +226,9 @@ def _checked_method(
         not isinstance(calibration, Iterable) or isinstance(calibration, (Mapping, Tensor, str, bytes))
     ):
         raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
-    if not isinstance(sequential, bool):
-        raise TypeError(f"sequential must be True or False, got {sequential!r}")
-    if isinstance(joint_steps, bool) or not isinstance(joint_steps, int):
-        raise TypeError(f"joint_steps must be an int of 0 or more, got {joint_steps!r}")
-    if joint_steps < 0:
-        raise ValueError(f"joint_steps must be 0 or more, got {joint_steps}")
-    if isinstance(regularization, bool) or not isinstance(regularization, (int, float)):
-        raise TypeError(f"regularization must be a number of 0 or more, got {regularization!r}")
-    if not (math.isfinite(regularization) and regularization >= 0):
-        raise ValueError(f"regularization must be a finite number of 0 or more, got {regularization!r}")
+    check_bool("sequential", sequential)
+    check_int("joint_steps", joint_steps, 0, None)
+    check_number("regularization", regularization, "a finite number of 0 or more", lambda v: v >= 0)
     chosen: MergeMethod = method or config.merge  # type: ignore[assignment]
     if not hands_on(config.shortcut, config.pre_num):
         return chosen
@@ -258,10 +249,7 @@ def _checked_method(
 
 
 def _check_extra_rank(extra_rank: int, joint_steps: int) -> None:
-    if isinstance(extra_rank, bool) or not isinstance(extra_rank, int):
-        raise TypeError(f"extra_rank must be an int of 0 or more, got {extra_rank!r}")
-    if extra_rank < 0:
-        raise ValueError(f"extra_rank must be 0 or more, got {extra_rank}")
+    check_int("extra_rank", extra_rank, 0, None)
     if extra_rank and not joint_steps:
         raise ValueError(f"extra_rank={extra_rank} needs joint_steps: only a joint fit makes updates wider")
 

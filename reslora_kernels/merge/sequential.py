@@ -19,7 +19,7 @@ from ..layers.chain import Chain
 from ..layers.linear import ResLoRALinear
 from .batch_cache import Kept
 from .closed_form import LowRankUpdate, least_squares, plain_update, relative_error, updates_of_chain
-from .statistics import LayerStatistics
+from .statistics import LayerStatistics, observed
 
 Value = TypeVar("Value")
 
@@ -82,13 +82,8 @@ def _captured(
     keep: Callable[[Tensor, Tensor | None], Value], model: nn.Module, layers: list[ResLoRALinear], batch: Any
 ) -> dict[ResLoRALinear, list[Value]]:
     observers = {layer: _Captured(keep) for layer in layers}
-    try:
-        for layer, observer in observers.items():
-            layer.observer = observer
+    with observed(observers):
         call_with(model, batch)
-    finally:
-        for layer in layers:
-            layer.observer = None
     return {layer: observer.calls for layer, observer in observers.items()}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapt.record import adapted_layers, record_of
 from ..config import ResLoRAConfig
+from ..layers.linear import Observer, ResLoRALinear
 from ..layers.shortcuts import hands_on
 
 
@@ -163,10 +164,17 @@ def collect_statistics(model: nn.Module, *, second_moments: bool = True) -> Iter
     statistics = Statistics(
         {name: LayerStatistics(config, layer.whole_A, second_moments) for name, layer in layers.items()}
     )
-    try:
-        for name, layer in layers.items():
-            layer.observer = statistics.layers[name]
+    with observed({layer: statistics.layers[name] for name, layer in layers.items()}):
         yield statistics
+
+
+@contextmanager
+def observed(observers: Mapping[ResLoRALinear, Observer]) -> Iterator[None]:
+    """Tell each layer's observer of its calls inside the ``with`` block."""
+    try:
+        for layer, observer in observers.items():
+            layer.observer = observer
+        yield
     finally:
-        for layer in layers.values():
+        for layer in observers:
             layer.observer = None

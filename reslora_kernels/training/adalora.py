@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.record import adapted_layers
-from ..config import check_int, check_number
+from ..checks import check_int, check_number
 from ..layers.linear import ResLoRALinear
 
 

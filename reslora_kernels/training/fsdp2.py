@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..adapt.record import adapted_layers, record_of
+from ..checks import check_module
 from ..dtensors import initialised, refuse_sharded
 from ..layers.quantized_linear import QuantizedResLoRALinear
 
@@ -87,8 +88,7 @@ def _checked_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Mo
         raise ValueError("blocks must hold at least one module, got none")
     inside = {id(module) for module in model.modules()}
     for i, block in enumerate(chosen):
-        if not isinstance(block, nn.Module):
-            raise TypeError(f"blocks[{i}] must be an nn.Module, got {type(block).__name__}")
+        check_module(f"blocks[{i}]", block)
         if block is model or id(block) not in inside:
             what = "the model itself" if block is model else f"a {type(block).__name__} that is not in the model"
             raise ValueError(f"blocks[{i}] must be a module inside model, got {what}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import check_number
+from ..checks import check_module, check_number
 from ..layers.linear import ResLoRALinear
 
 
@@ -30,8 +30,7 @@ def loraplus_groups(
         TypeError: ``model`` is not a module, or a number is none.
         ValueError: a number is not finite or out of range, or ``model`` has no ResLoRALinear that trains.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     for name, value in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio)):
         check_number(name, value, "a finite number above 0", lambda v: v > 0)
     check_number("weight_decay", weight_decay, "a finite number of 0 or more", lambda v: v >= 0)

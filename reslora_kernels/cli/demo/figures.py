@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass
 from typing import Any
 
+from reslora_kernels.bench.drawing import Theme, new_figure, png
 from reslora_kernels.cli.demo.wording import added
 
 COLOURS = {"none": "#7f8794", "input": "#3b82f6", "block": "#f59e0b", "middle": "#10b981"}
 MARKERS = {"none": "o", "input": "s", "block": "^", "middle": "D"}
 
 
-@dataclass(frozen=True)
-class Theme:
-    """``ink`` for text and lines on ``paper``; ``grid`` for what should stay in the background."""
-
-    name: str
-    paper: str
-    ink: str
-    grid: str
-
-
-LIGHT = Theme("light", "#ffffff", "#1f2937", "#d9dee6")
-DARK = Theme("dark", "#161b22", "#e6e9ee", "#343c48")
-
-
 def loss_curves(report: dict[str, Any], theme: Theme) -> bytes:
     """Evaluation loss over steps, one line per run, with plain LoRA's last loss as a dashed line."""
-    figure, axes = _figure(theme, 4.2)
+    figure, (axes,) = new_figure(theme, 1, 4.2, dpi=170)
     for run in report["runs"]:
         shortcut, curve = run["shortcut"], run["curve"]
         axes.plot(
@@ -48,13 +33,13 @@ def loss_curves(report: dict[str, Any], theme: Theme) -> bytes:
     axes.set_title("Evaluation loss on held-out Python modules", loc="left", fontweight="bold", color=theme.ink)
     legend = axes.legend(title="run and last loss", frameon=False, labelcolor=theme.ink)
     legend.get_title().set_color(theme.ink)
-    return _png(figure)
+    return png(figure)
 
 
 def merge_costs(report: dict[str, Any], theme: Theme) -> bytes:
     """Loss added by every merge, one bar each."""
     rows = [(run, merge) for run in report["runs"] for merge in run["merges"]]
-    figure, axes = _figure(theme, 1.3 + 0.36 * len(rows))
+    figure, (axes,) = new_figure(theme, 1, 1.3 + 0.36 * len(rows), dpi=170)
     for place, (run, merge) in enumerate(rows):
         axes.barh(place, merge["loss_added"], color=COLOURS[run["shortcut"]], height=0.66)
         axes.annotate(
@@ -73,26 +58,4 @@ def merge_costs(report: dict[str, Any], theme: Theme) -> bytes:
     axes.axvline(0, color=theme.ink, linewidth=1)
     axes.set_xlabel("loss added, nats per byte (0 is best)")
     axes.set_title("What merging adds to the evaluation loss", loc="left", fontweight="bold", color=theme.ink)
-    return _png(figure)
-
-
-def _figure(theme: Theme, height: float) -> tuple[Any, Any]:
-    """A figure of its own, away from pyplot's global state, in the theme's colours."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, height), dpi=170, facecolor=theme.paper, layout="constrained")
-    axes = figure.add_subplot(facecolor=theme.paper)
-    axes.tick_params(colors=theme.ink, labelsize=10)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(theme.ink)
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return png(figure)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from reslora_kernels._version import __version__
+from reslora_kernels.bench.drawing import DARK, LIGHT
 from reslora_kernels.cli.demo.data import HELD_OUT_MODULES
 from reslora_kernels.cli.demo.experiment import Results, Run
-from reslora_kernels.cli.demo.figures import DARK, LIGHT, loss_curves, merge_costs
+from reslora_kernels.cli.demo.figures import loss_curves, merge_costs
 from reslora_kernels.cli.demo.settings import BASELINE
 from reslora_kernels.cli.demo.timing import DEFINITION
 from reslora_kernels.cli.demo.wording import added, findings

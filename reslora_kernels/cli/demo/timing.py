@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from reslora_kernels.bench.clocks import CpuClock
+from reslora_kernels.bench.timing import Plan, Subject, measure, relative
 from reslora_kernels.config import Shortcut
+
+FROZEN = "frozen"
 
 DEFINITION = (
     "A step is forward and backward of one batch, down to the output of the embeddings, and for adapters AdamW's "
@@ -34,30 +37,26 @@ def time_steps(
 
     One round more runs beforehand, to warm up.
     """
-    steps = {name: _step(model, batch) for name, model in models.items()}
-    frozen_step = _step(frozen, batch)
-    frozen_times: list[float] = []
-    times: dict[Shortcut, list[float]] = {name: [] for name in models}
-    for i in range(rounds + 1):
-        measured = _milliseconds(frozen_step)
-        others = {name: _milliseconds(step) for name, step in steps.items()}
-        if i:
-            frozen_times.append(measured)
-            for name, other in others.items():
-                times[name].append(other)
-        each_round()
-    return statistics.median(frozen_times), {
-        name: StepTime(statistics.median(own), statistics.median(a / b for a, b in zip(own, frozen_times, strict=True)))
-        for name, own in times.items()
+    subjects = [Subject(name, _step(model, batch)) for name, model in ({FROZEN: frozen} | dict(models)).items()]
+    plan = Plan(most=rounds, least=rounds, warmup=1)
+    samples = measure(subjects, CpuClock(), plan, _fail, on_round=each_round)
+    floor = samples[FROZEN].forward
+    return 1e3 * statistics.median(floor), {
+        name: StepTime(1e3 * statistics.median(own), relative(own, floor).median)
+        for name, own in ((name, samples[name].forward) for name in models)
     }
 
 
-def _step(model: nn.Module, batch: Tensor) -> Callable[[], None]:
+def _fail() -> None:
+    raise RuntimeError("a step that was to be timed failed")
+
+
+def _step(model: nn.Module, batch: Tensor) -> Callable[[int], None]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0) if trainable else None  # moves nothing
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
 
-    def step() -> None:
+    def step(_: int) -> None:
         embedded = embeddings(batch).detach().requires_grad_()
         model(inputs_embeds=embedded, labels=batch, use_cache=False).loss.backward()
         if optimizer is not None:
@@ -65,9 +64,3 @@ def _step(model: nn.Module, batch: Tensor) -> Callable[[], None]:
             optimizer.zero_grad()
 
     return step
-
-
-def _milliseconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - start)

@@ -13,7 +13,7 @@ from reslora_kernels.adapt.coverage import inspect
 from reslora_kernels.cli.calibration import check_fits
 from reslora_kernels.cli.finetune import results
 from reslora_kernels.cli.finetune.preparation import prepare
-from reslora_kernels.cli.loading import load_model, require, torch_device, torch_dtype
+from reslora_kernels.cli.loading import load_model, require, torch_dtype
 from reslora_kernels.cli.options import (
     DEFAULTS,
     Backend,
@@ -34,6 +34,7 @@ from reslora_kernels.cli.options import (
     TargetModules,
     TrustRemoteCode,
     make_config,
+    torch_device,
 )
 from reslora_kernels.cli.output import check_writable
 from reslora_kernels.cli.tokenization import pad_token
@@ -49,7 +50,7 @@ def finetune(
             "file; a saved dataset or the id of one.",
         ),
     ],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "--out", help="New folder for all results.")],
+    output_dir: Annotated[Path, typer.Option("--out", "--output-dir", help="New folder for all results.")],
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Where the tokenizer is, if not with the model.")
     ] = None,
@@ -247,15 +248,15 @@ def _check_evaluation(eval_data: str | None, eval_fraction: float) -> None:
 def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     from reslora_kernels.cli.finetune.run import is_earlier_run
 
-    check_writable("--output-dir", folder)
+    check_writable("--out", folder)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if resume or not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
         raise FileExistsError(
-            f"--output-dir {str(folder)!r} is not empty; give another folder, --resume to go on with the run in it, or "
+            f"--out {str(folder)!r} is not empty; give another folder, --resume to go on with the run in it, or "
             "--overwrite to remove that"
         )
     if not is_earlier_run(folder):
-        raise FileExistsError(f"--output-dir {str(folder)!r} is not overwritten: other files than a run's are in it")
+        raise FileExistsError(f"--out {str(folder)!r} is not overwritten: other files than a run's are in it")
