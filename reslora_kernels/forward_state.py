@@ -25,23 +25,46 @@ class Member(Protocol):
     def position(self) -> int: ...
 
 
-class ForwardState:
-    """What the latest layer of one chain to run has handed on in one forward pass, for the layer right after it."""
+class _Handed:
+    """What one call of a layer has handed on and no call has taken yet. A link of a list, oldest first: torch.compile
+    guards how long a Python list is, which would make a graph for every number of calls."""
 
-    __slots__ = ("_backward", "_handed", "_latest", "_projected", "owner", "thread")
+    __slots__ = ("layer", "next", "tensors")
+
+    def __init__(self, layer: Member, tensors: tuple[Tensor, ...]) -> None:
+        self.layer = layer
+        self.tensors = tensors
+        self.next: _Handed | None = None
+
+
+class ForwardState:
+    """What the calls of one chain's layers have handed on in one forward pass, until the calls they are for take it.
+
+    The k-th call of a layer takes what the k-th call of the layer before it handed on.
+    """
+
+    __slots__ = ("_backward", "_first", "_last", "_latest", "_left", "_missed", "_projected", "owner", "thread")
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
         self.thread = _thread()
         self._backward = _running_backward()
-        self._handed: tuple[Tensor, ...] = ()
+        self._first: _Handed | None = None
+        self._last: _Handed | None = None
+        self._missed: tuple[Member, Any] | None = None  # layers whose next call comes too late, as (layer, others)
         self._latest: Member | None = None
-        self._projected: tuple[Tensor, dict[int, Tensor]] | None = None
+        self._left = False  # whether a module around the chain has ended its forward since the latest call
+        self._projected: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
     def copy(self) -> ForwardState:
         """The same state, to go on from without changing this one."""
         other = ForwardState(self.owner)
-        other._handed, other._latest, other._projected = self._handed, self._latest, self._projected
+        entry = self._first
+        while entry is not None:
+            other._append(entry.layer, entry.tensors)
+            entry = entry.next
+        other._missed, other._latest, other._left = self._missed, self._latest, self._left
+        other._projected = self._projected
         return other
 
     @property
@@ -53,32 +76,98 @@ class ForwardState:
         return not torch.compiler.is_compiling() and self._backward != _running_backward()
 
     def enter(self, layer: Member, predecessor: Member | None, leading: torch.Size) -> tuple[Tensor, ...]:
-        """A layer starts on tokens of shape ``leading``: what is handed to it, nearest first.
+        """A layer starts on tokens of shape ``leading``: what is handed to this call, nearest first.
 
-        Nothing is when its predecessor is not the latest layer that ran, or where the shape of the tokens changes.
+        Nothing is where the same call of its predecessor has not been made, or saw tokens of another shape.
         """
-        latest, handed = self._latest, self._handed
-        self._latest, self._handed = layer, ()
-        if predecessor is None or latest is None:
+        if self._left:
+            self._go_on(layer)
+        self._latest = layer
+        if predecessor is None:
             return ()
-        # torch.compile guards that two objects are one, but not that they differ; it does guard numbers.
-        if latest is not predecessor and latest.position != predecessor.position:
-            return ()
-        return tuple(takewhile(lambda h: h.shape[:-1] == leading, handed))
+        return tuple(takewhile(lambda h: h.shape[:-1] == leading, self._take(predecessor)))
 
     def hand_on(self, earlier: tuple[Tensor, ...], h: Tensor) -> None:
         """The layer that entered last hands on h, and of what came to it ``earlier``."""
-        self._handed = (h, *earlier)
+        assert self._latest is not None
+        if self._missed is None or not self._comes_too_late(self._latest):
+            self._append(self._latest, (h, *earlier))
+
+    def leave(self) -> None:
+        """A module around the chain, inside the one whose forward is the pass, has ended its forward."""
+        self._left = True
+
+    def _append(self, layer: Member, tensors: tuple[Tensor, ...]) -> None:
+        entry = _Handed(layer, tensors)
+        if self._last is None:
+            self._first = entry
+        else:
+            self._last.next = entry
+        self._last = entry
+
+    def _take(self, giver: Member) -> tuple[Tensor, ...]:
+        """What the earliest call of ``giver`` handed on of which nobody has taken it."""
+        before, entry = None, self._first
+        while entry is not None and not _same(entry.layer, giver):
+            before, entry = entry, entry.next
+        if entry is None:
+            self._missed = (giver, self._missed)
+            return ()
+        if before is None:
+            self._first = entry.next
+        else:
+            before.next = entry.next
+        if entry.next is None:
+            self._last = before
+        return entry.tensors
+
+    def _comes_too_late(self, layer: Member) -> bool:
+        """Whether the call that this one of ``layer`` is for has been made already; that is then forgotten."""
+        passed: list[Member] = []
+        rest = self._missed
+        while rest is not None:
+            missed, rest = rest
+            if _same(missed, layer):
+                for other in reversed(passed):
+                    rest = (other, rest)
+                self._missed = rest
+                return True
+            passed.append(missed)
+        return False
+
+    def _go_on(self, layer: Member) -> None:
+        """The first call after a module around the chain has ended: of the same sweep over the layers, or of the next.
+
+        With the next one the calls are counted afresh, so that a sweep which left layers out, or failed, hands nothing
+        to it.
+        """
+        self._left = False
+        if self._latest is not None and layer.position <= self._latest.position:
+            self._first = self._last = self._missed = None
 
     def project_for(self, x: Tensor, projections: Mapping[int, Tensor]) -> None:
         """A layer has multiplied its input x by the A of others, too: h [..., R_a] of each, by index in the group."""
-        self._projected = (x, dict(projections))
+        self._projected = (x, _version(x), dict(projections))
 
     def projection_of(self, index: int, x: Tensor) -> Tensor | None:
-        """h of the layer at ``index``, if it was worked out from this very x."""
-        if self._projected is None or self._projected[0] is not x:
+        """h of the layer at ``index``, if it was worked out from this very x, which has not been written to since."""
+        if self._projected is None or self._projected[0] is not x or self._projected[1] != _version(x):
             return None
-        return self._projected[1].pop(index, None)
+        return self._projected[2].pop(index, None)
+
+
+def _same(one: Member, other: Member) -> bool:
+    # torch.compile guards that two objects are one, but not that they differ; it does guard numbers.
+    return one is other or one.position == other.position
+
+
+def keeps_versions(x: Tensor) -> bool:
+    """Whether a write to x would be noticed: by its version, or by autograd, for which compiled code keeps x."""
+    return torch.is_grad_enabled() if torch.compiler.is_compiling() else not x.is_inference()
+
+
+def _version(x: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() else x._version
 
 
 class Passes:
@@ -101,13 +190,19 @@ class Passes:
                     "layers compiled one by one ran in several threads at once: compile the whole model instead"
                 )
             return self._open[0] if self._open else None
-        thread = _thread()
-        return next((state for state in tuple(self._open) if state.thread == thread), None)
+        thread = threading.get_ident()
+        for state in tuple(self._open):
+            if state.thread == thread:
+                return state
+        return None
 
     def open(self, owner: object) -> None:
         """Open a pass, unless a module around ``owner`` has one open. A pass that ``owner`` left behind is dropped."""
-        self.close(owner)
-        if self.current() is None:
+        state = self.current()
+        if state is not None and state.owner is owner:
+            self._open.remove(state)
+            state = None
+        if state is None:
             self._open.append(ForwardState(owner))
 
     @contextmanager
@@ -138,10 +233,14 @@ class Passes:
             self.close(owner)
 
     def close(self, owner: object) -> None:
-        """Close the pass if ``owner`` opened it."""
+        """``owner`` has ended its forward: close the pass if it opened it."""
         state = self.current()
-        if state is not None and state.owner is owner:
+        if state is None:
+            return
+        if state.owner is owner:
             self._open.remove(state)
+        else:
+            state.leave()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Passes:
         return Passes()

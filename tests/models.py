@@ -204,19 +204,19 @@ def train(model: nn.Module, family: Family, steps: int, lr: float = 5e-3, seed: 
 
 
 class Scrambled(nn.Module):
-    """Registers its layers in another order than it runs them: last, middle, first."""
+    """Registers its layers in another order than that of their numbers, in which it runs them."""
 
     def __init__(self, width: int = 12, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.out = nn.Linear(width, 5, dtype=dtype)
-        self.third = nn.ModuleDict({"fc": nn.Linear(width, width, dtype=dtype)})
-        self.first = nn.ModuleDict({"fc": nn.Linear(width, width, dtype=dtype)})
-        self.second = nn.ModuleDict({"fc": nn.Linear(width, width, dtype=dtype)})
+        self.blocks = nn.ModuleDict(
+            {number: nn.ModuleDict({"fc": nn.Linear(width, width, dtype=dtype)}) for number in ("2", "0", "1")}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in (self.first, self.second, self.third):
-            x = x + torch.tanh(block["fc"](x))
+        for number in ("0", "1", "2"):
+            x = x + torch.tanh(self.blocks[number]["fc"](x))
         return self.out(x)
 
 

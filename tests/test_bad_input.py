@@ -281,13 +281,13 @@ class TestMerge:
     def test_update_with_nan(self) -> None:
         model = adapted("block")
         with torch.no_grad():
-            model.third["fc"].lora_A[0, 0] = math.inf
-        raises(ValueError, "'third.fc'.*NaN or Inf", lambda: merge_reslora(model), model.first)
+            model.blocks["2"]["fc"].lora_A[0, 0] = math.inf
+        raises(ValueError, "'blocks.2.fc'.*NaN or Inf", lambda: merge_reslora(model), model.blocks["0"])
 
     def test_shared_weight(self) -> None:
         model = Scrambled()
         model.head = nn.Linear(12, 12, dtype=torch.float64)
-        model.head.weight = model.first["fc"].weight
+        model.head.weight = model.blocks["0"]["fc"].weight
         apply_reslora(model, ResLoRAConfig(r=2, exclude_modules=["head"]), example_inputs=X)
         raises(ValueError, "shared", lambda: merge_reslora(model), model)
 

@@ -65,9 +65,9 @@ CONFIG_FAULTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "chains empty": _set(chains=[]),
     "chain without layers": _set(chains=[{"name": "fc", "layers": []}]),
     "chain with a stranger": lambda values: values["chains"][0]["layers"].append("../x"),
-    "chain with a layer twice": lambda values: values["chains"][0]["layers"].append("first.fc"),
+    "chain with a layer twice": lambda values: values["chains"][0]["layers"].append("blocks.0.fc"),
     "chain short of a layer": lambda values: values["chains"][0]["layers"].pop(),
-    "chain of unlike layers": _set(chains=[{"name": "all", "layers": ["out", "third.fc", "first.fc", "second.fc"]}]),
+    "chain of unlike layers": _set(chains=[{"name": "all", "layers": ["out", *(f"blocks.{n}.fc" for n in (2, 0, 1))]}]),
     "hash is a number": _set(weights_sha256=5),
     "hash of other weights": _set(weights_sha256="0" * 64),
 }  # fmt: skip
@@ -97,7 +97,7 @@ class TestDamage:
         ("fault", "message"),
         [
             (lambda t: t.pop("out.lora_A"), "out.lora_A"),
-            (lambda t: t.update({"first.fc.lora_C": torch.zeros(1)}), "first.fc.lora_C"),
+            (lambda t: t.update({"blocks.0.fc.lora_C": torch.zeros(1)}), "blocks.0.fc.lora_C"),
             (lambda t: t.update({"../../x.lora_A": torch.zeros(3, 12)}), "x"),
             (lambda t: t.update({"/tmp/x.lora_A": torch.zeros(3, 12)}), "x"),
             (lambda t: t.update({"out.weight": torch.zeros(5, 12)}), "out.weight"),

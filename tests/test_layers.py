@@ -36,14 +36,19 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("link", "checkpointing", "quantized_linear"),
     ),
     "adapt": (
-        ("record", "other_parameters", "weight_readers", "execution", "state_dicts"),
+        ("record", "other_parameters", "weight_readers", "execution", "state_dicts", "structure"),
         ("targets",),
-        ("coverage", "linking"),
+        ("coverage", "linking", "given_chains"),
         ("apply",),
         ("switching",),
     ),
     "merge": (("statistics", "batch_cache"), ("closed_form",), ("sequential",), ("joint_fit",), ("merging",)),
-    "files": (("adapter_format", "peft_compatibility"), ("save_load", "peft_export"), ("peft_import",)),
+    "files": (
+        ("adapter_format", "peft_compatibility"),
+        ("saved_chains", "peft_export"),
+        ("save_load",),
+        ("peft_import",),
+    ),
     "training": (("trainer", "loraplus", "adalora", "relora", "fsdp2"),),
 }
 FREE = ("bench", "cli", "__main__")  # may import what they like; all else imports with torch alone

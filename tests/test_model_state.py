@@ -207,7 +207,9 @@ class TestState:
         with torch.no_grad():
             assert torch.equal(family.outputs(model, batch), trained_values)
         with torch.inference_mode():
-            assert torch.equal(family.outputs(model.eval(), batch), trained_values)
+            inferred = family.outputs(model.eval(), batch)
+        # tensors of inference mode do not tell whether they were written to, so each layer projects them for itself
+        assert relative_error(inferred, trained_values) < 1e-5
 
     def test_whole_model_survives_torch_save(self, shortcut: str) -> None:
         model = randomize(apply_reslora(llama(), config(shortcut)))

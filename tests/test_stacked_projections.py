@@ -176,7 +176,7 @@ def test_a_layer_called_by_itself_or_on_another_tensor_projects_for_itself() -> 
             assert torch.equal(own(x), other(x))
 
     class Apart(nn.Module):
-        """One group by the first forward; later its layers read different tensors."""
+        """One group by the run at the start; later its layers read different tensors."""
 
         def __init__(self) -> None:
             super().__init__()

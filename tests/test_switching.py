@@ -148,7 +148,7 @@ def test_order_read_off_the_first_forward() -> None:
     for name in ("b", "default"):
         set_adapter(model, name)
         model(X)
-        assert [row.chain_length for row in inspect(model).layers if row.name == "third.fc"] == [3]
+        assert [row.chain_length for row in inspect(model).layers if row.name == "blocks.2.fc"] == [3]
 
 
 def test_checkpointing_follows_the_adapter_in_force() -> None:

@@ -1,8 +1,9 @@
-"""apply_reslora: freeze a model, swap its linear layers, link them in the order in which they execute."""
+"""apply_reslora: freeze a model, swap its linear layers, link them in chains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,10 +14,13 @@ from ..config import ResLoRAConfig
 from ..dtensors import refuse_sharded
 from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
+from ..layers.shortcuts import hands_on
 from ..quantizers import quantizer_of
-from .linking import _RecordFirstForward, build_chains, dry_run_chains
+from .given_chains import Chains, plan_chains
+from .linking import build_chains, confirm_order
 from .record import Record, checked_name
 from .state_dicts import _RefusePartial
+from .structure import ChainPlan
 from .targets import find_targets, matches
 
 
@@ -27,13 +31,17 @@ def apply_reslora(
     example_inputs: Any = None,
     autocast_adapter_dtype: bool = True,
     adapter_name: str = "default",
+    chains: Chains | None = None,
 ) -> nn.Module:
     """Adapt ``model`` in place: freeze it, swap every targeted ``nn.Linear`` for a ``ResLoRALinear``, link the chains.
 
-    A chain holds the layers of one role (last non-numeric component of the module's name), equal ``in_features``,
-    ``out_features`` and rank and the same tokens, in the order in which they execute. The order is read off a dry run
-    with ``example_inputs``; without them, off small inputs derived from the config of a Transformers model or a
-    diffusers UNet; for any other model off the first real forward, which then runs once more before it.
+    Chains are read off the names of the modules: a chain holds the layers of one role (the name without the indices of
+    blocks) with equal ``in_features``, ``out_features`` and rank, ordered by the indices of their blocks. Layers of
+    experts, which see a choice of the tokens, hand nothing on: with "input" and "middle" they are plain LoRA.
+
+    A run confirms the order, with ``example_inputs``, or with small inputs derived from the config of a Transformers
+    model or a diffusers UNet; where layers execute in another order a warning says so. It also finds the layers that
+    read one tensor, for ``stack_projections``. Without inputs there is no such run.
 
     Args:
         model: any module; it is changed and returned.
@@ -41,6 +49,8 @@ def apply_reslora(
         example_inputs: a dict of keyword arguments, a tuple or list of positional ones, or one tensor.
         autocast_adapter_dtype: keep adapters in float32 when the weights are float16 or bfloat16, as PEFT does.
         adapter_name: what to call the adapter where the model gets more than one (``add_adapter``).
+        chains: chains by hand, as lists of names of adapted layers in their order, or a dict of such lists by title.
+            Layers that none names are in the chains of the structure. Layers of experts named here do hand on.
 
     Returns:
         ``model``.
@@ -48,7 +58,8 @@ def apply_reslora(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: nothing matches, a match is no plain ``nn.Linear``, or the model is adapted or sharded over
-            processes already. The message lists the candidates.
+            processes already; the message lists the candidates. Or ``chains`` names a layer that is not adapted, names
+            one twice, or puts layers of other sizes or ranks into one chain.
         RuntimeError: ``config.backend`` cannot run on this machine. In every case the model is left as it was.
     """
     check_module("model", model)
@@ -59,9 +70,12 @@ def apply_reslora(
     checked_name(adapter_name)
     select.check(config.backend)
     targets = find_targets(model, config)
-    record = Record(config, targets.unmatched, adapter_name)
-    chains = dry_run_chains(model, targets.matched, example_inputs, record)
-    adapt(model, targets.matched, record, chains, autocast_adapter_dtype)
+    record = Record(config, targets.unmatched, adapter_name, given=chains is not None)
+    plans = plan_chains(model, targets.matched, config, chains)
+    if record.given:
+        record.order = "chains="
+    confirm_order(model, targets.matched, plans, example_inputs, record)
+    adapt(model, targets.matched, record, plans, autocast_adapter_dtype)
     return model
 
 
@@ -69,26 +83,38 @@ def adapt(
     model: nn.Module,
     targets: Mapping[str, nn.Linear],
     record: Record,
-    chains: Iterable[tuple[str, Sequence[str]]] | None,
+    plans: Sequence[ChainPlan],
     autocast_adapter_dtype: bool,
     init_values: bool = True,
 ) -> None:
-    """Swap ``targets``, freeze the rest, link ``chains`` (name, layer names); None reads them off the first forward."""
-    _swap(model, targets, record.config, autocast_adapter_dtype, init_values)
+    """Swap ``targets``, freeze the rest, and link the chains."""
+    config = record.config
+    experts = {name for plan in plans if plan.experts for name in plan.names}
+    configs = {
+        name: _plain(config.for_module(name)) if name in experts else config.for_module(name) for name in targets
+    }
+    _swap(model, targets, config, configs, autocast_adapter_dtype, init_values)
     first = "_reslora" not in model.__dict__
     model.__dict__["_reslora"] = record
     if first:
         complete = _RefusePartial()
         model.register_load_state_dict_pre_hook(complete.before)  # type: ignore[no-untyped-call]
         model.register_load_state_dict_post_hook(complete.after)  # type: ignore[no-untyped-call]
-    if chains is None:
-        model.register_forward_pre_hook(_RecordFirstForward(), with_kwargs=True, prepend=True)
-    else:
-        build_chains(model, chains)
+    build_chains(model, plans)
+
+
+def _plain(config: ResLoRAConfig) -> ResLoRAConfig:
+    """The same, without a hand-over."""
+    return replace(config, shortcut="none") if hands_on(config.shortcut, config.pre_num) else config
 
 
 def _swap(
-    model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAConfig, autocast: bool, init_values: bool
+    model: nn.Module,
+    targets: Mapping[str, nn.Linear],
+    config: ResLoRAConfig,
+    configs: Mapping[str, ResLoRAConfig],
+    autocast: bool,
+    init_values: bool,
 ) -> None:
     """Replace the targets wherever they are registered; nothing is changed if building a layer fails."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -96,7 +122,7 @@ def _swap(
         new = {
             id(linear): _kind_of(linear).from_linear(
                 linear,
-                config.for_module(name),
+                configs[name],
                 None if autocast or not linear.weight.is_floating_point() else linear.weight.dtype,
                 init_values=init_values,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,16 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import select
+from ..config import ResLoRAConfig
 from ..layers.linear import ResLoRALinear
+from ..layers.shortcuts import hands_on
 from .other_parameters import OtherRow, other_parameters
-from .record import adapted_layers, record_of, root_of
+from .record import Record, adapted_layers, record_of, root_of
 
 NOMINAL_TOKENS = 4096  # for which the choice of a backend is shown
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One adapted layer. ``position`` counts from 0 in the order of execution."""
+    """One adapted layer. ``position`` counts from 0 along the chain.
+
+    ``predecessor`` is the layer before it in its chain, "" for the first. ``hands_on`` says whether the layer hands
+    something of its tokens on to the next one, and if not why.
+    """
 
     name: str
     in_features: int
@@ -27,6 +34,8 @@ class LayerRow:
     chain: str
     position: int
     chain_length: int
+    predecessor: str
+    hands_on: str
     backend: str
     reason: str
     parameters: int
@@ -53,7 +62,7 @@ class Coverage:
         return asdict(self)
 
     def __str__(self) -> str:
-        header = ("layer", "in", "out", "r", "chain", "position", "backend", "why")
+        header = ("layer", "in", "out", "r", "chain", "position", "after", "hands on", "backend", "why")
         rows = [
             (
                 row.name,
@@ -61,7 +70,9 @@ class Coverage:
                 str(row.out_features),
                 str(row.r),
                 row.chain,
-                f"{row.position + 1}/{row.chain_length}" if row.chain else "-",
+                f"{row.position + 1}/{row.chain_length}",
+                row.predecessor or "-",
+                row.hands_on,
                 row.backend,
                 row.reason,
             )
@@ -69,7 +80,7 @@ class Coverage:
         ]
         share = 100 * self.trainable_parameters / max(1, self.total_parameters)
         parts = [
-            f"shortcut {self.shortcut!r}, pre_num {self.pre_num}; order of execution: {self.order}",
+            f"shortcut {self.shortcut!r}, pre_num {self.pre_num}; chains from {self.order}",
             table(header, rows),
             f"trainable parameters: {self.trainable_parameters:,} of {self.total_parameters:,} ({share:.3f} %)",
         ]
@@ -82,7 +93,7 @@ class Coverage:
 
 
 def inspect(model: nn.Module) -> Coverage:
-    """The coverage of an adapted model: chains in the order of execution, backends with the reason, what is left out.
+    """The coverage of an adapted model: its chains, backends with the reason, what is left out and why.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -92,13 +103,12 @@ def inspect(model: nn.Module) -> Coverage:
     record = record_of(model)
     names = {id(layer): name for name, layer in layers.items()}
     linked = [layer for chain in record.chains for layer in chain.layers]
-    ordered = linked + [layer for layer in layers.values() if layer.chain is None]
     parameters = list(root_of(model).parameters())
     return Coverage(
         shortcut=record.config.shortcut,
         pre_num=record.config.pre_num,
         order=f"{record.order}; {record.note}" if record.note else record.order,
-        layers=tuple(_row(names[id(layer)], layer) for layer in ordered),
+        layers=tuple(_row(layer, names, record) for layer in linked),
         unmatched=record.unmatched,
         others=other_parameters(root_of(model)),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
@@ -115,7 +125,20 @@ def table(header: tuple[str, ...], rows: Any) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, layer: ResLoRALinear) -> LayerRow:
+def _whether_handed(layer: ResLoRALinear, expert: bool, config: ResLoRAConfig) -> str:
+    """Whether the layer hands something on to the next one of its chain, and if not why."""
+    if expert:
+        return "no: an expert, plain LoRA" if hands_on(config.shortcut, config.pre_num) else "no: an expert"
+    if not hands_on(config.shortcut, config.pre_num):
+        return f"no: shortcut {config.shortcut!r}"
+    if layer.position + 1 < layer.chain_length:
+        return "yes"
+    return "no: last of its chain" if layer.position else "no: alone in its chain"
+
+
+def _row(layer: ResLoRALinear, names: Mapping[int, str], record: Record) -> LayerRow:
+    assert layer.chain is not None
+    name, before = names[id(layer)], layer.chain.layers[: layer.position]
     weight = layer.frozen_weight
     if not isinstance(weight, Tensor):  # unpacked to the dtype of x, which is half precision as a rule
         weight = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
@@ -126,9 +149,11 @@ def _row(name: str, layer: ResLoRALinear) -> LayerRow:
         in_features=layer.in_features,
         out_features=layer.out_features,
         r=layer.config.r,
-        chain=layer.chain.name if layer.chain is not None else "",
+        chain=layer.chain.name,
         position=layer.position,
         chain_length=layer.chain_length,
+        predecessor=names[id(before[-1])] if before else "",
+        hands_on=_whether_handed(layer, name in record.experts, record.config),
         backend=choice.name,
         reason=choice.reason,
         parameters=sum(p.numel() for p in layer.adapter_parameters().values() if p.requires_grad),

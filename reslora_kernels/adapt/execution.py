@@ -1,28 +1,25 @@
-"""The order in which layers execute, read off one forward: registration order is not it (a UNet runs its middle block
-before the upward ones but registers it after them)."""
+"""The order in which layers execute, read off one forward, to confirm what the structure says and to find layers that
+read one tensor."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 
 class Execution(NamedTuple):
-    """A layer's first call in a forward: its name, x's leading (token) dimensions, and how many other x came before.
+    """A layer's first call in a forward: its name, and how many other x came before.
 
     Layers that run one after the other on the same tensor have the same ``source``.
     """
 
     name: str
-    tokens: tuple[int, ...]
     source: int
 
 
@@ -36,7 +33,7 @@ def record_order(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> lis
             x = args[0] if args else next(iter(kwargs.values()))
             if not latest or latest[-1]() is not x:
                 latest.append(weakref.ref(x))
-            order.setdefault(name, Execution(name, tuple(int(size) for size in x.shape[:-1]), len(latest)))
+            order.setdefault(name, Execution(name, len(latest)))
 
         return first_call
 
@@ -75,19 +72,8 @@ def call_with(model: Callable[..., Any], inputs: Any) -> Any:
     return model(inputs)
 
 
-def replayable(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Copies of everything in the arguments but tensors, so that a dry run does not advance a caller's cache."""
-    args, kwargs = pytree.tree_map(
-        lambda leaf: leaf if isinstance(leaf, Tensor) else copy.deepcopy(leaf), (tuple(args), dict(kwargs))
-    )
-    return args, kwargs
-
-
 def example_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Small inputs for a dry run of a Transformers model or a diffusers UNet, from its config; None for other models.
-
-    Encoder and decoder lengths differ, so that layers which see different tokens are told apart.
-    """
+    """Small inputs for a run of a Transformers model or a diffusers UNet, from its config; None for other models."""
     config = getattr(model, "config", None)
     if config is None:
         return None

@@ -1,15 +1,13 @@
-"""Chains: which layers form one, and the hooks of a model that open their forward passes."""
+"""Linking an adapted model: its chains, the hooks that open their forward passes, and a run that confirms the order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..config import ResLoRAConfig
 from ..forward_state import scope_pass
 from ..layers.chain import Chain
 from ..layers.checkpointing import CarryThroughCheckpoints
@@ -17,50 +15,18 @@ from ..layers.linear import ResLoRALinear
 from ..layers.link import link
 from ..layers.shared_input import SharedInput
 from ..layers.shortcuts import hands_on
-from .execution import Execution, call_with, record_order, replayable, undisturbed
+from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
 from .record import Record, adapted_layers, record_of
-from .targets import role_of, stack_of
+from .structure import ChainPlan
 
 
-def chains_of(
-    executed: Sequence[Execution], layers: Mapping[str, nn.Linear], config: ResLoRAConfig
-) -> list[tuple[str, list[str]]]:
-    """Chains as (name, layer names): one per role, feature sizes, rank, token shape and stack.
-
-    A layer that did not run is alone, under a name that says so. An encoder and a decoder never share a chain: either
-    may run without the other.
-    """
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, tokens, _ in executed:
-        layer = layers[name]
-        key = (
-            role_of(name), layer.in_features, layer.out_features, config.for_module(name).r, tokens, stack_of(name)
-        )  # fmt: skip
-        groups.setdefault(key, []).append(name)
-    named: dict[str, list[str]] = {}
-    for (role, k, n, *_), members in groups.items():
-        alone = sum(key[0] == role for key in groups) == 1
-        title = role if alone else f"{role} {k}->{n}"
-        same = sum(other.split("#")[0] == title for other in named)
-        named[title if not same else f"{title}#{same + 1}"] = members
-    ran = {execution.name for execution in executed}
-    return [*named.items(), *((f"{name} (did not run)", [name]) for name in layers if name not in ran)]
-
-
-def same_input(executed: Sequence[Execution]) -> list[list[str]]:
-    """The names of layers that ran one after the other on the same tensor, where there is more than one."""
-    groups: dict[int, list[str]] = {}
-    for execution in executed:
-        groups.setdefault(execution.source, []).append(execution.name)
-    return [names for names in groups.values() if len(names) > 1]
-
-
-def build_chains(model: nn.Module, chains: Iterable[tuple[str, Sequence[str]]]) -> None:
+def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     """Link the layers of an adapted model, and open their forward passes."""
     layers = adapted_layers(model)
     record = record_of(model)
-    record.chains += [link([layers[name] for name in names], name=title) for title, names in chains]
+    record.chains += [link([layers[name] for name in plan.names], name=plan.title) for plan in plans]
+    record.experts = {name for plan in plans if plan.experts for name in plan.names}
     if record.config.stack_projections:
         record.groups += [SharedInput([layers[name] for name in names]) for names in record.same_input]
     _open_passes(model)
@@ -70,47 +36,51 @@ def _open_passes(model: nn.Module) -> None:
     """Make each module that holds a whole chain open its forward passes, and the innermost one those of a group."""
     record = record_of(model)
     names = {id(layer): name for name, layer in adapted_layers(model).items()}
-    scopes: dict[str, list[Chain[ResLoRALinear] | SharedInput]] = {}
+    chains: dict[str, list[Chain[ResLoRALinear]]] = {}
+    groups: dict[str, list[SharedInput]] = {}
     for chain in record.chains:
-        if hands_on_in(chain, record.config):
-            for ancestor in _common_ancestors([names[id(layer)] for layer in chain.layers]):
-                scopes.setdefault(ancestor, []).append(chain)
-    carries = bool(scopes)
+        if _hands_on(chain):
+            for ancestor in _common_ancestors(model, [names[id(layer)] for layer in chain.layers]):
+                chains.setdefault(ancestor, []).append(chain)
     for group in record.groups:
-        ancestors = _common_ancestors([names[id(layer)] for layer in group.layers])
-        runs = [a for a in ancestors if not isinstance(model.get_submodule(a), (nn.ModuleList, nn.ModuleDict))]
-        scopes.setdefault(runs[-1], []).append(group)
-    for ancestor, held in scopes.items():
+        innermost = _common_ancestors(model, [names[id(layer)] for layer in group.layers])[-1]
+        groups.setdefault(innermost, []).append(group)
+    for ancestor in dict.fromkeys((*chains, *groups)):
         module = model.get_submodule(ancestor)
-        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            record.hooks += scope_pass(module, held)
-    if carries:
-        record.hooks.append(model.register_forward_pre_hook(CarryThroughCheckpoints(record.chains)))
+        record.hooks += scope_pass(module, [*chains.get(ancestor, ()), *groups.get(ancestor, ())])
+        if ancestor in chains:
+            carry = CarryThroughCheckpoints(module, record.chains)
+            record.hooks.append(module.register_forward_pre_hook(carry))
 
 
-def hands_on_in(chain: Chain[ResLoRALinear], config: ResLoRAConfig) -> bool:
+def _hands_on(chain: Chain[ResLoRALinear]) -> bool:
     """Whether the chain's layers pass tensors to each other, so that it needs forward passes opened for it."""
+    config = chain.layers[0].config
     return len(chain) > 1 and hands_on(config.shortcut, config.pre_num)
 
 
-def _common_ancestors(names: Sequence[str]) -> list[str]:
-    """Names of the modules that hold every one of ``names``, the root ("") first."""
+def _common_ancestors(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Names of the modules with a forward that hold every one of ``names``, the root ("") first."""
     paths = [name.split(".")[:-1] for name in names]
     shared: list[str] = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:
             break
         shared.append(parts[0])
-    return [".".join(shared[:depth]) for depth in range(len(shared) + 1)]
+    ancestors = [".".join(shared[:depth]) for depth in range(len(shared) + 1)]
+    return [name for name in ancestors if not isinstance(model.get_submodule(name), (nn.ModuleList, nn.ModuleDict))]
 
 
-def dry_run_chains(
-    model: nn.Module, targets: Mapping[str, nn.Linear], given: Any, record: Record
-) -> list[tuple[str, list[str]]] | None:
-    """Chains read off a dry run; None when no inputs are known or derived ones fail, which is noted."""
+def confirm_order(
+    model: nn.Module, targets: Mapping[str, nn.Linear], plans: Sequence[ChainPlan], given: Any, record: Record
+) -> None:
+    """Run ``targets`` once, if inputs are given or known, and warn where they execute in another order than ``plans``.
+
+    The run also tells which layers read one tensor. Where derived inputs fail, the record says so.
+    """
     inputs = given if given is not None else derive_inputs(model)
     if inputs is None:
-        return None
+        return
     try:
         with undisturbed(model):
             executed = record_order(targets, lambda: call_with(model, inputs))
@@ -120,45 +90,26 @@ def dry_run_chains(
                 f"example_inputs do not run through the model ({type(error).__name__}: {error}); they must be a dict "
                 "of keyword arguments, a tuple or list of positional ones, or one tensor"
             ) from error
-        record.note = f"dry run with derived inputs failed ({type(error).__name__}: {error})"
-        return None
-    record.order = "dry run"
+        record.note = f"a run with derived inputs failed ({type(error).__name__}: {error})"
+        return
     record.same_input = same_input(executed)
-    return chains_of(executed, targets, record.config)
-
-
-@contextmanager
-def _unobserved(layers: Iterable[ResLoRALinear]) -> Iterator[None]:
-    """A dry run is no batch: whoever gathers statistics must not see it."""
-    observers = [(layer, layer.observer) for layer in layers]
-    try:
-        for layer, _ in observers:
-            layer.observer = None
-        yield
-    finally:
-        for layer, observer in observers:
-            layer.observer = observer
-
-
-class _RecordFirstForward:
-    """Pre-hook of a model whose order is not known: runs the forward once to read it off, then the real one follows."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record = record_of(module)
-        if record.chains:
-            return
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the execution order of the layers is not known yet and cannot be read off while torch.compile traces: "
-                "pass example_inputs to apply_reslora, or run one forward before compiling"
+    turn = {execution.name: number for number, execution in enumerate(executed)}
+    for plan in plans:
+        ran = [name for name in plan.names if name in turn]
+        if not plan.experts and ran != sorted(ran, key=turn.__getitem__):
+            record.note = "not all chains are in the order of execution"
+            warnings.warn(
+                f"the layers of chain {plan.title!r} are {', '.join(plan.names)}, but they run in the order "
+                f"{', '.join(sorted(ran, key=turn.__getitem__))}: pass chains=[[...], ...] with the names of the "
+                "layers in their order",
+                stacklevel=3,
             )
-        layers = adapted_layers(module)
-        dry_args, dry_kwargs = replayable(args, kwargs)
-        with undisturbed(module), _unobserved(layers.values()):
-            executed = record_order(layers, lambda: module.forward(*dry_args, **dry_kwargs))
-        record.same_input = same_input(executed)
-        build_chains(module, chains_of(executed, layers, record.config))
-        record.order = "first forward"
-        for chain in record.chains:
-            if hands_on_in(chain, record.config):
-                chain.passes.open(module)
+    record.order += ", confirmed by a run" if not record.note else ""
+
+
+def same_input(executed: Sequence[Execution]) -> list[list[str]]:
+    """The names of layers that ran one after the other on the same tensor, where there is more than one."""
+    groups: dict[int, list[str]] = {}
+    for execution in executed:
+        groups.setdefault(execution.source, []).append(execution.name)
+    return [names for names in groups.values() if len(names) > 1]

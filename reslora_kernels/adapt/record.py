@@ -23,8 +23,10 @@ class Record:
     config: ResLoRAConfig
     unmatched: tuple[tuple[str, str], ...]
     name: str = "default"
-    order: str = "not recorded yet"
+    order: str = "the structure"  # where the chains come from
     note: str = ""
+    given: bool = False  # whether chains= named some of them
+    experts: set[str] = field(default_factory=set)  # names of layers that see a choice of the tokens
     chains: list[Chain[ResLoRALinear]] = field(default_factory=list)
     same_input: list[list[str]] = field(default_factory=list)  # names of layers that read one tensor
     groups: list[SharedInput] = field(default_factory=list)  # the same, as layers, where they share their projection

@@ -16,6 +16,7 @@ from ..config import ResLoRAConfig
 from ..dtensors import refuse_sharded
 from ..layers.linear import ResLoRALinear
 from .apply import apply_reslora, replace_modules
+from .given_chains import Chains
 from .record import Record, SetAside, adapted_layers, checked_name, record_of, root_of
 
 
@@ -32,6 +33,7 @@ def add_adapter(
     *,
     example_inputs: Any = None,
     autocast_adapter_dtype: bool = True,
+    chains: Chains | None = None,
 ) -> nn.Module:
     """Give an adapted model another adapter, with its own layers, ranks and shortcut; ``set_adapter`` puts it in force.
 
@@ -47,7 +49,11 @@ def add_adapter(
         raise ValueError(f"adapter_name must be a new one, got {adapter_name!r}: the model has {adapter_names(model)}")
     with in_place_of_the_active_one(model, adapter_name):
         apply_reslora(
-            root_of(model), config, example_inputs=example_inputs, autocast_adapter_dtype=autocast_adapter_dtype
+            root_of(model),
+            config,
+            example_inputs=example_inputs,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            chains=chains,
         )
         _refuse_shared(config)
     return model

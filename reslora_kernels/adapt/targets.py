@@ -33,11 +33,6 @@ def role_of(name: str) -> str:
     return words[-1] if words else name
 
 
-def stack_of(name: str) -> str | None:
-    """Whether a module's name says that it is part of an "encoder" or of a "decoder"; None where it says neither."""
-    return next((part for part in name.split(".") if part in ("encoder", "decoder")), None)
-
-
 def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     """Match ``config`` against the model's modules.
 

@@ -98,21 +98,22 @@ def show(coverage: Coverage) -> None:
     """The coverage as tables; wide enough for long names where the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=200)
     console.print(
-        f"shortcut {coverage.shortcut!r}, pre_num {coverage.pre_num}; order of execution: {escape(coverage.order)}",
+        f"shortcut {coverage.shortcut!r}, pre_num {coverage.pre_num}; chains from {escape(coverage.order)}",
         highlight=False,
     )
     layers = Table(title="Adapted layers", title_justify="left")
     for name, justify in (
         ("layer", "left"), ("in", "right"), ("out", "right"), ("r", "right"),
-        ("chain", "left"), ("position", "right"), ("backend", "left"), ("why", "left"),
+        ("chain", "left"), ("position", "right"), ("hands on", "left"), ("backend", "left"), ("why", "left"),
     ):  # fmt: skip
         layers.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in coverage.layers:
-        position = f"{row.position + 1} of {row.chain_length}" if row.chain else "-"
+        position = f"{row.position + 1} of {row.chain_length}"
         sizes = (str(row.in_features), str(row.out_features), str(row.r))
-        layers.add_row(escape(row.name), *sizes, escape(row.chain), position, row.backend, escape(row.reason))
+        place = (escape(row.chain), position, escape(row.hands_on))
+        layers.add_row(escape(row.name), *sizes, *place, row.backend, escape(row.reason))
     console.print(layers)
     if coverage.unmatched:
         others = Table("linear layer", "why", title="Not adapted", title_justify="left")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..adapt.record import without_compiled
+from ..adapt.structure import ChainPlan
 from ..config import ResLoRAConfig
 from ..layers.linear import ADAPTER_PARAMETERS
 
@@ -29,15 +30,14 @@ _PENDING_NAME = "reslora_model.pending.safetensors"
 _FORMAT_VERSION = 1
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
-Chains = list[tuple[str, list[str]]]
-
 
 @dataclass(frozen=True)
 class SavedAdapter:
     """An adapter read from disk and checked for itself, not yet against a model."""
 
     config: ResLoRAConfig
-    chains: Chains | None
+    chains: list[ChainPlan] | None
+    chains_from: str | None  # "structure" or "given"; None in files of versions that read them off a run
     same_input: list[list[str]]
     trained: list[str]
     tensors: dict[str, Tensor]
@@ -51,7 +51,9 @@ class SavedAdapter:
         plain = {name: name.removeprefix("module.") for name in (*self.tensors, *self.trained, *self.layers)}
         return SavedAdapter(
             self.config,
-            self.chains and [(title, [name.removeprefix("module.") for name in names]) for title, names in self.chains],
+            self.chains
+            and [plan._replace(names=[name.removeprefix("module.") for name in plan.names]) for plan in self.chains],
+            self.chains_from,
             [[name.removeprefix("module.") for name in names] for names in self.same_input],
             [plain[name] for name in self.trained],
             _renamed({plain[key]: tensor for key, tensor in self.tensors.items()}, len(self.tensors)),
@@ -125,14 +127,14 @@ def read_config(path: str | os.PathLike[str]) -> ResLoRAConfig:
 
 
 def read(folder: Path) -> SavedAdapter:
-    config, chains, same_input, trained, sha256 = _read_config(_config_file(folder))
+    config, chains, chains_from, same_input, trained, sha256 = _read_config(_config_file(folder))
     tensors = parsed_tensors(_find_weights(folder, sha256), WEIGHTS_NAME)
     tensors = _renamed({without_compiled(key): tensor for key, tensor in tensors.items()}, len(tensors))
     for key in tensors:
         if key not in trained and key.rpartition(".")[2] not in ADAPTER_PARAMETERS:
             allowed = ", ".join(f".{name}" for name in ADAPTER_PARAMETERS)
             raise ValueError(f"{WEIGHTS_NAME}: unexpected tensor {key!r}; adapters end in {allowed}")
-    return SavedAdapter(config, chains, same_input, trained, tensors)
+    return SavedAdapter(config, chains, chains_from, same_input, trained, tensors)
 
 
 def _config_file(folder: Path) -> Path:
@@ -141,7 +143,9 @@ def _config_file(folder: Path) -> Path:
     return regular(folder / CONFIG_NAME)
 
 
-def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[list[str]], list[str], str]:
+def _read_config(
+    path: Path,
+) -> tuple[ResLoRAConfig, list[ChainPlan] | None, str | None, list[list[str]], list[str], str]:
     where = path.name
     values = parsed_json(path.read_bytes(), f"{where} is not valid JSON")
     if not isinstance(values, dict) or values.get("format") != "reslora":
@@ -149,10 +153,11 @@ def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[list[st
     if values.get("format_version") != _FORMAT_VERSION:
         raise ValueError(f"{where}: format_version must be {_FORMAT_VERSION}, got {values.get('format_version')!r}")
     expected = {
-        "format", "format_version", "reslora_version", "config", "chains", "same_input", "trained_parameters",
-        "base_model_name_or_path", "weights_sha256",
+        "format", "format_version", "reslora_version", "config", "chains", "chains_from", "same_input",
+        "trained_parameters", "base_model_name_or_path", "weights_sha256",
     }  # fmt: skip
-    values.setdefault("same_input", [])  # files of earlier versions lack it
+    values.setdefault("same_input", [])  # files of earlier versions lack these
+    values.setdefault("chains_from", None)
     if values.keys() != expected:
         raise ValueError(f"{where} must have exactly the keys {sorted(expected)}, got {sorted(values)}")
     if not isinstance(values["config"], dict):
@@ -164,24 +169,25 @@ def _read_config(path: Path) -> tuple[ResLoRAConfig, Chains | None, list[list[st
     trained, chains = values["trained_parameters"], values["chains"]
     if not _is_names(trained):
         raise ValueError(f"{where}: trained_parameters must be a list of names, got {trained!r}")
+    if values["chains_from"] not in (None, "structure", "given"):
+        raise ValueError(f"{where}: chains_from must be 'structure' or 'given', got {values['chains_from']!r}")
     if chains is not None:
-        if not isinstance(chains, list) or not all(
-            isinstance(chain, dict)
-            and chain.keys() == {"name", "layers"}
-            and isinstance(chain["name"], str)
-            and _is_names(chain["layers"])
-            and chain["layers"]
+        if not isinstance(chains, list) or not all(_is_chain(chain) for chain in chains):
+            raise ValueError(
+                f'{where}: chains must be a list of {{"name": str, "layers": [names], "experts": bool}}, got {chains!r}'
+            )
+        chains = [
+            ChainPlan(chain["name"], [without_compiled(name) for name in chain["layers"]], chain.get("experts", False))
             for chain in chains
-        ):
-            raise ValueError(f'{where}: chains must be a list of {{"name": str, "layers": [names]}}, got {chains!r}')
-        chains = [(chain["name"], [without_compiled(name) for name in chain["layers"]]) for chain in chains]
+        ]
     same_input = values["same_input"]
     if not isinstance(same_input, list) or not all(_is_names(names) for names in same_input):
         raise ValueError(f"{where}: same_input must be a list of lists of names, got {same_input!r}")
     same_input = [[without_compiled(name) for name in names] for names in same_input]
     if not isinstance(values["weights_sha256"], str):
         raise ValueError(f"{where}: weights_sha256 must be a hexadecimal str, got {values['weights_sha256']!r}")
-    return config, chains, same_input, [without_compiled(name) for name in trained], values["weights_sha256"]
+    trained = [without_compiled(name) for name in trained]
+    return config, chains, values["chains_from"], same_input, trained, values["weights_sha256"]
 
 
 def _find_weights(folder: Path, sha256: str) -> bytes:
@@ -254,3 +260,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_chain(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"name", "layers"} <= value.keys() <= {"name", "layers", "experts"}
+        and isinstance(value["name"], str)
+        and _is_names(value["layers"])
+        and bool(value["layers"])
+        and isinstance(value.get("experts", False), bool)
+    )

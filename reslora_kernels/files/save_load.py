@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.apply import adapt
-from ..adapt.linking import build_chains, dry_run_chains
+from ..adapt.linking import confirm_order
 from ..adapt.record import Record, adapted_layers, checked_name, record_of, refuse_restarted, root_of, without_compiled
 from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
@@ -19,6 +19,7 @@ from ..checks import check_module
 from ..dtensors import fill, gathered, is_sharded, one_writer, refuse_flat, reshard
 from ..layers.linear import ResLoRALinear
 from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, read, write
+from .saved_chains import settled_chains
 
 _MUST_AGREE = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "has_start", "shortcut", "pre_num",
@@ -62,9 +63,11 @@ def _described(model: nn.Module, others: list[str]) -> dict[str, Any]:
     return {
         "config": record.config.to_dict(),
         "chains": [
-            {"name": chain.name, "layers": [names[id(layer)] for layer in chain.layers]} for chain in record.chains
-        ]
-        or None,
+            {"name": chain.name, "layers": members, "experts": not record.experts.isdisjoint(members)}
+            for chain in record.chains
+            if (members := [names[id(layer)] for layer in chain.layers])
+        ],
+        "chains_from": "given" if record.given else "structure",
         "same_input": record.same_input,
         "trained_parameters": others,
         "base_model_name_or_path": getattr(getattr(root_of(model), "config", None), "_name_or_path", None) or None,
@@ -119,16 +122,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
         _check_agreement(record, saved, {id(layer): name for name, layer in layers.items()})
     _check_fit(saved, model_root, layers)
     if not adapted:
-        chains = saved.chains
-        if chains is None:
-            chains = dry_run_chains(model, layers, None, record)
+        plans = settled_chains(saved, model, layers)
+        record.given = saved.chains_from == "given"
+        if saved.chains is None:
+            confirm_order(model, layers, plans, None, record)
         else:
             record.order, record.same_input = "adapter file", saved.same_input
-        adapt(model, layers, record, chains, autocast_adapter_dtype=True, init_values=False)
-    elif saved.chains is not None and not record.chains:
-        record.same_input = saved.same_input
-        build_chains(model_root, saved.chains)
-        record.order = "adapter file"
+        adapt(model, layers, record, plans, autocast_adapter_dtype=True, init_values=False)
     reshard(model)
     parameters = _parameters(model)
     with torch.no_grad():
@@ -164,10 +164,12 @@ def _check_agreement(record: Record, saved: SavedAdapter, names: Mapping[int, st
         own, other = getattr(record.config, name), getattr(saved.config, name)
         if own != other:
             raise ValueError(f"the model's adapters have {name}={own!r}, the saved ones {name}={other!r}")
-    if record.chains and saved.chains is not None:
-        own_chains = sorted([names[id(layer)] for layer in chain.layers] for chain in record.chains)
-        if own_chains != sorted(layers for _, layers in saved.chains):
-            raise ValueError("the saved adapter links other layers, or in another order, than the model does")
+    own_chains = sorted([names[id(layer)] for layer in chain.layers] for chain in record.chains)
+    if saved.chains is not None and own_chains != sorted(plan.names for plan in saved.chains):
+        raise ValueError(
+            "the saved adapter links other layers, or in another order, than the model does: load it into the plain "
+            "model, or adapt the model with chains= as in its file"
+        )
 
 
 def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
@@ -198,7 +200,7 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Lin
         if tuple(tensor.shape) != shapes[key]:
             raise ValueError(f"{WEIGHTS_NAME}: tensor {key!r} must be {list(shapes[key])}, got {list(tensor.shape)}")
     if saved.chains is not None:
-        linked = [name for _, names in saved.chains for name in names]
+        linked = [name for plan in saved.chains for name in plan.names]
         if sorted(linked) != sorted(layers):
             raise ValueError(f"{CONFIG_NAME}: chains must hold each adapted layer exactly once")
         grouped = [name for names in saved.same_input for name in names]
@@ -207,7 +209,7 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Lin
         for names in saved.same_input:
             if len({layers[name].in_features for name in names}) != 1:
                 raise ValueError(f"{CONFIG_NAME}: same_input {names} have inputs of different sizes")
-        for title, names in saved.chains:
+        for title, names, _ in saved.chains:
             sizes = {tuple(saved.tensors[f"{name}.lora_{kind}"].shape for kind in "AB") for name in names}
             if len(sizes) != 1:
                 raise ValueError(f"{CONFIG_NAME}: chain {title!r} links layers of different sizes {sorted(sizes)}")

@@ -47,15 +47,19 @@ def checkpoint_context(model: nn.Module) -> Callable[[], Contexts]:
 
 
 class CarryThroughCheckpoints:
-    """Pre-hook of an adapted root: takes the model's own checkpointing function, if it has one, under its care."""
+    """Pre-hook of a module that opens passes: takes the checkpointing functions inside it, if any, under its care.
 
-    def __init__(self, chains: Sequence[Chain[ResLoRALinear]]) -> None:
+    Every such module has one, as a client may call the forward of the root, whose hooks then do not run.
+    """
+
+    def __init__(self, module: nn.Module, chains: Sequence[Chain[ResLoRALinear]]) -> None:
         self.chains = chains
+        self.inside = [child for child in module.modules() if hasattr(child, "gradient_checkpointing")]
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.chains[0].active:
             return
-        for child in module.modules():
+        for child in self.inside:
             function = child.__dict__.get("_gradient_checkpointing_func")
             if isinstance(function, _CarriedCheckpoint):
                 function.chains = self.chains

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..forward_state import ForwardState, Passes
+from ..forward_state import ForwardState, Passes, keeps_versions
 from .shortcuts import Call, for_others_too, rows, with_projection
 
 
@@ -42,7 +42,7 @@ class SharedInput:
     ) -> tuple[Tensor, Tensor | None]:
         """What ``compute(call)`` gives the layer at ``index``, with projections used that an earlier layer made."""
         state = self._open_pass()
-        if state is None:
+        if state is None or not keeps_versions(x):
             return compute(call)
         projected = state.projection_of(index, x)
         if projected is not None:

@@ -15,7 +15,6 @@ from ..adapt.record import adapted_layers, record_of, root_of
 from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
 from ..dtensors import refuse_sharded
-from ..layers.chain import Chain
 from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
@@ -188,21 +187,22 @@ def compute_updates(
         with undisturbed(model), collect_statistics(model) as statistics:
             for batch in calibration:
                 call_with(model, batch)
-    if not record.chains and config.shortcut != "none":
-        raise ValueError("the layers' execution order is not known yet: run one forward of the model before merging")
-    chains = record.chains or [Chain([layer], name) for name, layer in layers.items()]
     _check_statistics(statistics, layers)
     seen = {layer: statistics.layers[name] for name, layer in layers.items()} if statistics else None
     if calibration is not None and sequential:
         by_layer = sequential_updates(model, record.chains, calibration, regularization)
     else:
         by_layer = {}
-        for chain in chains:
+        for chain in record.chains:
             of_chain = [seen[layer] for layer in chain.layers] if seen else None
             by_layer |= zip(chain.layers, updates_of_chain(chain, method, of_chain, regularization), strict=True)
     if joint_steps and calibration is not None and seen:
-        ran = {layer: update for layer, update in by_layer.items() if update.method != NEVER_RAN}
-        by_layer |= joint_updates(model, ran, seen, calibration, joint_steps, extra_rank)
+        fitted = {
+            layer: update
+            for layer, update in by_layer.items()
+            if update.method != NEVER_RAN and hands_on(layer.config.shortcut, layer.config.pre_num)
+        }
+        by_layer |= joint_updates(model, fitted, seen, calibration, joint_steps, extra_rank)
     return {name: by_layer[layer] for name, layer in layers.items()}
 
 

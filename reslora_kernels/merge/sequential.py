@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapt.execution import call_with, undisturbed
 from ..layers.chain import Chain
 from ..layers.linear import ResLoRALinear
+from ..layers.shortcuts import hands_on
 from .batch_cache import Kept
 from .closed_form import LowRankUpdate, least_squares, plain_update, relative_error, updates_of_chain
 from .statistics import LayerStatistics, observed
@@ -33,11 +34,15 @@ def sequential_updates(
         ValueError: a layer's moments cannot be solved for (see ``cholesky_factor``), or ``calibration`` runs once only.
     """
     updates: dict[ResLoRALinear, LowRankUpdate] = {}
-    later = [layer for chain in chains for layer in chain.layers[1:]]
+    fitted = [chain for chain in chains if hands_on(chain.layers[0].config.shortcut, chain.layers[0].config.pre_num)]
+    later = [layer for chain in fitted for layer in chain.layers[1:]]
     unmerged = Kept(calibration, lambda batch: _captured(lambda x, v: v, model, later, batch))
+    for chain in chains:
+        if chain not in fitted:  # of experts: plain LoRA
+            updates |= zip(chain.layers, updates_of_chain(chain, "exact", None, 0.0), strict=True)
     with undisturbed(model):
-        for n in range(max(len(chain) for chain in chains)):
-            current = [chain.layers[n] for chain in chains if len(chain) > n]
+        for n in range(max((len(chain) for chain in fitted), default=0)):
+            current = [chain.layers[n] for chain in fitted if len(chain) > n]
             if n == 0:
                 updates |= {layer: updates_of_chain(Chain([layer]), "exact", None, 0.0)[0] for layer in current}
                 continue

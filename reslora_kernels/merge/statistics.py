@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapt.record import adapted_layers, record_of
+from ..adapt.record import adapted_layers
 from ..config import ResLoRAConfig
 from ..layers.linear import Observer, ResLoRALinear
 from ..layers.shortcuts import hands_on
@@ -157,12 +157,11 @@ def collect_statistics(model: nn.Module, *, second_moments: bool = True) -> Iter
         RuntimeError: statistics of this model are being collected already.
     """
     layers = adapted_layers(model)
-    config = record_of(model).config
     busy = [name for name, layer in layers.items() if layer.observer is not None]
     if busy:
         raise RuntimeError(f"statistics of this model are being collected already (layer {busy[0]!r})")
     statistics = Statistics(
-        {name: LayerStatistics(config, layer.whole_A, second_moments) for name, layer in layers.items()}
+        {name: LayerStatistics(layer.config, layer.whole_A, second_moments) for name, layer in layers.items()}
     )
     with observed({layer: statistics.layers[name] for name, layer in layers.items()}):
         yield statistics

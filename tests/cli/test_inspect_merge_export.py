@@ -79,9 +79,12 @@ def test_inspect_needs_the_configuration_alone(base: Path, tmp_path: Path, capsy
     config.save_pretrained(tmp_path)
     found = inspect_json(capsys, str(tmp_path), "--shortcut", "middle", "--target-modules", "q_proj,down_proj")
     assert found["total_parameters"] > 70e9
-    assert found["order"] == "dry run"
+    assert found["order"] == "the structure, confirmed by a run"
     assert [row["position"] for row in found["layers"]] == [*range(80), *range(80)]
-    assert {row["chain"] for row in found["layers"]} == {"q_proj", "down_proj"}
+    assert {row["chain"] for row in found["layers"]} == {
+        "model.layers.*.self_attn.q_proj",
+        "model.layers.*.mlp.down_proj",
+    }
     assert {row["chain_length"] for row in found["layers"]} == {80}
 
 
@@ -89,7 +92,7 @@ def test_inspect_shows_tables(base: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["inspect", str(base), "--shortcut", "input", "--target-modules", "q_proj"]) == 0
     printed = capsys.readouterr().out
     assert "shortcut 'input'" in printed
-    assert "order of execution: dry run" in printed
+    assert "chains from the structure, confirmed by a run" in printed
     assert "model.layers.2.self_attn.q_proj" in printed
     assert "3 of 3" in printed
     assert "not in target_modules" in printed
@@ -111,10 +114,10 @@ def test_inspect_an_adapter(
 ) -> None:
     found = inspect_json(capsys, str(base), "--adapter", str(adapters["middle"]), *device)
     assert found["shortcut"] == "middle"
-    assert found["order"] == ("adapter file" if device else "dry run")
+    assert found["order"] == ("adapter file" if device else "the structure, confirmed by a run")
     assert {(row["chain"], row["r"], row["chain_length"]) for row in found["layers"]} == {
-        ("q_proj", 4, 3),
-        ("v_proj", 4, 3),
+        ("model.layers.*.self_attn.q_proj", 4, 3),
+        ("model.layers.*.self_attn.v_proj", 4, 3),
     }
 
 

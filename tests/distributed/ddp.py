@@ -42,6 +42,5 @@ SCENARIOS: dict[str, Scenario] = {
         for form in FORMS
         for shortcut in SHORTCUTS
     },
-    "ddp order from first forward": partial(equals_one_process, "input", "plain", dry_run=False),
     "ddp saved": saved_under_plain_names,
 }

@@ -98,7 +98,7 @@ def on_meta(folder: Path) -> dict[str, Any]:
     """Made and sharded without values, which every process then loads: base weights and adapters by their names."""
     whole = residual("input").state_dict()
     with torch.device("meta"):
-        model = residual("input", dry_run=True)
+        model = residual("input")
     sharded(model)
     model.to_empty(device="cpu")
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True))
@@ -260,7 +260,6 @@ SCENARIOS: dict[str, Scenario] = {
         for shortcut in SHORTCUTS
     },
     "fsdp root resharded too": partial(equals_one_process, "input", "two_forwards", reshard_after_forward=True),
-    "fsdp order from first forward": partial(equals_one_process, "input", "plain", config={"dry_run": False}),
     "fsdp trained biases": partial(equals_one_process, "middle", "plain", config={"bias": "all"}),
     "fsdp hybrid": hybrid,
     "fsdp on meta": on_meta,

@@ -52,12 +52,12 @@ class Residual(nn.Module):
         return self.head(x)
 
 
-def residual(shortcut: str, *, dry_run: bool = True, dtype: torch.dtype = torch.float64, **config: Any) -> Residual:
-    """Adapted, the same in every process; ``dry_run=False`` leaves the order to the first forward."""
+def residual(shortcut: str, *, dtype: torch.dtype = torch.float64, **config: Any) -> Residual:
+    """Adapted, the same in every process."""
     torch.manual_seed(0)
     model = Residual().to(dtype)
     settings = ResLoRAConfig(r=3, lora_alpha=6, shortcut=shortcut, **{"pre_num": 2, **config})
-    apply_reslora(model, settings, example_inputs=torch.zeros(1, 2, 6, dtype=dtype) if dry_run else None)
+    apply_reslora(model, settings, example_inputs=torch.zeros(1, 2, 6, dtype=dtype))
     randomize(model)
     return model
 

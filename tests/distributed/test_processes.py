@@ -19,7 +19,6 @@ pytestmark = [
 
 EXACT = [
     *(f"{kind} {form} {shortcut}" for kind in ("ddp", "fsdp") for form in FORMS for shortcut in SHORTCUTS),
-    *(f"{kind} order from first forward" for kind in ("ddp", "fsdp")),
     "fsdp root resharded too",
     "fsdp trained biases",
     "fsdp hybrid",

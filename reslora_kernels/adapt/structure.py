@@ -1,0 +1,168 @@
+"""Chains read off the names of a model's modules: no forward runs, so no batch and no entry point can change them.
+
+A module's name is a path. Its depth positions count blocks: the indices into lists of blocks, and whether a diffusers
+UNet's ``down_blocks``, ``mid_block`` or ``up_blocks`` holds it. The path without them is the module's role. A chain
+holds the layers of one role with equal sizes and rank, ordered by depth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from ..config import ResLoRAConfig
+
+_UNET = ("down_blocks", "mid_block", "up_blocks")
+_ATTRIBUTE = re.compile(r"(layer|block|stage)s?_?(\d+)")  # layer1, layer2, .. are a list as well
+_MODELS = re.compile(r"(encoder|decoder|tower|branche|model|net|view)s")  # names of lists of whole models
+
+
+class ChainPlan(NamedTuple):
+    """A chain by the names of its layers, in order. ``experts``: they see a choice of the tokens."""
+
+    title: str
+    names: list[str]
+    experts: bool = False
+
+
+class Place(NamedTuple):
+    """Where a layer stands: its role, its depth positions, and whether it belongs to an expert."""
+
+    role: str
+    depth: tuple[int, ...]
+    expert: bool
+
+
+def structural_chains(
+    model: nn.Module, layers: Mapping[str, nn.Linear], config: ResLoRAConfig, apart: Iterable[str] = ()
+) -> list[ChainPlan]:
+    """The chains of ``layers``, which are linear layers of ``model`` by name, without those in ``apart``."""
+    place, apart = places(model), set(apart)
+    groups: dict[tuple[str, int, int, int, bool], list[str]] = {}
+    for name, layer in layers.items():
+        if name not in apart:
+            role, _, expert = place[name]
+            rank = config.for_module(name).r
+            groups.setdefault((role, layer.in_features, layer.out_features, rank, expert), []).append(name)
+    return [
+        ChainPlan(_title(key, list(groups)), sorted(names, key=lambda name: place[name].depth), key[-1])
+        for key, names in groups.items()
+    ]
+
+
+def _title(key: tuple[str, int, int, int, bool], keys: Sequence[tuple[str, int, int, int, bool]]) -> str:
+    """The role, with the sizes and the rank where they tell chains apart."""
+    role, k, n, r, _ = key
+    of_role = [other for other in keys if other[0] == role]
+    sizes = f" {k}->{n}" if len({other[1:3] for other in of_role}) > 1 else ""
+    return role + sizes + (f" r={r}" if len({other[3] for other in of_role}) > 1 else "")
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """The place of every linear layer of ``model``, by the name that ``named_modules`` gives it."""
+    found: dict[str, Place] = {}
+    _descend(model, None, "", _Path(), found, set())
+    return found
+
+
+class _Path(NamedTuple):
+    """The way down to a module: its name in parts, and the depth positions as (place in ``parts``, number)."""
+
+    parts: tuple[str, ...] = ()
+    depth: tuple[tuple[int, int], ...] = ()
+    expert: bool = False
+    repeated: bool = False  # whether the block around has others like it
+    since: int = 0  # parts after the last depth position
+
+    def named(self, part: str, expert: bool = False) -> _Path:
+        return self._replace(parts=(*self.parts, part), since=self.since + 1, expert=self.expert or expert)
+
+    def counted(self, part: str, number: int, repeated: bool) -> _Path:
+        depth = (*self.depth, (len(self.parts), number))
+        return self._replace(parts=(*self.parts, part), depth=depth, repeated=repeated, since=0)
+
+    @property
+    def place(self) -> Place:
+        counted = [at for at, _ in self.depth]
+        role = [_star(part) if at in counted else part for at, part in enumerate(self.parts)]
+        for at in counted:
+            if at - 1 in counted and self.parts[at - 1] in _UNET:  # down_blocks.1 stands beside mid_block
+                role[at] = ""
+        return Place(".".join(filter(None, role)), tuple(number for _, number in self.depth), self.expert)
+
+
+def _star(part: str) -> str:
+    return "*_block" if part in _UNET else re.sub(r"\d+$", "*", part)
+
+
+def _descend(
+    module: nn.Module, owner: nn.Module | None, name: str, path: _Path, found: dict[str, Place], seen: set[int]
+) -> None:
+    """Fill ``found`` for ``module``, a child of ``owner``, and all that is below it."""
+    seen.add(id(module))
+    if isinstance(module, nn.Linear):
+        found[name] = path.place
+    step = _Steps(module, owner, path)
+    for part, child in module.named_children():
+        if id(child) not in seen:
+            _descend(child, module, f"{name}.{part}" if name else part, step.to(part), found, seen)
+
+
+class _Steps:
+    """The steps from one module to its children. A number counts blocks, or tells the roles inside a block apart."""
+
+    def __init__(self, module: nn.Module, owner: nn.Module | None, path: _Path) -> None:
+        self.path = path
+        self.called = path.parts[-1] if path.parts else ""
+        self.numbers = _numbers(module, inside=bool(path.depth))
+        listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        elements = [child for part, child in module.named_children() if part in self.numbers]
+        self.elements = [element for element in elements if _linear_names(element)]
+        self.alike = len({(type(element), _linear_names(element)) for element in self.elements}) == 1
+        self.blocks = self.alike and not isinstance(self.elements[0], nn.Linear)
+        self.normed = any("norm" in type(part).__name__.lower() for one in self.elements[:1] for part in one.modules())
+        listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        self.choice = listed and self.alike and len(self.elements) > 1 and not self.normed and bool(path.depth)
+        named = listed and "expert" in self.called.lower() and "shared" not in self.called.lower()
+        self.experts = named or (self.choice and _routed(module, owner, len(self.elements)))
+
+    def to(self, part: str) -> _Path:
+        """A list counts blocks at the top of a model, and as a stage: right inside a block, with like elements."""
+        path, number, repeated = self.path, self.numbers.get(part), len(self.elements) > 1
+        if path.expert or self.experts:
+            return path.named(part, expert=True)
+        if number is None or _MODELS.fullmatch(self.called):
+            return path.named(part)
+        if not path.depth or (self.called in _UNET and path.since == 0) or (self.blocks and path.since <= 1):
+            return path.counted(part, number, repeated)
+        if self.blocks and self.normed:  # the list around is one of whole models, this one of the blocks in one of them
+            return path._replace(depth=()).counted(part, number, repeated)
+        return path.named(part, expert=self.blocks and self.choice and path.repeated)
+
+
+def _numbers(module: nn.Module, inside: bool) -> dict[str, int]:
+    """The children of ``module`` that a number tells apart. ``inside`` a block, only the elements of lists are."""
+    names = [part for part, _ in module.named_children()]
+    numbers = {part: int(part) for part in names if part.isdecimal()}
+    if sum(part in names for part in _UNET) > 1:
+        numbers |= {part: _UNET.index(part) for part in names if part in _UNET}
+    stems = [found for part in names if not inside and (found := _ATTRIBUTE.fullmatch(part))]
+    for found in stems:
+        if sum(other[1] == found[1] for other in stems) > 1:
+            numbers[found[0]] = int(found[2])
+    return numbers
+
+
+def _linear_names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, part in module.named_modules() if isinstance(part, nn.Linear))
+
+
+def _routed(container: nn.Module, owner: nn.Module | None, count: int) -> bool:
+    """Whether a matrix beside ``container`` has one output for each of its ``count`` elements, as a router has."""
+    beside = [child for child in owner.children() if child is not container] if owner is not None else []
+    matrices = [p for child in beside for name, p in child.named_parameters() if name.count(".") < 2]
+    matrices += [] if owner is None else owner.parameters(recurse=False)
+    return any(p.dim() == 2 and count in p.shape and p.shape[0] != p.shape[1] for p in matrices)
