@@ -37,6 +37,7 @@ class Measurement:
         times_frozen: median over the rounds of the time relative to the frozen linears' in the same round, by phase.
         noise: what the median may be off by, relative: half a 95 % confidence interval, or what the frozen linears
             timed twice in the same rounds differ by, whichever is larger.
+        least: the shortest of the rounds in seconds, by phase; of the host set only.
         error: largest relative error of a layer against float64 for y, dx, dA, dB; plain_error: plain PyTorch's.
         floor_seconds: what the case takes at the machine's own matmul rate and copy bandwidth, by phase.
     """
@@ -58,6 +59,7 @@ class Measurement:
     saved_bytes: int | None = None
     floor_seconds: dict[str, float] = field(default_factory=dict)
     note: str | None = None
+    least: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from reslora_kernels.bench import results, timing
 from reslora_kernels.bench.cases import SETS, Case
 from reslora_kernels.bench.clocks import DeviceLostError, clock_of, one_line
+from reslora_kernels.bench.host import HOST_SETS, HostCase, run_host
 from reslora_kernels.bench.model_cases import MODEL_SETS, ModelCase
 from reslora_kernels.bench.models import run_model
 from reslora_kernels.bench.progress import show_bar
@@ -24,6 +25,7 @@ from reslora_kernels.bench.suite import Bench, run_case
 from reslora_kernels.bench.tables import show_result
 
 QUICK_SECONDS, QUICK_ROUNDS = 2.5, 25
+Task = Case | ModelCase | HostCase
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,23 @@ class Settings:
             return timing.Plan(most=min(self.rounds, QUICK_ROUNDS), least=5, seconds=min(self.seconds, QUICK_SECONDS))
         return timing.Plan(most=self.rounds, least=min(10, self.rounds), seconds=self.seconds)
 
-    def tasks(self, gpu: bool) -> list[tuple[str, Case | ModelCase]]:
+    def tasks(self, gpu: bool) -> list[tuple[str, Task]]:
         """What to measure, set by set, but for cases that an earlier one covers.
 
         Raises:
             ValueError: there is no such set.
         """
-        tasks: list[tuple[str, Case | ModelCase]] = []
+        tasks: list[tuple[str, Task]] = []
         for name in self.sets:
             if name in MODEL_SETS:
                 tasks += [(name, case) for case in MODEL_SETS[name](gpu, self.quick)]
+            elif name in HOST_SETS:
+                tasks += [(name, case) for case in HOST_SETS[name](gpu, self.quick)]
             elif name in SETS:
                 done = [case for _, case in tasks if isinstance(case, Case)]
                 tasks += [(name, case) for case in SETS[name](gpu) if not any(one.covers(case) for one in done)]
             else:
-                raise ValueError(f"unknown set {name!r}; the sets are {', '.join([*SETS, *MODEL_SETS])}")
+                raise ValueError(f"unknown set {name!r}; the sets are {', '.join([*SETS, *MODEL_SETS, *HOST_SETS])}")
         return tasks
 
 
@@ -120,6 +124,8 @@ def _measure(
             bar.begin(f"{set_name} {case}")
             if isinstance(case, Case):
                 result.measurements += run_case(bench, set_name, case, providers, bar.note)
+            elif isinstance(case, HostCase):
+                result.measurements += run_host(bench, case, bar.note)
             else:
                 result.models += run_model(bench, case, bar.note)
             result.seconds = round(time.monotonic() - started, 1)

@@ -37,7 +37,8 @@ def share(row: Measurement, phase: str) -> float | None:
 def show_result(result: Result, console: Console) -> None:
     """One table for each case, one for each model; then who was left out, and why."""
     for (set_name, case), rows in _grouped(result.measurements):
-        console.print(case_table(f"{set_name}: {case}", rows))
+        table = host_table if any(row.least for row in rows) else case_table
+        console.print(table(f"{set_name}: {case}", rows))
     for model, models in groupby(result.models, key=lambda row: row.key[0]):
         console.print(model_table(model, list(models)))
     for reason, names in result.skipped().items():
@@ -90,6 +91,18 @@ def case_table(title: str, rows: Sequence[Measurement]) -> Table:
             size(row.peak_bytes),
             f"{error:.1e}" if error is not None else "",
         )
+    return _close(table, silent)
+
+
+def host_table(title: str, rows: Sequence[Measurement]) -> Table:
+    """Microseconds of one layer, the least of all rounds; both passes also relative to each of LoRA's other forms."""
+    table = plain_table(f"{title}, least us a layer", ("provider", "forward", "backward", "both", "/hand", "/peft"))
+    silent: dict[str, list[str]] = {}
+    least = {row.provider: row.least["both"] for row in rows if row.least}
+    for name, row in _timed(rows, silent):
+        phases = (f"{row.least[phase] / row.shape['layers'] * 1e6:.1f}" for phase in ("forward", "backward", "both"))
+        others = (least.get(provider) for provider in ("hand-written", "peft"))
+        table.add_row(name, *phases, *(f"{row.least['both'] / other:.2f}" if other else "" for other in others))
     return _close(table, silent)
 
 
