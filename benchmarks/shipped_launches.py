@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from reslora_kernels.backends import triton
+from reslora_kernels.dropout import Dropout
+from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.tuning import gpus, launch, tiles
 from reslora_kernels.tuning.forms import assume
 from reslora_kernels.tuning.launch import Launch
@@ -45,12 +47,12 @@ def record(call: Call, gpu: gpus.Gpu, forms: tuple[str, ...], tile: tiles.Matmul
 
     x, weight, a, b = matrix(call.m, k), matrix(n, k), torch.empty(rank, k), torch.empty(n, own)
     residual = matrix(call.m, own) if call.hand else None
-    seed = torch.zeros((), dtype=torch.int64) if call.p else None
-    arguments = (seed, 1.0, 2.0, call.p, own)
+    dropout = Dropout(torch.zeros((), dtype=torch.int64), call.p) if call.p else None
+    side = SideChannel(1.0, 2.0, own, rank)
     with assume(gpu, forms, tile), launch.recording(execute=False) as launches:
-        y, handed, u = triton.forward(x, weight, None, a, b, residual, *arguments, rank)
-        dhanded = handed if call.hand else None
-        triton.backward(matrix(*y.shape), dhanded, x, weight, a, b, u, *arguments, True, True, True, call.hand > 0)
+        y, handed, u = triton.forward(x, weight, None, a, b, residual, side, dropout)
+        needs = Needs(dresidual=call.hand > 0)
+        triton.backward(matrix(*y.shape), handed, x, weight, a, b, u, side, dropout, needs)
     return launches
 
 

@@ -36,6 +36,7 @@ from reslora_kernels.bench.capture import warmed_up
 from reslora_kernels.bench.clocks import check_alive, clock_of
 from reslora_kernels.bench.timing import Plan, Subject, measure, percentiles
 from reslora_kernels.bench.workload import cache_bytes, sets_of
+from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.tuning import forms, gpus, tiles
 
 OUTPUT = Path(__file__).parents[1] / "reslora_kernels" / "tuning" / "measured.json"
@@ -273,12 +274,12 @@ def _draw(shape: Shape, device: torch.device, seed: int) -> dict[str, Tensor]:
 
 
 def _forward_arguments(v: dict[str, Tensor]) -> tuple[Any, ...]:
-    return (v["x"], v["weight"], None, v["a"], v["b"], None, None, 1.0, SCALING, 0.0, 0, 0)
+    return (v["x"], v["weight"], None, v["a"], v["b"], None, SideChannel(1.0, SCALING), None)
 
 
 def _backward_arguments(v: dict[str, Tensor], everything: bool) -> tuple[Any, ...]:
-    scalars = (None, 1.0, SCALING, 0.0, 0)
-    return (v["dy"], None, v["x"], v["weight"], v["a"], v["b"], v["u"], *scalars, True, everything, everything, False)
+    needs, side = Needs(da=everything, db=everything), SideChannel(1.0, SCALING)
+    return (v["dy"], None, v["x"], v["weight"], v["a"], v["b"], v["u"], side, None, needs)
 
 
 def write(path: Path, generation: str, table: dict[str, Any], machine: dict[str, Any]) -> None:

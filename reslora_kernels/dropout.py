@@ -13,6 +13,7 @@ Counting by row and column group, not by a flat index, lets a kernel draw any ti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,18 @@ _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 _CHUNK = 1 << 15  # counters per step on a CPU: enough work for each operator, few enough that they stay in cache
+
+
+class Dropout(NamedTuple):
+    """Drop an element of x with probability p; ``seed`` is an int64 tensor with one element on x's device."""
+
+    seed: Tensor
+    p: float
+
+    @property
+    def keep_scale(self) -> float:
+        """What a kept element is multiplied by."""
+        return 1.0 / (1.0 - self.p)
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -55,6 +68,11 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
             kept[..., 2 * pair] = (word & 0xFFFF) >= least
             kept[..., 2 * pair + 1] = word >= least << 16  # the same of the high half
     return mask.flatten(1)[:, :columns]
+
+
+def drop(x: Tensor, dropout: Dropout) -> Tensor:
+    """D(x) for x [M, K]."""
+    return apply_mask(x, keep_mask(dropout.seed, x.shape[0], x.shape[1], dropout.p), dropout.p)
 
 
 def apply_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "reslora_kernels"
 FLOORS = (  # of the package's files and folders, ground floor first; one imports from the floors below it only
     ("_version", "_build_info", "checks", "reference", "dropout", "forward_state", "dtensors", "quantizers", "tuning"),
-    ("config", "kernels"),
+    ("config", "kernels", "side_channel"),
     ("testing", "backends"),
     ("ops",),
     ("layers",),
@@ -29,6 +29,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
     "tuning": (("launch", "gpus", "measured"), ("tiles",), ("forms",)),
     "kernels": (("device",), ("augmented_matmul", "project", "low_rank_grads", "outer_products")),
     "backends": (("torch", "hopper", "select"), ("triton", "cuda")),
+    "ops": (("arguments", "registered"), ("function",)),
     "layers": (
         ("dora", "initialization", "linear_map", "shortcuts"),
         ("chain", "shared_input"),

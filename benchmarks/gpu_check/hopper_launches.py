@@ -156,7 +156,7 @@ class Projection:
             given["extra"], self.extra_start or 0, given["inner"], given["raw"], self.raw_start or 0, given["factor"],
             given["raw_factor"],
         )  # fmt: skip
-        cuda._project(given["x"], given["a"], side, self.n, None, 0.0)
+        cuda._project(given["x"], given["a"], side, self.n, None)
 
     def found(self, given: dict[str, Any]) -> dict[str, Tensor]:
         return {name: given[name] for name in ("inner", "raw") if given[name] is not None}

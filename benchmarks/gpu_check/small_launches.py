@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from reslora_kernels.backends import select
+from reslora_kernels.dropout import Dropout
+from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.tuning import forms, gpus
 
 Case = tuple[int, torch.dtype, float, bool, bool]
@@ -41,14 +43,14 @@ def run(backend: Any, case: Case, device: str) -> None:
     x, weight, dy = (matrix(*size, dtype, odd, device) for size in ((m, k), (n, k), (m, n)))
     a, b = matrix(rank, k, torch.float32, False, device), matrix(n, own, torch.float32, False, device)
     residual = matrix(m, own, dtype, False, device) if chained else None
-    seed = torch.tensor(7, device=device) if p else None
-    scalars = (seed, 1.0, 2.0, p, own if chained else 0)
-    y, handed, u = backend.forward(x, weight, None, a, b, residual, *scalars, rank if chained else 0)
+    dropout = Dropout(torch.tensor(7, device=device), p) if p else None
+    side = SideChannel(1.0, 2.0, own, rank) if chained else SideChannel(1.0, 2.0)
+    y, handed, u = backend.forward(x, weight, None, a, b, residual, side, dropout)
     dhanded = torch.randn_like(handed) if chained else None
-    gradients = backend.backward(dy, dhanded, x, weight, a, b, u, *scalars, True, True, True, chained)
+    gradients = backend.backward(dy, dhanded, x, weight, a, b, u, side, dropout, Needs(dresidual=chained))
     names = ("y", "handed", "u", "dx", "dA", "dB", "dresidual")
     for name, tensor in zip(names, (y, handed, u, *gradients), strict=True):
-        if not bool(torch.isfinite(tensor).all()):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise AssertionError(f"{backend.__name__}: {name} is not finite in {case}")
 
 

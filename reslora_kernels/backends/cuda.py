@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dropout
+from .. import dropout as masks
+from ..dropout import Dropout
+from ..side_channel import Gradients, Needs, Outputs, SideChannel
 from ..tuning.launch import Sum, precision
 from ..tuning.tiles import MAX_RANK
 from . import hopper
@@ -120,90 +122,73 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a_cat: Tensor,
-    b_cat: Tensor,
+    a: Tensor,
+    b: Tensor,
     residual: Tensor | None,
-    seed: Tensor | None,
-    c: float,
-    scaling: float,
-    p: float,
-    hand_start: int,
-    hand_stop: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    side: SideChannel,
+    dropout: Dropout | None,
+) -> Outputs:
     """See ``backends.torch.forward``; products are accumulated in float32 and rounded once, at the store."""
-    u, handed = x.new_empty(x.shape[0], b_cat.shape[1]), x.new_empty(x.shape[0], hand_stop - hand_start)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    keep_scale = 1.0 if seed is None else 1.0 / (1.0 - p)
+    y, scaling = x.new_empty(x.shape[0], weight.shape[0]), side.scaling
     residual = None if residual is None else residual.to(x.dtype)
-    side = _side(residual, 0, u, handed if handed.numel() else None, hand_start, c * keep_scale, keep_scale)
     bias_address = 0 if bias is None else bias.data_ptr()
+    if not len(a):
+        assert residual is not None
+        with _guard(x):
+            _augmented_matmul(x, weight.T, residual.contiguous(), b.T, y, scaling, bias=bias_address)
+        return Outputs(y, None, None)
+    u = x.new_empty(x.shape[0], b.shape[1])
+    handed = x.new_empty(x.shape[0], side.hand_stop - side.hand_start) if side.hands_on else None
+    keep_scale = 1.0 if dropout is None else dropout.keep_scale
+    channel = _side(residual, 0, u, handed, side.hand_start, side.c * keep_scale, keep_scale)
     with _guard(x):
-        if not len(a_cat):
-            assert residual is not None
-            given, u = residual.contiguous(), u[:0]
-            _augmented_matmul(x, weight.T, given, b_cat.T, y, scaling, bias=bias_address)
-        elif _one_pass(x, y.shape[1], a_cat.shape[0], seed, scaling):
-            _augmented_matmul(x, weight.T, None, b_cat.T, y, scaling, a=a_cat, side=side, bias=bias_address)
+        if _one_pass(x, y.shape[1], a.shape[0], dropout, scaling):
+            _augmented_matmul(x, weight.T, None, b.T, y, scaling, a=a, side=channel, bias=bias_address)
         else:
-            _project(x, a_cat, side, u.shape[1], seed, p)
-            _augmented_matmul(x, weight.T, u, b_cat.T, y, scaling, bias=bias_address)
-    return y, handed, u
+            _project(x, a, channel, u.shape[1], dropout)
+            _augmented_matmul(x, weight.T, u, b.T, y, scaling, bias=bias_address)
+    return Outputs(y, handed, u)
 
 
 def backward(
     dy: Tensor,
     dhanded: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
-    a_cat: Tensor,
-    b_cat: Tensor,
-    u: Tensor,
-    seed: Tensor | None,
-    c: float,
-    scaling: float,
-    p: float,
-    hand_start: int,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-    need_dresidual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a: Tensor,
+    b: Tensor,
+    u: Tensor | None,
+    side: SideChannel,
+    dropout: Dropout | None,
+    needs: Needs,
+) -> Gradients:
     """See ``backends.torch.backward``."""
-    if not len(a_cat):  # nothing to fuse with the frozen matmul
-        return library.backward(
-            dy, dhanded, x, weight, a_cat, b_cat, u, seed, c, scaling, p, hand_start,
-            need_dx, need_da, need_db, need_dresidual,
-        )  # fmt: skip
-    m, k, rank = dy.shape[0], weight.shape[1], a_cat.shape[0]
-    none = dy.new_empty(0)
-    dx = dy.new_empty(m, k) if need_dx else none
-    da = torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else a_cat.new_empty(0)
-    db = torch.empty_like(b_cat, memory_format=torch.contiguous_format) if need_db else b_cat.new_empty(0)
-    dh = dy.new_empty(m, rank) if need_dx or need_da else None
-    dresidual = dy.new_empty(m, b_cat.shape[1]) if need_dresidual else none
-    bits = dy.new_empty(m, -(-k // 32), dtype=torch.int32) if need_dx and seed is not None else None
-    keep_scale = 1.0 if seed is None else 1.0 / (1.0 - p)
+    if not len(a):  # nothing to fuse with the frozen matmul
+        return library.backward(dy, dhanded, x, weight, a, b, u, side, dropout, needs)
+    m, k, rank = dy.shape[0], weight.shape[1], a.shape[0]
+    dx = dy.new_empty(m, k) if needs.dx else None
+    da = torch.empty_like(a, memory_format=torch.contiguous_format) if needs.da else None
+    db = torch.empty_like(b, memory_format=torch.contiguous_format) if needs.db else None
+    dh = dy.new_empty(m, rank) if needs.dx or needs.da else None
+    dresidual = dy.new_empty(m, b.shape[1]) if needs.dresidual else None
+    bits = dy.new_empty(m, -(-k // 32), dtype=torch.int32) if needs.dx and dropout is not None else None
+    keep_scale = 1.0 if dropout is None else dropout.keep_scale
     with _guard(dy):
-        if dh is not None or need_dresidual:
+        if dh is not None or dresidual is not None:
             dhanded = None if dhanded is None else dhanded.to(dy.dtype)
-            raw = dresidual if need_dresidual else None
-            side = _side(dhanded, hand_start, dh, raw, 0, c * scaling, scaling)
-            _project(dy, b_cat.T, side, 0 if dh is None else rank, None, 0.0)
-        left = _outer_products(
-            dh, x, da if need_da else None, u, dy, db if need_db else None, seed, p, bits, k, keep_scale,
-            scaling,
-        )  # fmt: skip
+            channel = _side(dhanded, side.hand_start, dh, dresidual, 0, side.c * side.scaling, side.scaling)
+            _project(dy, b.T, channel, 0 if dh is None else rank, None)
+        left = _outer_products(dh, x, da, u, dy, db, dropout, bits, k, side.scaling)
         sums = [None if entry is None else _sum(entry) for entry in left]
-        if need_dx:
+        if dx is not None:
             assert dh is not None
             keep, words = (0, 0) if bits is None else (bits.data_ptr(), bits.shape[1])
             _augmented_matmul(
-                dy, weight, dh, a_cat, dx, keep_scale,
-                keep=keep, keep_words=words, first=sums[0], second=sums[1],
-            )  # fmt: skip
+                dy, weight, dh, a, dx, keep_scale, keep=keep, keep_words=words, first=sums[0], second=sums[1]
+            )
         elif any(sums):
             _extension().finish(_device_of(dy), *sums)
-    return dx, da, db, dresidual
+    return Gradients(dx, da, db, dresidual)
 
 
 def _augmented_matmul(
@@ -224,12 +209,12 @@ def _augmented_matmul(
     )  # fmt: skip
 
 
-def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, seed: Tensor | None, p: float) -> None:
+def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, dropout: Dropout | None) -> None:
     """x aᵀ through the side channel; few rows: K in parts, so that the processors have something to do."""
     (m, k), rank = x.shape, a.shape[0]
     width, streamed = max(rank, inner_columns), False
     form = hopper.H if a.stride(1) == 1 else hopper.DH
-    if seed is None and hopper.projection(_extension(), x, form, width).kernel is not None:
+    if dropout is None and hopper.projection(_extension(), x, form, width).kernel is not None:
         converted = a.to(x.dtype)  # which the copy engine cannot do on the way
         streamed = hopper.unsupported_reason(_extension(), x, converted, columns=0) is None
         a = converted if streamed else a
@@ -238,24 +223,22 @@ def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, seed: Tensor |
     partial = x.new_empty(parts, m, rank, dtype=torch.float32) if parts > 1 else None
     _extension().project(
         _math(x.dtype), _device_of(x), x=_matrix(x), a=_matrix(a), side=side,
-        seed=0 if seed is None else seed.data_ptr(), threshold=dropout.threshold(p),
-        partial=0 if partial is None else partial.data_ptr(), split=split, parts=parts, hopper=streamed,
+        **_drawn(dropout), partial=0 if partial is None else partial.data_ptr(), split=split, parts=parts,
+        hopper=streamed,
     )  # fmt: skip
 
 
 def _outer_products(
     dh: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
     da: Tensor | None,
-    u: Tensor,
+    u: Tensor | None,
     dy: Tensor,
     db: Tensor | None,
-    seed: Tensor | None,
-    p: float,
+    dropout: Dropout | None,
     bits: Tensor | None,
     k: int,
-    da_scale: float,
-    db_scale: float,
+    scaling: float,
 ) -> tuple[Sum | None, Sum | None]:
     """The launch for dA [R_a, K] and dB [N, R_b] in parts, and for the keep bits of x; returns what is left to add."""
     if da is None and db is None and bits is None:
@@ -265,25 +248,33 @@ def _outer_products(
     split, parts = _split(m, 2 * _processors(dy) // max(1, columns // COLUMNS_PER_BLOCK), 512)
     if da is not None or bits is not None:
         matrices: dict[str, Any] = {"t": None, "stream": None, "partial": 0, "rank": 1}
-        if da is not None and dh is not None:
-            first = Sum(da.new_empty(parts, *da.shape, dtype=torch.float32), da, da_scale)
+        if da is not None and dh is not None and x is not None:
+            keep_scale = 1.0 if dropout is None else dropout.keep_scale
+            first = Sum(da.new_empty(parts, *da.shape, dtype=torch.float32), da, keep_scale)
             matrices = {
                 "t": _matrix(dh), "stream": _matrix(x), "rank": da.shape[0],
                 "partial": first.partial.data_ptr(),
             }  # fmt: skip
         of_a = _extension().OuterProduct(
-            **matrices, rows=m, columns=k, row=k, column=1, seed=0 if seed is None else seed.data_ptr(),
-            threshold=dropout.threshold(p), keep=0 if bits is None else bits.data_ptr(),
-            keep_bytes=0 if bits is None else 4 * bits.shape[1],
+            **matrices, rows=m, columns=k, row=k, column=1, **_drawn(dropout),
+            keep=0 if bits is None else bits.data_ptr(), keep_bytes=0 if bits is None else 4 * bits.shape[1],
         )  # fmt: skip
     if db is not None:
-        second = Sum(db.new_empty(parts, *db.shape, dtype=torch.float32), db, db_scale)
+        assert u is not None
+        second = Sum(db.new_empty(parts, *db.shape, dtype=torch.float32), db, scaling)
         of_b = _extension().OuterProduct(
             t=_matrix(u), stream=_matrix(dy), rank=db.shape[1], rows=m, columns=n,
             partial=second.partial.data_ptr(), row=1, column=db.shape[1],
         )  # fmt: skip
     _extension().low_rank_grads(_math(dy.dtype), _device_of(dy), da=of_a, db=of_b, split=split, parts=parts)
     return first, second
+
+
+def _drawn(dropout: Dropout | None) -> dict[str, int]:
+    """Dropout as csrc/params.h has it."""
+    if dropout is None:
+        return {"seed": 0, "threshold": 0}
+    return {"seed": dropout.seed.data_ptr(), "threshold": masks.threshold(dropout.p)}
 
 
 def _split(size: int, wanted: int, least: int) -> tuple[int, int]:
@@ -293,10 +284,10 @@ def _split(size: int, wanted: int, least: int) -> tuple[int, int]:
     return length, -(-size // length)
 
 
-def _one_pass(x: Tensor, n: int, rank: int, seed: Tensor | None, scaling: float) -> bool:
+def _one_pass(x: Tensor, n: int, rank: int, dropout: Dropout | None, scaling: float) -> bool:
     if x.dtype == torch.float32 or (x.dtype == torch.float16 and abs(scaling) > 1):
         return False  # one pass rounds s u to x's dtype before its product, which float16 may not hold
-    return seed is None and rank <= ONE_PASS_RANK and n <= ONE_PASS_COLUMNS
+    return dropout is None and rank <= ONE_PASS_RANK and n <= ONE_PASS_COLUMNS
 
 
 def _large(x: Tensor, n: int) -> bool:

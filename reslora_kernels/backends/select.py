@@ -8,7 +8,7 @@ import os
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -114,20 +114,30 @@ def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> BackendChoice
     return BackendChoice(name, "; ".join([why, _require(name).explain(x, weight, rank), *passed_over]))
 
 
-def choose(backend: str, x: Tensor, weight: Tensor, rank: int) -> ModuleType:
+def choose(backend: str, x: Tensor, weight: Any, rank: int) -> ModuleType:
     """The module whose ``forward`` and ``backward`` serve this call; found once for each kind of call.
 
     No kernel is launched on nothing: a call with an empty x or weight goes to torch.
     """
-    kind = (backend, os.environ.get(OVERRIDE), x.device, x.dtype, x.shape, weight.shape, rank)
-    module = _chosen.get(kind)
+    kind = (backend, x.device, x.dtype, x.shape, weight.shape, rank)
+    module = recall(kind)
     if module is None:
         module = _require(explain(backend, x, weight, rank).name)
         module = module if x.numel() and weight.numel() else _require("torch")
-        if len(_chosen) >= MOST_KINDS:
-            _chosen.clear()
-        _chosen[kind] = module
+        remember(kind, module)
     return module
+
+
+def recall(kind: tuple[object, ...]) -> ModuleType | None:
+    """What ``remember`` was told of this kind of call under the present environment; None for a new one."""
+    return _chosen.get((os.environ.get(OVERRIDE), *kind))
+
+
+def remember(kind: tuple[object, ...], module: ModuleType) -> None:
+    """Which backend serves a kind of call, whose arguments are as they must be."""
+    if len(_chosen) >= MOST_KINDS:
+        _chosen.clear()
+    _chosen[(os.environ.get(OVERRIDE), *kind)] = module
 
 
 def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int) -> tuple[str, str]:

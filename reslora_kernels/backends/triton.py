@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dropout
+from .. import dropout as masks
+from ..dropout import Dropout
+from ..side_channel import Gradients, Needs, Outputs, SideChannel
 from . import torch as library
 
 if TYPE_CHECKING:
@@ -90,72 +92,62 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a_cat: Tensor,
-    b_cat: Tensor,
+    a: Tensor,
+    b: Tensor,
     residual: Tensor | None,
-    seed: Tensor | None,
-    c: float,
-    scaling: float,
-    p: float,
-    hand_start: int,
-    hand_stop: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    side: SideChannel,
+    dropout: Dropout | None,
+) -> Outputs:
     """See ``backends.torch.forward``; products are accumulated in float32 and rounded once, at the store."""
     from ..kernels.augmented_matmul import OnePass, augmented_matmul
     from ..kernels.project import project
     from ..tuning.gpus import gpu_of
     from ..tuning.tiles import project_tile
 
-    gpu, (m, k), n, rank = gpu_of(x.device), x.shape, weight.shape[0], a_cat.shape[0]
-    choice = _forward_choice(x, weight, rank, seed, scaling) if rank else _given_choice(x, weight, b_cat.shape[1])
-    u = x.new_empty(m, b_cat.shape[1])
-    handed = x.new_empty(m, hand_stop - hand_start)
-    to_hand = handed if handed.numel() else None
-    t: Tensor | OnePass = u
+    gpu, (m, k), n, rank = gpu_of(x.device), x.shape, weight.shape[0], a.shape[0]
+    choice = _forward_choice(x, weight, rank, dropout, side.scaling) if rank else _given_choice(x, weight, b.shape[1])
+    u = x.new_empty(m, b.shape[1]) if rank else None
+    handed = x.new_empty(m, side.hand_stop - side.hand_start) if side.hands_on else None
     with _device(x):
-        if not rank:
+        t: Tensor | OnePass
+        if u is None:
             assert residual is not None
-            t, u = residual.to(x.dtype).contiguous(), u[:0]
+            t = residual.to(x.dtype).contiguous()
         elif choice.form == "one_pass":
-            t = OnePass(a_cat, c, residual, u, to_hand, hand_start)
+            t = OnePass(a, side.c, residual, u, handed, side.hand_start)
         else:
+            t = u
+            draw = _Draw.of(dropout)
             for launch in project(
-                x, a_cat, residual, seed, u, to_hand, hand_start, c=c, threshold=dropout.threshold(p),
-                keep_scale=_keep_scale(seed, p), tile=project_tile(gpu, m, k, rank, x.dtype),
+                x, a, residual, draw.seed, u, handed, side.hand_start, c=side.c, threshold=draw.threshold,
+                keep_scale=draw.scale, tile=project_tile(gpu, m, k, rank, x.dtype),
             ):  # fmt: skip
                 launch.run()
         if choice.tile is None:
-            return library.product_then_matmul(u, b_cat.T.to(x.dtype), scaling, bias, x, weight.T), handed, u
-        y = x.new_empty(m, n)
-        augmented_matmul(x, weight.T, bias, t, b_cat.T, y, scale=scaling, gpu=gpu, tile=choice.tile).run()
-        return y, handed, u
+            assert isinstance(t, Tensor)
+            y = library.product_then_matmul(t, b.T.to(x.dtype), side.scaling, bias, x, weight.T)
+        else:
+            y = x.new_empty(m, n)
+            augmented_matmul(x, weight.T, bias, t, b.T, y, scale=side.scaling, gpu=gpu, tile=choice.tile).run()
+        return Outputs(y, handed, u)
 
 
 def backward(
     dy: Tensor,
     dhanded: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
-    a_cat: Tensor,
-    b_cat: Tensor,
-    u: Tensor,
-    seed: Tensor | None,
-    c: float,
-    scaling: float,
-    p: float,
-    hand_start: int,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-    need_dresidual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a: Tensor,
+    b: Tensor,
+    u: Tensor | None,
+    side: SideChannel,
+    dropout: Dropout | None,
+    needs: Needs,
+) -> Gradients:
     """See ``backends.torch.backward``."""
-    if not len(a_cat):  # nothing to fuse with the frozen matmul
-        return library.backward(
-            dy, dhanded, x, weight, a_cat, b_cat, u, seed, c, scaling, p, hand_start,
-            need_dx, need_da, need_db, need_dresidual,
-        )  # fmt: skip
-    (m, n), k, (rank, rank_b) = dy.shape, weight.shape[1], (a_cat.shape[0], b_cat.shape[1])
+    if not len(a):  # nothing to fuse with the frozen matmul
+        return library.backward(dy, dhanded, x, weight, a, b, u, side, dropout, needs)
+    (m, n), k, (rank, rank_b) = dy.shape, weight.shape[1], (a.shape[0], b.shape[1])
     from ..kernels.augmented_matmul import augmented_matmul
     from ..kernels.low_rank_grads import finish
     from ..tuning.forms import choose, reads_dy_once
@@ -164,35 +156,36 @@ def backward(
 
     gpu = gpu_of(dy.device)
     wanted = _Wanted(
-        da=torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else None,
-        db=torch.empty_like(b_cat, memory_format=torch.contiguous_format) if need_db else None,
-        dh=dy.new_empty(m, rank) if need_dx or need_da else None,
-        dresidual=dy.new_empty(m, rank_b) if need_dresidual else None,
-        bits=dy.new_empty(m, -(-k // 32), dtype=torch.int32) if need_dx and seed is not None else None,
+        da=torch.empty_like(a, memory_format=torch.contiguous_format) if needs.da else None,
+        db=torch.empty_like(b, memory_format=torch.contiguous_format) if needs.db else None,
+        dh=dy.new_empty(m, rank) if needs.dx or needs.da else None,
+        dresidual=dy.new_empty(m, rank_b) if needs.dresidual else None,
+        bits=dy.new_empty(m, -(-k // 32), dtype=torch.int32) if needs.dx and dropout is not None else None,
     )
-    dx, dropping = None, _Dropout(seed if need_dx or need_da else None, dropout.threshold(p), _keep_scale(seed, p))
+    draw = _Draw.of(dropout if needs.dx or needs.da else None)
+    x = dy.new_empty(0) if x is None else x
+    u = dy.new_empty(0) if u is None else u
+    dx = None
     with _device(dy):
         gradients = (
             _two_reads if wanted.can_split() and not reads_dy_once(gpu, m, n, k, rank, rank_b, dy.dtype) else _one_read
         )
-        left = gradients(gpu, wanted, dy, dhanded, x, k, b_cat, u, dropping, c, scaling, hand_start)
-        if need_dx and wanted.dh is not None:
+        left = gradients(gpu, wanted, dy, dhanded, x, k, b, u, draw, side)
+        if needs.dx and wanted.dh is not None:
             forms = ("two_pass", "library") if wanted.bits is None else ("two_pass",)
             choice = choose(gpu, m, k, n, rank, dy.dtype, precision(dy.dtype), forms, _aligned(dy, weight))
             if choice.tile is None:
-                dx = library.product_then_matmul(wanted.dh, a_cat.to(dy.dtype), 1.0, None, dy, weight)
+                dx = library.product_then_matmul(wanted.dh, a.to(dy.dtype), 1.0, None, dy, weight)
             else:
                 dx = dy.new_empty(m, k)
                 augmented_matmul(
-                    dy, weight, None, wanted.dh, a_cat, dx, scale=dropping.scale, gpu=gpu, tile=choice.tile,
+                    dy, weight, None, wanted.dh, a, dx, scale=draw.scale, gpu=gpu, tile=choice.tile,
                     bits=wanted.bits, sums=left,
                 ).run()  # fmt: skip
                 left = (None, None)
         if any(left):
             finish(*left, processors=gpu.processors).run()
-    results = ((dx, dy), (wanted.da, a_cat), (wanted.db, b_cat), (wanted.dresidual, dy))
-    dx, da, db, dresidual = (like.new_empty(0) if result is None else result for result, like in results)
-    return dx, da, db, dresidual
+    return Gradients(dx, wanted.da, wanted.db, wanted.dresidual)
 
 
 class _Wanted(NamedTuple):
@@ -212,10 +205,18 @@ class _Wanted(NamedTuple):
         return None if self.bits is None else self.bits.view(torch.uint8)
 
 
-class _Dropout(NamedTuple):
+class _Draw(NamedTuple):
+    """Dropout as the kernels take it."""
+
     seed: Tensor | None
     threshold: int
     scale: float
+
+    @classmethod
+    def of(cls, dropout: Dropout | None) -> _Draw:
+        if dropout is None:
+            return cls(None, 0, 1.0)
+        return cls(dropout.seed, masks.threshold(dropout.p), dropout.keep_scale)
 
 
 def _one_read(
@@ -227,10 +228,8 @@ def _one_read(
     k: int,
     b_cat: Tensor,
     u: Tensor,
-    dropping: _Dropout,
-    c: float,
-    scaling: float,
-    hand_start: int,
+    draw: _Draw,
+    side: SideChannel,
 ) -> tuple[Sum | None, Sum | None]:
     """du and dB from one pass over dy, dh and dA from one over x; returns what is left to add up for dA and dB."""
     from ..kernels.low_rank_grads import pass_over_dy, pass_over_x
@@ -241,16 +240,17 @@ def _one_read(
     need_du = wanted.dh is not None or wanted.dresidual is not None
     if need_du or wanted.db is not None:
         launch, du, db_left = pass_over_dy(
-            dy, b_cat, None if wanted.db is None else u, wanted.db, scaling=scaling, need_du=need_du,
+            dy, b_cat, None if wanted.db is None else u, wanted.db, scaling=side.scaling, need_du=need_du,
             tile=grads_tile(gpu, m, n, b_cat.shape[1], dy.dtype, _aligned(dy)),
         )  # fmt: skip
         launch.run()
     if du is not None:
         rank = b_cat.shape[1] if wanted.dh is None else wanted.dh.shape[1]
         launch, da_left = pass_over_x(
-            x, dropping.seed, du, dhanded, wanted.dh, wanted.dresidual, wanted.da, wanted.mask_bytes(),
-            shape=(m, k), rank=rank, hand_start=hand_start, c=c, scaling=scaling, threshold=dropping.threshold,
-            keep_scale=dropping.scale, tile=grads_tile(gpu, m, k, rank, dy.dtype, wanted.da is None or _aligned(x)),
+            x, draw.seed, du, dhanded, wanted.dh, wanted.dresidual, wanted.da, wanted.mask_bytes(),
+            shape=(m, k), rank=rank, hand_start=side.hand_start, c=side.c, scaling=side.scaling,
+            threshold=draw.threshold, keep_scale=draw.scale,
+            tile=grads_tile(gpu, m, k, rank, dy.dtype, wanted.da is None or _aligned(x)),
         )  # fmt: skip
         launch.run()
     return da_left, db_left
@@ -265,10 +265,8 @@ def _two_reads(
     k: int,
     b_cat: Tensor,
     u: Tensor,
-    dropping: _Dropout,
-    c: float,
-    scaling: float,
-    hand_start: int,
+    draw: _Draw,
+    side: SideChannel,
 ) -> tuple[Sum | None, Sum | None]:
     """dh from one pass over dy, then dA and dB from one over x and another over dy; returns as ``_one_read``."""
     from ..kernels.outer_products import outer_products
@@ -279,26 +277,26 @@ def _two_reads(
     m, n = dy.shape
     rank = wanted.dh.shape[1]
     for launch in project(
-        dy, b_cat.T, dhanded, None, wanted.dh, wanted.dresidual, 0, threshold=0, keep_scale=scaling, c=c,
-        residual_start=hand_start, tile=project_tile(gpu, m, n, rank, dy.dtype),
+        dy, b_cat.T, dhanded, None, wanted.dh, wanted.dresidual, 0, threshold=0, keep_scale=side.scaling,
+        c=side.c, residual_start=side.hand_start, tile=project_tile(gpu, m, n, rank, dy.dtype),
     ):  # fmt: skip
         launch.run()
     streams = [stream for stream, out in ((x, wanted.da), (dy, wanted.db)) if out is not None]
     launch, da_left, db_left = outer_products(
-        x, wanted.dh, wanted.da, dropping.seed, wanted.mask_bytes(), dy, u, wanted.db, threshold=dropping.threshold,
-        keep_scale=dropping.scale, scaling=scaling, tile=outer_tile(gpu, m, n + k, rank, dy.dtype, _aligned(*streams)),
+        x, wanted.dh, wanted.da, draw.seed, wanted.mask_bytes(), dy, u, wanted.db, threshold=draw.threshold,
+        keep_scale=draw.scale, scaling=side.scaling, tile=outer_tile(gpu, m, n + k, rank, dy.dtype, _aligned(*streams)),
     )  # fmt: skip
     launch.run()
     return da_left, db_left
 
 
-def _forward_choice(x: Tensor, weight: Tensor, rank: int, seed: Tensor | None, scaling: float) -> FormChoice:
+def _forward_choice(x: Tensor, weight: Tensor, rank: int, dropout: Dropout | None, scaling: float) -> FormChoice:
     from ..tuning.forms import choose
     from ..tuning.gpus import gpu_of
     from ..tuning.launch import precision
 
     (m, k), n, products = x.shape, weight.shape[0], precision(x.dtype)
-    one_pass = seed is None and rank <= ONE_PASS_RANK
+    one_pass = dropout is None and rank <= ONE_PASS_RANK
     if x.dtype == torch.float16 and abs(scaling) > 1:
         one_pass = False  # it rounds s u to x's dtype before its product, which float16 may not hold
     if x.dtype == torch.float32 and products == "ieee":
@@ -322,10 +320,6 @@ def _aligned(*operands: Tensor) -> bool:
     from ..tuning.launch import fits_tma
 
     return all(fits_tma(operand) or fits_tma(operand.T) for operand in operands)
-
-
-def _keep_scale(seed: Tensor | None, p: float) -> float:
-    return 1.0 if seed is None else 1.0 / (1.0 - p)
 
 
 def _device(tensor: Tensor) -> Any:

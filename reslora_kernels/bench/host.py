@@ -63,7 +63,7 @@ class _HandWritten(torch.autograd.Function):
         return torch.addmm(bias, u, b.T, alpha=SCALING).addmm_(x, weight.T)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, u = ctx.saved_tensors
         du = (dy @ b) * SCALING
         return (du @ a).addmm_(dy, weight), None, None, du.T @ x, (dy.T @ u) * SCALING

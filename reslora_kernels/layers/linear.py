@@ -12,8 +12,9 @@ from .. import dropout
 from ..checks import check_int
 from ..config import ResLoRAConfig
 from ..forward_state import ForwardState, outside, recomputing
-from ..ops import lora_linear
+from ..ops import fused_linear
 from ..quantizers import quantizer_of
+from ..side_channel import SideChannel
 from . import initialization
 from .chain import Chain, Neighbours
 from .dora import row_norms
@@ -287,19 +288,10 @@ class ResLoRALinear(nn.Linear):
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
         """``lora_linear`` of the layer: y, and the rows of h = x A_stackᵀ that ``call.hand`` asks for."""
-        return lora_linear(
-            x,
-            self.frozen_weight,
-            bias,
-            call.a_stack,
-            call.b_stack,
-            call.residual,
-            scaling=self.scaling,
-            c=call.c,
-            p=p,
-            seed=dropout.new_seed(x.device) if p > 0 else None,
-            hand=call.hand,
-            backend=self.config.backend,
+        side = SideChannel(call.c, self.scaling, *(call.hand or (0, 0)))
+        seed = dropout.new_seed(x.device) if p > 0 else None
+        return fused_linear(
+            x, self.frozen_weight, bias, call.a_stack, call.b_stack, call.residual, side, p, seed, self.config.backend
         )
 
     def _dora_scale(self, call: Call) -> Tensor | None:

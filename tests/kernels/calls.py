@@ -10,6 +10,8 @@ from torch import Tensor
 
 from reslora_kernels.backends import cuda
 from reslora_kernels.backends import torch as library
+from reslora_kernels.dropout import Dropout
+from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.tuning import forms, gpus
 
 SEED = 1234567890123456789
@@ -93,14 +95,12 @@ def _laid_out(layout: str, name: str, tensor: Tensor) -> Tensor:
 def run(call: Call, values: dict[str, Tensor | None], backend=library) -> dict[str, Tensor]:
     """Every result of a forward and a backward pass of one backend."""
     v = values
-    seed = torch.tensor(SEED, device=v["x"].device) if call.p else None
-    scalars = (call.c, call.scaling, call.p, call.hand[0])
+    dropout = Dropout(torch.tensor(SEED, device=v["x"].device), call.p) if call.p else None
+    side = SideChannel(call.c, call.scaling, *call.hand)
     stacks = (v["a_cat"], v["b_cat"])
     once = mock.patch.object(forms, "reads_dy_once", lambda *_: call.reads_of_dy == 1)
     with forms.assume(gpus.GENERATIONS[call.generation], (call.form,)), once:
-        y, handed, u = backend.forward(
-            v["x"], v["weight"], v["bias"], *stacks, v["residual"], seed, *scalars, call.hand[1]
-        )
+        y, handed, u = backend.forward(v["x"], v["weight"], v["bias"], *stacks, v["residual"], side, dropout)
         gradients = backend.backward(
             v["dy"],
             v["dhanded"],
@@ -108,14 +108,12 @@ def run(call: Call, values: dict[str, Tensor | None], backend=library) -> dict[s
             v["weight"],
             *stacks,
             u if call.rank else v["residual"],
-            seed,
-            *scalars,
-            True,
-            True,
-            True,
-            call.residual,
+            side,
+            dropout,
+            Needs(da=call.rank > 0, dresidual=call.residual),
         )
-    return dict(zip(RESULTS, (y, handed, u, *gradients), strict=True))
+    results = dict(zip(RESULTS, (y, handed, u, *gradients), strict=True))
+    return {name: result for name, result in results.items() if result is not None}
 
 
 def truth(call: Call, values: dict[str, Tensor | None]) -> dict[str, Tensor]:

@@ -15,11 +15,13 @@ import torch
 from reslora_kernels.backends import cuda, select
 from reslora_kernels.backends import torch as plain
 from reslora_kernels.cli.verify import check_case
+from reslora_kernels.dropout import Dropout
 from reslora_kernels.ops import lora_linear
+from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.testing import GoldenCase, assert_close_to_truth, golden_cases
 
 from .. import cuda_on_cpu
-from .calls import Call, draw, run, truth
+from .calls import SEED, Call, draw, run, truth
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CALLS = [
@@ -119,19 +121,15 @@ def test_only_what_is_asked_for(wanted: str, device: torch.device, poisoned: Non
     call = Call("", 40, 72, 100, 24, 8, FP32, FP32, p=0.5, hand=(8, 24), residual=True)
     values = draw(call, device, integers=True)
     everything = run(call, values, cuda)
-    needs = [name == wanted for name in ("dx", "da_cat", "db_cat", "dresidual")]
-    seed = torch.tensor(1234567890123456789, device=device)
+    names = ("dx", "da_cat", "db_cat", "dresidual")
     gradients = cuda.backward(
-        values["dy"], values["dhanded"], values["x"] if wanted == "da_cat" else values["dy"].new_empty(0),
-        values["weight"], values["a_cat"], values["b_cat"],
-        everything["u"] if wanted == "db_cat" else values["dy"].new_empty(0),
-        seed, call.c, call.scaling, call.p, call.hand[0], *needs,
+        values["dy"], values["dhanded"], values["x"] if wanted == "da_cat" else None, values["weight"],
+        values["a_cat"], values["b_cat"], everything["u"] if wanted == "db_cat" else None,
+        SideChannel(call.c, call.scaling, *call.hand), Dropout(torch.tensor(SEED, device=device), call.p),
+        Needs(*(name == wanted for name in names)),
     )  # fmt: skip
-    for name, gradient in zip(("dx", "da_cat", "db_cat", "dresidual"), gradients, strict=True):
-        if name == wanted:
-            assert torch.equal(gradient, everything[name])
-        else:
-            assert gradient.numel() == 0
+    for name, gradient in zip(names, gradients, strict=True):
+        assert torch.equal(gradient, everything[name]) if name == wanted else gradient is None
 
 
 @pytest.mark.parametrize("empty", ["m", "n"])

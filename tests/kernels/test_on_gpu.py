@@ -12,6 +12,7 @@ from reslora_kernels.backends import torch as library
 from reslora_kernels.backends import triton
 from reslora_kernels.dropout import new_seed
 from reslora_kernels.ops import lora_linear
+from reslora_kernels.side_channel import Needs, SideChannel
 
 pytestmark = pytest.mark.gpu
 
@@ -39,15 +40,15 @@ def test_addresses_beyond_two_to_the_31() -> None:
     """y and dx have 2.4e9 elements. Every row holds one of 64 rows of x, so 64 rows are the whole truth."""
     m, width, distinct = 300_032, 8192, 64
     v = operands(distinct, 128, width, 16)
-    truth, _, u = library.forward(v["x"], v["weight"], None, v["a"], v["b"], None, None, 1.0, 2.0, 0.0, 0, 0)
+    truth, _, u = library.forward(v["x"], v["weight"], None, v["a"], v["b"], None, SideChannel(1.0, 2.0), None)
     x = v["x"].repeat(m // distinct, 1)
-    y, _, _ = triton.forward(x, v["weight"], None, v["a"], v["b"], None, None, 1.0, 2.0, 0.0, 0, 0)
+    y, _, _ = triton.forward(x, v["weight"], None, v["a"], v["b"], None, SideChannel(1.0, 2.0), None)
     assert y.numel() > 2**31
     for start in (0, m // 2 // distinct * distinct, m - distinct):
         torch.testing.assert_close(y[start : start + distinct], truth, rtol=0.02, atol=0.05)
     dx, *_ = triton.backward(
-        x, None, y, v["weight"].T.contiguous(), v["b"].T.contiguous(), v["a"].T.contiguous(), u, None,
-        1.0, 2.0, 0.0, 0, True, False, False, False,
+        x, None, y, v["weight"].T.contiguous(), v["b"].T.contiguous(), v["a"].T.contiguous(), u,
+        SideChannel(1.0, 2.0), None, Needs(da=False, db=False),
     )  # fmt: skip
     torch.testing.assert_close(dx[-distinct:], dx[:distinct], rtol=0, atol=0)
 

@@ -1,0 +1,113 @@
+"""What a call of the op may be given: checked before anything runs, each error naming its argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+
+
+@runtime_checkable
+class PackedWeight(Protocol):
+    """A frozen weight [N, K] that is held in another form and unpacked for each pass, which does not keep it."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def device(self) -> torch.device: ...
+    def unpacked(self, dtype: torch.dtype) -> Tensor: ...
+
+
+def check_types(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    a_stack: Any,
+    b_stack: Any,
+    residual: Any,
+    scaling: Any,
+    c: Any,
+    p: Any,
+    seed: Any,
+    hand: Any,
+    backend: Any,
+) -> None:
+    """TypeError or ValueError for what no tensor of the right type and shape can mend."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if not isinstance(weight, (Tensor, PackedWeight)):
+        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    for name, tensor in (("bias", bias), ("residual", residual), ("seed", seed)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor or None, got {type(tensor).__name__}")
+    for name, stack in (("a_stack", a_stack), ("b_stack", b_stack)):
+        if not isinstance(stack, (list, tuple)) or not all(isinstance(matrix, Tensor) for matrix in stack):
+            raise TypeError(f"{name} must be a list or tuple of Tensors, got {type(stack).__name__}")
+    for name, number in (("scaling", scaling), ("c", c), ("p", p)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a number, got {number!r}")
+    if hand is not None and not (
+        isinstance(hand, (list, tuple)) and len(hand) == 2 and all(isinstance(at, int) for at in hand)
+    ):
+        raise TypeError(f"hand must be two ints (start, stop) or None, got {hand!r}")
+    if backend not in ("auto", *select.PREFERENCE):
+        raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, select.PREFERENCE))}, got {backend!r}")
+    r_a = _total(a_stack, 0)
+    if hand is not None and not 0 <= hand[0] < hand[1] <= r_a:
+        raise ValueError(f"hand must be (start, stop) with 0 <= start < stop <= {r_a}, got {hand}")
+
+
+def check(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    a_stack: Sequence[Tensor],
+    b_stack: Sequence[Tensor],
+    residual: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+) -> None:
+    """ValueError unless shapes, dtypes and devices go together."""
+    if x.dim() < 1 or len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be [..., K] and weight [N, K] with the same K, got x {list(x.shape)}, weight {list(weight.shape)}"
+        )
+    dtype = weight.dtype if isinstance(weight, Tensor) else x.dtype
+    if not x.is_floating_point() or x.dtype != dtype:
+        raise ValueError(f"x must have weight's floating dtype {dtype}, got {x.dtype}")
+    n, k = weight.shape
+    if not b_stack or (not a_stack and residual is None):
+        counts = f"{len(a_stack)} and {len(b_stack)} matrices"
+        raise ValueError(f"a_stack and b_stack must not be empty, got {counts}; only with a residual can a_stack be")
+    for name, stack, axis, size in (("a_stack", a_stack, 1, k), ("b_stack", b_stack, 0, n)):
+        for matrix in stack:
+            if matrix.dim() != 2 or matrix.shape[axis] != size or not matrix.is_floating_point():
+                expected = f"[r, {k}]" if axis else f"[{n}, r]"
+                raise ValueError(
+                    f"{name} must hold floating matrices {expected}, got {list(matrix.shape)} of {matrix.dtype}"
+                )
+    r_a, r_b = _total(a_stack, 0), _total(b_stack, 1)
+    if r_b > r_a and a_stack:
+        raise ValueError(f"b_stack's total rank must not exceed a_stack's, got {r_b} and {r_a}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be [{n}] of {x.dtype}, got {list(bias.shape)} of {bias.dtype}")
+    if residual is not None and residual.shape != (*x.shape[:-1], r_b):
+        raise ValueError(f"residual must be {[*x.shape[:-1], r_b]}, got {list(residual.shape)}")
+    if not 0 <= p < 1:
+        raise ValueError(f"p must be a probability with 0 <= p < 1, got {p}")
+    if p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"seed must be an int64 tensor with one element when p > 0, got {seed!r}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual), ("seed", seed if p > 0 else None)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    for name, stack in (("a_stack", a_stack), ("b_stack", b_stack)):
+        if any(matrix.device != x.device for matrix in stack):
+            raise ValueError(f"{name} must be on x's device {x.device}, got {[str(m.device) for m in stack]}")
+
+
+def _total(stack: Sequence[Tensor], dim: int) -> int:
+    return sum(matrix.shape[dim] for matrix in stack)

@@ -1,0 +1,165 @@
+"""The two passes as torch.library ops: for torch.compile, fake tensors, dispatch modes and functorch.
+
+An eager call goes to its backend directly; the dispatcher would only cost it time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+from ..dropout import Dropout
+from ..forward_state import refuse_recomputation
+from ..side_channel import Gradients, Needs, Outputs, SideChannel
+
+FORWARD = "reslora_kernels::lora_linear_forward"
+BACKWARD = "reslora_kernels::lora_linear_backward"
+
+torch.library.define(
+    FORWARD,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor a_cat, Tensor b_cat, Tensor? residual, Tensor? seed, float c, "
+    "float scaling, float p, int hand_start, int hand_stop, str backend) -> (Tensor y, Tensor handed, Tensor u)",
+)
+torch.library.define(
+    BACKWARD,
+    "(Tensor dy, Tensor? dhanded, Tensor x, Tensor weight, Tensor a_cat, Tensor b_cat, Tensor u, Tensor? seed, "
+    "float c, float scaling, float p, int hand_start, bool need_dx, bool need_da, bool need_db, bool need_dresidual, "
+    "str backend) -> (Tensor dx, Tensor da_cat, Tensor db_cat, Tensor dresidual)",
+)
+
+
+@torch.library.impl(FORWARD, "CompositeExplicitAutograd")
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a_cat: Tensor,
+    b_cat: Tensor,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    c: float,
+    scaling: float,
+    p: float,
+    hand_start: int,
+    hand_stop: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    side = SideChannel(c, scaling, hand_start, hand_stop)
+    if residual is not None or side.hands_on:
+        refuse_recomputation()
+    served_by = select.choose(backend, x, weight, a_cat.shape[0] or b_cat.shape[1])
+    dropout = None if seed is None else Dropout(seed, p)
+    y, handed, u = served_by.forward(x, weight, bias, a_cat, b_cat, residual, side, dropout)
+    u = x.new_empty(0, b_cat.shape[1]) if u is None else u
+    return y, x.new_empty(x.shape[0], 0) if handed is None else _apart(handed, u), u
+
+
+@torch.library.register_fake(FORWARD)  # type: ignore[untyped-decorator]
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a_cat: Tensor, b_cat: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, hand_start, hand_stop, _backend = rest
+    rows = x.shape[0]
+    return (
+        x.new_empty(rows, weight.shape[0]),
+        x.new_empty(rows, hand_stop - hand_start),
+        x.new_empty(rows if a_cat.shape[0] else 0, b_cat.shape[1]),
+    )
+
+
+@torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
+def _backward(
+    dy: Tensor,
+    dhanded: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    a_cat: Tensor,
+    b_cat: Tensor,
+    u: Tensor,
+    seed: Tensor | None,
+    c: float,
+    scaling: float,
+    p: float,
+    hand_start: int,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    need_dresidual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    side = SideChannel(c, scaling, hand_start, hand_start + (0 if dhanded is None else dhanded.shape[1]))
+    served_by = select.choose(backend, dy, weight, a_cat.shape[0] or b_cat.shape[1])
+    gradients: Gradients = served_by.backward(
+        dy, dhanded, x, weight, a_cat, b_cat, u, side, None if seed is None else Dropout(seed, p),
+        Needs(need_dx, need_da, need_db, need_dresidual),
+    )  # fmt: skip
+    likes = (dy, a_cat, b_cat, dy)
+    dx, da, db, dresidual = (
+        like.new_empty(0) if gradient is None else gradient for gradient, like in zip(gradients, likes, strict=True)
+    )
+    return dx, da, db, dresidual
+
+
+def _apart(handed: Tensor, u: Tensor) -> Tensor:
+    """What is handed on, in memory of its own: outputs of an op share none."""
+    shared = handed.untyped_storage().data_ptr() == u.untyped_storage().data_ptr()
+    return handed.clone(memory_format=torch.contiguous_format) if shared else handed.contiguous()
+
+
+@torch.library.register_fake(BACKWARD)  # type: ignore[untyped-decorator]
+def _backward_fake(
+    dy: Tensor, dhanded: Tensor | None, x: Tensor, weight: Tensor, a_cat: Tensor, b_cat: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, need_dx, need_da, need_db, need_dresidual, _backend = rest
+    rows = dy.shape[0]
+    return (
+        dy.new_empty(rows, a_cat.shape[1]) if need_dx else dy.new_empty(0),
+        torch.empty_like(a_cat, memory_format=torch.contiguous_format) if need_da else a_cat.new_empty(0),
+        torch.empty_like(b_cat, memory_format=torch.contiguous_format) if need_db else b_cat.new_empty(0),
+        dy.new_empty(rows, b_cat.shape[1]) if need_dresidual else dy.new_empty(0),
+    )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    residual: Tensor | None,
+    side: SideChannel,
+    dropout: Dropout | None,
+    backend: str,
+) -> Outputs:
+    """The forward pass through the dispatcher; the other arguments are those of ``backends.torch.forward``."""
+    seed, p = (None, 0.0) if dropout is None else dropout
+    y, handed, u = torch.ops.reslora_kernels.lora_linear_forward(
+        x, weight, bias, a, b, residual, seed, side.c, side.scaling, p, side.hand_start, side.hand_stop, backend
+    )
+    return Outputs(y, handed if side.hands_on else None, u if a.shape[0] else None)
+
+
+def backward(
+    dy: Tensor,
+    dhanded: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor | None,
+    side: SideChannel,
+    dropout: Dropout | None,
+    needs: Needs,
+    backend: str,
+) -> Gradients:
+    """The backward pass through the dispatcher."""
+    seed, p = (None, 0.0) if dropout is None else dropout
+    none = dy.new_empty(0)
+    gradients = torch.ops.reslora_kernels.lora_linear_backward(
+        dy, dhanded, none if x is None else x, weight, a, b, none if u is None else u, seed,
+        side.c, side.scaling, p, side.hand_start, *needs, backend,
+    )  # fmt: skip
+    return Gradients(*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)))

@@ -1,0 +1,51 @@
+"""What a call of the fused layer is beside its matrices: plain values, which every backend and the op's border share.
+
+    h = D(x) Aᵀ        u = c h[:, :R_b] + residual        y = x Wᵀ + b + s u Bᵀ
+
+They are the Python side of csrc/params.h.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class SideChannel(NamedTuple):
+    """The scalars c and s, and the columns [hand_start, hand_stop) of h that later layers are handed."""
+
+    c: float = 1.0
+    scaling: float = 1.0
+    hand_start: int = 0
+    hand_stop: int = 0
+
+    @property
+    def hands_on(self) -> bool:
+        return self.hand_stop > self.hand_start
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass computes."""
+
+    dx: bool = True
+    da: bool = True
+    db: bool = True
+    dresidual: bool = False
+
+
+class Outputs(NamedTuple):
+    """Of a forward pass, all in x's dtype."""
+
+    y: Tensor  # [M, N]
+    handed: Tensor | None  # [M, hand_stop - hand_start]; None where nothing is; may share memory with u
+    u: Tensor | None  # [M, R_b]; None without A, where u is the residual
+
+
+class Gradients(NamedTuple):
+    """Of a backward pass; None where one is not needed."""
+
+    dx: Tensor | None  # [M, K]
+    da: Tensor | None  # [R_a, K], in A's dtype
+    db: Tensor | None  # [N, R_b], in B's dtype
+    dresidual: Tensor | None  # [M, R_b]
