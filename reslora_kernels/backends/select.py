@@ -8,7 +8,7 @@ import os
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> BackendChoice
     return BackendChoice(name, "; ".join([why, _require(name).explain(x, weight, rank), *passed_over]))
 
 
-def choose(backend: str, x: Tensor, weight: Any, rank: int) -> ModuleType:
+def choose(backend: str, x: Tensor, weight: Tensor, rank: int) -> ModuleType:
     """The module whose ``forward`` and ``backward`` serve this call; found once for each kind of call.
 
     No kernel is launched on nothing: a call with an empty x or weight goes to torch.

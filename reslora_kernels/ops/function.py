@@ -56,7 +56,7 @@ def fused_linear(
         return _in_autocast(dtype, x, weight, bias, a_stack, b_stack, residual, side, p, seed, backend)
     seed = seed if p > 0 else None
     served: ModuleType | None = None
-    exported = _is_exporting() or torch.jit.is_tracing()
+    exported = _is_exporting() or torch._C._is_tracing()
     if exported:  # in operations that every PyTorch and ONNX knows, for a graph that runs without this package
         check(x, weight, bias, a_stack, b_stack, residual, p, seed)
         served = library
@@ -216,7 +216,8 @@ def _served(
         if isinstance(weight, Tensor) and type(weight) not in PLAIN:
             return None
         rank = sum(a.shape[0] for a in a_stack) or sum(b.shape[1] for b in b_stack)
-        served = select.choose(backend, _tokens(x), weight, rank)
+        dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
+        served = select.choose(backend, _tokens(x), dense, rank)
         select.remember(kind, served)
     return served
 
