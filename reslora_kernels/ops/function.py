@@ -56,7 +56,7 @@ def fused_linear(
         return _in_autocast(dtype, x, weight, bias, a_stack, b_stack, residual, side, p, seed, backend)
     seed = seed if p > 0 else None
     served: ModuleType | None = None
-    exported = _is_exporting() or torch._C._is_tracing()
+    exported = _is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
     if exported:  # in operations that every PyTorch and ONNX knows, for a graph that runs without this package
         check(x, weight, bias, a_stack, b_stack, residual, p, seed)
         served = library
