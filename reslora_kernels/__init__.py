@@ -13,6 +13,7 @@ from .layers.linear import ResLoRALinear
 from .layers.link import link
 from .merge.merging import merge_reslora, unmerge_reslora
 from .merge.statistics import collect_statistics
+from .merge.unloading import merge_and_unload, unload
 from .training.adalora import RankAllocator
 from .training.fsdp2 import shard_reslora
 from .training.loraplus import loraplus_groups
@@ -36,10 +37,12 @@ __all__ = [
     "load_adapter",
     "load_peft_adapter",
     "loraplus_groups",
+    "merge_and_unload",
     "merge_reslora",
     "restart_reslora",
     "save_adapter",
     "set_adapter",
     "shard_reslora",
+    "unload",
     "unmerge_reslora",
 ]

@@ -47,6 +47,20 @@ def refuse_flat(model: nn.Module) -> None:
         raise ValueError("FullyShardedDataParallel (FSDP1) is not supported: use shard_reslora(model, blocks)")
 
 
+def refuse_partitioned(model: nn.Module) -> None:
+    """ValueError for a model whose parameters DeepSpeed's ZeRO-3 has spread over processes: each holds a part, or none.
+
+    They have their whole shape (``ds_shape``) and no values but while they are gathered.
+    """
+    for name, parameter in model.named_parameters():
+        whole = getattr(parameter, "ds_shape", None)
+        if whole is not None and tuple(parameter.shape) != tuple(whole):
+            raise ValueError(
+                f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3: gather it first "
+                "(deepspeed.zero.GatheredParameters, in all processes), or train with ZeRO-2 or shard_reslora"
+            )
+
+
 def reshard(model: nn.Module) -> None:
     """Make FSDP2's sharded parameters the registered ones. Gathered ones are copies, in the policy's dtype."""
     if not initialised():

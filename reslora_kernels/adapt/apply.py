@@ -16,12 +16,13 @@ from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
 from ..quantizers import quantizer_of
+from .base_checkpoint import undefined
 from .given_chains import Chains, plan_chains
 from .linking import build_chains, confirm_order
-from .record import Record, checked_name
-from .state_dicts import _RefusePartial
+from .record import Record, checked_name, without_compiled
+from .state_dicts import guard
 from .structure import ChainPlan
-from .targets import find_targets, matches
+from .targets import find_targets, matches, with_heads_saved
 
 
 def apply_reslora(
@@ -42,6 +43,9 @@ def apply_reslora(
     A run confirms the order, with ``example_inputs``, or with small inputs derived from the config of a Transformers
     model or a diffusers UNet; where layers execute in another order a warning says so. It also finds the layers that
     read one tensor, for ``stack_projections``. Without inputs there is no such run.
+
+    The head of a Transformers model for a task (``...ForSequenceClassification``: what it has beside its base model)
+    is trained whole, unless ``target_modules`` names it: it joins ``modules_to_save``, as with PEFT's task types.
 
     Args:
         model: any module; it is changed and returned.
@@ -69,6 +73,7 @@ def apply_reslora(
     refuse_sharded(model, "adapted", "call apply_reslora first, then shard_reslora")
     checked_name(adapter_name)
     select.check(config.backend)
+    config = with_heads_saved(config, model)
     targets = find_targets(model, config)
     record = Record(config, targets.unmatched, adapter_name, given=chains is not None)
     plans = plan_chains(model, targets.matched, config, chains)
@@ -94,12 +99,10 @@ def adapt(
         name: _plain(config.for_module(name)) if name in experts else config.for_module(name) for name in targets
     }
     _swap(model, targets, config, configs, autocast_adapter_dtype, init_values)
-    first = "_reslora" not in model.__dict__
+    record.layer_names = [without_compiled(name) for name in targets]
+    record.kept |= undefined(model)
     model.__dict__["_reslora"] = record
-    if first:
-        complete = _RefusePartial()
-        model.register_load_state_dict_pre_hook(complete.before)  # type: ignore[no-untyped-call]
-        model.register_load_state_dict_post_hook(complete.after)  # type: ignore[no-untyped-call]
+    guard(model)
     build_chains(model, plans)
 
 

@@ -30,6 +30,8 @@ class Record:
     chains: list[Chain[ResLoRALinear]] = field(default_factory=list)
     same_input: list[list[str]] = field(default_factory=list)  # names of layers that read one tensor
     groups: list[SharedInput] = field(default_factory=list)  # the same, as layers, where they share their projection
+    layer_names: list[str] = field(default_factory=list)  # of the adapted layers, as they were found
+    kept: set[str] = field(default_factory=set)  # other parameters that are saved though frozen: the base lacks them
     restarts: int = 0  # how often restart_reslora has changed the weights for good
     merged: Any = None  # what merge_reslora did, while it is in force
     hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes
@@ -70,6 +72,18 @@ def adapted_layers(model: nn.Module) -> dict[str, ResLoRALinear]:
 def without_compiled(name: str) -> str:
     """The name of a module or parameter without the prefixes that torch.compile adds."""
     return name.replace("_orig_mod.", "")
+
+
+def complete_layers(model: nn.Module) -> dict[str, ResLoRALinear]:
+    """``adapted_layers``; ValueError, which names it, if one is no longer in the model."""
+    layers = adapted_layers(model)
+    gone = sorted(set(record_of(model).layer_names) - layers.keys())
+    if gone:
+        raise ValueError(
+            f"layer {gone[0]!r} was adapted and is gone: another was put in its place (resize_token_embeddings does "
+            "that). Change the model first, then adapt it"
+        )
+    return layers
 
 
 def root_of(model: nn.Module) -> nn.Module:

@@ -1,7 +1,8 @@
-"""Loading into an adapted model: adapters for some of its layers only are no base checkpoint."""
+"""Loading into an adapted model: a state dict without its adapters, or with some of them, is not taken silently."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,26 @@ from torch import nn
 
 from ..layers.linear import ResLoRALinear
 
+_HANDLES = "_reslora_state_dict_hooks"
 
-class _RefusePartial:
+
+def guard(root: nn.Module) -> None:
+    """Let an adapted root watch ``load_state_dict``; once, however many adapters it gets."""
+    if _HANDLES not in root.__dict__:
+        watch = _Watch()
+        root.__dict__[_HANDLES] = [
+            root.register_load_state_dict_pre_hook(watch.before),  # type: ignore[no-untyped-call]
+            root.register_load_state_dict_post_hook(watch.after),  # type: ignore[no-untyped-call]
+        ]
+
+
+def release(root: nn.Module) -> None:
+    """The inverse of ``guard``."""
+    for handle in root.__dict__.pop(_HANDLES, ()):
+        handle.remove()
+
+
+class _Watch:
     """Hooks of an adapted root around load_state_dict: adapters for some layers only are no base checkpoint.
 
     A layer by itself takes a checkpoint without its adapters for one of the base model; only the root sees all keys.
@@ -20,13 +39,16 @@ class _RefusePartial:
         self.absent: list[str] = []
 
     def before(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        adapters = [
-            [f"{prefix}{name}.{own}" for own in child.adapter_parameters()]
-            for name, child in module.named_modules()
-            if isinstance(child, ResLoRALinear)
-        ]
+        layers = {name: child for name, child in module.named_modules() if isinstance(child, ResLoRALinear)}
+        adapters = [[f"{prefix}{name}.{own}" for own in layer.adapter_parameters()] for name, layer in layers.items()]
         known = any(key in state for keys in adapters for key in keys)
         self.absent = [key for keys in adapters if not state.keys() & set(keys) for key in keys] if known else []
+        if not known and not all(layer.merged for layer in layers.values()):
+            warnings.warn(
+                "the state dict holds no adapters, as that of a base model: the model's own stay as they are. To "
+                "resume training from a checkpoint, load_adapter(model, path) reads what save_adapter wrote",
+                stacklevel=2,
+            )
 
     def after(self, module: nn.Module, incompatible: Any) -> None:
         incompatible.missing_keys.extend(self.absent)

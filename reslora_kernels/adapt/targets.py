@@ -14,6 +14,7 @@ from ..config import ALL_LINEAR, ResLoRAConfig, pattern_matches
 from ..layers.linear import ResLoRALinear
 from ..layers.linear_map import why_not_linear
 from ..quantizers import quantizer_of
+from .base_checkpoint import output_head, task_heads
 from .weight_readers import read_past
 
 LORA_PARAMETERS = frozenset(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))  # as LoRA libraries name them
@@ -46,7 +47,7 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
             already.
     """
     _refuse_adapted(model)
-    head = _output_head(model)
+    head = output_head(model)
     matched: dict[str, nn.Linear] = {}
     unmatched: list[tuple[str, str]] = []
     for name, module in model.named_modules():
@@ -66,6 +67,24 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
                 raise ValueError(f"{field} key {key!r} matches no adapted layer; they are {', '.join(matched)}")
     _warn_of_unused(model, config)
     return Targets(matched, tuple(unmatched))
+
+
+def with_heads_saved(config: ResLoRAConfig, model: nn.Module) -> ResLoRAConfig:
+    """``config`` with the model's task heads in ``modules_to_save``, but for those that it adapts by name."""
+    heads = [
+        head
+        for head in task_heads(model)
+        if not any(matches(head, [ending]) for ending in config.modules_to_save or ())
+        and (
+            config.target_modules == ALL_LINEAR
+            or not any(matches(name, config.target_modules) for name in _within(model, head))
+        )
+    ]
+    return config.replace(modules_to_save=[*(config.modules_to_save or ()), *heads]) if heads else config
+
+
+def _within(model: nn.Module, name: str) -> list[str]:
+    return [".".join(filter(None, (name, inner))) for inner, _ in model.get_submodule(name).named_modules()]
 
 
 def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Module | None) -> str | None:
@@ -148,7 +167,7 @@ def _warn_of_unused(model: nn.Module, config: ResLoRAConfig) -> None:
     assert not isinstance(config.layers_to_transform, int)
     if config.layers_to_transform is not None:
         meant = dataclasses.replace(config, layers_to_transform=None)
-        head = _output_head(model)
+        head = output_head(model)
         there = {_layer_index(name) for name, m in model.named_modules() if _left_out(name, m, meant, head) is None}
         missing = [index for index in config.layers_to_transform if index not in there]
         if missing:
@@ -200,13 +219,6 @@ def endings_of(root: nn.Module, names: Sequence[str]) -> list[str] | str:
     if any(means_others(name) for name in chosen):
         return "|".join(re.escape(name) for name in sorted(names))
     return sorted(chosen)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """The language-model head as Transformers names it; None for other models."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    return head if isinstance(head, nn.Module) else None
 
 
 def _refuse_adapted(model: nn.Module) -> None:

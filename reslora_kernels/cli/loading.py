@@ -14,7 +14,6 @@ from reslora_kernels.cli.options import check_choice, torch_device
 from reslora_kernels.config import ResLoRAConfig
 from reslora_kernels.files.adapter_format import CONFIG_NAME, read_config
 from reslora_kernels.files.save_load import load_adapter
-from reslora_kernels.layers.linear import ADAPTER_PARAMETERS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 TOKENIZER_FILES = (
@@ -170,9 +169,6 @@ def tokenizer_source(adapter: str, base: str) -> tuple[str, str] | None:
 
 def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
     """A merged model as Transformers saves it, without the adapters, and its tokenizer if it has one."""
-    state = {
-        key: value for key, value in model.state_dict().items() if key.rpartition(".")[2] not in ADAPTER_PARAMETERS
-    }
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

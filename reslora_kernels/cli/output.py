@@ -1,25 +1,46 @@
-"""Folders that commands write: refused early when they cannot be, and put in place whole or not at all."""
+"""Folders that commands write: refused early when they cannot be, and put in place whole or not at all.
+
+A link means the folder that it leads to. A mount point, or a folder with no place beside it, is filled in place.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def check_writable(option: str, folder: Path) -> None:
-    """Raise an OSError unless ``folder`` is a folder, or can be made one, that this user may write to."""
+    """Raise an OSError unless ``folder`` is a folder, or can be made one, that this user may write to.
+
+    It is tried out: the folders that are missing are made, and a file in the last, and all of it is removed again.
+    """
+    where = f"{option} {str(folder)!r}"
+    try:
+        folder = folder.resolve()
+    except RuntimeError as error:  # what Python says before 3.13
+        raise OSError(f"{where} cannot be made: links lead in a circle") from error
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{option} {str(folder)!r} is a file, not a folder")
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        raise NotADirectoryError(f"{where} is a file, not a folder")
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    existing = missing[-1].parent if missing else folder
     if not existing.is_dir():
-        raise NotADirectoryError(f"{option} {str(folder)!r} cannot be made: {str(existing)!r} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"{option} {str(folder)!r} cannot be written: no permission to write in {str(existing)!r}"
-        )
+        raise NotADirectoryError(f"{where} cannot be made: {str(existing)!r} is a file")
+    made: list[Path] = []
+    try:
+        for parent in reversed(missing):
+            parent.mkdir()
+            made.append(parent)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"{where} cannot be written in {str(existing)!r}: {error.strerror}") from error
+    finally:
+        for parent in reversed(made):
+            parent.rmdir()
 
 
 def check_replaceable(folder: Path, overwrite: bool, marker: str, sources: tuple[str | Path, ...]) -> None:
@@ -35,7 +56,7 @@ def check_replaceable(folder: Path, overwrite: bool, marker: str, sources: tuple
     """
     check_writable("--out", folder)
     for source in sources:
-        inside = Path(source).resolve()
+        inside = Path(source).expanduser().resolve()
         if folder.resolve() in (inside, *inside.parents):
             raise ValueError(f"--out {str(folder)!r} would replace {str(source)!r}, which is read; give another folder")
     if not folder.exists() or not any(folder.iterdir()):
@@ -50,31 +71,87 @@ def check_replaceable(folder: Path, overwrite: bool, marker: str, sources: tuple
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder next to ``folder`` to write to, which takes its place at the end. After an error it is as before."""
-    folder = folder.absolute()
+    """A new folder to write to, which takes the place of ``folder`` at the end. After an error that is as before.
+
+    Raises:
+        OSError: what was written could not be put in place. It is kept, and the message says where.
+    """
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    staging.mkdir()
+    staging = _staging(folder)
     try:
         yield staging
-        _apply_umask(staging)
-        if folder.exists():
-            os.replace(folder, previous)
-        os.replace(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        if previous.exists() and not folder.exists():
-            os.replace(previous, folder)
         raise
-    if previous.exists():
+    try:
+        _apply_umask(staging)
+        previous = None if staging.parent == folder else _exchange(staging, folder)
+        if staging.exists():
+            _fill(staging, folder)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the result is finished and in {str(staging)!r}; it could not be put in {str(folder)!r}: {error.strerror}",
+        ) from error
+    if previous is not None:
         shutil.rmtree(previous)
 
 
+def _staging(folder: Path) -> Path:
+    """A new folder on the same disk: beside ``folder``, or in it if it is a mount point or has no place beside it."""
+    try:
+        place = folder if os.path.ismount(folder) else folder.parent
+        return Path(tempfile.mkdtemp(prefix=".reslora-", suffix=".new", dir=place))
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return Path(tempfile.mkdtemp(prefix=".reslora-", suffix=".new", dir=folder))
+
+
+def _exchange(staging: Path, folder: Path) -> Path | None:
+    """Put ``staging`` in the place of ``folder`` by renames. Returns where that is now, if there was one.
+
+    Nothing is done if the system does not let ``folder`` be renamed.
+    """
+    previous = staging.with_suffix(".old")
+    if folder.exists():
+        try:
+            os.replace(folder, previous)
+        except OSError:  # a mount below it, a lower layer of an overlay, another user's folder: it is filled in place
+            return None
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        if previous.exists():
+            os.replace(previous, folder)
+        raise
+    return previous if previous.exists() else None
+
+
+def _fill(staging: Path, folder: Path) -> None:
+    """Move what is in ``staging`` into ``folder``, and then remove what else was there and ``staging``."""
+    before = {entry.name for entry in folder.iterdir()} - {staging.name}
+    new = {entry.name for entry in staging.iterdir()}
+    for name in sorted(new):
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            shutil.rmtree(folder / name)
+        os.replace(staging / name, folder / name)
+    for name in before - new:
+        _remove(folder / name)
+    staging.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _apply_umask(folder: Path) -> None:
-    """Give files the modes of any new file: some libraries write weights that only their owner can read."""
+    """Give files and folders the modes of any new one: some libraries write weights that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,21 @@ class SavedAdapter:
     chains_from: str | None  # "structure" or "given"; None in files of versions that read them off a run
     same_input: list[list[str]]
     trained: list[str]
+    frozen: list[str]
     tensors: dict[str, Tensor]
 
     @property
+    def beside(self) -> list[str]:
+        """The parameters that are no adapters: those that trained, and those that the base checkpoint lacks."""
+        return self.trained + self.frozen
+
+    @property
     def layers(self) -> set[str]:
-        return {key.rpartition(".")[0] for key in self.tensors.keys() - set(self.trained)}
+        return {key.rpartition(".")[0] for key in self.tensors.keys() - set(self.beside)}
 
     def unwrapped(self) -> SavedAdapter:
         """Without the prefix that DDP puts before every name."""
-        plain = {name: name.removeprefix("module.") for name in (*self.tensors, *self.trained, *self.layers)}
+        plain = {name: name.removeprefix("module.") for name in (*self.tensors, *self.beside, *self.layers)}
         return SavedAdapter(
             self.config,
             self.chains
@@ -56,15 +62,27 @@ class SavedAdapter:
             self.chains_from,
             [[name.removeprefix("module.") for name in names] for names in self.same_input],
             [plain[name] for name in self.trained],
+            [plain[name] for name in self.frozen],
             _renamed({plain[key]: tensor for key, tensor in self.tensors.items()}, len(self.tensors)),
         )
 
 
-def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files; ``config`` lacks only what describes the files. A crash leaves the old pair or the new one."""
+def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The content of a safetensors file. Tensors that share memory are written one by one."""
     from safetensors.torch import save
 
-    weights = save(dict(tensors), metadata={"format": "pt"})
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return save(apart, metadata={"format": "pt", **(metadata or {})})
+
+
+def encoded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
+    """The contents of the config and of the weights; ``config`` lacks only what describes the files."""
+    weights = serialized(tensors)
     about = {
         "format": "reslora",
         "format_version": _FORMAT_VERSION,
@@ -72,11 +90,16 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         **config,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
+    return (json.dumps(about, indent=2) + "\n").encode(), weights
+
+
+def write(folder: Path, config: bytes, weights: bytes) -> None:
+    """Write both files, which belong together. A crash leaves the old pair or the new one."""
     folder.mkdir(parents=True, exist_ok=True)
     _finish_killed_save(folder)
     write_durably(folder / _PENDING_NAME, weights)
     temporary = folder / f".{CONFIG_NAME}.tmp"
-    write_durably(temporary, (json.dumps(about, indent=2) + "\n").encode())
+    write_durably(temporary, config)
     sync_folder(folder)
     os.replace(temporary, folder / CONFIG_NAME)  # the commit
     os.replace(folder / _PENDING_NAME, folder / WEIGHTS_NAME)
@@ -123,41 +146,46 @@ def checked_folder(path: str | os.PathLike[str]) -> Path:
 
 def read_config(path: str | os.PathLike[str]) -> ResLoRAConfig:
     """The configuration of a saved adapter; errors as for ``load_adapter``. Reads no weights."""
-    return _read_config(_config_file(checked_folder(path)))[0]
+    return _parsed_config(_config_file(checked_folder(path)).read_bytes())[0].config
 
 
 def read(folder: Path) -> SavedAdapter:
-    config, chains, chains_from, same_input, trained, sha256 = _read_config(_config_file(folder))
-    tensors = parsed_tensors(_find_weights(folder, sha256), WEIGHTS_NAME)
+    config = _config_file(folder).read_bytes()
+    return parsed(config, _find_weights(folder, _parsed_config(config)[1]))
+
+
+def parsed(config: bytes, weights: bytes) -> SavedAdapter:
+    """The adapter of two files' contents; ValueError if they are no sound adapter."""
+    about, _ = _parsed_config(config)
+    tensors = parsed_tensors(weights, WEIGHTS_NAME)
     tensors = _renamed({without_compiled(key): tensor for key, tensor in tensors.items()}, len(tensors))
     for key in tensors:
-        if key not in trained and key.rpartition(".")[2] not in ADAPTER_PARAMETERS:
+        if key not in about.beside and key.rpartition(".")[2] not in ADAPTER_PARAMETERS:
             allowed = ", ".join(f".{name}" for name in ADAPTER_PARAMETERS)
             raise ValueError(f"{WEIGHTS_NAME}: unexpected tensor {key!r}; adapters end in {allowed}")
-    return SavedAdapter(config, chains, chains_from, same_input, trained, tensors)
+    return replace(about, tensors=tensors)
 
 
 def _config_file(folder: Path) -> Path:
-    if not (folder / CONFIG_NAME).exists():
+    if not os.path.lexists(folder / CONFIG_NAME):
         raise FileNotFoundError(f"path {str(folder)!r} holds no {CONFIG_NAME}: it is not a ResLoRA adapter")
     return regular(folder / CONFIG_NAME)
 
 
-def _read_config(
-    path: Path,
-) -> tuple[ResLoRAConfig, list[ChainPlan] | None, str | None, list[list[str]], list[str], str]:
-    where = path.name
-    values = parsed_json(path.read_bytes(), f"{where} is not valid JSON")
+def _parsed_config(content: bytes) -> tuple[SavedAdapter, str]:
+    """What the config says of the adapter, without its tensors, and the SHA-256 of the file that holds those."""
+    where = CONFIG_NAME
+    values = parsed_json(content, f"{where} is not valid JSON")
     if not isinstance(values, dict) or values.get("format") != "reslora":
         raise ValueError(f"{where} is not the config of a ResLoRA adapter (its \"format\" must be 'reslora')")
     if values.get("format_version") != _FORMAT_VERSION:
         raise ValueError(f"{where}: format_version must be {_FORMAT_VERSION}, got {values.get('format_version')!r}")
     expected = {
         "format", "format_version", "reslora_version", "config", "chains", "chains_from", "same_input",
-        "trained_parameters", "base_model_name_or_path", "weights_sha256",
+        "trained_parameters", "frozen_parameters", "base_model_name_or_path", "weights_sha256",
     }  # fmt: skip
-    values.setdefault("same_input", [])  # files of earlier versions lack these
-    values.setdefault("chains_from", None)
+    for later, empty in (("same_input", []), ("chains_from", None), ("frozen_parameters", [])):
+        values.setdefault(later, empty)  # files of earlier versions lack these
     if values.keys() != expected:
         raise ValueError(f"{where} must have exactly the keys {sorted(expected)}, got {sorted(values)}")
     if not isinstance(values["config"], dict):
@@ -166,9 +194,13 @@ def _read_config(
         config = ResLoRAConfig.from_dict(values["config"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
-    trained, chains = values["trained_parameters"], values["chains"]
-    if not _is_names(trained):
-        raise ValueError(f"{where}: trained_parameters must be a list of names, got {trained!r}")
+    for key in ("trained_parameters", "frozen_parameters"):
+        if not _is_names(values[key]):
+            raise ValueError(f"{where}: {key} must be a list of names, got {values[key]!r}")
+    trained, frozen = (
+        [without_compiled(name) for name in values[f"{kind}_parameters"]] for kind in ("trained", "frozen")
+    )
+    chains = values["chains"]
     if values["chains_from"] not in (None, "structure", "given"):
         raise ValueError(f"{where}: chains_from must be 'structure' or 'given', got {values['chains_from']!r}")
     if chains is not None:
@@ -186,14 +218,14 @@ def _read_config(
     same_input = [[without_compiled(name) for name in names] for names in same_input]
     if not isinstance(values["weights_sha256"], str):
         raise ValueError(f"{where}: weights_sha256 must be a hexadecimal str, got {values['weights_sha256']!r}")
-    trained = [without_compiled(name) for name in trained]
-    return config, chains, values["chains_from"], same_input, trained, values["weights_sha256"]
+    about = SavedAdapter(config, chains, values["chains_from"], same_input, trained, frozen, {})
+    return about, values["weights_sha256"]
 
 
 def _find_weights(folder: Path, sha256: str) -> bytes:
     """The weights that the config belongs to: under their final name, or where a killed save left them."""
     for name in (WEIGHTS_NAME, _PENDING_NAME):
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             content = regular(folder / name).read_bytes()
             if hashlib.sha256(content).hexdigest() == sha256:
                 return content
@@ -203,8 +235,9 @@ def _find_weights(folder: Path, sha256: str) -> bytes:
 
 
 def regular(path: Path) -> Path:
-    if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path.name} must be a regular file, not a link or a device")
+    """``path`` if it is a file, or a link to one as in the Hub's cache; ValueError for a device, a pipe or a folder."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} must be a regular file or a link to one, not a folder, a pipe or a device")
     return path
 
 

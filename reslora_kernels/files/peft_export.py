@@ -7,22 +7,27 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..adapt.record import adapted_layers, record_of, refuse_restarted, root_of
+from ..adapt.record import complete_layers, record_of, refuse_restarted, root_of
 from ..adapt.targets import endings_of
 from ..checks import check_bool
 from ..config import MergeMethod
-from ..dtensors import gathered, mesh_of, one_writer, reshard
-from ..layers.linear import ADAPTER_PARAMETERS
+from ..dtensors import gathered, mesh_of, one_writer, refuse_partitioned, reshard
+from ..layers.linear import ResLoRALinear
 from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
 from ..merge.statistics import Statistics
-from .adapter_format import checked_folder, sync_folder, write_durably
+from . import diffusers_layout
+from .adapter_format import checked_folder, serialized, sync_folder, write_durably
+from .beside import Beside, beside
+from .model_card import CARD_NAME, Card, may_write_card, merges_of
 from .peft_compatibility import refuse_rewritten, refuse_twice_registered, task_of
+
+Layout = Literal["peft", "diffusers"]
 
 PREFIX = "base_model.model."
 
@@ -45,7 +50,7 @@ class ExportReport:
         error = "" if self.relative_error is None else f", largest relative error of a layer {self.relative_error:.2e}"
         never = f"\nnever ran, so exported as plain LoRA: {', '.join(self.never_ran)}" if self.never_ran else ""
         return (
-            f"PEFT LoRA adapter for {len(self.ranks)} modules in {self.path}{error}\n"
+            f"LoRA adapter for {len(self.ranks)} modules in {self.path}{error}\n"
             f"max_lora_rank a server needs: {self.max_lora_rank}{never}"
         )
 
@@ -62,30 +67,42 @@ def export_peft(
     extra_rank: int = 0,
     regularization: float = 1e-6,
     pattern: bool = False,
+    layout: Layout = "peft",
+    component: str | None = None,
 ) -> ExportReport:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``: A and B per module, the scaling folded into B.
 
     Every module gets the same rank, padded with zeros, and ``lora_alpha = r``: some servers mis-scale per-module
     patterns. A model that is merged exports that merge; else the arguments say how, as for ``merge_reslora``, and the
-    model is left unmerged. Trained biases travel as PEFT's ``bias="all"``, other modules as ``modules_to_save``. With a
-    model that was merged and then sharded by ``fully_shard`` all processes call this; the first writes.
+    model is left unmerged. Trained biases travel as PEFT's ``bias="all"``, other modules as ``modules_to_save``, and
+    what is frozen but not in the base checkpoint (see ``save_adapter``) under its own name, as PEFT saves resized
+    embeddings. ``README.md`` is a model card, so the folder can be uploaded to the Hub as it is; one that no export
+    wrote is left alone. With a model that was merged and then sharded by ``fully_shard`` all processes call this; the
+    first writes.
 
     Args:
         path: folder; made if need be.
         pattern: give every module its exact rank through ``rank_pattern`` and ``alpha_pattern`` instead.
+        layout: "peft", or "diffusers": ``pytorch_lora_weights.safetensors``, which ``pipe.load_lora_weights`` takes. It
+            holds LoRA matrices only, of one rank. Exports of the pipeline's parts to one folder share the file.
+        component: what the pipeline calls the model ("unet", "text_encoder_2"), for layout "diffusers"; None asks its
+            class.
 
     Returns:
         the ranks, and the ``max_lora_rank`` that a server needs.
 
     Raises:
         TypeError, ValueError: as ``merge_reslora``; or merge arguments for a model that is merged already; or a trained
-            parameter that a PEFT adapter cannot hold; or a layer that PEFT would not put back where it was, being
-            registered twice or named like a part of fused experts. Nothing is written then.
+            parameter that the layout cannot hold; or a layer that PEFT would not put back where it was, being
+            registered twice or named like a part of fused experts; or the model has lost an adapted layer or is
+            partitioned by ZeRO-3. Nothing is written then.
     """
-    layers = adapted_layers(model)
+    layers = complete_layers(model)
     refuse_restarted(model)
+    refuse_partitioned(model)
     folder = checked_folder(path)
     check_bool("pattern", pattern)
+    part = _part(root_of(model), layout, component, pattern)
     refuse_twice_registered(root_of(model), layers)
     merged = record_of(model).merged
     if merged is not None:
@@ -103,46 +120,73 @@ def export_peft(
         )  # fmt: skip
     ranks = {name: update.rank for name, update in updates.items()}
     rank = max(ranks.values())
+    reshard(model)
+    others = beside(model)
+    if part is not None:
+        diffusers_layout.refuse_beside(others)
     tensors: dict[str, Tensor] = {}
     for name, update in updates.items():
         dtype = layers[name].lora_A.dtype
         padding = 0 if pattern else rank - update.rank
         a = nn.functional.pad(update.a, (0, 0, 0, padding))
         b = nn.functional.pad(update.b * update.scaling, (0, padding))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
+        tensors[f"{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
+        tensors[f"{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
         if layers[name].lora_magnitude_vector is not None:  # PEFT divides by its own norm of W + ΔW
             layer = layers[name]
             weight = layer.with_update(update.delta()) if merged is None else layer.dense_weight(torch.float32)
             lengths = torch.linalg.vector_norm(weight, dim=1)
-            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = lengths.to("cpu", dtype)
-        if not (torch.isfinite(tensors[f"{PREFIX}{name}.lora_A.weight"]).all() and torch.isfinite(b).all()):
+            tensors[f"{name}.lora_magnitude_vector"] = lengths.to("cpu", dtype)
+        if not (torch.isfinite(tensors[f"{name}.lora_A.weight"]).all() and torch.isfinite(b).all()):
             raise ValueError(f"layer {name!r}: the update holds NaN or Inf; nothing was written")
-    reshard(model)
-    biases, modules, others = _other_trained(root_of(model), layers)
-    extra, _ = gathered(others)
+    biases, modules = _trained_whole(root_of(model), layers, others)
+    extra, _ = gathered(_under_pefts_names(others, layers, modules))
+    for name, tensor in extra.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"parameter {name!r} holds NaN or Inf; nothing was written")
     config = _peft_config(root_of(model), list(layers), rank, biases, modules)
     config["use_dora"] = record_of(model).config.use_dora
-    refuse_rewritten(root_of(model), config, tensors)
+    if part is None:
+        refuse_rewritten(root_of(model), config, {PREFIX + name: tensor for name, tensor in tensors.items()})
     if pattern:
         config["rank_pattern"] = {name: r for name, r in ranks.items() if r != rank}
         config["alpha_pattern"] = dict(config["rank_pattern"])
     with one_writer(mesh_of(model)) as writes:
         if writes:
-            _write(folder, tensors | extra, config)
+            if part is None:
+                weights = {f"{PREFIX}{name}": tensor for name, tensor in (tensors | extra).items()}
+                files = {
+                    "adapter_model.safetensors": serialized(weights),
+                    "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+                }
+            else:
+                files = {diffusers_layout.LORA_NAME: diffusers_layout.content(folder, part, tensors)}
+            if may_write_card(folder):
+                base, others_said = config["base_model_name_or_path"], {} if part is None else merges_of(folder)
+                card = Card(base, record_of(model).config, updates, rank, folder.name, part, others_said)
+                files[CARD_NAME] = str(card).encode()
+            _write(folder, files)
     errors = [update.relative_error for update in updates.values() if update.relative_error is not None]
     never_ran = tuple(name for name, update in updates.items() if update.method == NEVER_RAN)
     return ExportReport(folder, ranks, rank, max(errors, default=None), never_ran)
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    from safetensors.torch import save
+def _part(root: nn.Module, layout: str, component: str | None, pattern: bool) -> str | None:
+    """What the pipeline calls the model; None for PEFT's layout."""
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout must be 'peft' or 'diffusers', got {layout!r}")
+    if layout == "diffusers":
+        if pattern:
+            raise ValueError("layout='diffusers' has no place for patterns: pattern must be False, got True")
+        return diffusers_layout.component_of(root, component)
+    if component is not None:
+        raise ValueError(f"component is for layout='diffusers', got {component!r} with layout='peft'")
+    return None
 
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for file, content in (
-        ("adapter_model.safetensors", save(tensors, metadata={"format": "pt"})),
-        ("adapter_config.json", (json.dumps(config, indent=2) + "\n").encode()),
-    ):
+    for file, content in files.items():
         write_durably(folder / f".{file}.tmp", content)
         os.replace(folder / f".{file}.tmp", folder / file)
     sync_folder(folder)
@@ -167,26 +211,29 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
     }
 
 
-def _other_trained(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[bool, list[str], dict[str, Tensor]]:
-    """Trained parameters beside the adapters: (any biases, modules saved whole, their tensors under PEFT's keys)."""
-    trained = {
-        name: parameter
-        for name, parameter in root.named_parameters()
-        if parameter.requires_grad and name.rpartition(".")[2] not in ADAPTER_PARAMETERS
-    }
-    modules = sorted({name.rpartition(".")[0] for name in trained if not name.endswith("bias")})
-    tensors: dict[str, Tensor] = {}
+def _trained_whole(root: nn.Module, layers: Mapping[str, ResLoRALinear], others: Beside) -> tuple[bool, list[str]]:
+    """Whether biases were trained by themselves, and the modules that were trained whole."""
+    modules = sorted({name.rpartition(".")[0] for name in others.trained if not name.endswith("bias")})
     for module in modules:
         frozen = [
             name for name, parameter in root.get_submodule(module).named_parameters() if not parameter.requires_grad
         ]
         if frozen or module in layers:
             raise ValueError(f"a PEFT adapter saves whole modules, but of trained {module!r} {frozen[:3]} is frozen")
-    biases = False
-    for name, parameter in trained.items():
+    return any(not _is_in(name, modules) for name in others.trained), modules
+
+
+def _is_in(name: str, modules: list[str]) -> bool:
+    owner = name.rpartition(".")[0]
+    return any(owner == module or owner.startswith(module + ".") for module in modules)
+
+
+def _under_pefts_names(
+    others: Beside, layers: Mapping[str, ResLoRALinear], modules: list[str]
+) -> dict[str, nn.Parameter]:
+    """The parameters beside the adapters; PEFT holds those of an adapted layer in its ``base_layer``."""
+    named: dict[str, nn.Parameter] = {}
+    for name, parameter in (others.trained | others.frozen).items():
         owner, _, leaf = name.rpartition(".")
-        key = name
-        if not any(owner == module or owner.startswith(module + ".") for module in modules):
-            biases, key = True, f"{owner}.base_layer.{leaf}" if owner in layers else name
-        tensors[PREFIX + key] = parameter
-    return biases, modules, tensors
+        named[f"{owner}.base_layer.{leaf}" if owner in layers and not _is_in(name, modules) else name] = parameter
+    return named

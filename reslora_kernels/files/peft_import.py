@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.apply import apply_reslora
-from ..adapt.record import adapted_layers
+from ..adapt.base_checkpoint import named_parameters
+from ..adapt.record import adapted_layers, record_of
 from ..adapt.targets import endings_of
 from ..config import ResLoRAConfig, Shortcut, pattern_matches
 from .adapter_format import checked_folder, parsed_json, parsed_tensors, regular
+from .beside import check_shared
 from .peft_export import PREFIX
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -56,8 +58,10 @@ def load_peft_adapter(
     matrices, others = _read_weights(folder)
     config = _config_of(about, model, matrices, shortcut, pre_num)
     _check_fit(config, model, matrices, others)
+    parameters = named_parameters(model)
     apply_reslora(model, config, example_inputs=example_inputs, autocast_adapter_dtype=autocast_adapter_dtype)
-    layers, parameters = adapted_layers(model), dict(model.named_parameters())
+    layers = adapted_layers(model)
+    record_of(model).kept |= others.keys()
     with torch.no_grad():
         for (name, kind), tensor in matrices.items():
             getattr(layers[name], kind).copy_(tensor)
@@ -67,7 +71,7 @@ def load_peft_adapter(
 
 
 def _content(folder: Path, name: str) -> bytes:
-    if not (folder / name).exists():
+    if not os.path.lexists(folder / name):
         raise FileNotFoundError(f"path {str(folder)!r} holds no {name}: it is not a PEFT adapter in safetensors format")
     return regular(folder / name).read_bytes()
 
@@ -141,7 +145,7 @@ def _check_fit(
             shapes |= {f"{name}.lora_A": [r, module.in_features], f"{name}.lora_B": [module.out_features, r]}
             if config.use_dora:
                 shapes[f"{name}.lora_magnitude_vector"] = [module.out_features]
-    parameters = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    parameters = {name: list(parameter.shape) for name, parameter in named_parameters(model).items()}
     for name, tensor in others.items():
         found[name] = list(tensor.shape)
         shapes[name] = parameters.get(name, [])
@@ -151,3 +155,4 @@ def _check_fit(
             f"the adapter does not fit the model: {wrong[0]!r} must be {shapes[wrong[0]] or 'a parameter of it'}, got "
             f"{found.get(wrong[0], 'no such tensor')}"
         )
+    check_shared(model, others.keys(), others)

@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: trained adapters of a model, to and from the files of ``adapter_files``."""
+"""save_adapter and load_adapter: trained adapters of a model, to and from the files of ``adapter_format``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.apply import adapt
+from ..adapt.base_checkpoint import named_parameters
 from ..adapt.linking import confirm_order
-from ..adapt.record import Record, adapted_layers, checked_name, record_of, refuse_restarted, root_of, without_compiled
+from ..adapt.record import Record, adapted_layers, checked_name, complete_layers, record_of, refuse_restarted, root_of
 from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
 from ..checks import check_module
-from ..dtensors import fill, gathered, is_sharded, one_writer, refuse_flat, reshard
+from ..dtensors import fill, gathered, is_sharded, one_writer, refuse_flat, refuse_partitioned, reshard
 from ..layers.linear import ResLoRALinear
-from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, read, write
+from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, encoded, parsed, read, write
+from .beside import Beside, beside, check_shared
 from .saved_chains import settled_chains
 
 _MUST_AGREE = (
@@ -27,36 +29,47 @@ _MUST_AGREE = (
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Save the adapters, and every other trained parameter of the model, to the folder ``path``.
+    """Save the adapters, and what else a base model loaded anew would lack, to the folder ``path``.
 
-    The folder is made if need be; other files in it are left alone. A crash at any moment leaves the previous adapter
-    or the new one, whole. File modes follow the umask. With a model sharded over processes all of them call this: the
-    adapters are gathered, the first process writes them under their usual names, and all return when it has.
+    That is every other trained parameter, and frozen ones which the base checkpoint does not define: task heads,
+    resized embeddings, and what an earlier adapter's file had given values to.
+
+    Everything that ``load_adapter`` refuses is refused here, before anything is replaced. The folder is made if need
+    be; other files in it are left alone. A crash at any moment leaves the previous adapter or the new one, whole. File
+    modes follow the umask. With a model sharded over processes all of them call this: the adapters are gathered, the
+    first process writes them under their usual names, and all return when it has.
 
     Returns:
         the folder.
 
     Raises:
-        TypeError, ValueError: ``model`` is not adapted, was restarted, or its parameters are on the meta device.
+        TypeError, ValueError: ``model`` is not adapted, was restarted or has lost an adapted layer; its parameters are
+            on the meta device, partitioned by ZeRO-3, or hold NaN or Inf. The folder is as it was then.
         NotADirectoryError: ``path`` is a file.
         RuntimeError: the process that writes failed.
     """
-    layers = adapted_layers(model)
+    layers = complete_layers(model)
     refuse_restarted(model)
     refuse_flat(model)
+    refuse_partitioned(model)
     reshard(model)
-    others = _other_trained(model)
-    tensors = _own_parameters(layers) | others
+    others = beside(model)
+    tensors = _own_parameters(layers) | others.trained | others.frozen
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError("model has parameters on the meta device: there are no values to save")
     whole, mesh = gathered(tensors)
     with one_writer(mesh) as writes:
         if writes:
-            write(checked_folder(path), _described(model, sorted(others)), whole)
+            files = encoded(_described(model, others), whole)
+            try:
+                _check_fit(parsed(*files), root_of(model), layers)
+            except ValueError as error:
+                raise ValueError(f"nothing was saved: load_adapter would refuse it: {error}") from None
+            write(checked_folder(path), *files)
     return Path(path)
 
 
-def _described(model: nn.Module, others: list[str]) -> dict[str, Any]:
+def _described(model: nn.Module, others: Beside) -> dict[str, Any]:
     """What the config file says of the adapters."""
     record = record_of(model)
     names = {id(layer): name for name, layer in adapted_layers(model).items()}
@@ -69,7 +82,8 @@ def _described(model: nn.Module, others: list[str]) -> dict[str, Any]:
         ],
         "chains_from": "given" if record.given else "structure",
         "same_input": record.same_input,
-        "trained_parameters": others,
+        "trained_parameters": sorted(others.trained),
+        "frozen_parameters": sorted(others.frozen),
         "base_model_name_or_path": getattr(getattr(root_of(model), "config", None), "_name_or_path", None) or None,
     }
 
@@ -97,13 +111,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
     saved = read(checked_folder(path))
     adapted = any(isinstance(module, ResLoRALinear) for module in model.modules())
     refuse_flat(model)
+    refuse_partitioned(model)
     if not adapted and is_sharded(model):
         raise ValueError("model is sharded over processes: load the adapter first, then call shard_reslora")
     if adapted and adapter_name not in (None, record_of(model).name):
         assert adapter_name is not None
-        if saved.trained:
+        if saved.beside:
             raise ValueError(
-                f"adapter {adapter_name!r} comes with parameters of the base model ({saved.trained[0]!r}), which the "
+                f"adapter {adapter_name!r} comes with parameters of the base model ({saved.beside[0]!r}), which the "
                 "model's other adapters share; load it into a model of its own"
             )
         with in_place_of_the_active_one(model, adapter_name):
@@ -130,7 +145,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
             record.order, record.same_input = "adapter file", saved.same_input
         adapt(model, layers, record, plans, autocast_adapter_dtype=True, init_values=False)
     reshard(model)
-    parameters = _parameters(model)
+    parameters = named_parameters(root_of(model))
+    record_of(model).kept |= set(saved.beside)
     with torch.no_grad():
         for key, tensor in saved.tensors.items():
             fill(parameters[key], tensor)
@@ -143,17 +159,6 @@ def _own_parameters(layers: Mapping[str, ResLoRALinear]) -> dict[str, Tensor]:
     return {
         f"{name}.{own}": value for name, layer in layers.items() for own, value in layer.adapter_parameters().items()
     }
-
-
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter of the adapted root, by plain name."""
-    return {without_compiled(name): parameter for name, parameter in root_of(model).named_parameters()}
-
-
-def _other_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters that are not adapters: biases, a head that the user unfroze."""
-    own = {id(parameter) for parameter in _own_parameters(adapted_layers(model)).values()}
-    return {name: p for name, p in _parameters(model).items() if p.requires_grad and id(p) not in own}
 
 
 def _check_agreement(record: Record, saved: SavedAdapter, names: Mapping[int, str]) -> None:
@@ -188,8 +193,8 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Lin
             if saved.config.use_dora:
                 shapes[f"{name}.lora_magnitude_vector"] = (layer.out_features,)
             shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = (r, layer.in_features), (layer.out_features, r)
-    parameters = {without_compiled(name): parameter for name, parameter in root.named_parameters()}
-    for name in saved.trained:
+    parameters = named_parameters(root)
+    for name in saved.beside:
         if name not in parameters or name in shapes:
             raise ValueError(f"the adapter does not fit the model: there is no parameter {name!r}")
         shapes[name] = tuple(parameters[name].shape)
@@ -199,6 +204,7 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Lin
     for key, tensor in saved.tensors.items():
         if tuple(tensor.shape) != shapes[key]:
             raise ValueError(f"{WEIGHTS_NAME}: tensor {key!r} must be {list(shapes[key])}, got {list(tensor.shape)}")
+    check_shared(root, saved.beside, saved.tensors)
     if saved.chains is not None:
         linked = [name for plan in saved.chains for name in plan.names]
         if sorted(linked) != sorted(layers):

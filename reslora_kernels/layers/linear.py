@@ -327,6 +327,13 @@ class ResLoRALinear(nn.Linear):
         """Without the neighbours, whose chain introduces them again: a copy would recurse from layer to layer."""
         return {name: value for name, value in self.__dict__.items() if name != "neighbours"}
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Merged, the layer is a plain one to whoever saves it: a server would not know the adapter's names."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            for name in self.adapter_parameters():
+                del destination[prefix + name]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint without this layer's adapter is a base checkpoint: it leaves the adapter as it is."""
         missing_keys: list[str] = args[2]

@@ -66,6 +66,14 @@ class QuantizedResLoRALinear(ResLoRALinear):
     def take_place_of(self, linear: nn.Linear) -> None:
         self.share_base(linear)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Merged, with the names of the plain layer that it is."""
+        state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
+        inner = f"{prefix}base_layer."
+        for key in [key for key in state if key.startswith(inner)] if self.merged else ():
+            state[prefix + key.removeprefix(inner)] = state.pop(key)
+        return state
+
     def original(self) -> nn.Linear:
         return self.base_layer
 

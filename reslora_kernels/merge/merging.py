@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapt.coverage import table
 from ..adapt.execution import call_with, undisturbed
-from ..adapt.record import adapted_layers, record_of, root_of
+from ..adapt.record import adapted_layers, complete_layers, record_of, root_of
 from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
 from ..dtensors import refuse_sharded
@@ -175,7 +175,7 @@ def compute_updates(
     regularization: float = 1e-6,
 ) -> dict[str, LowRankUpdate]:
     """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``."""
-    layers = adapted_layers(model)
+    layers = complete_layers(model)
     refuse_sharded(model, "merged or exported", "save_adapter(model, path), then load and merge it in one process")
     record = record_of(model)
     config = record.config

@@ -82,7 +82,6 @@ def check_folder(out: Path) -> None:
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise ValueError(f"--out must not be the folder you are in, or one above it, got {str(out)!r}")
     check_writable("--out", out)
-    check_writable("--out", out.absolute().parent)  # a finished folder is put in place there
     found = {entry.name for entry in out.iterdir()} if out.exists() else set()
     if found and not is_report(out / REPORT_NAME):
         raise FileExistsError(f"--out {str(out)!r} is not empty and not an earlier demo's folder; give another one")

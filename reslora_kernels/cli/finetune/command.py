@@ -194,7 +194,11 @@ def finetune(
         run.write_record(output_dir, record)
     run.wait_for_all()
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except ValueError:  # a checkpoint that could not be loaded is not saved
+        results.refuse_diverged(network)
+        raise
     results.save_trained(network, prepared.tokenizer, output_dir / "adapter" if first else None)
     record |= {
         "steps": trainer.state.global_step,

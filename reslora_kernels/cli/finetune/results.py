@@ -26,16 +26,21 @@ def save_trained(model: Any, tokenizer: Any, folder: Path | None) -> None:
     Raises:
         RuntimeError: training has diverged. Nothing is written then.
     """
+    refuse_diverged(model)
+    if folder is None:
+        return
+    save_adapter(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def refuse_diverged(model: Any) -> None:
+    """RuntimeError, which says what to do, if an adapter holds NaN or Inf."""
     for name, layer in adapted_layers(model).items():
         if not bool(torch.isfinite(layer.lora_A).all() and torch.isfinite(layer.lora_B).all()):
             raise RuntimeError(
                 f"training diverged: the adapter of {name!r} holds NaN or Inf; lower --learning-rate, or use --bf16 "
                 "in place of --fp16"
             )
-    if folder is None:
-        return
-    save_adapter(model, folder)
-    tokenizer.save_pretrained(folder)
 
 
 def calibration_for(

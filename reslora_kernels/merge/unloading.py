@@ -1,0 +1,63 @@
+"""unload and merge_and_unload: the model without a trace of its adapters, for who serves or saves it as a plain one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..adapt.apply import replace_modules
+from ..adapt.record import adapted_layers, record_of, root_of
+from ..adapt.state_dicts import release
+from ..dtensors import refuse_sharded
+from .merging import merge_reslora
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take every adapter out: the layers are again what they were before ``apply_reslora``, with the weights of now.
+
+    A merged model keeps the merge in its weights; of quantised layers the dequantised ones (``dequantize=True``) stay,
+    plain ``nn.Linear``s. One that is not merged computes what its base does. Adapters that are not in force go too.
+    What trains and what is frozen stays as it is.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: ``model`` is not adapted, or is sharded over processes.
+        RuntimeError: statistics of it are being collected. In every case the model is as it was.
+    """
+    layers = adapted_layers(model)
+    refuse_sharded(model, "unloaded", "unload it before it is sharded")
+    if any(layer.observer is not None for layer in layers.values()):
+        raise RuntimeError("statistics of this model are being collected: unload it after that")
+    root, record = root_of(model), record_of(model)
+    for adapter in (record, *(other.record for other in record.others.values())):
+        for hook in adapter.hooks:
+            hook.remove()
+    replace_modules(root, {id(layer): layer.leave() for layer in layers.values()})
+    release(root)
+    del root.__dict__["_reslora"]
+    return model
+
+
+def merge_and_unload(model: nn.Module, **merge: Any) -> nn.Module:
+    """``merge_reslora(model, keep_original=False, **merge)``, unless it is merged already, then ``unload``.
+
+    What PEFT calls ``safe_merge`` is how every merge here works: all merged weights are made and checked for NaN and
+    Inf before the first is put in place.
+
+    Args:
+        merge: arguments of ``merge_reslora`` (``method``, ``calibration``, ...), but ``keep_original``.
+
+    Returns:
+        ``model``, with plain layers: ``save_pretrained`` writes what any Transformers model has.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``merge_reslora`` and ``unload``. The model is as it was then.
+    """
+    if record_of(model).merged is None:
+        merge_reslora(model, keep_original=False, **merge)
+    elif merge:
+        raise ValueError(f"model is merged already: give no arguments of a merge, got {', '.join(sorted(merge))}")
+    return unload(model)

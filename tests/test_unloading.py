@@ -1,0 +1,166 @@
+"""A merged model saves what a plain one has; an unloaded one is a plain one; no state dict is taken silently."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from reslora_kernels import (
+    ResLoRAConfig,
+    ResLoRALinear,
+    adapter_names,
+    add_adapter,
+    apply_reslora,
+    collect_statistics,
+    merge_and_unload,
+    merge_reslora,
+    unload,
+    unmerge_reslora,
+)
+
+from .models import FAMILIES, llama, logits, randomize
+
+BATCH = FAMILIES["llama"].batch(1)
+
+
+def adapted(shortcut: str = "block", **changes: Any) -> Any:
+    return randomize(apply_reslora(llama(), ResLoRAConfig(r=3, shortcut=shortcut, **changes)))
+
+
+def keys_of(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+def assert_plain(model: nn.Module) -> None:
+    """No trace of the package: not in modules, hooks, attributes, nor in what pickle writes."""
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in llama().named_parameters()}
+    assert not any(isinstance(module, ResLoRALinear) for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"reslora" not in file.getvalue()
+
+
+class TestMerged:
+    @pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+    def test_save_pretrained_writes_a_plain_model(self, changes: dict[str, Any], tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = adapted(**changes)
+        merge_reslora(model)
+        model.save_pretrained(tmp_path)
+        assert keys_of(tmp_path) == set(llama().state_dict())
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(logits(again), logits(model))
+        unmerge_reslora(model)
+        assert sum("lora_" in key for key in model.state_dict()) >= 2 * 21
+
+    def test_trainer_saves_a_plain_model(self, tmp_path: Path) -> None:
+        from transformers import Trainer, TrainingArguments
+
+        model = adapted()
+        merge_reslora(model)
+        Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")).save_model()
+        assert keys_of(tmp_path) == set(llama().state_dict())
+
+    def test_its_own_state_dict_loads(self) -> None:
+        model = adapted()
+        merge_reslora(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.load_state_dict(model.state_dict(), strict=True)
+
+
+class TestUnload:
+    @pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
+    def test_merged_is_plain_and_the_same(self, shortcut: str) -> None:
+        model, twin = adapted(shortcut), adapted(shortcut)
+        data = {} if shortcut in ("none", "block") else {"calibration": [BATCH]}
+        merge_reslora(twin, **data)
+        assert merge_and_unload(model, **data) is model
+        assert_plain(model)
+        assert torch.equal(logits(model), logits(twin))
+        assert_plain(merge_and_unload(twin))
+
+    def test_without_a_merge_the_base_is_back(self) -> None:
+        model = unload(adapted("middle"))
+        assert_plain(model)
+        assert torch.equal(logits(model), logits(llama()))
+
+    def test_can_be_adapted_again(self) -> None:
+        model = apply_reslora(unload(adapted()), ResLoRAConfig(r=2, shortcut="input"))
+        assert torch.equal(logits(model), logits(llama()))
+
+    def test_adapters_set_aside_go_too(self) -> None:
+        model = adapted()
+        add_adapter(model, "other", ResLoRAConfig(r=2, shortcut="input"))
+        assert len(adapter_names(model)) == 2
+        assert_plain(unload(model))
+
+    def test_nan_is_refused_and_nothing_merged(self) -> None:
+        model = adapted()
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.lora_B[0, 0] = float("nan")
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
+            merge_and_unload(model)
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+
+    def test_errors(self) -> None:
+        with pytest.raises(ValueError, match="no ResLoRA adapters"):
+            unload(llama())
+        with pytest.raises(TypeError, match=r"nn\.Module"):
+            unload("model")  # type: ignore[arg-type]
+        model = adapted()
+        with collect_statistics(model), pytest.raises(RuntimeError, match="statistics"):
+            unload(model)
+        merge_reslora(model)
+        with pytest.raises(ValueError, match=r"merged already.*method"):
+            merge_and_unload(model, method="weights")
+
+    def test_dequantised_weights_stay_and_load_again(self, tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        llama().save_pretrained(tmp_path / "base")
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=settings, device_map="cpu", dtype=torch.float32
+        )
+        randomize(apply_reslora(model, ResLoRAConfig(r=3, shortcut="none", target_modules=["q_proj", "up_proj"])))
+        with pytest.raises(ValueError, match=r"q_proj.*quantised"):
+            merge_and_unload(model)
+        merge_and_unload(model, dequantize=True)
+        names = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.up_proj")]
+        assert {type(model.get_submodule(name)) for name in names} == {nn.Linear}
+        model.save_pretrained(tmp_path / "merged")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu")
+        assert torch.equal(again.get_submodule(names[0]).weight, model.get_submodule(names[0]).weight)
+
+
+class TestStateDictWithoutAdapters:
+    """How SentenceTransformerTrainer resumes: it loads the checkpoint's weights, which a plain model has read."""
+
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_is_loaded_with_a_warning(self, strict: bool, tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        adapted().save_pretrained(tmp_path)
+        checkpoint = AutoModelForCausalLM.from_pretrained(tmp_path)  # leaves the adapters' keys out
+        fresh = apply_reslora(llama(), ResLoRAConfig(r=3))
+        with pytest.warns(UserWarning, match="holds no adapters.*load_adapter"):
+            fresh.load_state_dict(checkpoint.state_dict(), strict=strict)
+
+    def test_inside_a_wrapper(self) -> None:
+        model = nn.ModuleDict({"body": adapted()})
+        with pytest.warns(UserWarning, match="holds no adapters"):
+            model.load_state_dict({f"body.{key}": value for key, value in llama().state_dict().items()})
