@@ -17,8 +17,8 @@ from torch import Tensor
 from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, save_adapter, shard_reslora
 
 from ..models import VOCABULARY, llama, randomize
-from .example import FSDPOnCPU
 from .fsdp import refused
+from .fsdp_on_cpu import FSDPOnCPU
 from .residual import adapters, difference
 
 STEPS = 3

@@ -8,7 +8,6 @@ import os
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,26 +18,16 @@ from .residual import adapters
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def serve_fsdp_on_cpu() -> None:
-    """accelerate ignores its FSDP plugin where there is no GPU; here it does not."""
-    import accelerate
-    from accelerate import DistributedType, PartialState
-
-    class FSDPOnCPU(accelerate.Accelerator):
-        def __init__(self, *, fsdp_plugin: Any) -> None:
-            PartialState(cpu=True).distributed_type = DistributedType.FSDP
-            super().__init__(fsdp_plugin=fsdp_plugin)
-            self.state.fsdp_plugin = fsdp_plugin
-
-    accelerate.Accelerator = FSDPOnCPU
-
-
 def main(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     sys.path.insert(0, str(EXAMPLES))
     if name == "fsdp2_accelerate":
-        serve_fsdp_on_cpu()
+        import accelerate
+
+        from .fsdp_on_cpu import FSDPOnCPU
+
+        accelerate.Accelerator = FSDPOnCPU
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     gc.collect()  # gloo's threads are to end before the interpreter does
     if os.environ["RANK"] == "0":
