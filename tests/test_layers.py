@@ -22,6 +22,7 @@ FLOORS = (  # of the package's files and folders, ground floor first; one import
     ("merge", "bench"),
     ("files",),
     ("training",),
+    ("peft",),
     ("", "cli"),  # the package itself: its public names
     ("__main__",),
 )
@@ -59,9 +60,10 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("peft_export",),
         ("peft_import",),
     ),
+    "peft": (("config", "adapters"), ("layer", "files"), ("model",)),
     "training": (("trainer", "loraplus", "adalora", "relora", "fsdp2"),),
 }
-FREE = ("bench", "cli", "__main__")  # may import what they like; all else imports with torch alone
+FREE = ("bench", "cli", "peft", "__main__")  # may import what they like; all else imports with torch alone
 
 
 class Import(NamedTuple):

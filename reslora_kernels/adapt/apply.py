@@ -96,7 +96,8 @@ def adapt(
     config = record.config
     experts = {name for plan in plans if plan.experts for name in plan.names}
     configs = {
-        name: _plain(config.for_module(name)) if name in experts else config.for_module(name) for name in targets
+        name: without_hand_over(config.for_module(name)) if name in experts else config.for_module(name)
+        for name in targets
     }
     _swap(model, targets, config, configs, autocast_adapter_dtype, init_values)
     record.layer_names = [without_compiled(name) for name in targets]
@@ -106,7 +107,7 @@ def adapt(
     build_chains(model, plans)
 
 
-def _plain(config: ResLoRAConfig) -> ResLoRAConfig:
+def without_hand_over(config: ResLoRAConfig) -> ResLoRAConfig:
     """The same, without a hand-over."""
     return replace(config, shortcut="none") if hands_on(config.shortcut, config.pre_num) else config
 

@@ -36,6 +36,7 @@ class Record:
     merged: Any = None  # what merge_reslora did, while it is in force
     hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes
     others: dict[str, SetAside] = field(default_factory=dict)  # the model's other adapters
+    layers: dict[str, ResLoRALinear] | None = None  # those beside linear layers (PEFT); None: those in their places
 
     def put_in_force(self, active: bool) -> None:
         """Let the hooks of this adapter open forward passes, or not."""
@@ -65,6 +66,9 @@ def checked_name(adapter_name: str) -> str:
 def adapted_layers(model: nn.Module) -> dict[str, ResLoRALinear]:
     """The adapted layers by name, in registration order; wrappers' prefixes (DDP, torch.compile) are left off."""
     check_module("model", model)
+    beside = record_of(model).layers
+    if beside is not None:
+        return dict(beside)
     layers = {name: m for name, m in root_of(model).named_modules() if isinstance(m, ResLoRALinear)}
     return {without_compiled(name): layer for name, layer in layers.items()}
 
@@ -104,6 +108,12 @@ def record_of(model: nn.Module) -> Record:
     """The record of an adapted model; ValueError if it is not adapted."""
     record: Record = root_of(model).__dict__["_reslora"]
     return record
+
+
+def refuse_beside(model: nn.Module, verb: str, instead: str) -> None:
+    """Raise a ValueError if the adapters stand beside the linear layers, where PEFT holds them."""
+    if record_of(model).layers is not None:
+        raise ValueError(f"the model's adapters are held by PEFT and cannot be {verb} here: {instead}")
 
 
 def refuse_restarted(model: nn.Module) -> None:

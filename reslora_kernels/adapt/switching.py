@@ -17,7 +17,7 @@ from ..dtensors import refuse_sharded
 from ..layers.linear import ResLoRALinear
 from .apply import apply_reslora, replace_modules
 from .given_chains import Chains
-from .record import Record, SetAside, adapted_layers, checked_name, record_of, root_of
+from .record import Record, SetAside, adapted_layers, checked_name, record_of, refuse_beside, root_of
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -150,6 +150,7 @@ def in_place_of_the_active_one(model: nn.Module, adapter_name: str) -> Iterator[
 
 def _ready(model: nn.Module) -> nn.Module:
     """The adapted root, if its adapters can be switched now."""
+    refuse_beside(model, "switched", "call add_adapter and set_adapter of the PeftModel")
     refuse_sharded(model, "switched to another adapter", "do that before shard_reslora")
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) before its adapters are switched")

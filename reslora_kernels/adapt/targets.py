@@ -51,9 +51,9 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     matched: dict[str, nn.Linear] = {}
     unmatched: list[tuple[str, str]] = []
     for name, module in model.named_modules():
-        reason = _left_out(name, module, config, head) or _passed_over(model, name, module, config)
+        reason = _left_out(name, module, config, head) or passed_over(model, name, module, config)
         if reason is None:
-            matched[name] = _adaptable(name, module, config, model)
+            matched[name] = adaptable(name, module, config, model)
         elif isinstance(module, nn.Linear):
             unmatched.append((name, reason))
     if not matched:
@@ -110,7 +110,7 @@ def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Modu
     return None
 
 
-def _passed_over(model: nn.Module, name: str, module: nn.Module, config: ResLoRAConfig) -> str | None:
+def passed_over(model: nn.Module, name: str, module: nn.Module, config: ResLoRAConfig) -> str | None:
     """Why 'all-linear' leaves out a layer that cannot be adapted, or not with effect; None where it takes it."""
     if config.target_modules != ALL_LINEAR or not isinstance(module, nn.Linear):
         return None
@@ -118,7 +118,7 @@ def _passed_over(model: nn.Module, name: str, module: nn.Module, config: ResLoRA
     return fault or _incompatible(model, name) or _without_effect(model, name)
 
 
-def _adaptable(name: str, module: nn.Module, config: ResLoRAConfig, model: nn.Module) -> nn.Linear:
+def adaptable(name: str, module: nn.Module, config: ResLoRAConfig, model: nn.Module) -> nn.Linear:
     """The module that was asked for by name, if it can be adapted; warns where that has no effect."""
     asked = f"target_modules {config.target_modules!r} matches {name!r}"
     if not isinstance(module, nn.Linear):

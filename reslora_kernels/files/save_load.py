@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from ..adapt.apply import adapt
 from ..adapt.base_checkpoint import named_parameters
 from ..adapt.linking import confirm_order
-from ..adapt.record import Record, adapted_layers, checked_name, complete_layers, record_of, refuse_restarted, root_of
+from ..adapt.record import (
+    Record,
+    adapted_layers,
+    checked_name,
+    complete_layers,
+    record_of,
+    refuse_beside,
+    refuse_restarted,
+    root_of,
+)
 from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
 from ..checks import check_module
@@ -50,6 +59,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """
     layers = complete_layers(model)
     refuse_restarted(model)
+    refuse_beside(model, "saved", "call save_pretrained of the PeftModel, then reslora_kernels.peft.to_native")
     refuse_flat(model)
     refuse_partitioned(model)
     reshard(model)
@@ -110,6 +120,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
         checked_name(adapter_name)
     saved = read(checked_folder(path))
     adapted = any(isinstance(module, ResLoRALinear) for module in model.modules())
+    if adapted:
+        refuse_beside(model, "loaded", "call reslora_kernels.peft.from_native, then load_adapter of the PeftModel")
     refuse_flat(model)
     refuse_partitioned(model)
     if not adapted and is_sharded(model):

@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 
 from ..adapt.apply import replace_modules
-from ..adapt.record import adapted_layers, record_of, root_of
+from ..adapt.record import adapted_layers, record_of, refuse_beside, root_of
 from ..adapt.state_dicts import release
 from ..dtensors import refuse_sharded
 from .merging import merge_reslora
+
+_INSTEAD = "call unload or merge_and_unload of the PeftModel"
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -28,6 +30,7 @@ def unload(model: nn.Module) -> nn.Module:
         RuntimeError: statistics of it are being collected. In every case the model is as it was.
     """
     layers = adapted_layers(model)
+    refuse_beside(model, "unloaded", _INSTEAD)
     refuse_sharded(model, "unloaded", "unload it before it is sharded")
     if any(layer.observer is not None for layer in layers.values()):
         raise RuntimeError("statistics of this model are being collected: unload it after that")
@@ -56,6 +59,7 @@ def merge_and_unload(model: nn.Module, **merge: Any) -> nn.Module:
     Raises:
         TypeError, ValueError, RuntimeError: as ``merge_reslora`` and ``unload``. The model is as it was then.
     """
+    refuse_beside(model, "unloaded", _INSTEAD)
     if record_of(model).merged is None:
         merge_reslora(model, keep_original=False, **merge)
     elif merge:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapt.record import adapted_layers, record_of
+from ..adapt.record import adapted_layers, record_of, refuse_beside
 from ..merge.merging import MergeReport, merge_reslora
 
 
@@ -40,6 +40,7 @@ def restart_reslora(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     if unknown := merge.keys() & {"keep_original", "dequantize"}:
         raise TypeError(f"a restart merges for good, into plain weights: it takes no {', '.join(sorted(unknown))}")
     layers, record = adapted_layers(model), record_of(model)
+    refuse_beside(model, "restarted", "its save_pretrained would leave the merged weights out; use apply_reslora")
     if record.others:
         raise ValueError(f"the adapters {[record.name, *record.others]} share the weights: delete the others first")
     if record.config.use_dora:

@@ -1,0 +1,102 @@
+"""The adapters of one model under PEFT: what the package remembers of each, and which one is in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..adapt.apply import replace_modules, without_hand_over
+from ..adapt.given_chains import Chains, plan_chains
+from ..adapt.linking import build_chains, confirm_order
+from ..adapt.record import Record
+from ..config import ResLoRAConfig
+from ..layers.linear import ResLoRALinear
+
+
+class Adapters:
+    """One per model, held by its root and by its layers. ``records`` has one entry per adapter.
+
+    The record of the adapter in force hangs on the root as that of ``apply_reslora`` does, so that the rest of the
+    package (``inspect``, ``collect_statistics``, ``merge_reslora``, ``export_peft``) takes the model as it is.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.records: dict[str, Record] = {}
+
+    @property
+    def in_force(self) -> str | None:
+        record = self.root.__dict__.get("_reslora")
+        return None if record is None else record.name
+
+    def link(
+        self, name: str, config: ResLoRAConfig, layers: Mapping[str, ResLoRALinear], chains: Chains | None
+    ) -> None:
+        """Make the chains of an adapter that was just added, which is in force then, and the hooks of their passes.
+
+        Raises:
+            TypeError, ValueError: ``chains`` are none of these layers, as for ``apply_reslora``.
+        """
+        record = Record(config, (), name, given=chains is not None, layers=dict(layers))
+        bases: dict[str, Any] = {layer: adapter.base_layer for layer, adapter in layers.items()}
+        with plainly(self.root):
+            plans = plan_chains(self.root, bases, config, chains)
+            confirm_order(self.root, bases, plans, None, record)
+        self.records[name] = record
+        self._hang(record)
+        build_chains(self.root, plans)
+        for layer in record.experts:
+            layers[layer].config = without_hand_over(layers[layer].config)
+
+    def forget(self, name: str) -> None:
+        record = self.records.pop(name, None)
+        if record is not None:
+            for hook in record.hooks:
+                hook.remove()
+            if self.in_force == name:
+                self._hang(None)
+
+    def put_in_force(self, names: Sequence[str]) -> None:
+        """Let the chains of this adapter run, and those of no other."""
+        self._hang(next((self.records[name] for name in names if name in self.records), None))
+
+    def refuse_merged_but(self, names: Sequence[str]) -> None:
+        """ValueError while an adapter is merged that is not one of these."""
+        merged = [name for name, record in self.records.items() if record.merged is not None and name not in names]
+        if merged:
+            raise ValueError(f"adapter {merged[0]!r} is merged into the weights: call unmerge_adapter() first")
+
+    def _hang(self, chosen: Record | None) -> None:
+        self.root.__dict__.pop("_reslora", None)
+        for record in self.records.values():
+            record.put_in_force(record is chosen)
+        if chosen is not None:
+            self.root.__dict__["_reslora"] = chosen
+
+
+@contextmanager
+def plainly(root: nn.Module) -> Iterator[None]:
+    """For the block, the frozen layers in their own places: the model as it was before any adapter."""
+    layers: list[Any] = [module for module in root.modules() if "reslora_adapter" in module._modules]
+    replace_modules(root, {id(layer): layer.base_layer for layer in layers})
+    try:
+        yield
+    finally:
+        replace_modules(root, {id(layer.base_layer): layer for layer in layers})
+
+
+def adapters_of(root: nn.Module) -> Adapters:
+    """Those of the model, which has none before the first call."""
+    adapters: Adapters = root.__dict__.setdefault("_reslora_adapters", Adapters(root))
+    return adapters
+
+
+def only_one(adapter_names: str | Sequence[str]) -> list[str]:
+    """The names as a list; ValueError if there are several."""
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    if len(names) > 1:
+        raise ValueError(f"one ResLoRA adapter can be in force at a time, got {names}: activate or merge one of them")
+    return names

@@ -1,0 +1,158 @@
+"""Between the two formats of a saved adapter: PEFT's folder of a ``RESLORA`` adapter, and that of ``save_adapter``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..adapt.targets import matches
+from ..config import ResLoRAConfig
+from ..files.adapter_format import (
+    CONFIG_NAME,
+    checked_folder,
+    encoded,
+    parsed_json,
+    parsed_tensors,
+    read,
+    regular,
+    serialized,
+    write,
+    write_durably,
+)
+from ..files.peft_export import PREFIX
+from ..layers.linear import ADAPTER_PARAMETERS
+from .config import RESLORA, ResLoRAPeftConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_HELD = ".reslora_adapter."
+
+
+def to_native(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Write what ``save_pretrained`` of a PeftModel left in ``path`` as ``save_adapter`` would, to the folder ``out``.
+
+    Returns:
+        ``out``, for ``load_adapter(model, out)``.
+
+    Raises:
+        FileNotFoundError: ``path`` lacks one of the two files.
+        TypeError, ValueError: they are damaged, or of another method than ``RESLORA``. Nothing is written then.
+    """
+    folder, target = checked_folder(path), checked_folder(out)
+    config = _peft_config(folder)
+    tensors = parsed_tensors(_content(folder, WEIGHTS), WEIGHTS)
+    own = {key: _native_name(key) for key in tensors if _HELD in key}
+    layers = sorted({name.rpartition(".")[0] for name in own.values()})
+    others = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tensors if key not in own}
+    native = dataclasses.replace(
+        config.native(),
+        target_modules=layers if config.layers_pattern else config.native().target_modules,
+        layers_to_transform=None if config.layers_pattern else config.native().layers_to_transform,
+        modules_to_save=_used(config.modules_to_save, others.values()),
+    )
+    described = {
+        "config": native.to_dict(),
+        "chains": None if config.chains is None else _described(config.chains, layers),
+        "chains_from": None if config.chains is None else "given",
+        "same_input": [],
+        "trained_parameters": sorted(others.values()),
+        "frozen_parameters": [],
+        "base_model_name_or_path": config.base_model_name_or_path,
+    }
+    write(target, *encoded(described, {name: tensors[key] for key, name in (own | others).items()}))
+    return Path(out)
+
+
+def from_native(path: str | os.PathLike[str], out: str | os.PathLike[str], *, task_type: str | None = None) -> Path:
+    """Write what ``save_adapter`` left in ``path`` as a PEFT adapter of type ``RESLORA``, to the folder ``out``.
+
+    Args:
+        task_type: PEFT's, "CAUSAL_LM" say, for ``AutoPeftModelForCausalLM`` and the like.
+
+    Returns:
+        ``out``, for ``PeftModel.from_pretrained(model, out)``.
+
+    Raises:
+        FileNotFoundError, ValueError: as for ``load_adapter``; or a trained parameter is neither in a module that
+            ``modules_to_save`` names nor a bias that ``bias`` trains, which PEFT cannot hold. Nothing is written then.
+    """
+    folder, target = checked_folder(path), checked_folder(out)
+    saved = read(folder)
+    config, layers = saved.config, saved.layers
+    _check_held(config, saved.trained, layers)
+    chains = None
+    if saved.chains is not None and saved.chains_from != "structure":
+        chains = {plan.title: plan.names for plan in saved.chains}
+    about = parsed_json((folder / CONFIG_NAME).read_bytes(), f"{CONFIG_NAME} is not valid JSON")
+    values: dict[str, Any] = config.to_dict()
+    peft_config = ResLoRAPeftConfig(
+        **values, chains=chains, task_type=task_type, inference_mode=True,
+        base_model_name_or_path=about["base_model_name_or_path"],
+    )  # fmt: skip
+    tensors = {_peft_name(key, layers, saved.beside): tensor for key, tensor in saved.tensors.items()}
+    target.mkdir(parents=True, exist_ok=True)
+    write_durably(target / WEIGHTS, serialized(tensors))
+    peft_config.save_pretrained(str(target))
+    return Path(out)
+
+
+def _content(folder: Path, name: str) -> bytes:
+    if not (folder / name).exists():
+        raise FileNotFoundError(f"path {str(folder)!r} holds no {name}: it is not a PEFT adapter in safetensors format")
+    return regular(folder / name).read_bytes()
+
+
+def _peft_config(folder: Path) -> ResLoRAPeftConfig:
+    about = parsed_json(_content(folder, CONFIG), f"{CONFIG} is not valid JSON")
+    kind = about.get("peft_type") if isinstance(about, dict) else about
+    if kind != RESLORA:
+        raise ValueError(f"{CONFIG}: peft_type must be {RESLORA!r}, got {kind!r:.80}")
+    config: ResLoRAPeftConfig = ResLoRAPeftConfig.from_pretrained(str(folder))
+    return config
+
+
+def _native_name(key: str) -> str:
+    layer, _, parameter = key.removeprefix(PREFIX).rpartition(_HELD)
+    if parameter not in ADAPTER_PARAMETERS:
+        raise ValueError(f"{WEIGHTS}: unexpected tensor {key!r}; adapters end in {', '.join(ADAPTER_PARAMETERS)}")
+    return f"{layer}.{parameter}"
+
+
+def _peft_name(name: str, layers: set[str], beside: Iterable[str]) -> str:
+    owner, _, parameter = name.rpartition(".")
+    if name not in beside:
+        return f"{PREFIX}{owner}{_HELD}{parameter}"
+    return f"{PREFIX}{owner}.base_layer.{parameter}" if owner in layers else PREFIX + name
+
+
+def _used(modules: Iterable[str] | None, parameters: Iterable[str]) -> list[str] | None:
+    """Those of ``modules_to_save`` that a saved parameter is in: PEFT adds names of heads that a model may lack."""
+    names = list(parameters)
+    return [module for module in modules or () if any(_inside(name, [module]) for name in names)] or None
+
+
+def _inside(parameter: str, modules: Iterable[str]) -> bool:
+    parts = parameter.split(".")
+    return any(matches(".".join(parts[:depth]), list(modules)) for depth in range(1, len(parts)))
+
+
+def _described(chains: Mapping[str, list[str]] | list[list[str]], layers: list[str]) -> list[dict[str, Any]]:
+    titled = chains if isinstance(chains, Mapping) else {f"chains[{i}]": names for i, names in enumerate(chains)}
+    named = {name for names in titled.values() for name in names}
+    if named != set(layers):
+        raise ValueError(
+            f"{CONFIG}: chains must name every adapted layer to be converted, and lack {set(layers) - named}"
+        )
+    return [{"name": title, "layers": list(names), "experts": False} for title, names in titled.items()]
+
+
+def _check_held(config: ResLoRAConfig, trained: Iterable[str], layers: set[str]) -> None:
+    for name in trained:
+        owner, _, parameter = name.rpartition(".")
+        is_bias = parameter == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in layers))
+        if not is_bias and not _inside(name, config.modules_to_save or ()):
+            raise ValueError(
+                f"{name!r} was trained, but neither modules_to_save nor bias says so: PEFT would not load it"
+            )

@@ -1,0 +1,153 @@
+"""ResLoRALayer: a linear layer with its adapters beside it, as PEFT holds them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..config import ResLoRAConfig
+from ..layers.linear import ResLoRALinear, share_hooks
+from ..layers.quantized_linear import QuantizedResLoRALinear
+from ..quantizers import quantizer_of
+from .adapters import Adapters, only_one
+
+
+class _BesideItsBase:
+    """What makes a ResLoRALinear an adapter by itself: weight and bias are those of the layer that holds it."""
+
+    holder: ResLoRALayer
+
+    @staticmethod
+    def check_base(linear: Any) -> None:
+        """Done by the layer that holds it."""
+
+    def share_base(self, holder: Any) -> None:
+        self.__dict__["holder"] = holder  # no child: the holder is the parent
+        self.in_features, self.out_features = holder.in_features, holder.out_features
+        self.training = holder.training
+
+    @property
+    def base_layer(self) -> Any:
+        return self.holder.base_layer
+
+    @base_layer.setter
+    def base_layer(self, base: nn.Linear) -> None:
+        self.holder.base_layer = base
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """A checkpoint without it lacks it: beside its base, an adapter is never part of a base checkpoint."""
+        nn.Module._load_from_state_dict(self, *args)  # type: ignore[arg-type]
+
+
+class Adapter(_BesideItsBase, ResLoRALinear):  # type: ignore[override]
+    """The adapter of a layer with a plain weight."""
+
+
+class QuantizedAdapter(_BesideItsBase, QuantizedResLoRALinear):  # type: ignore[override]
+    """The adapter of a layer whose weight another library holds quantised."""
+
+
+class ResLoRALayer(nn.Module, BaseTunerLayer):
+    """A frozen linear layer, ``base_layer``, and its adapters by name in ``reslora_adapter``, of which one is in force.
+
+    Args:
+        base_layer: a plain or quantised ``nn.Linear``. Its hooks become this layer's.
+        adapters: those of the model.
+
+    Raises:
+        TypeError: ``base_layer`` is of another kind.
+    """
+
+    base_layer: Any
+    reslora_adapter: Any
+    adapter_layer_names = ("reslora_adapter",)
+
+    def __init__(self, base_layer: nn.Linear, adapters: Adapters) -> None:
+        super().__init__()
+        self._quantized = quantizer_of(base_layer) is not None
+        (QuantizedResLoRALinear if self._quantized else ResLoRALinear).check_base(base_layer)
+        if "forward" in vars(base_layer):
+            raise TypeError("base_layer has a forward of its own, put on the instance, which an adapter would run past")
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.base_layer = base_layer
+        self.reslora_adapter = nn.ModuleDict()
+        self.adapters = adapters
+        self.training = base_layer.training
+        share_hooks(base_layer, self)
+
+    def add(self, adapter_name: str, config: ResLoRAConfig, random_b: bool = False) -> None:
+        """A new adapter, in the dtype of the weight as PEFT's are, which casts it afterwards if asked to."""
+        dtype = self.base_layer.weight.dtype
+        kind = QuantizedAdapter if self._quantized else Adapter
+        holder: Any = self
+        adapter = kind.from_linear(holder, config, dtype if dtype.is_floating_point else None)
+        if random_b:
+            nn.init.kaiming_uniform_(adapter.lora_B, a=math.sqrt(5))
+        self.reslora_adapter[adapter_name] = adapter
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """The name of the adapter that the weight holds, if any."""
+        return [name for name, adapter in self.reslora_adapter.items() if adapter.merged]
+
+    @property
+    def adapter_in_force(self) -> ResLoRALinear | None:
+        name = next((name for name in self.active_adapters if name in self.reslora_adapter), None)
+        adapter: ResLoRALinear | None = None if name is None else self.reslora_adapter[name]
+        return adapter
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, for one adapter; ValueError for several, or while another one is merged."""
+        names = only_one(adapter_names)
+        self.adapters.refuse_merged_but(names)
+        super().set_adapter(names, inference_mode=inference_mode)
+        self.adapters.put_in_force(names)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged:
+            raise ValueError("the adapter is merged into the weights: unmerge it before it is disabled")
+        super().enable_adapters(enabled)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        for adapter in self.reslora_adapter.values():
+            for name, parameter in adapter.adapter_parameters().items():
+                if name.startswith("start_"):
+                    parameter.requires_grad_(False)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: what a layer's shortcut amounts to depends on its chain, so that a model merges as one."""
+        raise NotImplementedError(
+            "ResLoRA layers merge as one: call merge_adapter() or merge_and_unload() of the PeftModel, or "
+            "reslora_kernels.merge_reslora(model)"
+        )
+
+    def unmerge(self) -> None:
+        raise NotImplementedError(
+            "ResLoRA layers unmerge as one: call unmerge_adapter() of the PeftModel, or "
+            "reslora_kernels.unmerge_reslora(model)"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] to y [..., out_features], with the adapter in force if there is one."""
+        adapter = self.adapter_in_force
+        if adapter is None or self.disable_adapters:
+            y: Tensor = self.base_layer.forward(x)  # its hooks are this layer's, which have run
+            return y
+        y = adapter(x)
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, adapters={list(self.reslora_adapter)}"
+        )

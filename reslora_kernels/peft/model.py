@@ -1,0 +1,224 @@
+"""ResLoRAModel: what PEFT calls a tuner. It puts the layers in place and hands merges to the package."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from ..adapt.apply import replace_modules
+from ..adapt.targets import adaptable, passed_over
+from ..config import ALL_LINEAR, MergeMethod
+from ..merge.merging import MergeReport, merge_reslora, unmerge_reslora
+from ..merge.statistics import Statistics
+from .adapters import adapters_of, only_one
+from .layer import ResLoRALayer
+
+
+class ResLoRAModel(BaseTuner):
+    """A model with ResLoRA adapters, of which one is in force at a time.
+
+    What cannot be right is refused by name: several adapters in force at once, batches that mix adapters
+    (``adapter_names`` in a forward), merges that need data and get none.
+    """
+
+    prefix = "reslora_"
+    tuner_layer_cls = ResLoRALayer
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, with the chains linked afterwards. If it fails the model is as it was."""
+        adapters = adapters_of(model)
+        adapters.refuse_merged_but([])
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config: Any = self.peft_config[adapter_name]
+            adapters.link(adapter_name, config.native(), self._layers_of(model, adapter_name), config.chains)
+            adapters.put_in_force(self.active_adapters)
+        except BaseException:
+            self._withdraw(model, adapter_name)
+            raise
+
+    @staticmethod
+    def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+        return {
+            name.replace("_orig_mod.", ""): module.reslora_adapter[adapter_name]
+            for name, module in model.named_modules()
+            if isinstance(module, ResLoRALayer) and adapter_name in module.reslora_adapter
+        }
+
+    @staticmethod
+    def _withdraw(model: nn.Module, adapter_name: str) -> None:
+        adapters_of(model).forget(adapter_name)
+        empty: dict[int, nn.Module] = {}
+        for module in model.modules():
+            if isinstance(module, ResLoRALayer):
+                if adapter_name in module.reslora_adapter:
+                    del module.reslora_adapter[adapter_name]
+                if not module.reslora_adapter:
+                    empty[id(module)] = module.base_layer
+        replace_modules(model, empty)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Let "all-linear" leave out what cannot be adapted, or not with effect: ``out_proj`` of an attention, say."""
+        if peft_config.target_modules == ALL_LINEAR:
+            config = peft_config.native()
+            _maybe_include_all_linear_layers(peft_config, model)
+            peft_config.target_modules = {
+                name
+                for name in peft_config.target_modules
+                if passed_over(model, name, model.get_submodule(name), config) is None
+            }
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        for name, module in self.model.named_modules():
+            if isinstance(module, ResLoRALayer) and any(
+                _within(name, ending) for ending in config.modules_to_save or ()
+            ):
+                raise ValueError(
+                    f"modules_to_save={config.modules_to_save!r} would copy {name!r}, which holds adapters: target "
+                    "other modules, or give the second adapter a model of its own"
+                )
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = peft_config.native()
+        layer = target
+        if not isinstance(layer, ResLoRALayer):
+            layer = ResLoRALayer(adaptable(current_key, target, config, self.model), adapters_of(self.model))
+        layer.add(adapter_name, config.for_module(current_key), random_b=peft_config.init_lora_weights is False)
+        replace_modules(self.model, {id(target): layer})
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, for one adapter; a merged one is unmerged first, as PEFT does."""
+        only_one(adapter_name)
+        if self._merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        adapters_of(self.model).forget(adapter_name)
+        adapters_of(self.model).put_in_force(self.active_adapters)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if not enabled and self._merged:
+            self.unmerge_adapter()
+        super()._enable_adapter_layers(enabled)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: a batch runs through one ResLoRA adapter; split it, and "
+                "call set_adapter for each part"
+            )
+        yield
+
+    @property
+    def _merged(self) -> bool:
+        return any(record.merged is not None for record in adapters_of(self.model).records.values())
+
+    def merge_adapter(  # type: ignore[override]
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        method: MergeMethod | None = None,
+        calibration: Iterable[Any] | None = None,
+        statistics: Statistics | None = None,
+        **how: Any,
+    ) -> MergeReport | None:
+        """Merge the adapter in force into the weights, so that ``unmerge_adapter`` can restore them bit for bit.
+
+        "none" and "block" merge exactly. The other shortcuts are approximated: ``calibration`` is batches for the
+        model, ``statistics`` what ``collect_statistics`` gathered. "input" with method "weights" needs neither.
+
+        Args:
+            adapter_names: None, or the one adapter in force.
+            safe_merge: accepted as PEFT has it: merged weights with NaN or Inf are always refused.
+            method, calibration, statistics: as for ``merge_reslora``; ``how``: its other arguments.
+
+        Returns:
+            the method, rank and relative error of every layer; None, with a warning, if it is merged already.
+
+        Raises:
+            TypeError, ValueError: as ``merge_reslora``, or another adapter is named. The model is unchanged then.
+        """
+        names = self.active_adapters if adapter_names is None else only_one(adapter_names)
+        if names != self.active_adapters:
+            raise ValueError(f"adapter_names must be the adapter in force, {self.active_adapters}, got {names}")
+        if self._merged and not _any_given(method, calibration, statistics):
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            return None
+        self._check_merge_allowed()  # type: ignore[no-untyped-call]
+        return merge_reslora(self.model, method, calibration=calibration, statistics=statistics, **how)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the weights from before ``merge_adapter``, bit for bit. A warning says if nothing is merged."""
+        if not self._merged:
+            warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
+            return
+        unmerge_reslora(self.model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        method: MergeMethod | None = None,
+        calibration: Iterable[Any] | None = None,
+        statistics: Statistics | None = None,
+        **how: Any,
+    ) -> torch.nn.Module:
+        """The base model with the adapter in force merged into it; arguments and errors as for ``merge_adapter``.
+
+        A quantised weight cannot hold an update: ``dequantize=True`` puts the dequantised, merged one in its place.
+        """
+        given = _any_given(method, calibration, statistics) or how
+        if given or not self._merged:
+            how.setdefault("keep_original", False)
+            self.merge_adapter(
+                adapter_names, safe_merge, method=method, calibration=calibration, statistics=statistics, **how
+            )
+        return self._unloaded(progressbar)
+
+    def unload(self) -> torch.nn.Module:
+        """The base model without any adapters, its weights as they were."""
+        if self._merged:
+            self.unmerge_adapter()
+        return self._unloaded(False)
+
+    def _unloaded(self, progressbar: bool) -> nn.Module:
+        for name in list(adapters_of(self.model).records):
+            adapters_of(self.model).forget(name)
+        model: nn.Module = self.model
+        super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        del model.__dict__["_reslora_adapters"]
+        return model
+
+
+def _any_given(*arguments: Any) -> bool:
+    return any(argument is not None for argument in arguments)
+
+
+def _within(name: str, ending: str) -> bool:
+    """Whether a module is inside one that ``ending`` names, or is it."""
+    return f".{name}.".find(f".{ending}.") >= 0
