@@ -32,7 +32,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
     "backends": (("torch", "hopper", "select"), ("triton", "cuda")),
     "ops": (("arguments", "registered"), ("function",)),
     "layers": (
-        ("dora", "initialization", "linear_map", "shortcuts"),
+        ("dora", "initialization", "linear_map", "offloading", "shortcuts"),
         ("chain", "shared_input"),
         ("linear",),
         ("link", "checkpointing", "quantized_linear"),
@@ -41,7 +41,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("record", "other_parameters", "weight_readers", "execution", "state_dicts", "structure"),
         ("base_checkpoint",),
         ("targets",),
-        ("coverage", "linking", "given_chains"),
+        ("coverage", "linking", "given_chains", "foreign_hooks"),
         ("apply",),
         ("switching",),
     ),

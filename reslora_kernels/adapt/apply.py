@@ -17,6 +17,7 @@ from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
 from ..quantizers import quantizer_of
 from .base_checkpoint import undefined
+from .foreign_hooks import refuse_foreign_hooks
 from .given_chains import Chains, plan_chains
 from .linking import build_chains, confirm_order
 from .record import Record, checked_name, without_compiled
@@ -61,8 +62,9 @@ def apply_reslora(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: nothing matches, a match is no plain ``nn.Linear``, or the model is adapted or sharded over
-            processes already; the message lists the candidates. Or ``chains`` names a layer that is not adapted, names
+        ValueError: nothing matches, a match is no plain ``nn.Linear`` or has its ``forward`` replaced by another than
+            accelerate's hooks, or the model is adapted or sharded over processes already; the message names it or
+            lists the candidates. Or ``chains`` names a layer that is not adapted, names
             one twice, or puts layers of other sizes or ranks into one chain.
         RuntimeError: ``config.backend`` cannot run on this machine. In every case the model is left as it was.
     """
@@ -75,6 +77,7 @@ def apply_reslora(
     select.check(config.backend)
     config = with_heads_saved(config, model)
     targets = find_targets(model, config)
+    refuse_foreign_hooks(model, targets.matched, config)
     record = Record(config, targets.unmatched, adapter_name, given=chains is not None)
     plans = plan_chains(model, targets.matched, config, chains)
     if record.given:

@@ -189,7 +189,7 @@ def _put_back(root: nn.Module, adapter: SetAside, others: dict[str, SetAside]) -
         assert isinstance(base, nn.Linear)
         layer.take_place_of(base)
         for parameter in layer.adapter_parameters().values():
-            parameter.data = parameter.data.to(layer.weight.device)
+            parameter.data = parameter.data.to(layer.execution_device)
         new[id(base)] = layer
     replace_modules(root, new)
     adapter.record.put_in_force(True)

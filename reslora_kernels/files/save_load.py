@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapt.apply import adapt
 from ..adapt.base_checkpoint import named_parameters
+from ..adapt.foreign_hooks import refuse_foreign_hooks
 from ..adapt.linking import confirm_order
 from ..adapt.record import (
     Record,
@@ -28,6 +29,7 @@ from ..adapt.targets import find_targets
 from ..checks import check_module
 from ..dtensors import fill, gathered, is_sharded, one_writer, refuse_flat, refuse_partitioned, reshard
 from ..layers.linear import ResLoRALinear
+from ..layers.offloading import offloader
 from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, encoded, parsed, read, write
 from .beside import Beside, beside, check_shared
 from .saved_chains import settled_chains
@@ -142,6 +144,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
     else:
         model_root = model
         targets = find_targets(model, saved.config)
+        refuse_foreign_hooks(model, targets.matched, saved.config)
         record, layers = Record(saved.config, targets.unmatched, adapter_name or "default"), dict(targets.matched)
     if not saved.layers & layers.keys():
         saved = saved.unwrapped()
@@ -198,7 +201,7 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Lin
         )
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
-        if layer.weight.is_meta:
+        if layer.weight.is_meta and offloader(layer) is None:
             raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
         r = saved.config.for_module(name).r
         for kind in ("lora", "start") if saved.config.has_start else ("lora",):

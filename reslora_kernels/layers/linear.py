@@ -19,6 +19,7 @@ from . import initialization
 from .chain import Chain, Neighbours
 from .dora import row_norms
 from .linear_map import why_not_linear
+from .offloading import device_of, held, hold, hook_like, unhooked
 from .shared_input import SharedInput
 from .shortcuts import Call, call_of, carried, hands_on, rows
 
@@ -124,15 +125,16 @@ class ResLoRALinear(nn.Linear):
     def take_place_of(self, linear: nn.Linear) -> None:
         """Stand in for what ``leave`` gave: take over its weight, bias, hooks and training mode."""
         self.share_base(linear)
-        linear.weight = linear.bias = None  # type: ignore[assignment]
-        self.__dict__["_displaced"] = linear
+        if "_hf_hook" not in vars(linear):
+            linear.weight = linear.bias = None  # type: ignore[assignment]
+            self.__dict__["_displaced"] = linear
 
     def leave(self) -> nn.Linear:
         """The frozen layer by itself: of the class it was, it shares weight, bias, hooks and training mode.
 
         It is the module that ``take_place_of`` was given last, if any, so that compiled code finds again what it knows.
         """
-        linear: nn.Linear | None = self.__dict__.pop("_displaced", None)
+        linear: nn.Linear | None = unhooked(self) or self.__dict__.pop("_displaced", None)  # type: ignore[assignment]
         if linear is None:
             kind, attributes = self._base
             linear = kind.__new__(kind)
@@ -152,6 +154,16 @@ class ResLoRALinear(nn.Linear):
     def share_base(self, linear: nn.Linear) -> None:
         """Take sizes, weight, bias, hooks and training mode from ``linear``, which stays as it is."""
         _share_base(self, linear)
+        hook_like(linear, self, self._share_weights)
+
+    def _share_weights(self, linear: nn.Module) -> None:
+        for name in ("weight", "bias"):
+            self._parameters[name] = linear._parameters[name]
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where the layer computes, and its adapters are."""
+        return device_of(self)
 
     @property
     def frozen_weight(self) -> Any:
@@ -160,7 +172,7 @@ class ResLoRALinear(nn.Linear):
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The values of W [N, K] in ``dtype``, or in its own if that is wider."""
-        return self.weight.detach().to(torch.promote_types(self.weight.dtype, dtype))
+        return held(self).to(torch.promote_types(self.weight.dtype, dtype))
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
@@ -173,21 +185,21 @@ class ResLoRALinear(nn.Linear):
 
     def original(self) -> Any:
         """What ``restore`` needs after ``set_merged``, off the device."""
-        return self.weight.detach().to("cpu", copy=True)
+        return held(self).to("cpu", copy=True)
 
     def set_merged(self, weight: Tensor) -> None:
         """Take W* [N, K] for W, and pass the adapters over."""
-        self.weight.data.copy_(weight)
+        hold(self, weight)
         self.merged = True
 
     def restore(self, original: Any) -> None:
         """The inverse of ``set_merged``."""
-        self.weight.data.copy_(original)
+        hold(self, original)
         self.merged = False
 
     def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None, init_values: bool = True) -> None:
         dtype = adapter_dtype or (torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
-        device = self.weight.device
+        device = self.execution_device
         self.config = config
         shapes = {"A": (config.r, self.in_features), "B": (self.out_features, config.r)}
         for kind, shape in shapes.items():
@@ -322,6 +334,16 @@ class ResLoRALinear(nn.Linear):
     def _call(self, received: tuple[Tensor, ...]) -> Call:
         """The layer's part in its chain, given what was handed to it."""
         return call_of(self.config.shortcut, self.config.pre_num, self, *self.neighbours, received)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As for any module, but adapters are not held in 8 bits: a ValueError."""
+        dtype = fn(torch.empty(0, dtype=self.lora_A.dtype, device=self.lora_A.device)).dtype
+        if dtype.itemsize == 1:
+            raise ValueError(
+                f"adapters are not held in 8 bits, got {dtype}: leave adapted layers out, as diffusers' "
+                "enable_layerwise_casting(skip_modules_classes=(ResLoRALinear,)) does"
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the neighbours, whose chain introduces them again: a copy would recurse from layer to layer."""

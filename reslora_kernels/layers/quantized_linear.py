@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..quantizers import QuantizedWeight, quantizer_of
 from .linear import ResLoRALinear, share_hooks
+from .offloading import hook_like, unhooked
 
 
 class QuantizedResLoRALinear(ResLoRALinear):
@@ -58,8 +59,13 @@ class QuantizedResLoRALinear(ResLoRALinear):
         self.base_layer = linear
         share_hooks(linear, self)
         self.training = linear.training
+        hook_like(linear, self, self._share_weights)
+
+    def _share_weights(self, linear: nn.Module) -> None:
+        """They are the base layer's already."""
 
     def leave(self) -> nn.Linear:
+        unhooked(self)
         self.base_layer.train(self.training)
         return self.base_layer
 
