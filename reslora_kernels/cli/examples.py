@@ -1,17 +1,22 @@
 """Training examples from JSON Lines, text files and datasets, each checked and with the place it came from.
 
-A record takes one of three forms; keys beside these are ignored:
+A record takes one of three forms, which are TRL's and OpenAI's too:
 
-- chat: ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}``
+- chat: ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}``, or the same in
+  two lists, ``{"prompt": [...], "completion": [...]}``, of which the second is learnt. ``tools`` and
+  ``chat_template_kwargs`` beside them, and whatever a message holds (``tool_calls``, ``reasoning_content``, ``name``),
+  go to the chat template; a message with ``"weight": 0`` is not learnt
 - completion: ``{"prompt": "...", "completion": "..."}``
 - text: ``{"text": "..."}``; a file that is not JSON Lines is one such record
+
+Other keys of a record are notes about it and are ignored, but for those that would change what the model sees.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +24,30 @@ from reslora_kernels.cli.loading import require
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+NOT_TEXT = ("functions", "function_call", "documents", "image", "images", "video", "videos", "audio", "audios")
 FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation with at least one assistant message."""
+    """A conversation with an assistant message to learn.
 
-    messages: tuple[Mapping[str, str], ...]
+    Attributes:
+        tools: what the assistant could call, for the chat template.
+        template: more variables for it (``{"enable_thinking": False}``).
+        first: the message from which on turns are learnt.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
     where: str
+    tools: tuple[Any, ...] = ()
+    template: Mapping[str, Any] = field(default_factory=dict)
+    first: int = 0
+
+    @property
+    def learnt(self) -> list[int]:
+        """The messages to learn, by index."""
+        return [i for i, m in enumerate(self.messages) if m["role"] == "assistant" and i >= self.first and _weight(m)]
 
 
 @dataclass(frozen=True)
@@ -76,9 +96,13 @@ def parse_record(record: Any, where: str) -> Example:
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be an object such as {FORMS}, got {type(record).__name__}")
+    _refuse_surrogates(record, where)
     if "messages" in record:
-        return Chat(_messages(record["messages"], where), where)
+        return _chat(record, _messages(record["messages"], "messages", where), 0, where)
     if "prompt" in record and "completion" in record:
+        if isinstance(record["prompt"], (list, tuple)) and isinstance(record["completion"], (list, tuple)):
+            prompt = _messages(record["prompt"], "prompt", where)
+            return _chat(record, prompt + _messages(record["completion"], "completion", where), len(prompt), where)
         example = Completion(_text(record, "prompt", where), _text(record, "completion", where), where)
         if not example.completion:
             raise ValueError(f"{where}: completion is empty, so there is nothing to learn")
@@ -88,19 +112,91 @@ def parse_record(record: Any, where: str) -> Example:
     raise ValueError(f"{where}: a record must be {FORMS}; this one has the keys {sorted(map(str, record)) or 'none'}")
 
 
-def _messages(messages: Any, where: str) -> tuple[Mapping[str, str], ...]:
+def _chat(record: Mapping[str, Any], messages: tuple[Mapping[str, Any], ...], first: int, where: str) -> Chat:
+    for key in NOT_TEXT:
+        if record.get(key):
+            raise ValueError(f"{where}: {key!r} cannot be given to the model, which would learn without it")
+    template = record.get("chat_template_kwargs") or {}
+    if not isinstance(template, Mapping):
+        raise ValueError(f"{where}: chat_template_kwargs must be an object, got {template!r}")
+    example = Chat(messages, where, _tools(record.get("tools"), where), template, first)
+    if not example.learnt:
+        raise ValueError(f"{where}: messages hold no assistant message to learn")
+    return example
+
+
+def _tools(tools: Any, where: str) -> tuple[Any, ...]:
+    """The tools, which TRL's datasets hold as JSON text."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: tools are not valid JSON ({error})") from None
+    if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(t, Mapping) for t in tools)):
+        raise ValueError(f"{where}: tools must be a list of objects, got {tools!r}")
+    return tuple(tools or ())
+
+
+def _messages(messages: Any, key: str, where: str) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"{where}: messages must be a list of at least one message, got {messages!r}")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f'{where}: messages[{i}] must be {{"role": ..., "content": ...}}, got {message!r}')
-        if message["role"] not in ROLES:
-            raise ValueError(f"{where}: messages[{i}] must have a role of {', '.join(ROLES)}, got {message['role']!r}")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"{where}: messages[{i}] must have a str as content, got {message['content']!r}")
-    if all(message["role"] != "assistant" for message in messages):
-        raise ValueError(f"{where}: messages hold no assistant message, so there is nothing to learn")
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+        raise ValueError(f"{where}: {key} must be a list of at least one message, got {messages!r}")
+    return tuple(_message(message, f"{where}: {key}[{i}]") for i, message in enumerate(messages))
+
+
+def _message(message: Any, where: str) -> Mapping[str, Any]:
+    """The message without what it leaves empty (columns of a dataset), its text as one str."""
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise ValueError(f'{where} must be {{"role": ..., "content": ...}}, got {message!r}')
+    if message["role"] not in ROLES:
+        raise ValueError(f"{where} must have a role of {', '.join(ROLES)}, got {message['role']!r}")
+    kept = {key: value for key, value in message.items() if value is not None and value != []}
+    content = _content(kept.get("content"))
+    instead = set(kept) - {"role", "content", "weight", "name"}
+    if not isinstance(content, str) and not (content is None and message["role"] == "assistant" and instead):
+        raise ValueError(f"{where} must have a str as content, got {message.get('content')!r}")
+    calls = kept.get("tool_calls", [])
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError(f"{where} must have a list of objects as tool_calls, got {calls!r}")
+    weight = kept.get("weight")
+    if weight is not None and (isinstance(weight, bool) or weight not in ((0, 1) if _answers(message) else (0,))):
+        raise ValueError(f"{where} must have a weight of 0 or 1, and 1 only on the assistant's, got {weight!r}")
+    return {**kept, "content": content or ""}
+
+
+def _content(content: Any) -> Any:
+    """The text of a list of parts, where all are text; anything else as it is."""
+    if isinstance(content, (list, tuple)) and all(
+        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def _answers(message: Mapping[str, Any]) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def _weight(message: Mapping[str, Any]) -> bool:
+    """Whether the loss is on the message, as OpenAI's format says it."""
+    return bool(message.get("weight", 1))
+
+
+def _refuse_surrogates(value: Any, where: str) -> None:
+    """Half of a character, which JSON can hold and no tokenizer takes."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: no Unicode text: half a character ({value[error.start]!a}) at position {error.start}"
+            ) from None
+    elif isinstance(value, Mapping):
+        for part in (*value.keys(), *value.values()):
+            _refuse_surrogates(part, where)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _refuse_surrogates(part, where)
 
 
 def _text(record: Mapping[str, Any], key: str, where: str) -> str:

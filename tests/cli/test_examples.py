@@ -9,6 +9,7 @@ import pytest
 
 from reslora_kernels.cli.examples import Completion, read_examples
 
+USER, ANSWER = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "b"}'
 GOOD = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 
 
@@ -27,6 +28,13 @@ GOOD = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
         ('{"messages": [{"role": "gpt", "content": "a"}]}\n', "role of system, developer, user, assistant, tool, got"),
         ('{"messages": [{"role": "user", "content": ["a"]}]}\n', "must have a str as content"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "no assistant message"),
+        (f'{{"messages": [{USER}, {{"role": "assistant", "content": null}}]}}\n', "a str as content, got None"),
+        (f'{{"messages": [{USER}, {{"role": "assistant", "content": "b", "weight": 0}}]}}\n', "no assistant message"),
+        (f'{{"messages": [{USER}, {{"role": "assistant", "content": "b", "weight": 2}}]}}\n', "a weight of 0 or 1"),
+        (f'{{"messages": [{USER}, {ANSWER}], "images": ["a.png"]}}\n', "line 1: 'images' cannot be given to the model"),
+        (f'{{"messages": [{USER}, {ANSWER}], "tools": "[{{"}}\n', "line 1: tools are not valid JSON"),
+        (f'{{"prompt": [{USER}], "completion": [{USER}]}}\n', "no assistant message"),
+        (GOOD + '{"text": "ok \\ud83d"}\n', "line 2: no Unicode text: half a character ('\\ud83d') at position 3"),
         ("", "holds no examples: it is empty"),
         ("\n\n", "holds no examples: it is empty"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from reslora_kernels.cli.examples import Chat, Completion, Example, Text
+from reslora_kernels.cli.examples import Chat, Completion, Example, Text, parse_record
 from reslora_kernels.cli.finetune.preparation import split_rows
 from reslora_kernels.cli.tokenization import IGNORED, Encoded, Row, collate, encode
 
@@ -76,6 +76,92 @@ def test_template_that_refuses_a_conversation_says_where(tokenizer: Any) -> None
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(ValueError, match=r"data\.jsonl line 3: .*no system role"):
         encode_one(Chat(chat(), "data.jsonl line 3"), tokenizer)
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+TOOLS_TEMPLATE = (
+    "{% if tools %}[tools]{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}"
+    "{% if m.name is defined %} {{ m.name }}{% endif %}]"
+    "{% if m.reasoning_content is defined %}<{{ m.reasoning_content }}>{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}({{ call.function.name }} {{ call.function.arguments.a }}){% endfor %}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def with_tools() -> dict[str, Any]:
+    """As OpenAI's format writes it."""
+    return {
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+        "messages": [
+            {"role": "user", "content": "2 and 2?", "name": "Ada"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "a sum"},
+            {"role": "tool", "content": "4", "tool_call_id": "c1"},
+            {"role": "assistant", "content": "Five.", "weight": 0},
+            {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
+            {"role": "assistant", "content": "Four.", "weight": 1},
+        ],
+    }
+
+
+def test_calls_tools_and_reasoning_reach_the_template_and_weight_0_is_not_learned(tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    (row,) = encode_one(parse_record(with_tools(), "here"), tokenizer, max_length=512)
+    assert tokenizer.decode(row.input_ids) == (
+        '[tools][{"type": "function", "function": {"name": "add"}}][user Ada]2 and 2?<eos>'
+        "[assistant]<a sum>(add 2)<eos>[tool]4<eos>[assistant]Five.<eos>[user]Sure?<eos>[assistant]Four.<eos>"
+    )
+    assert learned(row, tokenizer) == "<a sum>(add 2)<eos>Four.<eos>"
+
+
+@pytest.mark.parametrize(
+    ("unknown", "key"),
+    [("m.tool_calls or []", "tool_calls"), ("m.name is defined", "name"), ("if tools", "tools"),
+     ("m.reasoning_content is defined", "reasoning_content")],
+)  # fmt: skip
+def test_what_the_template_does_not_show_is_refused(unknown: str, key: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS_TEMPLATE.replace(unknown, "if false" if unknown == "if tools" else "[]")
+    with pytest.raises(ValueError, match=rf"data line 4: .*does not show '{key}'"):
+        encode_one(parse_record(with_tools(), "data line 4"), tokenizer)
+
+
+def test_arguments_are_given_in_the_form_that_the_template_takes(tokenizer: Any) -> None:
+    """An object to a template that prints JSON, text to one that joins it to its own."""
+    messages = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    for printed in ("call.function.arguments | tojson", "'' + call.function.arguments", "call.function.arguments"):
+        tokenizer.chat_template = TOOLS_TEMPLATE.replace("call.function.arguments.a", printed)
+        for arguments in ('{"a": 2}', {"a": 2}):
+            call = {**CALL, "function": {"name": "add", "arguments": arguments}}
+            messages[1]["tool_calls"] = [call]
+            (row,) = encode_one(parse_record({"messages": messages}, "here"), tokenizer, max_length=512)
+            assert learned(row, tokenizer) == '(add {"a": 2})<eos>'
+
+
+@pytest.mark.parametrize("heading", ["<pad>", "[{{ m.role }}]"])
+def test_every_turn_is_stopped(heading: str, tokenizer: Any) -> None:
+    """By the next message's heading, where the template has no other end of a turn, and at last by the end token."""
+    tokenizer.chat_template = "{% for m in messages %}" + heading + "{{ m.content }}{% endfor %}"
+    (row,) = encode_one(Chat(chat(), "here"), tokenizer)
+    learnt = learned(row, tokenizer)
+    assert learnt.endswith("You are welcome.<eos>")
+    assert ("It is 4.<pad>" in learnt) == (heading == "<pad>")
+
+
+def test_prompt_and_completion_as_conversations(tokenizer: Any) -> None:
+    prompt, completion = chat()[:4], chat()[4:]
+    (row,) = encode_one(parse_record({"prompt": list(prompt), "completion": list(completion)}, "here"), tokenizer)
+    assert learned(row, tokenizer) == "You are welcome.<eos>\n\n"
+
+
+@pytest.mark.parametrize("spans_of_spaces", [True, False])
+def test_an_end_token_that_the_tokenizer_adds_is_learned(spans_of_spaces: bool, tokenizer: Any) -> None:
+    processors = pytest.importorskip("tokenizers.processors")
+    end = processors.TemplateProcessing(single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)])
+    spaces = processors.ByteLevel(trim_offsets=not spans_of_spaces)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([spaces, end])
+    (row,) = encode_one(Completion("two", "\n\n four \n", "here"), tokenizer)
+    assert row.labels.tolist()[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(row.input_ids) == "<pad>two\n\n four \n<eos>"
+    assert learned(row, tokenizer) == "\n\n four \n<eos>"
 
 
 def test_text_is_split_and_nothing_is_lost(tokenizer: Any) -> None:
