@@ -310,6 +310,7 @@ def test_another_programs_tensors_of_another_dtype_are_converted(saved: Path) ->
 
 
 def test_package_never_unpickles() -> None:
+    """It writes one such file, the Trainer's own arguments, and reads none."""
     source = Path(reslora_kernels.__file__).parent
     modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     found = []
@@ -327,5 +328,5 @@ def test_package_never_unpickles() -> None:
                     "exec",
                 }
             if bad:
-                found.append(f"{path.relative_to(source)}:{node.lineno}: {ast.unparse(node)}")
-    assert found == []
+                found.append(f"{path.relative_to(source)}: {ast.unparse(node)}")
+    assert found == ["training/trainer.py: torch.save(self.args, folder / 'training_args.bin')"]

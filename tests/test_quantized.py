@@ -222,3 +222,17 @@ def test_refused() -> None:
         shard_reslora(adapted("nf4"), [])
     with pytest.raises(RuntimeError, match="not quantised yet: move the model to its device"):
         quantizer.dequantize(bitsandbytes.nn.Linear4bit(64, 64))
+
+
+def test_weights_that_an_evaluation_on_the_cpu_has_packed_are_read_right() -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes reorders a 4-bit weight at its first evaluation, rounding its scales."""
+    torch.manual_seed(0)
+    linear = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    linear.load_state_dict(nn.Linear(128, 64, bias=False).state_dict())
+    linear.to("cpu").eval()
+    before = QuantizedWeight(linear).unpacked(torch.float32)
+    with torch.no_grad():
+        linear(torch.randn(3, 128))
+    if linear.support_avx512bf16_for_cpu:
+        assert linear.weight.quant_state.packing_format_for_cpu
+    assert relative_error(QuantizedWeight(linear).unpacked(torch.float32), before) < 2**-7

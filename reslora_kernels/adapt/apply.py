@@ -16,6 +16,7 @@ from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
 from ..quantizers import quantizer_of
+from ..quantizers.bitsandbytes import keep_order
 from .base_checkpoint import undefined
 from .foreign_hooks import refuse_foreign_hooks
 from .given_chains import Chains, plan_chains
@@ -102,6 +103,7 @@ def adapt(
         name: without_hand_over(config.for_module(name)) if name in experts else config.for_module(name)
         for name in targets
     }
+    keep_order(model)
     _swap(model, targets, config, configs, autocast_adapter_dtype, init_values)
     record.layer_names = [without_compiled(name) for name in targets]
     record.kept |= undefined(model)

@@ -15,6 +15,7 @@ from ..layers.linear import ResLoRALinear
 from ..layers.link import link
 from ..layers.shared_input import SharedInput
 from ..layers.shortcuts import hands_on
+from ..quantizers.bitsandbytes import keep_order
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
 from .record import Record, adapted_layers, record_of
@@ -78,6 +79,7 @@ def confirm_order(
 
     The run also tells which layers read one tensor. Where derived inputs fail, the record says so.
     """
+    keep_order(model)
     inputs = given if given is not None else derive_inputs(model)
     if inputs is None:
         return

@@ -85,12 +85,15 @@ def model_class(config: Any) -> Any:
 def load_model(
     option: str, source: str, config: Any, cls: Any, *, dtype: str, device: str, trust_remote_code: bool
 ) -> Any:
-    """The model with its weights, in evaluation mode, on ``device``."""
-    remote = {"trust_remote_code": trust_remote_code} if "AutoModel" in cls.__name__ else {}
+    """The model with its weights, in evaluation mode, on ``device``; quantised ones are loaded there, not moved."""
+    remote: dict[str, Any] = {"trust_remote_code": trust_remote_code} if "AutoModel" in cls.__name__ else {}
+    target = torch_device(device)
+    quantized = getattr(config, "quantization_config", None) is not None
+    where = {"device_map": {"": target}} if quantized else {}
     model = cls.from_pretrained(
-        local_folder(option, source) or source, config=config, dtype=torch_dtype(dtype), **remote
+        local_folder(option, source) or source, config=config, dtype=torch_dtype(dtype), **remote, **where
     )
-    return model.to(torch_device(device)).eval()
+    return (model if quantized else model.to(target)).eval()
 
 
 def model_without_weights(config: Any, cls: Any, trust_remote_code: bool) -> nn.Module:

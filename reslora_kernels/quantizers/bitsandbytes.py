@@ -25,6 +25,8 @@ def dequantize(linear: nn.Linear) -> Tensor:
 
     weight: Any = linear.weight
     state = getattr(weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):  # another order, since an evaluation on a CPU with AVX512-BF16
+        return _read_by_multiplying(weight.data, state)
     if state is not None:
         return functional.dequantize_4bit(weight.data, state)
     scales = getattr(weight, "SCB", None)
@@ -34,3 +36,18 @@ def dequantize(linear: nn.Linear) -> Tensor:
         kind = type(linear).__name__
         raise RuntimeError(f"a {kind}'s weight is not quantised yet: move the model to its device first")
     return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales))
+
+
+def keep_order(model: nn.Module) -> None:
+    """Switch off what reorders 4-bit weights in an evaluation: from then on no gradient would pass them."""
+    for layer in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(layer):
+            vars(layer)["support_avx512bf16_for_cpu"] = False
+
+
+def _read_by_multiplying(packed: Tensor, state: Any) -> Tensor:
+    """W as the identity times Wᵀ, which is how the library reads this order of its own."""
+    from bitsandbytes import functional
+
+    identity = torch.eye(state.shape[1], dtype=torch.bfloat16)
+    return cast(Tensor, functional.gemv_4bit(identity, packed, state=state)).T.contiguous()

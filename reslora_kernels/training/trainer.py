@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from ..config import MergeMethod
 from ..dtensors import initialised, is_sharded
 from ..files.adapter_format import write_durably
 from ..files.save_load import load_adapter, save_adapter
+from ..layers.linear import ResLoRALinear
 from ..merge.merging import merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics, collect_statistics
 
@@ -25,19 +27,28 @@ class AdapterCheckpoints:
         class ResLoRATrainer(AdapterCheckpoints, Trainer):
             pass
 
-    A checkpoint folder then holds what ``save_adapter`` writes, next to the optimizer, the scheduler, the random state
-    and the Trainer's own state, so it can be given to ``load_adapter`` as it is. The base model is not in it.
+    A checkpoint folder, and one that ``save_model`` writes, holds what the Trainer puts there with the adapters in the
+    place of the model: the tokenizer or processor, the arguments, and in a checkpoint the optimizer, the scheduler, the
+    random state and the Trainer's own state. It can be given to ``load_adapter`` as it is.
+
+    The frozen weights may be quantised (NF4, int8, torchao).
     """
 
     args: Any
+    data_collator: Any
     model: Any
+    processing_class: Any
     state: Any
     callback_handler: Any
+
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        with _adapters_on_top(model):
+            super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's. A sharded model is gathered from all processes, which all come here."""
         if is_sharded(self.model):
-            save_adapter(self.model, output_dir if output_dir is not None else self.args.output_dir)
+            self._save_adapters(output_dir)
         else:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         if _internal_call and output_dir is not None:  # a checkpoint; its last file is the Trainer's state
@@ -47,7 +58,15 @@ class AdapterCheckpoints:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            save_adapter(self.model, output_dir if output_dir is not None else self.args.output_dir)
+            self._save_adapters(output_dir)
+
+    def _save_adapters(self, output_dir: str | None) -> None:
+        folder = save_adapter(self.model, output_dir if output_dir is not None else self.args.output_dir)
+        if self.args.should_save:
+            processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if processing is not None:
+                processing.save_pretrained(folder)
+            torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(model if model is not None else self.model, resume_from_checkpoint)
@@ -57,6 +76,22 @@ class AdapterCheckpoints:
 
     def _load_best_model(self) -> None:
         load_adapter(self.model, self.state.best_model_checkpoint)
+
+
+@contextmanager
+def _adapters_on_top(model: Any) -> Iterator[None]:
+    """The Trainer refuses a model that is quantised and nothing else; adapters it knows by PEFT's class alone.
+
+    While it is made, and for this it asks then and for nothing else, an adapted model says that it is not quantised.
+    """
+    if not getattr(model, "is_quantized", False) or not any(isinstance(m, ResLoRALinear) for m in model.modules()):
+        yield
+        return
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = True
 
 
 class ResLoRACallback:

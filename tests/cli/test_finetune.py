@@ -111,12 +111,16 @@ def test_checkpoint_holds_the_adapter_and_not_the_base_model(base: Path, tmp_pat
     assert finetune(tmp_path / "run") == 0
     checkpoint = tmp_path / "run" / "checkpoint-6"
     assert sorted(path.name for path in checkpoint.iterdir()) == [
+        "chat_template.jinja",
         "optimizer.pt",
         "reslora_config.json",
         "reslora_model.safetensors",
         "rng_state.pth",
         "scheduler.pt",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "trainer_state.json",
+        "training_args.bin",
     ]
     load_adapter(AutoModelForCausalLM.from_pretrained(base), checkpoint)
     assert (checkpoint / "reslora_model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size
@@ -324,3 +328,20 @@ def test_divergence_is_reported_and_no_adapter_is_saved(
     assert finetune(tmp_path / "run", "--learning-rate", "inf") == 2
     assert "training diverged" in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_quantised_model_trains_and_resumes(base: Path, tmp_path: Path, finetune: Finetune) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map="cpu").save_pretrained(
+        tmp_path / "nf4"
+    )
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "nf4")
+    out = tmp_path / "run"
+    assert finetune(out, "--device", "cpu", model=tmp_path / "nf4") == 0
+    last = adapter_of(out)
+    shutil.rmtree(out / "checkpoint-6")
+    assert finetune(out, "--device", "cpu", "--resume", model=tmp_path / "nf4") == 0
+    assert all(torch.equal(tensor, last[name]) for name, tensor in adapter_of(out).items())

@@ -37,7 +37,6 @@ from reslora_kernels.cli.options import (
     torch_device,
 )
 from reslora_kernels.cli.output import check_writable
-from reslora_kernels.cli.tokenization import pad_token
 
 
 def finetune(
@@ -173,7 +172,7 @@ def finetune(
     set_seed(seed)
     apply_reslora(network, config)
     coverage = inspect(network)
-    trainer = run.make_trainer(network, arguments, prepared.train, prepared.evaluation, pad_token(prepared.tokenizer))
+    trainer = run.make_trainer(network, arguments, prepared.train, prepared.evaluation, prepared.tokenizer)
     first = arguments.process_index == 0  # it alone writes and talks; all processes train
     say = typer.echo if first else _say_nothing
     say(

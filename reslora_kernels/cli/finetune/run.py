@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from reslora_kernels._version import __version__
-from reslora_kernels.cli.tokenization import Row, collate
+from reslora_kernels.cli.tokenization import Row, collate, pad_token
 from reslora_kernels.files.adapter_format import CONFIG_NAME, write_durably
 from reslora_kernels.training import AdapterCheckpoints
 
@@ -73,7 +73,7 @@ def training_arguments(output_dir: Path, *, evaluate: bool, device: torch.device
 
 
 def make_trainer(
-    model: Any, arguments: TrainingArguments, train: Sequence[Row], evaluation: Sequence[Row], pad: int
+    model: Any, arguments: TrainingArguments, train: Sequence[Row], evaluation: Sequence[Row], tokenizer: Any
 ) -> ResLoRATrainer:
     """A Trainer over rows, ready to train."""
     return ResLoRATrainer(
@@ -81,7 +81,8 @@ def make_trainer(
         args=arguments,
         train_dataset=train,
         eval_dataset=evaluation or None,
-        data_collator=functools.partial(collate, pad=pad),
+        data_collator=functools.partial(collate, pad=pad_token(tokenizer)),
+        processing_class=tokenizer,
         callbacks=[LogLastStep()],
     )
 
