@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file as load
 from torch import Tensor, nn
 
 from reslora_kernels import (
@@ -42,6 +43,14 @@ def kept_on_disk(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
+def kept_by_a_second_hook(model: nn.Module, folder: Path) -> nn.Module:
+    hooks = accelerate.hooks
+    for layer in [module for module in model.modules() if type(module) is nn.Linear]:
+        hooks.add_hook_to_module(layer, hooks.ModelHook())
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", offload=True), append=True)
+    return model
+
+
 def adapted(model: nn.Module, shortcut: str = "input") -> nn.Module:
     model = apply_reslora(model, config(shortcut))
     torch.manual_seed(1)
@@ -55,7 +64,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
-@pytest.mark.parametrize("offload", [kept_on_cpu, kept_on_disk])
+@pytest.mark.parametrize("offload", [kept_on_cpu, kept_on_disk, kept_by_a_second_hook])
 def test_an_offloaded_base_trains_as_one_in_memory(offload: Any, shortcut: str, tmp_path: Path) -> None:
     plain, offloaded = adapted(llama(), shortcut), adapted(offload(llama(), tmp_path), shortcut)
     expected, found = gradients(plain), gradients(offloaded)
@@ -82,6 +91,24 @@ def test_an_offloaded_base_merges_saves_and_switches(offload: Any, tmp_path: Pat
     assert torch.equal(offloaded(input_ids=X).logits, llama()(input_ids=X).logits)
     set_adapter(offloaded, "default")
     assert torch.equal(offloaded(input_ids=X).logits, before)
+
+
+def test_a_dispatched_model_trains_and_saves_whole(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    llama().save_pretrained(tmp_path / "base")
+    places = {"model.embed_tokens": "disk", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
+    dispatched = adapted(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=places, offload_folder=tmp_path / "away")
+    )
+    plain = adapted(llama())
+    expected, found = gradients(plain), gradients(dispatched)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    dispatched.save_pretrained(tmp_path / "whole")
+    state = {name: value for file in (tmp_path / "whole").glob("*.safetensors") for name, value in load(file).items()}
+    for name, value in plain.state_dict().items():
+        assert torch.equal(state[name], value), name
 
 
 def test_weights_return_when_the_hooks_are_removed() -> None:

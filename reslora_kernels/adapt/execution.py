@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers.offloading import offloader
+
 
 class Execution(NamedTuple):
     """A layer's first call in a forward: its name, and how many other x came before.
@@ -77,9 +79,12 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
     config = getattr(model, "config", None)
     if config is None:
         return None
-    parameter = next(model.parameters(), None)
+    parameter: Tensor | None = next(model.parameters(), None)
     if parameter is None:
         return None
+    offloaders = [hook for hook in map(offloader, model.modules()) if hook is not None]
+    if parameter.is_meta and offloaders:
+        parameter = torch.empty(0, dtype=parameter.dtype, device=offloaders[0].execution_device)
     if hasattr(model, "main_input_name"):
         return _transformers_inputs(model, config, parameter)
     if type(model).__name__ == "UNet2DConditionModel":

@@ -24,7 +24,7 @@ def is_hooked(module: nn.Module) -> bool:
 def offloader(module: nn.Module) -> Any:
     """The hook that keeps the module's weights elsewhere between its forwards; None if there is none."""
     hook = vars(module).get("_hf_hook")
-    hook = vars(hook.base).get("_hf_hook") if isinstance(hook, BaseHook) else hook
+    hook = hook._hook if isinstance(hook, BaseHook) else hook
     return next((part for part in getattr(hook, "hooks", [hook]) if getattr(part, "offload", False)), None)
 
 
@@ -56,9 +56,11 @@ class BaseHook:
     def __init__(self, base: nn.Module, share: Callable[[nn.Module], None]) -> None:
         self.base, self.share = base, share
 
-    @property
-    def no_grad(self) -> bool:
-        return bool(self._hook.no_grad)
+    def __getattr__(self, name: str) -> Any:
+        """All else is as the base's hook has it (``offload``, ``weights_map``, ``no_grad``)."""
+        if name in ("base", "share") or name.startswith("__"):  # a copy in the making
+            raise AttributeError(name)
+        return getattr(self._hook, name)
 
     @property
     def _hook(self) -> Any:
