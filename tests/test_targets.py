@@ -192,6 +192,8 @@ def test_output_projection_of_state_space_mixers(family: str) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config)
     mixers = [f"{name}.out_proj" for name, module in model.named_modules() if hasattr(module, "A_log")]
     name = mixers[0]
+    everywhere = inspect(apply_reslora(copy.deepcopy(model), ResLoRAConfig()))
+    assert not any(row.name.endswith("dt_proj") for row in everywhere.layers), "its weight is read past it"
     if family == "Jamba":
         assert isinstance(apply_reslora(model, ResLoRAConfig(target_modules=[name])).get_submodule(name), ResLoRALinear)
         return

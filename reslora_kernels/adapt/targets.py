@@ -135,7 +135,7 @@ def adaptable(name: str, module: nn.Module, config: ResLoRAConfig, model: nn.Mod
 def _incompatible(model: nn.Module, name: str) -> str | None:
     """Why a layer of a state-space mixer cannot be adapted."""
     owner, child = _owner(model, name)
-    if child == "out_proj" and "A_log" in owner._parameters and read_past(owner, child):
+    if child == "out_proj" and _is_mixer(owner) and read_past(owner, child):
         return f"of which the fused training path of {type(owner).__name__} reads the weight past an adapter"
     return None
 
@@ -143,9 +143,17 @@ def _incompatible(model: nn.Module, name: str) -> str | None:
 def _without_effect(model: nn.Module, name: str) -> str | None:
     """Why an adapter in a layer would never run."""
     owner, child = _owner(model, name)
-    if read_past(owner, child) == "only":
+    how = read_past(owner, child)
+    if how == "only":
         return f"{type(owner).__name__} reads its weight and never runs it"
+    if how == "instead" and _is_mixer(owner) and quantizer_of(getattr(owner, child)) is None:
+        return f"{type(owner).__name__} reads its weight and runs it where it is quantised only"
     return None
+
+
+def _is_mixer(owner: nn.Module) -> bool:
+    """Whether it is a state-space mixer: its decay has this name in every one."""
+    return "A_log" in owner._parameters
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -21,34 +21,38 @@ _CHECKS = ("isinstance", "hasattr", "getattr", "type")
 
 
 def read_past(owner: nn.Module, child: str) -> str | None:
-    """Whether ``owner`` "only" reads the weight of its layer ``child``, or "also" runs it; None if neither."""
+    """How ``owner`` reads the weight of its layer ``child``: "only", "instead" or "also"; None where it does not.
+
+    "also" means that it runs the layer in any case, "instead" that it does so under a condition.
+    """
     if isinstance(owner, nn.TransformerEncoderLayer):
         return None  # its fused path, which would, is switched off for an adapted layer
     kind: Any = type(owner)
-    read, called = _uses(kind)
+    read, called, branched = _uses(kind)
     if child not in read:
         return None
-    return "also" if child in called else "only"
+    return "also" if child in called else "instead" if child in branched else "only"
 
 
 @functools.cache
-def _uses(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """The names of what ``kind``, a class of modules, reads the weight of in its forward, and of what it runs there."""
+def _uses(kind: Any) -> tuple[set[str], set[str], set[str]]:
+    """What ``kind``, a class of modules, reads the weight of in its forward; what it runs there; what in branches."""
     read: set[str] = set()
     called: set[str] = set()
+    branched: set[str] = set()
     waiting, seen = ["forward"], {"forward"}
     while waiting:
         tree = _source(kind, waiting.pop())
-        for node, parent in _nodes(tree) if tree is not None else ():
+        for node, parent, in_branch in _nodes(tree) if tree is not None else ():
             name = _of_self(node)
             if name is not None and name not in seen and inspect.isfunction(getattr(kind, name, None)):
                 seen.add(name)
                 waiting.append(name)
             if isinstance(node, ast.Call) and (name := _of_self(node.func)):
-                called.add(name)
+                (branched if in_branch else called).add(name)
             if isinstance(node, ast.Attribute) and _is_value(node, parent) and (name := _of_self(node.value)):
                 read.add(name)
-    return frozenset(read), frozenset(called)
+    return read, called, branched
 
 
 def _source(kind: Any, method: str) -> ast.AST | None:
@@ -60,11 +64,13 @@ def _source(kind: Any, method: str) -> ast.AST | None:
         return None
 
 
-def _nodes(tree: ast.AST, parent: ast.AST | None = None) -> Iterator[tuple[ast.AST, ast.AST | None]]:
-    """Every node with the one around it."""
-    yield tree, parent
+def _nodes(
+    tree: ast.AST, parent: ast.AST | None = None, in_branch: bool = False
+) -> Iterator[tuple[ast.AST, ast.AST | None, bool]]:
+    """Every node with the one around it, and whether it runs under a condition only."""
+    yield tree, parent, in_branch
     for child in ast.iter_child_nodes(tree):
-        yield from _nodes(child, tree)
+        yield from _nodes(child, tree, in_branch or isinstance(tree, (ast.If, ast.IfExp)))
 
 
 def _of_self(node: ast.AST) -> str | None:
