@@ -15,7 +15,7 @@ PARALLEL := --numprocesses auto --dist loadfile
 PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench convergence bench-layers gpu-check tune readme-tables lint format typecheck docs clean
+.PHONY: help demo test test-fast sweep bench convergence bench-layers gpu-check tune readme-tables lint format typecheck docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ test: $(VENV)/.installed-dev ## Run every test that this machine can run
 
 test-fast: $(VENV)/.installed-dev ## The same without the tests marked slow
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
+
+sweep: $(VENV)/.installed-dev ## Small models of many architectures against the equations; writes benchmarks/results/sweep.md
+	$(BIN)/python -m pytest tests/sweep -m sweep --sweep-table=benchmarks/results/sweep.md $(ARGS)
 
 bench: $(VENV)/.installed-dev ## Measure layers and models against their peers on this machine; ARGS=--quick for the short of it
 	$(BIN)/reslora bench $(ARGS)

@@ -1,0 +1,273 @@
+"""Every architecture with every shortcut: values, gradients, merge, export, files, checkpointing, cached generation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from reslora_kernels import (
+    ResLoRAConfig,
+    apply_reslora,
+    export_peft,
+    inspect,
+    load_adapter,
+    merge_reslora,
+    save_adapter,
+)
+from reslora_kernels.adapt.record import adapted_layers
+
+from ..models import randomize
+from .architectures import ARCHITECTURES, Architecture
+from .equations import Equations
+from .table import Row, Table
+
+pytestmark = [pytest.mark.sweep, pytest.mark.slow]
+SHORTCUTS = ("none", "input", "block", "middle")
+ROUNDING = 1e-5  # many of these models compute a part in float32 whatever their dtype
+STEPS = 4  # of cached generation
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name.replace(" ", "_"))
+@pytest.mark.filterwarnings("ignore")
+def test_architecture(architecture: Architecture, table: Table, tmp_path: Path) -> None:
+    row = Row(architecture.name, architecture.kind)
+    table.rows.append(row)
+    torch.manual_seed(0)
+    base = _without_randomness(architecture.make().double().eval())
+    with _noted(row, "counts"):
+        _count(base, row)
+    for shortcut in SHORTCUTS:
+        with _noted(row, shortcut):
+            _check(architecture, base, shortcut, row, tmp_path / shortcut)
+    assert not row.failures, row.failures
+
+
+def _without_randomness(model: nn.Module) -> nn.Module:
+    """No dropout in training, of whatever kind, and no noise, and routers in float64 as well."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+            if value is torch.float32:
+                setattr(module, name, torch.float64)
+    return model
+
+
+@contextmanager
+def _noted(row: Row, what: str) -> Iterator[None]:
+    """Whatever goes wrong stands in the table, and fails the test at its end."""
+    try:
+        yield
+    except Exception as error:
+        row.failures.append(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+
+
+def _count(base: nn.Module, row: Row) -> None:
+    """How many layers are adapted, how many PEFT adapts, and why the counts differ."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    ours = apply_reslora(copy.deepcopy(base), ResLoRAConfig(r=2, shortcut="none"))
+    names = set(adapted_layers(ours))
+    row.adapted = len(names)
+    try:
+        theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules="all-linear"))
+    except ValueError as error:
+        row.peft = "refuses"
+        row.notes.append("PEFT: " + " ".join(str(error).split())[:90])
+        return
+    taken = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if isinstance(m, LoraLayer)}
+    row.peft = str(len(taken))
+    reasons = dict(inspect(ours).unmatched)
+    kinds = {name: f"a {type(module).__name__}" for name, module in base.named_modules()}
+    for name in sorted(taken - names):
+        row.notes.append(f"not adapted: {reasons.get(name) or kinds.get(name, 'parameters of experts')}")
+    if names - taken:
+        row.notes.append(f"PEFT leaves out {len(names - taken)}")
+
+
+def _check(architecture: Architecture, base: nn.Module, shortcut: str, row: Row, folder: Path) -> None:
+    config = ResLoRAConfig(r=3, lora_alpha=6, shortcut=shortcut, pre_num=2)
+    batch = architecture.batch()
+    model = randomize(apply_reslora(copy.deepcopy(base), config, example_inputs=batch))
+    layers = adapted_layers(model)
+    found, gradients = _outputs(model, batch), _gradients(model, layers, batch)
+    _compare_with_equations(base, layers, config, batch, found, gradients, row)
+    with _noted(row, f"{shortcut}, checkpointed"):
+        _compare_checkpointed(base, model, layers, batch, row)
+    if architecture.generates:
+        with _noted(row, f"{shortcut}, generation"):
+            _compare_generation(model, batch, row)
+    with _noted(row, f"{shortcut}, saved and loaded"):
+        save_adapter(model, folder / "saved")
+        loaded = load_adapter(copy.deepcopy(base), folder / "saved")
+        _bounded(row, "loaded", _difference(_outputs(loaded, batch), found))
+    with _noted(row, f"{shortcut}, merged"):
+        _compare_merged(base, model, shortcut, batch, found, row, folder / "exported")
+
+
+def _compare_with_equations(
+    base: nn.Module,
+    layers: Mapping[str, Any],
+    config: ResLoRAConfig,
+    batch: dict[str, Any],
+    found: list[Tensor],
+    gradients: dict[str, Tensor],
+    row: Row,
+) -> None:
+    a, b = (
+        {name: getattr(layer, kind).detach().clone().requires_grad_() for name, layer in layers.items()}
+        for kind in ("lora_A", "lora_B")
+    )
+    truth = Equations(copy.deepcopy(base).requires_grad_(False), a, b, config.shortcut, config.pre_num, config.scaling)
+    wanted = _tensors(_run(truth, batch))
+    _bounded(row, "outputs", _difference(found, [tensor.detach() for tensor in wanted]))
+    parameters = {f"{name}.lora_A": p for name, p in a.items()} | {f"{name}.lora_B": p for name, p in b.items()}
+    of_equations = torch.autograd.grad(_loss(wanted), list(parameters.values()), allow_unused=True)
+    exact = {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(parameters.items(), of_equations, strict=True)
+    }
+    assert any(gradient.any() for gradient in exact.values()), "no adapter has a gradient"
+    _bounded(row, "gradients", _difference([gradients[name] for name in exact], list(exact.values())))
+
+
+def _compare_checkpointed(
+    base: nn.Module, model: Any, layers: Mapping[str, Any], batch: dict[str, Any], row: Row
+) -> None:
+    """Gradients in training with checkpoints and without; what PEFT cannot train so either is passed over."""
+    if not getattr(model, "supports_gradient_checkpointing", getattr(model, "_supports_gradient_checkpointing", False)):
+        return
+    model.train()
+    plain = _gradients(model, layers, batch)
+    try:
+        with _checkpoints(model):
+            found = _gradients(model, layers, batch)
+    except RuntimeError as error:
+        if _fails_in_peft(base, batch, str(error)):
+            row.notes.append(f"checkpointing fails in PEFT too: {error}")
+            return
+        raise
+    finally:
+        model.eval()
+    _bounded(row, "checkpointed", _difference(list(found.values()), list(plain.values())))
+
+
+@contextmanager
+def _checkpoints(model: Any) -> Iterator[None]:
+    """With the model's own switch, which has one name in diffusers and another in Transformers."""
+    if hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
+        yield
+        model.disable_gradient_checkpointing()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        yield
+        model.gradient_checkpointing_disable()
+
+
+def _fails_in_peft(base: nn.Module, batch: dict[str, Any], message: str) -> bool:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules="all-linear")).train()
+    try:
+        with _checkpoints(model):
+            _loss(_tensors(_run(model, batch))).backward()
+    except RuntimeError as error:
+        return str(error) == message
+    return False
+
+
+def _compare_generation(model: Any, batch: dict[str, Any], row: Row) -> None:
+    given = {key: value for key, value in batch.items() if not key.startswith("decoder_")}
+    given["attention_mask"] = torch.ones_like(batch["input_ids"])
+    cached, whole = (
+        model.generate(
+            **given, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1, use_cache=use_cache,
+            return_dict_in_generate=True, output_logits=True,
+        )
+        for use_cache in (True, False)
+    )  # fmt: skip
+    _bounded(row, "cached decoding", _difference(list(cached.logits), list(whole.logits)))
+
+
+def _compare_merged(
+    base: nn.Module, model: nn.Module, shortcut: str, batch: dict[str, Any], found: list[Tensor], row: Row, path: Path
+) -> None:
+    from peft import PeftModel
+
+    merged = copy.deepcopy(model)
+    merge_reslora(merged, calibration=[batch])
+    outputs = _outputs(merged, batch)
+    if shortcut in ("none", "block"):
+        _bounded(row, "merged", _difference(outputs, found))
+    try:
+        export_peft(merged, path)
+    except ValueError as refusal:
+        row.notes.append(f"export refused: {str(refusal).split(':')[0]}")
+        return
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(path)).eval()
+    _bounded(row, "in PEFT", _difference(_outputs(loaded, batch), outputs))
+
+
+def _outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+    with torch.no_grad():
+        return _tensors(_run(model, batch))
+
+
+def _run(model: Any, batch: dict[str, Any]) -> Any:
+    """The output with the same random numbers every time: some models choose among patches or labels."""
+    torch.manual_seed(0)
+    return model(**batch)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, caches left out."""
+    named = {k: v for k, v in output.items() if k != "past_key_values"} if isinstance(output, Mapping) else output
+    return [leaf for leaf in pytree.tree_leaves(named) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _loss(tensors: list[Tensor]) -> Tensor:
+    """Each element of each output counts, with a weight of its own; masked ones, which are huge, do not."""
+    total = torch.zeros((), dtype=torch.float64)
+    for tensor in tensors:
+        if tensor.requires_grad and tensor.numel():
+            weights = torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+            seen = torch.where(tensor.abs() < 1e30, tensor, 0.0)
+            total = total + (seen / seen.detach().abs().max().clamp_min(1e-30) * weights).square().mean()
+    return total
+
+
+def _gradients(model: nn.Module, layers: Mapping[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
+    model.zero_grad()
+    _loss(_tensors(_run(model, batch))).backward()
+    found = {f"{name}.{kind}": getattr(layer, kind) for name, layer in layers.items() for kind in ("lora_A", "lora_B")}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in found.items()}
+
+
+def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest, relative to the largest value there is in the same tensor, or to a thousandth of that in all."""
+    assert [t.shape for t in found] == [t.shape for t in wanted]
+    largest = [float(t.abs().nan_to_num(0, 0, 0).max()) if t.numel() else 0.0 for t in wanted]
+    floor = max(largest, default=0.0) * 1e-3 or 1.0
+    worst = 0.0
+    for one, other, size in zip(found, wanted, largest, strict=True):
+        if one.numel():
+            assert torch.equal(torch.isfinite(one), torch.isfinite(other))
+            worst = max(worst, float((one - other).nan_to_num(0, 0, 0).abs().max()) / max(size, floor))
+    return worst
+
+
+def _bounded(row: Row, column: str, figure: float) -> None:
+    row.worst(column, figure)
+    assert figure < ROUNDING, f"{column} differ by {figure:.1e}"
