@@ -29,7 +29,7 @@ class Neighbours(NamedTuple):
 
 
 class Chain(Generic[LayerT]):
-    """Layers of one role in the order in which they execute, with equal sizes and ranks. Not a module: it owns nothing.
+    """Layers of one role in successive blocks, with equal sizes and ranks. Not a module: it owns nothing.
 
     Args:
         layers: the adapted layers, first to execute first.

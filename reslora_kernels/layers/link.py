@@ -16,7 +16,7 @@ def link(layers: Sequence[ResLoRALinear], root: nn.Module | None = None, *, name
     """Link layers into one chain, so that the shortcut runs between them.
 
     Args:
-        layers: in the order in which they execute; equal in_features, out_features, rank and shortcut.
+        layers: first to last; equal in_features, out_features, rank and shortcut.
         root: the module whose forward is one pass through the chain. Without it, run the layers inside
             ``with chain.forward_pass():``; ``block`` and ``none`` need neither.
         name: what ``inspect`` and error messages call the chain.
