@@ -144,7 +144,7 @@ def test_peft_takes_the_export_by_its_other_doors(tmp_path: Path) -> None:
     ids, expected = torch.arange(2, 20)[None], []
     for number, folder in enumerate(("one", "two")):
         model = adapted(language_model())
-        model.name_or_path = str(tmp_path / "base")
+        model.config._name_or_path = str(tmp_path / "base")
         torch.manual_seed(number)
         for parameter in trained(model):
             model.get_parameter(parameter).data.normal_(0, 0.2)

@@ -247,4 +247,11 @@ def _dataset(option: str, source: str | Path, split: str) -> Iterator[Example]:
         loaded = loaded[split]
     rows: Iterable[Any] = loaded
     for number, record in enumerate(rows):
-        yield parse_record(record, f"{source} row {number}")
+        yield parse_record(_without_nulls(record), f"{source} row {number}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the nulls by which a table gives all its objects the same keys."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reslora_kernels.cli.examples import Completion, read_examples
+from reslora_kernels.cli.examples import Chat, Completion, read_examples
 
 USER, ANSWER = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "b"}'
 GOOD = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
@@ -60,3 +60,15 @@ def test_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
     assert read_examples("--data", str(path)) == [Completion("a", "b", "data.jsonl line 1")]
+
+
+def test_nulls_that_a_table_puts_into_objects_are_taken_out(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    tools = [{"name": "add", "parameters": {"a": "int"}}, {"name": "say", "parameters": {"text": "str"}}]
+    messages = json.loads(f"[{USER}, {ANSWER}]")
+    datasets.Dataset.from_list([{"messages": messages, "tools": [tool]} for tool in tools]).save_to_disk(
+        tmp_path / "set"
+    )
+    examples = read_examples("--data", str(tmp_path / "set"))
+    assert [example.tools for example in examples if isinstance(example, Chat)] == [(tool,) for tool in tools]
+    assert all(example.messages == tuple(messages) for example in examples if isinstance(example, Chat))
