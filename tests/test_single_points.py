@@ -1,0 +1,261 @@
+"""Lines that could be changed one by one without a test noticing, until the tests here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reslora_kernels import (
+    ResLoRAConfig,
+    ResLoRALinear,
+    add_adapter,
+    apply_reslora,
+    collect_statistics,
+    delete_adapter,
+    dropout,
+    dtensors,
+    export_peft,
+    link,
+    load_adapter,
+    merge_reslora,
+    save_adapter,
+)
+from reslora_kernels.adapt.targets import endings_of, find_targets, matches
+from reslora_kernels.files.peft_export import _is_in
+from reslora_kernels.forward_state import Passes
+from reslora_kernels.layers.shared_input import MOST_ROWS
+from reslora_kernels.ops import lora_linear
+
+
+def layer(shortcut: str, k: int = 6, n: int = 5, **options: Any) -> ResLoRALinear:
+    made = ResLoRALinear(k, n, dtype=torch.float64, config=ResLoRAConfig(r=2, shortcut=shortcut, **options))
+    nn.init.normal_(made.lora_B)
+    return made
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: int = 3, width: int = 6) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, dtype=torch.float64) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for one in self.layers:
+            x = torch.tanh(one(x))
+        return x
+
+
+def adapted(shortcut: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = apply_reslora(Stack(), ResLoRAConfig(r=2, shortcut=shortcut, target_modules=r"layers\.\d", **options))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def test_gradients_of_layer_zero_of_input_count_its_input_twice() -> None:
+    own = layer("input")
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    inputs = (x, own.lora_A, own.lora_B)
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: torch.func.functional_call(own, {"lora_A": a, "lora_B": b}, x), inputs
+    )
+
+
+def test_dora_scales_by_the_layers_own_update_and_not_the_next_layers_matrix() -> None:
+    first, second = layer("input", 6, 6, use_dora=True), layer("input", 6, 6, use_dora=True)
+    chain = link([first, second])
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with chain.forward_pass():
+        y = first(x)
+    update = first.scaling * first.lora_B @ first.lora_A
+    length = (first.weight + update).norm(dim=1)
+    term = x @ first.weight.T + 2 * x @ update.T  # layer 0 of ``input`` counts its own input twice
+    torch.testing.assert_close(y, first.lora_magnitude_vector / length * term + first.bias)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "meant"),
+    [
+        ("layers.0.q_proj", ["q_proj"], True),
+        ("layers.0.new_q_proj", ["q_proj"], False),
+        ("layers.0.q_proj", r"layers\.\d\.q_proj", True),
+        ("layers.0.q_proj_old", r"layers\.\d\.q_proj", False),
+    ],
+)
+def test_names_match_by_whole_components_and_whole_expressions(name: str, wanted: Any, meant: bool) -> None:
+    assert matches(name, wanted) is meant
+
+
+def test_a_layers_index_is_that_of_its_block() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(
+        nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))}) for _ in range(3)
+    )
+    config = ResLoRAConfig(r=2, target_modules=r"layers\.\d\.mlp\.\d", layers_to_transform=[2])
+    assert list(find_targets(model, config).matched) == ["layers.2.mlp.0", "layers.2.mlp.1"]
+
+
+def test_a_number_is_no_ending_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert endings_of(model, ["0", "1"]) == ["0", "1"]
+    nested = nn.ModuleDict({"mlp": model})
+    assert endings_of(nested, ["mlp.0", "mlp.1"]) == ["mlp.0", "mlp.1"]
+
+
+def test_an_owner_is_within_a_module_of_which_it_is_a_part() -> None:
+    assert _is_in("head.dense.weight", ["head"])
+    assert not _is_in("header.weight", ["head"])
+
+
+def test_a_merged_model_takes_no_joint_steps_for_its_export(tmp_path: Path) -> None:
+    model = adapted("block")
+    merge_reslora(model)
+    with pytest.raises(ValueError, match="joint_steps"):
+        export_peft(model, tmp_path / "peft", joint_steps=2)
+    assert not (tmp_path / "peft").exists()
+
+
+def test_a_seed_is_one_number() -> None:
+    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    a, b = torch.randn(2, 4), torch.randn(5, 2)
+    with pytest.raises(ValueError, match="one element"):
+        lora_linear(x, w, None, [a], [b], scaling=1.0, p=0.5, seed=torch.zeros(2, dtype=torch.int64))
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    own = layer("none")
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = own(x)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, own(x), rtol=0, atol=0)
+
+
+def test_u_is_kept_only_for_the_gradient_of_b() -> None:
+    def kept(b_trains: bool) -> list[tuple[int, ...]]:
+        own = layer("none")
+        own.lora_B.requires_grad_(b_trains)
+        shapes: list[tuple[int, ...]] = []
+        x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(tuple(t.shape)), t)[1], lambda t: t):
+            own(x)
+        return shapes
+
+    assert (7, 2) in kept(True)
+    assert (7, 2) not in kept(False)
+
+
+def test_statistics_count_the_batches_that_every_layer_saw() -> None:
+    model = adapted("middle")
+    with collect_statistics(model) as statistics:
+        model(torch.randn(2, 6, dtype=torch.float64))
+        with model.layers[0].chain.forward_pass():
+            model.layers[0](torch.randn(2, 6, dtype=torch.float64))
+    assert statistics.layers["layers.0"].calls == 2
+    assert statistics.calls == 1
+
+
+def test_a_layer_that_saw_zeros_only_merges_as_plain_lora() -> None:
+    model = adapted("input")
+    for one in model.layers:
+        nn.init.zeros_(one.bias)
+    plain = [one.weight + one.scaling * one.lora_B @ one.lora_A for one in model.layers]
+    merge_reslora(model, "least_squares", calibration=[torch.zeros(3, 6, dtype=torch.float64)])
+    for one, expected in zip(model.layers[1:], plain[1:], strict=True):  # layer 0 counts its own input twice
+        torch.testing.assert_close(one.weight.data, expected.data)
+
+
+def test_batches_that_do_not_come_again_are_refused() -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.left = [[torch.randn(3, 6, dtype=torch.float64)]]
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(self.left.pop() if self.left else [])
+
+    with pytest.raises(ValueError, match="no batch on a second run"):
+        merge_reslora(adapted("input"), calibration=Once(), sequential=True)
+
+
+def test_a_chain_in_a_file_has_layers(tmp_path: Path) -> None:
+    save_adapter(adapted("middle"), tmp_path / "a")
+    file = next((tmp_path / "a").glob("*.json"))
+    content = json.loads(file.read_text())
+    content["chains"].append({"name": "empty", "layers": []})
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="chains"):
+        load_adapter(Stack(), tmp_path / "a")
+
+
+def test_a_deleted_adapter_takes_its_hooks_along() -> None:
+    model = adapted("middle")
+
+    def hooks() -> int:
+        return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+    before = hooks()
+    add_adapter(model, "other", ResLoRAConfig(r=2, shortcut="input", target_modules=r"layers\.\d"))
+    assert hooks() > before
+    delete_adapter(model, "other")
+    assert hooks() == before
+
+
+def test_a_pass_that_was_left_open_is_dropped_by_its_owner_and_closed_by_no_other() -> None:
+    passes, owner = Passes(), object()
+    passes.open(owner)
+    left = passes.current()
+    passes.close(object())
+    assert passes.current() is left
+    passes.open(object())
+    assert passes.current() is left
+    passes.open(owner)
+    assert passes.current() is not left
+    passes.close(owner)
+    assert passes.current() is None
+
+
+def test_thresholds_are_rounded_to_the_nearest() -> None:
+    assert (dropout.threshold(0.1), dropout.threshold(0.3)) == (6554, 19661)
+
+
+def test_the_other_processes_learn_that_the_writer_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[float] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: sent.append(float(tensor)))
+    mesh = SimpleNamespace(device_type="cpu", ndim=1, get_coordinate=lambda: [0], get_group=lambda dim: None)
+    with pytest.raises(OSError, match="full"), dtensors.one_writer(mesh) as writes:
+        assert writes
+        raise OSError("the disk is full")
+    assert sent == [1.0]
+
+
+class Readers(nn.Module):
+    """q, k and v of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(512, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+@pytest.mark.parametrize("rank", [MOST_ROWS // 3, MOST_ROWS // 3 + 1])
+def test_no_projection_is_wider_than_its_limit(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reslora_kernels.backends import torch as library
+
+    heights: list[int] = []
+    forward = library.forward
+    monkeypatch.setattr(
+        library, "forward", lambda x, w, b, a, *rest: (heights.append(len(a)), forward(x, w, b, a, *rest))[1]
+    )
+    model = apply_reslora(Readers(), ResLoRAConfig(r=rank, shortcut="none"), example_inputs=torch.zeros(2, 512))
+    model(torch.randn(3, 512))
+    assert max(heights) == (3 * rank if 3 * rank <= MOST_ROWS else 2 * rank)
