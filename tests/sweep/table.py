@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 HEADER = """# The sweep: small models of many architectures
 
@@ -50,7 +52,18 @@ class Table:
     def text(self) -> str:
         kinds = Counter(row.kind for row in self.rows)
         total = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        lines = [HEADER, f"{len(self.rows)} architectures: {total}.", "", "| " + " | ".join(COLUMNS) + " |"]
+        lines = [
+            HEADER,
+            f"{len(self.rows)} architectures: {total}. {_versions()}",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+        ]
         lines.append("|" + " --- |" * len(COLUMNS))
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in self.rows]
         return "\n".join(lines) + "\n"
+
+
+def _versions() -> str:
+    """What they were computed with."""
+    libraries = ("torch", "transformers", "peft", "diffusers")
+    return f"On {platform.machine()}, {', '.join(f'{name} {version(name)}' for name in libraries)}."
