@@ -274,6 +274,16 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"path .*int"):
             export_peft(model, 3)  # type: ignore[arg-type]
 
+    def test_folder_of_a_whole_model(self, tmp_path: Path) -> None:
+        """Transformers would add the adapter to the merged model."""
+        model = adapted(llama)
+        merge_reslora(model)
+        model.save_pretrained(tmp_path)
+        before = {path.name for path in tmp_path.iterdir()}
+        with pytest.raises(ValueError, match=r"path .* holds a whole model"):
+            export_peft(model, tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == before
+
     def test_model(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=r"model .*str"):
             export_peft("llama", tmp_path / "new")  # type: ignore[arg-type]

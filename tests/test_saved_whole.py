@@ -174,6 +174,20 @@ class TestTaskHead:
         assert same(with_peft(classifier(2), tmp_path / "peft"), model)
         assert same(load_peft_adapter(classifier(2), tmp_path / "peft"), model)
 
+    def test_is_found_by_transformers_and_by_pefts_auto_class(
+        self, classifier: Callable[[int], Any], tmp_path: Path
+    ) -> None:
+        from peft import AutoPeftModel
+        from transformers import AutoModelForSequenceClassification
+
+        model = trained(apply_reslora(classifier(1), ResLoRAConfig(r=3)))
+        export_peft(model, tmp_path / "peft")
+        again = classifier(2)
+        again.load_adapter(str(tmp_path / "peft"))
+        assert same(again, model)
+        assert same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "peft", num_labels=2).eval(), model)
+        assert same(AutoPeftModel.from_pretrained(tmp_path / "peft", num_labels=2).eval(), model)
+
     def test_that_is_named_is_adapted_and_its_start_saved(
         self, classifier: Callable[[int], Any], tmp_path: Path
     ) -> None:

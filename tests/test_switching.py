@@ -29,7 +29,7 @@ from reslora_kernels import (
 )
 
 from .adapter_files import X, assert_unchanged, state
-from .models import FAMILIES, Scrambled, llama, logits, randomize
+from .models import FAMILIES, Scrambled, llama, logits, randomize, roberta
 
 CONFIGS = {
     "default": ResLoRAConfig(r=3, shortcut="middle", pre_num=2),
@@ -234,3 +234,12 @@ def test_not_while_statistics_are_collected() -> None:
     with collect_statistics(model), pytest.raises(RuntimeError, match="statistics"):
         set_adapter(model, "third")
     set_adapter(model, "third")
+
+
+def test_second_adapter_with_a_head_of_its_own_is_refused_by_name(tmp_path: Path) -> None:
+    save_adapter(apply_reslora(roberta(), ResLoRAConfig(r=3)), tmp_path)
+    model = load_adapter(roberta(), tmp_path)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"adapter 'second' comes with parameters of the base model \('classifier"):
+        load_adapter(model, tmp_path, "second")
+    assert_unchanged(model, before)

@@ -24,6 +24,7 @@ from reslora_kernels import (
     unload,
     unmerge_reslora,
 )
+from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, llama, logits, randomize
 
@@ -62,6 +63,17 @@ class TestMerged:
         assert torch.equal(logits(again), logits(model))
         unmerge_reslora(model)
         assert sum("lora_" in key for key in model.state_dict()) >= 2 * 21
+
+    def test_tied_head_that_was_trained_is_tied_and_trained(self, tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=48)
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **sizes)).eval()
+        randomize(apply_reslora(model, ResLoRAConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"])))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+        merge_and_unload(model).save_pretrained(tmp_path)
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
 
     def test_trainer_saves_a_plain_model(self, tmp_path: Path) -> None:
         from transformers import Trainer, TrainingArguments
@@ -128,23 +140,28 @@ class TestUnload:
         with pytest.raises(ValueError, match=r"merged already.*method"):
             merge_and_unload(model, method="weights")
 
-    def test_dequantised_weights_stay_and_load_again(self, tmp_path: Path) -> None:
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    @pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit"])
+    def test_dequantised_weights_stay_and_load_again(self, kind: str, tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-        llama().save_pretrained(tmp_path / "base")
-        settings = BitsAndBytesConfig(load_in_8bit=True)
+        sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=48)
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
         model = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base", quantization_config=settings, device_map="cpu", dtype=torch.float32
+            tmp_path / "base", quantization_config=BitsAndBytesConfig(**{kind: True}), device_map="cpu"
         )
         randomize(apply_reslora(model, ResLoRAConfig(r=3, shortcut="none", target_modules=["q_proj", "up_proj"])))
         with pytest.raises(ValueError, match=r"q_proj.*quantised"):
             merge_and_unload(model)
+        trained = logits(model)
         merge_and_unload(model, dequantize=True)
-        names = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.up_proj")]
-        assert {type(model.get_submodule(name)) for name in names} == {nn.Linear}
+        name = "model.layers.1.self_attn.q_proj"
+        assert type(model.get_submodule(name)) is nn.Linear
+        assert relative_error(logits(model), trained) < 0.05
         model.save_pretrained(tmp_path / "merged")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu")
-        assert torch.equal(again.get_submodule(names[0]).weight, model.get_submodule(names[0]).weight)
+        assert torch.equal(again.get_submodule(name).weight, model.get_submodule(name).weight)
+        assert type(again.model.layers[1].self_attn.k_proj) is type(model.model.layers[1].self_attn.k_proj)
+        assert relative_error(logits(again), trained) < 0.05
 
 
 class TestStateDictWithoutAdapters:

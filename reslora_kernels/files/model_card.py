@@ -15,8 +15,8 @@ CARD_NAME = "README.md"
 _MARK = "<!-- written by reslora_kernels: take this line out, and no export replaces the file -->"
 _MERGE = "## Merge of "
 _PEFT = """\
-from peft import AutoPeftModel
-model = AutoPeftModel.from_pretrained("{folder}")
+from peft import PeftModel
+model = PeftModel.from_pretrained(base, "{folder}")  # base: the base model, as its library loads it
 """
 _DIFFUSERS = """\
 pipe.load_lora_weights("{folder}")  # pipe: the diffusers pipeline of the base model

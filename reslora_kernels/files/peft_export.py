@@ -95,7 +95,7 @@ def export_peft(
         TypeError, ValueError: as ``merge_reslora``; or merge arguments for a model that is merged already; or a trained
             parameter that the layout cannot hold; or a layer that PEFT would not put back where it was, being
             registered twice or named like a part of fused experts; or the model has lost an adapted layer or is
-            partitioned by ZeRO-3. Nothing is written then.
+            partitioned by ZeRO-3, or ``path`` holds a whole model. Nothing is written then.
     """
     layers = complete_layers(model)
     refuse_restarted(model)
@@ -103,6 +103,7 @@ def export_peft(
     folder = checked_folder(path)
     check_bool("pattern", pattern)
     part = _part(root_of(model), layout, component, pattern)
+    _refuse_whole_model(folder)
     refuse_twice_registered(root_of(model), layers)
     merged = record_of(model).merged
     if merged is not None:
@@ -184,6 +185,15 @@ def _part(root: nn.Module, layout: str, component: str | None, pattern: bool) ->
     return None
 
 
+def _refuse_whole_model(folder: Path) -> None:
+    """Transformers adds an adapter that it finds beside a model's weights, merged ones too."""
+    if (folder / "config.json").exists() and any((*folder.glob("model*.safetensors"), *folder.glob("*model*.bin"))):
+        raise ValueError(
+            f"path {str(folder)!r} holds a whole model: Transformers would load it with the adapter on top of it; give "
+            "the adapter a folder of its own"
+        )
+
+
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
@@ -196,7 +206,10 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
     base = getattr(root, "config", None)
     return {
         "peft_type": "LORA",
-        "task_type": task_of(root),
+        "task_type": (task := task_of(root)),
+        "auto_mapping": None
+        if task
+        else {"base_model_class": type(root).__name__, "parent_library": type(root).__module__},
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,

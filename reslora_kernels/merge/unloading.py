@@ -10,6 +10,8 @@ from ..adapt.apply import replace_modules
 from ..adapt.record import adapted_layers, record_of, refuse_beside, root_of
 from ..adapt.state_dicts import release
 from ..dtensors import refuse_sharded
+from ..layers.quantized_linear import QuantizedResLoRALinear
+from ..quantizers import quantizer_of
 from .merging import merge_reslora
 
 _INSTEAD = "call unload or merge_and_unload of the PeftModel"
@@ -18,9 +20,10 @@ _INSTEAD = "call unload or merge_and_unload of the PeftModel"
 def unload(model: nn.Module) -> nn.Module:
     """Take every adapter out: the layers are again what they were before ``apply_reslora``, with the weights of now.
 
-    A merged model keeps the merge in its weights; of quantised layers the dequantised ones (``dequantize=True``) stay,
-    plain ``nn.Linear``s. One that is not merged computes what its base does. Adapters that are not in force go too.
-    What trains and what is frozen stays as it is.
+    A merged model keeps the merge in its weights. Of quantised layers the dequantised ones (``dequantize=True``) stay,
+    as plain ``nn.Linear``s of the dtype around them, and the model's quantisation config leaves them out from then on.
+    A model that is not merged computes what its base does. Adapters that are not in force go too. What trains and what
+    is frozen stays as it is.
 
     Returns:
         ``model``.
@@ -38,10 +41,30 @@ def unload(model: nn.Module) -> nn.Module:
     for adapter in (record, *(other.record for other in record.others.values())):
         for hook in adapter.hooks:
             hook.remove()
-    replace_modules(root, {id(layer): layer.leave() for layer in layers.values()})
+    plain = {id(layer): layer.leave() for layer in layers.values()}
+    replace_modules(root, plain)
+    dense = [
+        plain[id(layer)] for layer in layers.values() if isinstance(layer, QuantizedResLoRALinear) and layer.merged
+    ]
+    if dense:
+        _fit_in(root, dense)
     release(root)
     del root.__dict__["_reslora"]
     return model
+
+
+def _fit_in(root: nn.Module, dense: list[nn.Linear]) -> None:
+    """Give dequantised layers the dtype of the model around them, and name them in its quantisation config as dense."""
+    own = {id(parameter) for linear in dense for parameter in linear.parameters()}
+    around = (p.dtype for p in root.parameters() if p.is_floating_point() and id(p) not in own)
+    dtype = next(around, dense[0].weight.dtype)
+    for linear in dense:
+        linear.to(dtype)
+    settings = getattr(getattr(root, "config", None), "quantization_config", None)
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(settings, field):
+            plain = [name for name, m in root.named_modules() if isinstance(m, nn.Linear) and quantizer_of(m) is None]
+            setattr(settings, field, plain)
 
 
 def merge_and_unload(model: nn.Module, **merge: Any) -> nn.Module:
