@@ -103,8 +103,10 @@ def _described(model: nn.Module, others: Beside) -> dict[str, Any]:
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> nn.Module:
     """Load what ``save_adapter`` wrote: adapt a plain model as it was adapted then, or fill the adapters it has.
 
-    Everything is checked before the model is touched: file types, the hash, keys, shapes, dtypes and values. Every
-    process of a sharded model must call this.
+    Everything is checked before the model is touched: file types, the hash, keys, shapes, dtypes and values. New
+    adapters are made without a start and filled from the file, which is what PEFT has ``low_cpu_mem_usage`` for. Links
+    to files are followed, so a snapshot in the Hub's cache loads as it is. Every process of a sharded model must call
+    this.
 
     Args:
         adapter_name: which adapter of the model to fill, or the name of a new one, which ``set_adapter`` puts in force;
