@@ -104,6 +104,10 @@ class ResLoRAModel(BaseTuner):
         layer.add(adapter_name, config.for_module(current_key), random_b=peft_config.init_lora_weights is False)
         replace_modules(self.model, {id(target): layer})
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """In the place of ``child``, wherever it is. PEFT's copies its weight, which a whole head does not have."""
+        replace_modules(self.model, {id(child): new_module})
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, for one adapter; a merged one is unmerged first, as PEFT does."""
         only_one(adapter_name)
