@@ -61,7 +61,7 @@ def test_sentence_transformers_3865_transformers_loads_what_was_trained(tmp_path
     assert torch.equal(logits(loaded), logits(llama()))
 
 
-def test_peft_2115_a_file_that_lacks_a_layer_is_not_loaded_in_silence(tmp_path: Path) -> None:
+def test_peft_2118_a_file_that_lacks_a_layer_is_not_loaded_in_silence(tmp_path: Path) -> None:
     """Missing keys went unnoticed, and their layers stayed at their start."""
     from safetensors.torch import load_file, save_file
 
