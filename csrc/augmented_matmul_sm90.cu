@@ -22,7 +22,7 @@ template <class P>
 RESLORA_DEVICE void produce(P pipeline, const HopperMatmul& p) {
     for (Tiles tiles = Tiles::make<P>(p); tiles.left(); tiles.tile += tiles.stride) {
         int row, column;
-        tiles.place<P>(row, column);
+        tiles.place(pipeline, row, column);
         for (int k = 0; k < p.rank; k += DEPTH) pipeline.fill(&p.t, &p.b, row, column, k);
         for (int k = 0; k < p.depth; k += DEPTH) pipeline.fill(&p.x, &p.w, row, column, k);
     }
@@ -61,7 +61,7 @@ RESLORA_DEVICE void consume(P pipeline, const HopperMatmul& p, int consumer) {
     }
     for (int count = 0; tiles.left(); ++count) {
         int row, column;
-        tiles.place<P>(row, column);
+        tiles.place(pipeline, row, column);
         row += first_row;
         float acc[P::BLOCKS][P::BN / 2] = {};
         pipeline.await_turn(consumer, count);
@@ -110,11 +110,7 @@ void launch_kernel(const AugmentedMatmul& p, Device device) {
                               map_of(b, P::B_BOX_ROWS), map_of(y, 64), p.bias, p.keep, p.keep_words, p.scale, static_cast<int>(p.x.rows),
                               static_cast<int>(p.y.columns), static_cast<int>(p.x.columns),
                               static_cast<int>(p.t.columns), {p.sums[0], p.sums[1]}};
-    const std::int64_t tiles = blocks(p.x.rows, P::CLUSTER * P::BM) * blocks(p.y.columns, P::BN);
-    const std::int64_t clusters = device.processors / P::CLUSTER;
-    run("augmented_matmul_hopper", &augmented_matmul_hopper_kernel<P>,
-        {P::CLUSTER * (tiles < clusters ? tiles : clusters), 1, 1}, P::THREADS, P::SHARED_BYTES, params, device,
-        P::CLUSTER, true);
+    run_tiles<P>("augmented_matmul_hopper", &augmented_matmul_hopper_kernel<P>, params, device);
 }
 
 template <class Element, bool W_BY_K>
@@ -123,7 +119,7 @@ void launch_variant(const AugmentedMatmul& p, Hopper variant, Device device) {
         case COOPERATIVE: return launch_kernel<Pipeline<Element, W_BY_K, false, 1>>(p, device);
         case COOPERATIVE_PAIR: return launch_kernel<Pipeline<Element, W_BY_K, false, 2>>(p, device);
         case PING_PONG: return launch_kernel<Pipeline<Element, W_BY_K, true, 1>>(p, device);
-        case PING_PONG_PAIR: return launch_kernel<Pipeline<Element, W_BY_K, true, 2>>(p, device);
+        default: return launch_kernel<Pipeline<Element, W_BY_K, true, 2>>(p, device);
     }
 }
 
@@ -136,7 +132,7 @@ void launch_layout(const AugmentedMatmul& p, Hopper variant, Device device) {
 }  // namespace
 
 void augmented_matmul_sm90(const AugmentedMatmul& p, Math math, Hopper variant, Device device) {
-    if (p.a.data) return augmented_matmul_one_pass_sm90(p, math, device);
+    if (p.a.data) return augmented_matmul_one_pass_sm90(p, math, variant, device);
     if (math == MATH_BFLOAT16) launch_layout<Bf16>(p, variant, device);
     else launch_layout<Fp16>(p, variant, device);
 }

@@ -7,7 +7,10 @@ namespace reslora {
 enum Type : int { FLOAT32, FLOAT16, BFLOAT16, FLOAT64 };
 enum Math : int { MATH_BFLOAT16, MATH_FLOAT16, MATH_TF32, MATH_IEEE };  // float32 products: TF32, or exact ones
 
-enum Hopper : int { COOPERATIVE = 1, COOPERATIVE_PAIR, PING_PONG, PING_PONG_PAIR };  // see pipeline_sm90.cuh
+// See pipeline_sm90.cuh: in two passes alone or in pairs one below the other; in one pass alone, side by side, two by two.
+enum Hopper : int {
+    COOPERATIVE = 1, COOPERATIVE_PAIR, PING_PONG, PING_PONG_PAIR, ONE_PASS, ONE_PASS_PAIR, ONE_PASS_QUAD
+};
 
 enum Access : int { ELEMENTS, CONVERTED, COPIED };  // one at a time; float32 four at a time; 16 bytes as they are
 
@@ -99,7 +102,7 @@ void project_sm90(const Project&, Math, Device);  // no dropout; at most 128 col
 void finish_projection(const Project&, Math, Device);  // adds the parts, if there are any
 void augmented_matmul(const AugmentedMatmul&, Math, bool large, Device);
 void augmented_matmul_sm90(const AugmentedMatmul&, Math, Hopper, Device);
-void augmented_matmul_one_pass_sm90(const AugmentedMatmul&, Math, Device);  // with ``a``, whose only form it is
+void augmented_matmul_one_pass_sm90(const AugmentedMatmul&, Math, Hopper, Device);  // with ``a``, of 64 rows at most
 void low_rank_grads(const LowRankGrads&, Math, std::int64_t parts, Device);
 void finish(const Sum&, const Sum&, Device);
 

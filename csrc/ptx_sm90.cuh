@@ -106,6 +106,17 @@ RESLORA_DEVICE void tma_load_multicast(void* shared, const TensorMap* map, int c
         "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(mask)
         : "memory");
 }
+// So many bytes of this block's shared memory to the same place in another block of the cluster, and at the barrier there.
+RESLORA_DEVICE void copy_to_block(void* shared, int bytes, Barrier* barrier, int cta) {
+    asm volatile(
+        "{\n.reg .b32 copy, remote;\n"
+        "mapa.shared::cluster.u32 copy, %0, %3;\n"
+        "mapa.shared::cluster.u32 remote, %2, %3;\n"
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [copy], [%0], %1, [remote];\n}" ::"r"(
+            shared_address(shared)),
+        "r"(bytes), "r"(shared_address(barrier)), "r"(cta)
+        : "memory");
+}
 RESLORA_DEVICE void tma_store(const TensorMap* map, const void* shared, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
                  "r"(row), "r"(shared_address(shared))

@@ -5,21 +5,22 @@
 
 namespace reslora {
 
-// The tiles of one block: every so many of those of the whole launch.
+// The tiles of one block: every so many of those of the whole launch, of which a cluster takes DOWN by ACROSS together.
 struct Tiles {
     int tile, stride, rows, columns;
 
     template <class P, class Params>
     RESLORA_DEVICE static Tiles make(const Params& p) {
         return {static_cast<int>(block_id().x) / P::CLUSTER, static_cast<int>(grid_size().x) / P::CLUSTER,
-                (p.rows + P::CLUSTER * P::BM - 1) / (P::CLUSTER * P::BM), (p.columns + P::BN - 1) / P::BN};
+                (p.rows + P::DOWN * P::BM - 1) / (P::DOWN * P::BM),
+                (p.columns + P::ACROSS * P::BN - 1) / (P::ACROSS * P::BN)};
     }
     RESLORA_DEVICE bool left() const { return tile < rows * columns; }
     template <class P>
-    RESLORA_DEVICE void place(int& row, int& column) const {
-        tile_of(tile, rows, columns, P::GROUP / P::CLUSTER, row, column);
-        row = (row * P::CLUSTER + (P::CLUSTER > 1 ? cluster_rank() : 0)) * P::BM;
-        column *= P::BN;
+    RESLORA_DEVICE void place(const P& pipeline, int& row, int& column) const {
+        tile_of(tile, rows, columns, P::GROUP / P::DOWN, row, column);
+        row = (row * P::DOWN + pipeline.down()) * P::BM;
+        column = (column * P::ACROSS + pipeline.across()) * P::BN;
     }
 };
 
@@ -78,6 +79,15 @@ RESLORA_DEVICE void play_roles(const Params& p) {
         consume(pipeline, p, role);
     }
     if constexpr (P::CLUSTER > 1) P::meet();
+}
+
+// On as many clusters as can run, or as there are tiles for them.
+template <class P, class Params>
+void run_tiles(const char* name, void (*kernel)(Params), const Params& p, Device device) {
+    const std::int64_t tiles = blocks(p.rows, P::DOWN * P::BM) * blocks(p.columns, P::ACROSS * P::BN);
+    const std::int64_t clusters = device.processors / P::CLUSTER;
+    run(name, kernel, {P::CLUSTER * (tiles < clusters ? tiles : clusters), 1, 1}, P::THREADS, P::SHARED_BYTES, p, device,
+        P::CLUSTER, true);
 }
 
 // Of the matrix as its memory is ordered.

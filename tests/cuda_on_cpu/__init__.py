@@ -13,10 +13,11 @@ The scheduler in ``emulator.cpp`` is as unkind as CUDA's programming model allow
 - what sm_90 does beside the threads (``emulator_tma.cpp``, ``emulator_wgmma.cpp``, twins in ``host_ptx_sm90.h``) comes
   at once, at some time, or not before nothing else can: a bulk load's destination is NaN until it lands, a bulk store
   reads and writes when it likes, wgmma reads its operands as late as its wait and its registers are NaN until then;
+- a copy to another block of the cluster reads its source as late as it lands, and counts at the barrier there;
 - these units see of shared memory only what a warp's fence_async_shared has followed; reading past it is an error with
   the warp's number. So are an mbarrier that more bytes or arrivals reach than it counts, one that is not announced or
-  is overwritten, registers that change under wgmma or with no wgmma_fence, loads to a block that has ended, and
-  whatever is not committed or not waited for. A deadlock names each barrier and what it lacks;
+  is overwritten, registers that change under wgmma or with no wgmma_fence, copies to or from a block that has ended,
+  and whatever is not committed or not waited for. A deadlock names each barrier and what it lacks;
 - built with AddressSanitizer and UndefinedBehaviorSanitizer, all accesses are checked, global and shared.
 
 ``build`` compiles csrc/ with it to an extension module, which ``reslora_kernels.backends.cuda`` takes in place of the
@@ -72,6 +73,7 @@ class Statistics:
     barriers: int
     tensor_loads: int
     tensor_stores: int
+    block_copies: int
     group_multiplications: int
 
 

@@ -44,7 +44,7 @@ using WarpInstruction = void (*)(Thread* lanes);
 
 struct Statistics {  // of everything since the last reset
     std::int64_t launches, copies, late_copies, matrix_loads, bank_conflicts, multiplications, barriers;
-    std::int64_t tensor_loads, tensor_stores, group_multiplications;
+    std::int64_t tensor_loads, tensor_stores, block_copies, group_multiplications;
 };
 
 struct Block {  // of the cluster that runs

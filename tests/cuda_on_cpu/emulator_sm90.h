@@ -26,6 +26,7 @@ void fence_barrier_init();
 void fence_async_shared();
 
 void tma_load_multicast(void* shared, const TensorMap* map, int column, int row, Barrier* barrier, std::uint16_t mask);
+void copy_to_block(void* shared, int bytes, Barrier* barrier, int cta);
 void tma_store(const TensorMap* map, const void* shared, int column, int row);
 void tma_store_commit();
 void tma_store_wait_read(int left);

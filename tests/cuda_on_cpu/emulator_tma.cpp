@@ -16,7 +16,7 @@ struct Stores {  // of a thread
     std::deque<std::vector<std::shared_ptr<Event>>> groups;
 };
 std::vector<Stores> stores;
-std::vector<int> loads_in_flight;  // to each block of the cluster
+std::vector<int> in_flight;  // copies to and from the shared memory of each block of the cluster, but stores
 
 void require_box(const TensorMap* map, std::int64_t offset, const char* instruction) {
     if (reinterpret_cast<std::uintptr_t>(map) % 64 != 0) fail(std::string(instruction) + ": misaligned tensor map");
@@ -84,13 +84,35 @@ void tma_load_multicast(void* to, const TensorMap* map, int column, int row, Bar
         fenced_shared(rank, offset, bytes, "tma_load");
         const std::vector<unsigned char> poison(bytes, 0xFF);
         write_from_async(rank, offset, poison.data(), bytes);
-        ++loads_in_flight[rank];
+        ++in_flight[rank];
         later([map = *map, column, row, rank, offset, at, bytes] {
-            --loads_in_flight[rank];
+            --in_flight[rank];
             load_box(map, column, row, rank, offset);
             complete_bytes(rank, at, bytes);
         });
     }
+}
+
+void copy_to_block(void* place, int bytes, Barrier* barrier, int cta) {
+    const std::int64_t offset = offset_of(place), at = offset_of(barrier);
+    if (cta < 0 || cta >= static_cast<int>(cluster.size())) fail("copy_to_block: no such block");
+    if (offset % 16 || bytes % 16 || bytes <= 0) fail("copy_to_block: not a multiple of 16 bytes");
+    require_barrier(cta, at, "copy_to_block");
+    ++statistics.block_copies;
+    fenced_shared(cta, offset, bytes, "copy_to_block");
+    const std::vector<unsigned char> poison(bytes, 0xFF);
+    write_from_async(cta, offset, poison.data(), bytes);
+    const int from = current->rank;
+    ++in_flight[cta];
+    ++in_flight[from];
+    later([=] {
+        --in_flight[cta];
+        --in_flight[from];
+        const unsigned char* source = fenced_shared(from, offset, bytes, "copy_to_block");
+        const std::vector<unsigned char> read(source, source + bytes);
+        write_from_async(cta, offset, read.data(), bytes);
+        complete_bytes(cta, at, bytes);
+    });
 }
 
 void tma_store(const TensorMap* map, const void* from, int column, int row) {
@@ -115,13 +137,13 @@ void tma_store_wait_read(int left) {
 
 void copies_begin() {
     stores = std::vector<Stores>(threads.size());
-    loads_in_flight.assign(cluster.size(), 0);
+    in_flight.assign(cluster.size(), 0);
 }
 
 void thread_copies_end() {
     const Stores& mine = stores[current->index];
-    if (cluster[current->rank].running == 1 && loads_in_flight[current->rank])
-        fail("bulk loads are still in flight to a block that has ended");
+    if (cluster[current->rank].running == 1 && in_flight[current->rank])
+        fail("bulk copies are still in flight to or from a block that has ended");
     if (!mine.open.empty()) fail("bulk stores were issued and never committed");
     for (const auto& group : mine.groups)
         if (!group.empty()) fail("bulk stores may still read shared memory when the kernel ends");

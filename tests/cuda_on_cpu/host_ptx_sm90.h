@@ -29,6 +29,7 @@ inline void tma_load(void* shared, const TensorMap* map, int column, int row, Ba
                                  static_cast<std::uint16_t>(1 << emulator::current->rank));
 }
 using emulator::tma_load_multicast;
+using emulator::copy_to_block;
 using emulator::tma_store;
 using emulator::tma_store_commit;
 template <int N>
