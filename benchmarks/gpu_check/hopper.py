@@ -22,7 +22,15 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check import hopper_launches, hopper_layers
-from benchmarks.gpu_check.hopper_launches import LIBRARY, Launch, Matmul, Projection, launches_of
+from benchmarks.gpu_check.hopper_launches import (
+    IN_ONE_PASS,
+    LIBRARY,
+    Launch,
+    Matmul,
+    Projection,
+    compare_with_two_passes,
+    launches_of,
+)
 from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.bench import cases
@@ -36,7 +44,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 # its low-rank product included.
 GOALS = {"forward": 1.03, "both": 1.06}
 MATMUL_GOAL = 0.99
-SETTINGS = (*hopper.VARIANTS, hopper.AUTO)
+SETTINGS = (*hopper.ONE_PASS_VARIANTS, *hopper.VARIANTS, hopper.AUTO)
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,12 @@ REHEARSAL = Program(
 
 
 def kernels_for(launch: Launch) -> tuple[str, ...]:
-    return (hopper.PORTABLE, *hopper.kernels_of(launch.form))
+    """The portable one makes one pass of what is narrow only."""
+    if launch.form not in IN_ONE_PASS:
+        return (hopper.PORTABLE, *hopper.kernels_of(launch.form))
+    assert isinstance(launch, Matmul)
+    narrow = launch.form == hopper.ONE_PASS and launch.n <= hopper.NARROW and launch.rank <= cuda.ONE_PASS_RANK
+    return (*([hopper.PORTABLE] if narrow else []), *hopper.kernels_of(launch.form))
 
 
 def is_right(steps: Steps, kernel: str, form: str) -> bool:
@@ -120,7 +133,7 @@ def _right(steps: Steps, launch: Launch) -> list[str]:
 def settings_for(steps: Steps, case: Case, settings: Iterable[str]) -> list[str]:
     """Those under which no kernel serves a layer that is wrong in any form. A variant brings the others along."""
     wrong = {name.partition(",")[0] for name in steps.wrong}
-    others = {hopper.STREAMING, *([hopper.IN_ONE_PASS] if case.n <= cuda.ONE_PASS_COLUMNS else [])}
+    others = {hopper.STREAMING, *(["one-pass"] if case.n <= hopper.NARROW else [])}
     return [name for name in settings if not wrong & ({name, *others} if name in hopper.VARIANTS else {name})]
 
 
@@ -158,6 +171,7 @@ def rows(
     for row in (row for kind in table.values() for row in kind):
         times = row["microseconds"]
         row["microseconds"] = {name: times[name] for name in times if is_right(steps, name, row["form"])}
+    compare_with_two_passes(table)
     return table
 
 

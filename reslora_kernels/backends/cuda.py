@@ -1,4 +1,4 @@
-"""CUDA C++ kernels of csrc/: one or two launches for the forward pass, three for the backward pass.
+"""CUDA C++ kernels of csrc/: one or two launches for the forward pass, two or three for the backward pass.
 
 For machines with an NVIDIA GPU and without Triton. The extension takes addresses; every check is made here, before.
 """
@@ -28,8 +28,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/params.h
 BF16, FP16, TF32, IEEE = range(4)
 LARGE_TILE = 128  # rows and columns of y in a block, where that leaves no processor without one; else half of it
-ONE_PASS_RANK = 32
-ONE_PASS_COLUMNS = 512  # beyond them the second product costs more than another read of x
+ONE_PASS_RANK = 32  # of the portable kernel, which makes one pass of what is narrow only
 ROWS_PER_BLOCK, COLUMNS_PER_BLOCK = 64, 128  # of x in project, of a stream in low_rank_grads
 
 
@@ -95,20 +94,24 @@ def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
 
 def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     """How a forward pass without dropout would be computed, and why."""
-    n = weight.shape[0]
-    one_pass = _one_pass(x, n, rank, None, 1.0)
-    form = hopper.ONE_PASS if one_pass else hopper.form_of(weight.T, None, False)
-    choice = hopper.matmul(_extension(), x, form, n, rank)
-    reason = hopper.unsupported_reason(_extension(), x, weight.T, columns=n)
-    matmul = _kernel(choice, reason)
+    n, extension = weight.shape[0], _extension()
+    unsupported = hopper.unsupported_reason(extension, x, weight.T, columns=n)
+    passes = _passes(x, n, rank, hopper.ONE_PASS, 1.0)
+    if passes.kernel in hopper.ONE_PASS_VARIANTS and (unsupported or weight.stride(1) != 1):
+        passes = _portable_passes(n, rank, hopper.ONE_PASS, unsupported or "the weight lies by columns")
+    one_pass = passes.kernel != hopper.TWO_PASSES
+    choice = passes if one_pass else hopper.matmul(extension, x, hopper.form_of(weight.T, None, False), n, rank)
+    matmul = _kernel(choice, unsupported)
     tile = LARGE_TILE if _large(x, n) else LARGE_TILE // 2
-    matmul += f", in tiles of {tile} x {tile}" if reason or choice.kernel is None else ""
+    matmul += f", in tiles of {tile} x {tile}" if unsupported or choice.kernel is None else ""
     if one_pass:
-        return f"one pass: both products from one read of x, for at most {ONE_PASS_COLUMNS} columns of y, {matmul}"
+        return f"one pass: both products from one read of x, {matmul}"
     projection = _kernel(
-        hopper.projection(_extension(), x, hopper.H, rank), hopper.unsupported_reason(_extension(), x, columns=0)
+        hopper.projection(extension, x, hopper.H, rank), hopper.unsupported_reason(extension, x, columns=0)
     )
-    return f"two passes: h first, {projection}; then the matmul on top of the low-rank product, {matmul}"
+    return (
+        f"two passes ({passes.reason}): h first, {projection}; then the matmul on top of the low-rank product, {matmul}"
+    )
 
 
 def _kernel(choice: hopper.KernelChoice, unsupported: str | None) -> str:
@@ -142,8 +145,8 @@ def forward(
     keep_scale = 1.0 if dropout is None else dropout.keep_scale
     channel = _side(residual, 0, u, handed, side.hand_start, side.c * keep_scale, keep_scale)
     with _guard(x):
-        if _one_pass(x, y.shape[1], a.shape[0], dropout, scaling):
-            _augmented_matmul(x, weight.T, None, b.T, y, scaling, a=a, side=channel, bias=bias_address)
+        if dropout is None and (stacks := _in_one_pass(x, weight.T, a, b.T, hopper.ONE_PASS, scaling)):
+            _augmented_matmul(x, weight.T, None, stacks[1], y, scaling, a=stacks[0], side=channel, bias=bias_address)
         else:
             _project(x, a, channel, u.shape[1], dropout)
             _augmented_matmul(x, weight.T, u, b.T, y, scaling, bias=bias_address)
@@ -173,14 +176,17 @@ def backward(
     dresidual = dy.new_empty(m, b.shape[1]) if needs.dresidual else None
     bits = dy.new_empty(m, -(-k // 32), dtype=torch.int32) if needs.dx and dropout is not None else None
     keep_scale = 1.0 if dropout is None else dropout.keep_scale
+    dhanded = None if dhanded is None else dhanded.to(dy.dtype)
+    channel = _side(dhanded, side.hand_start, dh, dresidual, 0, side.c * side.scaling, side.scaling)
     with _guard(dy):
-        if dh is not None or dresidual is not None:
-            dhanded = None if dhanded is None else dhanded.to(dy.dtype)
-            channel = _side(dhanded, side.hand_start, dh, dresidual, 0, side.c * side.scaling, side.scaling)
+        stacks = _in_one_pass(dy, weight, b.T, a, hopper.DX_AND_DH, 1.0) if dx is not None and dropout is None else None
+        if dx is not None and stacks:
+            _augmented_matmul(dy, weight, None, stacks[1], dx, 1.0, a=stacks[0], side=channel)
+        elif dh is not None or dresidual is not None:
             _project(dy, b.T, channel, 0 if dh is None else rank, None)
         left = _outer_products(dh, x, da, u, dy, db, dropout, bits, k, side.scaling)
         sums = [None if entry is None else _sum(entry) for entry in left]
-        if dx is not None:
+        if dx is not None and not stacks:
             assert dh is not None
             keep, words = (0, 0) if bits is None else (bits.data_ptr(), bits.shape[1])
             _augmented_matmul(
@@ -198,11 +204,11 @@ def _augmented_matmul(
     given = {"t": t, "a": a}
     matrices = {"x": x, "w": w, "b": b} | {name: matrix for name, matrix in given.items() if matrix is not None}
     form = hopper.form_of(w, a, bool(options.get("keep")))
-    kernel, _ = hopper.matmul(_extension(), x, form, y.shape[1], b.shape[0])
-    if kernel is not None and hopper.in_order(w, b, t, a):
+    kernel, _ = hopper.matmul(_extension(), x, form, y.shape[1], b.shape[0] if a is None else max(len(a), len(b)))
+    if kernel in hopper.NUMBERS and hopper.in_order(w, b, t, a):
         converted = {name: matrix.to(x.dtype) for name, matrix in matrices.items()}  # not by the copy engine on the way
         if hopper.unsupported_reason(_extension(), *converted.values(), columns=y.shape[1]) is None:
-            options["hopper"], matrices = hopper.VARIANTS.get(kernel, 1), converted  # in one pass any number will do
+            options["hopper"], matrices = hopper.NUMBERS[kernel], converted
     _extension().augmented_matmul(
         _math(x.dtype), _device_of(x), _large(x, y.shape[1]), scale=scale, y=_output(y),
         **{name: _matrix(matrix) for name, matrix in matrices.items()}, **options,
@@ -284,10 +290,34 @@ def _split(size: int, wanted: int, least: int) -> tuple[int, int]:
     return length, -(-size // length)
 
 
-def _one_pass(x: Tensor, n: int, rank: int, dropout: Dropout | None, scaling: float) -> bool:
-    if x.dtype == torch.float32 or (x.dtype == torch.float16 and abs(scaling) > 1):
-        return False  # one pass rounds s u to x's dtype before its product, which float16 may not hold
-    return dropout is None and rank <= ONE_PASS_RANK and n <= ONE_PASS_COLUMNS
+def _in_one_pass(x: Tensor, w: Tensor, a: Tensor, b: Tensor, form: str, scaling: float) -> tuple[Tensor, Tensor] | None:
+    """a and b as one launch for y = x w + scaling t b, t of x aᵀ, takes them; None where it takes two."""
+    n, rank = w.shape[1], max(len(a), len(b))
+    passes = _passes(x, n, rank, form, scaling)
+    if passes.kernel in hopper.ONE_PASS_VARIANTS:
+        converted = (a.to(x.dtype), b.to(x.dtype))
+        unsupported = hopper.unsupported_reason(_extension(), x, w, *converted, columns=n)
+        if unsupported is None and hopper.in_order(w, b, None, a):
+            return converted
+        passes = _portable_passes(n, rank, form, unsupported or "the matrices lie in different orders")
+    return (a, b) if passes.kernel is None else None
+
+
+def _passes(x: Tensor, n: int, rank: int, form: str, scaling: float) -> hopper.KernelChoice:
+    """The kernel of one pass, None for the portable one, or TWO_PASSES, and why; wherever the operands lie."""
+    if x.dtype == torch.float32:
+        return hopper.KernelChoice(hopper.TWO_PASSES, "one pass multiplies float16 or bfloat16")
+    if x.dtype == torch.float16 and abs(scaling) > 1:  # one pass rounds s u to x's dtype before its product
+        return hopper.KernelChoice(hopper.TWO_PASSES, f"float16 may not hold u times {scaling}")
+    choice = hopper.matmul(_extension(), x, form, n, rank)
+    return _portable_passes(n, rank, form, choice.reason) if choice.kernel is None else choice
+
+
+def _portable_passes(n: int, rank: int, form: str, reason: str) -> hopper.KernelChoice:
+    """One pass by the portable kernel where y is so narrow that it pays; no Hopper kernel makes it for ``reason``."""
+    if form == hopper.ONE_PASS and rank <= ONE_PASS_RANK and n <= hopper.NARROW:
+        return hopper.KernelChoice(None, reason)
+    return hopper.KernelChoice(hopper.TWO_PASSES, f"one by no Hopper kernel: {reason}")
 
 
 def _large(x: Tensor, n: int) -> bool:

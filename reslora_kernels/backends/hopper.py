@@ -1,9 +1,9 @@
 """Which calls of the cuda backend the Hopper kernels, csrc/*_sm90.cu, serve: those that they were measured fastest for.
 
 ``RESLORA_CUDA_HOPPER`` is "auto" where it is not set: the table of ``tuning.measured`` names the fastest kernel near
-the call's shape, and where it knows none the portable kernel serves. "off" is the portable kernel for all; a variant's
-name asks for that variant of csrc/augmented_matmul_sm90.cu wherever it is able, for csrc/project_sm90.cu and, in one
-pass, for csrc/augmented_matmul_one_pass_sm90.cu, which have but one.
+the call's shape, and where it knows none the portable kernel serves. "off" is the portable kernel for all. A variant
+of csrc/augmented_matmul_sm90.cu is asked for by name, for two passes, with one pass where y is narrow; a variant of
+csrc/augmented_matmul_one_pass_sm90.cu for one pass wherever it is able. Both bring csrc/project_sm90.cu along.
 """
 
 from __future__ import annotations
@@ -21,14 +21,20 @@ from ..tuning import measured
 
 VARIABLE = "RESLORA_CUDA_HOPPER"
 AUTO, OFF = "auto", "off"
-VARIANTS = {"cooperative": 1, "cooperative-pair": 2, "ping-pong": 3, "ping-pong-pair": 4}  # as in csrc/params.h
-# What else the table compares: the kernels for all GPUs, augmented_matmul_one_pass_sm90.cu, project_sm90.cu.
-PORTABLE, IN_ONE_PASS, STREAMING = "portable", "one-pass", "streaming"
-FORWARD, DX, DX_MASKED, ONE_PASS = "forward", "dx", "dx with dropout", "one pass"  # forms of the matmul in the table
+# As in csrc/params.h: in two passes, those first that are expected to be fastest, and in one.
+VARIANTS = {"cooperative-pair": 2, "cooperative": 1, "ping-pong-pair": 4, "ping-pong": 3}
+ONE_PASS_VARIANTS = {"one-pass-pair": 6, "one-pass-quad": 7, "one-pass": 5}
+NUMBERS = VARIANTS | ONE_PASS_VARIANTS
+# What else the table compares: the kernels for all GPUs, two launches instead of one pass, project_sm90.cu.
+PORTABLE, TWO_PASSES, STREAMING = "portable", "two passes", "streaming"
+FORWARD, DX, DX_MASKED = "forward", "dx", "dx with dropout"  # forms of the matmul in the table
+ONE_PASS, DX_AND_DH = "one pass", "dx and dh"  # and those that make t, too: forward, and backward without dropout
 H, DH = "h", "dh"  # and of the projection: a row by row, or column by column
 GENERATION = "sm_90"
 LEAST_ROWS = 64  # below, most of a tile of 128 rows would be of no use
 PROJECTED = 128  # columns of x aᵀ that a block has in registers
+ONE_PASS_RANK = 64  # the same, beside those of y
+NARROW = 512  # columns of y up to which one pass is better than two, whatever the kernel
 ALIGNMENT = 16  # bytes: of a base and of a stride, for the copy engine
 
 
@@ -46,8 +52,8 @@ def setting() -> str:
         ValueError: none of these.
     """
     name = os.environ.get(VARIABLE) or AUTO
-    if name not in (AUTO, OFF) and name not in VARIANTS:
-        raise ValueError(f"{VARIABLE} must be 'auto', 'off' or one of {', '.join(map(repr, VARIANTS))}, got {name!r}")
+    if name not in (AUTO, OFF) and name not in NUMBERS:
+        raise ValueError(f"{VARIABLE} must be 'auto', 'off' or one of {', '.join(map(repr, NUMBERS))}, got {name!r}")
     return name
 
 
@@ -68,7 +74,7 @@ def requested(name: str) -> Iterator[None]:
 def form_of(w: Tensor, a: Tensor | None, masked: bool) -> str:
     """What the table calls the matmul with w [K, N] and, in one pass, ``a``: by the layout of w, whichever the pass."""
     if a is not None:
-        return ONE_PASS
+        return ONE_PASS if w.stride(0) == 1 else DX_AND_DH
     if w.stride(0) == 1:
         return FORWARD
     return DX_MASKED if masked else DX
@@ -78,11 +84,16 @@ def kernels_of(form: str) -> tuple[str, ...]:
     """The Hopper kernels for a form, by their names in the table."""
     if form in (H, DH):
         return (STREAMING,)
-    return (IN_ONE_PASS,) if form == ONE_PASS else tuple(VARIANTS)
+    return tuple(ONE_PASS_VARIANTS if form in (ONE_PASS, DX_AND_DH) else VARIANTS)
 
 
 def matmul(extension: Any, x: Tensor, form: str, n: int, rank: int) -> KernelChoice:
-    """For x [M, K], ``n`` columns of y and ``rank`` rows of b; found once for each kind of call."""
+    """For x [M, K], ``n`` columns of y and ``rank`` rows of a or b; found once for each kind of call.
+
+    The kernel of a form in one pass is TWO_PASSES where that is to be taken instead.
+    """
+    if form in (ONE_PASS, DX_AND_DH) and rank > ONE_PASS_RANK:
+        return KernelChoice(TWO_PASSES, f"one pass takes at most {ONE_PASS_RANK} ranks, these are {rank}")
     return _choice(setting(), extension, x.device, x.dtype, "cuda_matmuls", form, x.shape[0], n, x.shape[1], rank)
 
 
@@ -112,18 +123,21 @@ def _choice(
         return KernelChoice(None, reason)
     kernels = kernels_of(form)
     if asked != AUTO:
-        return KernelChoice(asked if asked in kernels else kernels[0], f"{VARIABLE}={asked}")
+        wide = form == DX_AND_DH or (form == ONE_PASS and n > NARROW)
+        instead = TWO_PASSES if wide else "one-pass" if form == ONE_PASS else kernels[0]
+        return KernelChoice(asked if asked in kernels else instead, f"{VARIABLE}={asked}")
     sizes = {"m": m, "n": n, "k": k} | ({} if rank is None else {"rank": rank})
     exact: dict[str, str | bool] = {"form": form, "dtype": str(dtype)}
     row = measured.nearest(GENERATION, kind, sizes, exact) if all(sizes.values()) else None
     found = row["microseconds"] if row else {}
-    times = {name: found[name] for name in (PORTABLE, *kernels) if name in found}
+    times = {name: found[name] for name in (PORTABLE, TWO_PASSES, *kernels) if name in found}
     if not times:
         return KernelChoice(None, "none was measured near this shape")
     fastest = min(times, key=times.__getitem__)
     if fastest == PORTABLE:
         return KernelChoice(None, f"the portable one was measured fastest near this shape ({times[fastest]:.0f} us)")
-    return KernelChoice(fastest, f"measured fastest near this shape ({times[fastest]:.0f} us)")
+    said = "two passes were measured" if fastest == TWO_PASSES else "measured"
+    return KernelChoice(fastest, f"{said} fastest near this shape ({times[fastest]:.0f} us)")
 
 
 def admit(rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -166,11 +180,11 @@ def unsupported_reason(extension: Any, x: Tensor, *others: Tensor, columns: int)
 
 
 def in_order(w: Tensor, b: Tensor, t: Tensor | None, a: Tensor | None) -> bool:
-    """Whether w [K, N] and b [R, N] lie as a kernel takes them: in one pass, with ``a`` for t, column by column."""
+    """Whether w [K, N] and b [R, N] lie as a kernel takes them, both by columns or both by rows; ``a``, too, for t."""
     first, second = w.stride(0), b.stride(0)
     by_columns, by_rows = first == second == 1, 1 not in (first, second)
     if a is not None:
-        return by_columns and a.stride(1) == 1 and b.shape[0] <= a.shape[0]
+        return (by_columns and a.stride(1) == 1) or (by_rows and a.stride(0) == 1)
     return (by_columns or by_rows) and t is not None and t.stride(1) == 1
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from reslora_kernels.backends import cuda, hopper
+from reslora_kernels.side_channel import SideChannel
 from reslora_kernels.testing import assert_close_to_truth
 
 from .. import cuda_on_cpu
@@ -41,6 +42,7 @@ ONE_PASS = [
     Call("one pass, nothing but one tile, which it does not fill", 64, 72, 40, 8, 8, FP16, FP16, scaling=0.5),
     Call("one pass, as wide as it may be, odd ranks", 130, 136, 512, 29, 24, BF16, BF16, hand=(13, 29), bias=False),
     Call("one pass, one step of K", 129, 64, 72, 17, 8, FP16, FP32, scaling=1.0, residual=True),
+    Call("one pass, wider than a cluster, all ranks", 300, 520, 1032, 64, 40, hand=(40, 64), residual=True),
 ]
 PROJECTED = [  # and the parts of K in the two directions
     (Call("16 columns, one stage", 257, 40, 520, 16, 16, BF16, BF16), (1, 1)),
@@ -67,18 +69,24 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+@pytest.fixture(params=hopper.ONE_PASS_VARIANTS)
+def in_one_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(hopper.VARIABLE, request.param)
+    return request.param
+
+
 def run_one_pass(call: Call, values: dict) -> dict[str, torch.Tensor]:
-    """Forward and backward, the forward pass with the Hopper kernel's one-pass form."""
+    """Forward and backward, u beside y and dh beside dx by the one-pass variant that the environment names."""
     results, made = launched(call, values, "augmented_matmul")
-    assert "a" in made[0] and made[0]["hopper"] == 1
+    number = hopper.ONE_PASS_VARIANTS[hopper.setting()]
+    assert [("a" in given, given["hopper"]) for given in made] == [(True, number)] * 2
     return results
 
 
 def forward(call: Call, values: dict) -> tuple[torch.Tensor, ...]:
-    stacks = values["a_cat"], values["b_cat"], values["residual"]
-    return cuda.forward(
-        values["x"], values["weight"], values["bias"], *stacks, None, call.c, call.scaling, 0.0, *call.hand
-    )
+    stacks, side = (values["a_cat"], values["b_cat"]), SideChannel(call.c, call.scaling, *call.hand)
+    found = cuda.forward(values["x"], values["weight"], values["bias"], *stacks, values["residual"], side, None)
+    return tuple(tensor for tensor in found if tensor is not None)
 
 
 def run_twice(call: Call, values: dict) -> dict[str, torch.Tensor]:
@@ -99,8 +107,7 @@ def test_integers_come_out_bit_for_bit(call: Call, variant: str, device: torch.d
 
 
 @pytest.mark.parametrize("call", ONE_PASS, ids=name_of)
-def test_one_pass(call: Call, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
+def test_one_pass(call: Call, in_one_pass: str, device: torch.device, poisoned: None) -> None:
     values = draw(call, device, integers=True)
     expected = truth(call, values)
     for name, result in run_one_pass(call, values).items():
@@ -111,31 +118,34 @@ def test_one_pass(call: Call, device: torch.device, poisoned: None, monkeypatch:
         assert_close_to_truth(result, expected[name], plain[name], name)
 
 
-def test_one_pass_reads_each_tile_once_whatever_the_schedule(
-    extension: Path | None, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("call", [ONE_PASS[0], ONE_PASS[-1]], ids=name_of)
+def test_one_pass_is_one_launch_that_reads_each_tile_once_whatever_the_schedule(
+    call: Call, in_one_pass: str, extension: Path | None, device: torch.device, poisoned: None
 ) -> None:
-    monkeypatch.setenv(hopper.VARIABLE, "ping-pong")  # one pass has one kernel for all
-    call = ONE_PASS[0]
     values = draw(call, device, integers=False)
     first = forward(call, values)
-    for seed in range(6 if extension else 250):
+    down, across = {"one-pass": (1, 1), "one-pass-pair": (1, 2), "one-pass-quad": (2, 2)}[in_one_pass]
+    blocks = -(-call.m // (128 * down)) * down * -(-call.n // (256 * across)) * across
+    steps, steps_of_ranks = -(-call.k // 64), -(-call.rank // 16)
+    for seed in range(4 if extension else 250):
         if extension:
             cuda_on_cpu.set_seed(extension, seed)
             cuda_on_cpu.take_statistics(extension)
         assert all(map(torch.equal, first, forward(call, values)))
         if extension:
             counted = cuda_on_cpu.take_statistics(extension)
-            tiles, steps = 3 * 2, 4
             assert counted.launches == 1
-            assert counted.tensor_loads == tiles * (3 * steps + 1)  # x, W, A; then B
-            assert counted.group_multiplications == 2 * tiles * (4 * 2 * steps + 2)
+            assert counted.tensor_loads == blocks * (3 * steps + 1)  # x, W, A, or the block's share of them; then B
+            products = 2 * (4 * steps + steps_of_ranks) + 4 * steps * 2 // across  # of y, of u and B, of x and A
+            assert counted.group_multiplications == blocks * products
+            assert counted.block_copies == blocks * (across - 1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_one_pass_keeps_what_is_not_finite_in_its_row(
     value: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(hopper.VARIABLE, "cooperative")
+    monkeypatch.setenv(hopper.VARIABLE, "one-pass-pair")
     values = draw(ONE_PASS[0], device, integers=False)
     values["x"][7, 99] = value
     for result in forward(ONE_PASS[0], values):
@@ -161,7 +171,7 @@ def test_one_pass_that_it_cannot_take_goes_to_the_portable_kernel(
     expected = truth(call, values)
     if extension:
         cuda_on_cpu.take_statistics(extension)
-    y, _, u = forward(call, values)
+    y, u = forward(call, values)
     assert torch.equal(y, expected["y"].to(y.dtype))
     assert torch.equal(u, expected["u"].to(u.dtype))
     if extension:
