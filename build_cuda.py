@@ -1,14 +1,21 @@
-"""Compiles csrc/ to the extension module with nvcc, through ninja. setup.py runs this file."""
+"""Compiles csrc/ to the extension module with nvcc, through ninja. setup.py runs this file.
+
+python build_cuda.py    puts the module and the record of its build beside the sources, where pip cannot
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +47,42 @@ def compile_extension(folder: Path, requested: tuple[str, ...], jobs: int) -> tu
     (folder / "build.ninja").write_text(build_steps([nvcc, "-ccbin", cxx], architectures, jobs), encoding="utf-8")
     run_ninja([sys.executable, "-m", "ninja", "-C", str(folder), f"-j{jobs}"])
     return architectures
+
+
+def place(package: Path, compile_in: Callable[[Path], tuple[str, ...]]) -> tuple[str, ...]:
+    """Puts MODULE, which ``compile_in`` makes in a folder, and the record of that into ``package``; older ones go.
+
+    Returns:
+        The architectures; none where ``compile_in`` raised a RuntimeError, which is then in the record.
+    """
+    for stale in (*package.glob("_cuda*.so"), *package.glob("_build_info.py")):
+        stale.unlink()
+    architectures: tuple[str, ...] = ()
+    reason = "built"
+    with tempfile.TemporaryDirectory(prefix="reslora_cuda_") as folder:
+        try:
+            architectures = compile_in(Path(folder))
+            shutil.copy(Path(folder, MODULE), package)
+        except RuntimeError as error:
+            reason = str(error)
+    nvcc = TOOLCHAIN.find_nvcc()
+    record = {
+        "CUDA_BUILT": bool(architectures),
+        "CUDA_REASON": reason,
+        "CUDA_ARCHS": architectures,
+        "NVCC": nvcc and TOOLCHAIN.compiler_version(nvcc),
+        "PYTHON": platform.python_version(),
+    }
+    lines = ['"""Written by build_cuda.py when the package was built."""', ""]
+    lines += [f"{name} = {value!r}" for name, value in record.items()]
+    (package / "_build_info.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return architectures
+
+
+def compile_requested(folder: Path) -> tuple[str, ...]:
+    """``compile_extension`` as RESLORA_CUDA_ARCHS and MAX_JOBS say."""
+    requested = TOOLCHAIN.requested_architectures(os.environ.get("RESLORA_CUDA_ARCHS", ""))
+    return compile_extension(folder, requested, job_limit(os.environ.get("MAX_JOBS", "")))
 
 
 def job_limit(request: str) -> int:
@@ -97,3 +140,9 @@ def run_ninja(command: list[str]) -> None:
         said = [line for line in lines if line and not line.startswith("ninja: build stopped")]
         errors = [line for line in said if re.search(r"\b(error|fatal|no module)\b", line, re.IGNORECASE)]
         raise RuntimeError(f"the build failed: {[*errors, *said[-1:], 'ninja said nothing'][0]}")
+
+
+if __name__ == "__main__":
+    package = ROOT / "reslora_kernels"
+    if not place(package, compile_requested):
+        raise SystemExit(runpy.run_path(str(package / "_build_info.py"))["CUDA_REASON"])

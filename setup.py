@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import runpy
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -26,8 +24,7 @@ def build_cuda(folder: Path) -> tuple[str, ...]:
     if request == "0":
         raise RuntimeError("RESLORA_CUDA=0 at build time")
     try:
-        requested = CUDA.TOOLCHAIN.requested_architectures(os.environ.get("RESLORA_CUDA_ARCHS", ""))
-        return CUDA.compile_extension(folder, requested, CUDA.job_limit(os.environ.get("MAX_JOBS", "")))
+        return CUDA.compile_requested(folder)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     except RuntimeError as error:
@@ -52,29 +49,10 @@ class BuildWithExtension(build_py):
     def run(self) -> None:
         super().run()
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "reslora_kernels"
-        for stale in (*package.glob("_cuda*.so"), *package.glob("_build_info.py")):
-            stale.unlink()
-        architectures, reason = (), "built"
-        with tempfile.TemporaryDirectory(prefix="reslora_cuda_") as folder:
-            try:
-                architectures = build_cuda(Path(folder))
-                shutil.copy(Path(folder, CUDA.MODULE), package)
-            except RuntimeError as error:
-                reason = str(error)
+        architectures = CUDA.place(package, build_cuda)
         if architectures and not self.editable_mode:
             self.distribution.cuda_built = True
             self.get_finalized_command("bdist_wheel").root_is_pure = False
-        nvcc = CUDA.TOOLCHAIN.find_nvcc()
-        record = {
-            "CUDA_BUILT": bool(architectures),
-            "CUDA_REASON": reason,
-            "CUDA_ARCHS": architectures,
-            "NVCC": nvcc and CUDA.TOOLCHAIN.compiler_version(nvcc),
-            "PYTHON": platform.python_version(),
-        }
-        lines = ['"""Written by setup.py when the package was built."""', ""]
-        lines += [f"{name} = {value!r}" for name, value in record.items()]
-        (package / "_build_info.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # A fresh build folder each time: a left-over one would ship files that the source no longer has.

@@ -21,6 +21,17 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
 
+// The driver's own functions need a context, and a thread that autograd has started has none before its first launch.
+inline void bind_device() {
+    static thread_local bool bound = false;
+    int device = 0;
+    if (bound) return;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaSetDevice(device);  // of 12.0 and later: makes its context this thread's
+    if (error != cudaSuccess) throw std::runtime_error(std::string("no context: ") + cudaGetErrorString(error));
+    bound = true;
+}
+
 // A row-major [rows, columns] of 16-bit elements, moved in boxes of [box_rows, box_columns], box_columns 64 at most. A
 // box lies row by row in shared memory, its 16-byte chunks xored with the row's number modulo 8 (128-byte swizzle).
 // base and row stride are multiples of 16 bytes. What lies outside is read as zero and not written.
@@ -38,6 +49,7 @@ inline TensorMap encode_tensor_map(const void* base, Type type, std::int64_t row
         return status == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
     }();
     if (encode == nullptr) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: it is before 12.0");
+    bind_device();
     TensorMap map;
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[] = {2 * static_cast<cuuint64_t>(row_stride_elements)};

@@ -15,30 +15,27 @@ import torch
 
 from benchmarks import tune
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import parts, small_launches
+from benchmarks.gpu_check import outcomes, parts, small_launches
 from benchmarks.gpu_check.parts import Finished
 from reslora_kernels.backends import triton
 from reslora_kernels.bench import results
 from reslora_kernels.tuning import forms, gpus, measured, tiles
 
-JUNIT = """<testsuites><testsuite>
-<testcase classname="tests.kernels.test_a" name="one"/>
-<testcase classname="tests.kernels.test_a" name="two"><skipped message="no second GPU"/></testcase>
-{fault}</testsuite></testsuites>"""
-FAULT = (
-    '<testcase classname="tests.kernels.test_a" name="three"><failure message="largest error 1 above 0.5"/></testcase>'
-)
 ROW = {"set": "standard", "case": "M=8192", "provider": "ours-triton", "method": "lora", "status": "timed"}
 ROW |= {"times_frozen": {"forward": 1.02, "backward": 1.04, "both": 1.03}, "noise": {"both": 0.01}, "reason": None}
 SPEED = {"format": "reslora bench", "version": 1, "machine": {"gpu": "H200"}, "commit": "c" * 40, "date": "2026-01-02"}
 SPEED |= {"uncommitted_changes": False, "settings": {}, "measurements": [ROW], "models": []}
 
 
+FAULT = {"why": "largest error 1 above 0.5"}
+FILES = len(parts.TEST_FILES)
+
+
 class StandIn:
     """Answers for child processes, and keeps what was asked of them."""
 
     def __init__(
-        self, fault: str = "", speed: dict[str, Any] | None = None, statuses: dict[str, int | None] | None = None
+        self, fault: bool = False, speed: dict[str, Any] | None = None, statuses: dict[str, int | None] | None = None
     ):
         self.fault, self.speed, self.statuses = fault, SPEED if speed is None else speed, statuses or {}
         self.commands: list[list[str]] = []
@@ -51,10 +48,13 @@ class StandIn:
         self.environments.append(environment)
         text = " ".join(command)
         status = next((status for part, status in self.statuses.items() if part in text), 0)
+        if log := environment.get(outcomes.VARIABLE):
+            found = [("one", "passed"), ("two", "skipped"), *([("three", "failed")] if self.fault else [])]
+            lines = [json.dumps({"test": f"{command[-1]}::{name}", "outcome": came} | FAULT) for name, came in found]
+            with open(log, "a") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+            status = 1 if self.fault else status
         for part in command:
-            if part.startswith("--junitxml="):
-                Path(part.partition("=")[2]).write_text(JUNIT.format(fault=self.fault))
-                status = 1 if self.fault else status
             if part.startswith("--output=") and "bench" in command and status == 0:
                 Path(part.partition("=")[2]).write_text(json.dumps(self.speed))
         return Finished(status, "ERROR SUMMARY: 3 errors\n" if status == 9 else "done\n", 1.0)
@@ -65,6 +65,11 @@ def with_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts.shutil, "which", lambda name: sys.executable)
 
 
+@pytest.fixture
+def files_of_the_real_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "REHEARSED", parts.TEST_FILES)
+
+
 def run(stand_in: StandIn, tmp_path: Path, *options: str) -> tuple[int, dict[str, Any]]:
     path = tmp_path / "check.json"
     status = gpu_check.main(["--rehearse", f"--output={path}", *options], stand_in)
@@ -72,43 +77,95 @@ def run(stand_in: StandIn, tmp_path: Path, *options: str) -> tuple[int, dict[str
 
 
 def test_all_parts_in_order_within_the_budget(
-    with_tools: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    with_tools: None, files_of_the_real_check: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in = StandIn()
     status, report = run(stand_in, tmp_path)
     assert status == 0
     assert [(name, part["status"]) for name, part in report["parts"].items()] == [
-        ("build", "skipped"), ("correctness", "passed"), ("sanitizer", "passed"), ("speed", "passed")
+        ("build", "skipped"), ("correctness", "passed"), ("hopper", "passed"), ("sanitizer", "passed"),
+        ("speed", "passed"),
     ]  # fmt: skip
-    assert report["parts"]["correctness"]["summary"] == "2 passed, 0 failed, 2 skipped"
-    assert [name for name in ("memcheck", "racecheck", "initcheck", "synccheck")] == [
-        part.partition("=")[2] for command in stand_in.commands for part in command if part.startswith("--tool=")
-    ]
-    assert stand_in.environments[3] == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert max(stand_in.limits) <= 540 and max(stand_in.limits[:2]) <= 150 and max(stand_in.limits[2:7]) <= 100
+    watched = [(command[1].partition("=")[2], command[-1]) for command in stand_in.commands if "--tool" in command[1]]
+    assert watched == list(parts.WATCHED) and watched[:2] == [("memcheck", "cuda"), ("racecheck", "cuda")]
+    uncached = [environment for environment in stand_in.environments if "PYTORCH_NO_CUDA_MEMORY_CACHING" in environment]
+    assert len(uncached) == len(watched)
+    assert max(stand_in.limits) <= 540 and max(stand_in.limits[:-1]) <= 130
+    assert list(tmp_path.iterdir()) == [tmp_path / "check.json"]
     assert all(command[0] == sys.executable for command in stand_in.commands)
     assert report["format"] == "reslora gpu check" and {"driver", "torch", "triton"} <= report["machine"].keys()
     assert "ours-triton lora" in capsys.readouterr().out.rpartition("Time relative to the frozen")[2]
     assert results.read(tmp_path / "check.json").measurements[0].provider == "ours-triton"
 
 
-def test_the_speed_part_asks_for_the_sets_most_important_first() -> None:
+def test_tests_run_file_by_file_those_of_hopper_last(tmp_path: Path) -> None:
     stand_in = StandIn()
-    outcome = parts.speed(stand_in, 300.0)
+    outcome = parts.correctness(stand_in, 300.0, tmp_path)
+    files = [command[-1] for command in stand_in.commands]
+    assert files == list(parts.TEST_FILES) and files[-1] == "tests/kernels/test_hopper.py"
+    assert all((parts.ROOT / file).is_file() for file in files)
+    assert outcome.summary == f"{FILES} passed, {FILES} skipped"
+
+
+def test_the_rehearsal_loses_nothing_to_tests_that_hang_crash_and_take_their_time(tmp_path: Path) -> None:
+    """In real processes: each fault is named, and what stands behind it in its file is run."""
+    outcome = parts.correctness(parts.run_child, 12.0, tmp_path, gpu_check.REHEARSED, test_seconds=2.0)
+    assert outcome.status == parts.FAILED
+    assert [fault.rpartition("::")[2] for fault in outcome.details["faults"]] == [
+        "test_that_hangs: it did not come back", "test_that_crashes: it did not come back",
+        "test_that_fails: AssertionError: planted",
+    ]  # fmt: skip
+    assert outcome.details["unfinished"] == [gpu_check.REHEARSED[-1]]
+    assert outcome.details["passed"] >= 4 and outcome.details["hung or crashed"] == 2
+    found = outcomes.read(tmp_path / "tests.jsonl")
+    assert {name.rpartition("::")[2] for name, test in found.items() if test.outcome == "passed"} > {
+        "test_before", "test_behind",
+    }  # fmt: skip
+
+
+def test_the_speed_part_asks_for_the_sets_most_important_first(tmp_path: Path) -> None:
+    stand_in = StandIn()
+    outcome = parts.speed(stand_in, 300.0, tmp_path)
     (command,) = stand_in.commands
     sets = [command[n + 1] for n, part in enumerate(command) if part == "--set"]
-    assert sets[:4] == ["standard", "lorafusion-coarse", "small-m", "models"]
+    assert sets[:4] == ["first", "standard", "lorafusion-coarse", "small-m"]
     assert "--budget-seconds=270" in command and outcome.status == parts.PASSED
+
+
+def test_speed_goes_on_behind_a_set_that_ends_the_process(tmp_path: Path) -> None:
+    tries: list[list[str]] = []
+
+    def runner(command: Sequence[str], limit: float, **environment: str) -> Finished:
+        sets = [command[n + 1] for n, part in enumerate(command) if part == "--set"]
+        tries.append(sets)
+        (path,) = (part.partition("=")[2] for part in command if part.startswith("--output="))
+        reached = sets[:2] if "standard" in sets else sets
+        Path(path).write_text(json.dumps(SPEED | {"measurements": [ROW | {"set": name} for name in reached]}))
+        return Finished(1 if "standard" in sets else 0, "Timeout (0:02:00)!", 1.0)
+
+    outcome = parts.speed(runner, 300.0, tmp_path, ("first", "standard", "small-m"))
+    assert tries == [["first", "standard", "small-m"], ["small-m"]]
+    assert [row["set"] for row in outcome.details["result"]["measurements"]] == ["first", "standard", "small-m"]
+    assert outcome.status == parts.FAILED and "ended in standard: status 1: Timeout" in outcome.summary
+
+
+def test_a_build_that_pip_cannot_do_is_done_without_it(with_tools: None, tmp_path: Path) -> None:
+    stand_in = StandIn(statuses={"pip": 1})
+    outcome = parts.build(stand_in, 100.0, tmp_path)
+    assert stand_in.commands[1] == [sys.executable, "build_cuda.py"] and (parts.ROOT / "build_cuda.py").is_file()
+    assert (outcome.status, outcome.summary) == (parts.PASSED, "2 s, without pip: done")
+    assert parts.build(StandIn(statuses={"pip": 1, "build_cuda": 1}), 100.0, tmp_path).status == parts.FAILED
 
 
 @pytest.mark.parametrize(
     ("stand_in", "part", "status", "said"),
     [
-        (StandIn(fault=FAULT), "correctness", "failed", "2 passed, 2 failed, 2 skipped"),
-        (StandIn(statuses={"pytest": None}), "correctness", "ran out of time", "2 passed"),
-        (StandIn(statuses={"racecheck": 9}), "sanitizer", "failed", "racecheck 3 errors"),
-        (StandIn(statuses={"initcheck": None}), "sanitizer", "ran out of time", "initcheck ran out of time"),
-        (StandIn(statuses={"small_launches": 1}), "sanitizer", "failed", "without a tool: done"),
+        (StandIn(fault=True), "correctness", "failed", f"{FILES} passed, {FILES} failed, {FILES} skipped"),
+        (StandIn(statuses={"pytest": None}), "correctness", "ran out of time", f"{FILES} passed"),
+        (StandIn(statuses={"racecheck": 9}), "sanitizer", "failed", "racecheck cuda 3 errors"),
+        (StandIn(statuses={"initcheck": None}), "sanitizer", "ran out of time", "initcheck cuda ran out of time"),
+        (StandIn(statuses={"small_launches cuda": 1}), "sanitizer", "failed", "without a tool, cuda status 1: done"),
+        (StandIn(statuses={"small_launches": 4}), "sanitizer", "skipped", "without a tool, triton skipped"),
         (StandIn(statuses={"bench": 2}), "speed", "failed", "no result: done"),
         (StandIn(statuses={"hopper.unavailable_reason": 1}), "hopper", "skipped", "done"),
         (StandIn(statuses={"gpu_check.hopper": 1}), "hopper", "failed", "done"),
@@ -120,16 +177,29 @@ def test_the_speed_part_asks_for_the_sets_most_important_first() -> None:
             "1 of ours refused or failed, first ours-triton lora: wrong result",
         ),
     ],
-    ids=["test", "slow test", "race", "slow tool", "launch", "no result", "no Hopper", "Hopper", "tune", "refused"],
+    ids=[
+        "test",
+        "slow test",
+        "race",
+        "slow tool",
+        "launch",
+        "no backend",
+        "no result",
+        "no Hopper",
+        "Hopper",
+        "tune",
+        "refused",
+    ],
 )
-def test_verdicts(stand_in: StandIn, part: str, status: str, said: str, with_tools: None, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("with_tools", "files_of_the_real_check")
+def test_verdicts(stand_in: StandIn, part: str, status: str, said: str, tmp_path: Path) -> None:
     code, report = run(stand_in, tmp_path, "--part", part)
     assert code == (status == "failed")
     assert report["parts"][part]["status"] == status and said in report["parts"][part]["summary"]
 
 
 @pytest.mark.slow
-def test_a_kernel_that_hangs_is_left_out_of_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_hangs_is_left_out_of_another_try(tmp_path: Path) -> None:
     """The script itself, with stand-ins for what it launches: the first kernel never comes back."""
     script = """
 import sys, time
@@ -158,7 +228,7 @@ one.finish(goals=[])
         tries.append(finished.status)
         return finished
 
-    outcome = parts.hopper(runner, 200.0)
+    outcome = parts.hopper(runner, 200.0, tmp_path)
     assert tries == [1, 1, 0] and outcome.status == parts.FAILED
     assert outcome.summary.startswith("slow: second: it hung, or ended the process; ")
     found = outcome.details["hopper"]
@@ -173,7 +243,7 @@ def test_tuning_goes_on_without_a_kernel_that_hangs_and_keeps_what_it_measured(
     last: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(parts, "ROOT", tmp_path)
-    kept = tmp_path / "reslora_kernels" / "kernels" / "measured.json"
+    kept = tmp_path / "reslora_kernels" / "tuning" / "measured.json"
     kept.parent.mkdir(parents=True)
     hung = {"wrong": {}, "running": {"step": "check", "kernel": "ping-pong, dx"}}
     through = {"wrong": {"ping-pong, dx": "check: it hung"}, "running": None}
@@ -187,7 +257,7 @@ def test_tuning_goes_on_without_a_kernel_that_hangs_and_keeps_what_it_measured(
         Path(files["output"]).write_text(json.dumps(table))
         return Finished(status, "what it said", 1.0)
 
-    outcome = parts.tune(runner, 200.0)
+    outcome = parts.tune(runner, 200.0, tmp_path)
     assert outcome.status == (parts.FAILED if last else parts.PASSED)
     assert outcome.summary == "what it said; without ping-pong, dx" and outcome.details["wrong"] == through["wrong"]
     assert json.loads(kept.read_text()) == outcome.details["measured"] == {"sm_90": {"calls": []}}
@@ -195,15 +265,15 @@ def test_tuning_goes_on_without_a_kernel_that_hangs_and_keeps_what_it_measured(
 
 def test_tuning_that_measures_nothing_keeps_no_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(parts, "ROOT", tmp_path)
-    outcome = parts.tune(StandIn(statuses={"benchmarks.tune": 1}), 200.0)
+    outcome = parts.tune(StandIn(statuses={"benchmarks.tune": 1}), 200.0, tmp_path)
     assert (outcome.status, outcome.summary, outcome.details) == (parts.FAILED, "done", {})
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "reslora_kernels").exists()
 
 
 def test_without_the_sanitizer_it_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts.shutil, "which", lambda name: None)
     monkeypatch.setattr(parts.Path, "is_file", lambda self: False)
-    assert "compute-sanitizer is not installed" in parts.sanitizer(StandIn(), 60.0).summary
+    assert "compute-sanitizer is not installed" in parts.sanitizer(StandIn(), 60.0, tmp_path).summary
 
 
 @pytest.mark.slow

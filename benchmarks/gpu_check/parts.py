@@ -9,21 +9,43 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from xml.etree import ElementTree
+
+from benchmarks.gpu_check import outcomes, small_launches
 
 ROOT = Path(__file__).parents[2]
 PASSED, FAILED, SKIPPED, UNFINISHED = "passed", "failed", "skipped", "ran out of time"
 GRACE = 20.0  # seconds that a child has to write its report after it was interrupted
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# By what would be learnt, what may take the GPU along last; each file is run in a process of its own.
+TEST_FILES = (
+    "tests/kernels/test_cuda_backend.py", "tests/kernels/test_triton_backend.py", "tests/test_gpu.py",
+    "tests/kernels/test_first_backward.py", "tests/kernels/test_on_gpu.py", "tests/kernels/test_hopper_choice.py",
+    "tests/kernels/test_hopper.py",
+)  # fmt: skip
+TEST_SECONDS = 60.0  # a test that takes longer hangs
+HANG_SECONDS = 120.0  # and a case of the bench
+WATCHED = (
+    ("memcheck", "cuda"), ("racecheck", "cuda"), ("memcheck", "triton"), ("synccheck", "cuda"), ("initcheck", "cuda"),
+    ("racecheck", "triton"), ("synccheck", "triton"), ("initcheck", "triton"),
+)  # fmt: skip
 # torch.compile's set is last: compiling takes long.
-SETS = ("standard", "lorafusion-coarse", "small-m", "models", "pre-num", "dtypes", "ranks", "growth", "lorafusion")
+SETS = (
+    "first",
+    "standard",
+    "lorafusion-coarse",
+    "small-m",
+    "models",
+    "pre-num",
+    "dtypes",
+    "ranks",
+    "growth",
+    "lorafusion",
+)
 SETS += ("compiled",)
 
 
@@ -92,83 +114,100 @@ class _Watch:
             timer.cancel()
 
 
-def build(run: Runner, limit: float) -> Outcome:
-    """The CUDA extension for this GPU, beside the sources; where it cannot be built the others go on without."""
+def build(run: Runner, limit: float, folder: Path) -> Outcome:
+    """The CUDA extension for this GPU, beside the sources; where it cannot be built the others go on without.
+
+    By pip; where that fails, as with a setuptools older than ours needs, by the script that compiles it alone.
+    """
     if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").is_file():
         return Outcome(SKIPPED, "nvcc is not installed (it comes with the CUDA toolkit)")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    finished = run([*command, "--editable", str(ROOT)], limit, RESLORA_CUDA="1")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    finished = run([*pip, "--editable", str(ROOT)], limit, RESLORA_CUDA="1")
+    seconds, way = finished.seconds, ""
+    if finished.status:
+        way = f", without pip: {last_line(finished.output)}"
+        finished = run([sys.executable, "build_cuda.py"], limit - seconds)
+        seconds += finished.seconds
     if finished.status is None:
-        return Outcome(UNFINISHED, "")
+        return Outcome(UNFINISHED, way.removeprefix(", "))
     done = finished.status == 0
-    return Outcome(PASSED if done else FAILED, f"{finished.seconds:.0f} s" if done else last_line(finished.output))
+    return Outcome(PASSED if done else FAILED, f"{seconds:.0f} s{way}" if done else last_line(finished.output))
 
 
-def correctness(run: Runner, limit: float) -> Outcome:
-    """Tests marked gpu, then all other tests of the kernels, which run on the GPU where there is one."""
-    started, totals, faults = time.monotonic(), {"passed": 0, "failed": 0, "skipped": 0}, []
-    finished_all = True
-    selections = [
-        ("-m", "gpu", "tests/kernels", "tests/test_gpu.py"),
-        ("-m", "not gpu", "tests/kernels", "--ignore=tests/kernels/test_compile_contract.py"),
+def correctness(
+    run: Runner, limit: float, folder: Path, files: Sequence[str] = TEST_FILES, test_seconds: float = TEST_SECONDS
+) -> Outcome:
+    """The tests that need a GPU or run on one where there is one, file by file, each in a process of its own.
+
+    A test that hangs or ends the process is a fault; the file goes on behind it in another process. What each test came
+    to is in ``folder`` as soon as it is known.
+    """
+    ends, log, unfinished = time.monotonic() + limit, folder / "tests.jsonl", []
+    faults: list[str] = []
+    for file in files:
+        if not _run_file(run, file, test_seconds, ends, log, faults):
+            unfinished.append(file)
+    tests = outcomes.read(log)
+    count = {name: sum(test.outcome == name for test in tests.values()) for name in outcomes.KINDS}
+    faults += [
+        f"{name}: {test.why}" for name, test in tests.items() if test.outcome in (outcomes.FAILED, outcomes.ENDED)
     ]
-    for selection in selections:
-        left = limit - (time.monotonic() - started)
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-            command += selection
-            finished = run(command, max(1.0, left - GRACE))
-            found = read_junit(report)
-        for name in totals:
-            totals[name] += found[name]
-        faults += found["faults"]
-        finished_all = finished_all and finished.status is not None
-        if finished.status not in (0, 1, 5, None) or (finished.status == 0 and not found["read"]):
-            faults.append(f"pytest ended with status {finished.status}: {last_line(finished.output)}")
-    summary = f"{totals['passed']} passed, {totals['failed']} failed, {totals['skipped']} skipped"
-    status = FAILED if totals["failed"] or faults else PASSED if finished_all and totals["passed"] else UNFINISHED
-    return Outcome(status, summary, {**totals, "faults": faults[:50]})
+    summary = ", ".join(f"{number} {name}" for name, number in count.items() if number or name == outcomes.PASSED)
+    summary += f"; not through: {', '.join(unfinished)}" if unfinished else ""
+    status = FAILED if faults else UNFINISHED if unfinished or not count[outcomes.PASSED] else PASSED
+    return Outcome(status, summary, {**count, "faults": faults[:50], "unfinished": unfinished})
 
 
-def read_junit(path: Path) -> dict[str, Any]:
-    """Counts and the names of what failed, from pytest's report; ``read`` is False where there is none."""
-    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "faults": [], "read": path.is_file()}
-    if not path.is_file():
-        return found
-    for case in ElementTree.parse(path).iter("testcase"):
-        fault = case.find("failure") if case.find("failure") is not None else case.find("error")
-        if fault is not None:
-            found["failed"] += 1
-            found["faults"].append(f"{case.get('classname')}.{case.get('name')}: {(fault.get('message') or '')[:300]}")
-        else:
-            found["skipped" if case.find("skipped") is not None else "passed"] += 1
-    return found
+def _run_file(run: Runner, file: str, test_seconds: float, ends: float, log: Path, faults: list[str]) -> bool:
+    """Whether every test of the file was run, in as many processes as that takes."""
+    while (left := ends - time.monotonic()) > 5:
+        before = outcomes.read(log)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", outcomes.__name__]
+        command += [f"--timeout={test_seconds:.0f}", "--timeout-method=thread", file]
+        finished = run(command, left, **{outcomes.VARIABLE: str(log)})
+        after = outcomes.read(log)
+        if finished.status is None:
+            outcomes.forget_running(log)
+            return False
+        ended = sum(test.outcome == outcomes.ENDED for test in after.values())
+        if finished.status in (0, 1, 5) and ended == sum(test.outcome == outcomes.ENDED for test in before.values()):
+            return True
+        if len(after) == len(before):
+            faults.append(f"{file}: pytest ended with status {finished.status}: {last_line(finished.output)}")
+            return True
+    return False
 
 
-def sanitizer(run: Runner, limit: float) -> Outcome:
-    """compute-sanitizer's four tools on every kernel, on small shapes."""
+def sanitizer(run: Runner, limit: float, folder: Path) -> Outcome:
+    """compute-sanitizer's tools on every kernel of a backend, on small shapes; what is worth most first."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).is_file():
         return Outcome(SKIPPED, "compute-sanitizer is not installed (it comes with the CUDA toolkit)")
-    script = [sys.executable, "-m", "benchmarks.gpu_check.small_launches"]
-    started = time.monotonic()
-    plain = run(script, limit)  # compiles every kernel, so that the tools watch kernels and not a compiler
-    if plain.status != 0:
-        return Outcome(FAILED if plain.status else UNFINISHED, f"without a tool: {last_line(plain.output)}")
-    found: dict[str, str] = {}
-    for name in TOOLS:
-        left = limit - (time.monotonic() - started)
+    ends, found, plain = time.monotonic() + limit, {}, {}
+    for name, backend in WATCHED:
+        script = [sys.executable, "-m", "benchmarks.gpu_check.small_launches", backend]
+        if backend not in plain:  # compiles every kernel, so that the tools watch kernels and not a compiler
+            plain[backend] = _alone(run(script, max(1.0, ends - time.monotonic())))
+        if plain[backend] != PASSED:
+            found[f"without a tool, {backend}"] = plain[backend]
+            continue
+        left = ends - time.monotonic()
         if left < 5:
-            found[name] = UNFINISHED
+            found[f"{name} {backend}"] = UNFINISHED
             continue
         command = [tool, f"--tool={name}", "--error-exitcode=9", "--print-limit=5", *script]
         # Without torch's cache every tensor is an allocation of its own, whose bounds the tool knows.
-        finished = run(command, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        found[name] = _verdict(finished)
-    bad = {name: verdict for name, verdict in found.items() if verdict not in (PASSED, UNFINISHED)}
-    status = FAILED if bad else PASSED if all(v == PASSED for v in found.values()) else UNFINISHED
+        found[f"{name} {backend}"] = _verdict(run(command, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+    verdicts = [verdict for verdict in found.values() if verdict != SKIPPED]
+    good = all(verdict in (PASSED, UNFINISHED) for verdict in verdicts)
+    status = FAILED if not good else SKIPPED if not verdicts else UNFINISHED if UNFINISHED in verdicts else PASSED
     return Outcome(status, ", ".join(f"{name} {verdict}" for name, verdict in found.items()), {"tools": found})
+
+
+def _alone(finished: Finished) -> str:
+    if finished.status == small_launches.ABSENT:
+        return SKIPPED
+    return _verdict(finished)
 
 
 def _verdict(finished: Finished) -> str:
@@ -180,15 +219,27 @@ def _verdict(finished: Finished) -> str:
     return f"{errors[-1]} errors" if errors else f"status {finished.status}: {last_line(finished.output)}"
 
 
-def speed(run: Runner, limit: float, sets: Sequence[str] = SETS, device: str = "cuda") -> Outcome:
-    """The sets of ``reslora bench``, most important first, for as long as there is time."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "speed.json"
+def speed(run: Runner, limit: float, folder: Path, sets: Sequence[str] = SETS, device: str = "cuda") -> Outcome:
+    """The sets of ``reslora bench``, most important first, for as long as there is time.
+
+    Where a case hangs or ends the process, another one goes on with the sets behind it.
+    """
+    ends, result, left_out = time.monotonic() + limit, None, []
+    remaining, finished = list(sets), Finished(None, "", 0.0)
+    while remaining and (left := ends - time.monotonic()) > 5:
+        path = folder / f"speed-{len(left_out)}.json"
         command = [sys.executable, "-m", "reslora_kernels", "bench", f"--device={device}", f"--output={path}"]
-        command += [part for name in sets for part in ("--set", name)]
-        command += ["--seconds=2", f"--budget-seconds={max(1.0, limit - 30):.0f}"]
-        finished = run(command, limit, COLUMNS="120")
-        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        command += [part for name in remaining for part in ("--set", name)]
+        command += ["--seconds=2", f"--budget-seconds={max(1.0, left - 30):.0f}", f"--hang-seconds={HANG_SECONDS:.0f}"]
+        finished = run(command, left, COLUMNS="120")
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        result = _joined(result, found)
+        if finished.status in (0, None):
+            break
+        reached = {row["set"] for row in found["measurements"] + found["models"]} if found else set()
+        last = max((n for n, name in enumerate(remaining) if name in reached), default=0)
+        left_out.append(f"{remaining[last]}: status {finished.status}: {last_line(finished.output)}")
+        remaining = remaining[last + 1 :]
     if result is None:
         return Outcome(FAILED, f"no result: {last_line(finished.output)}")
     rows = result["measurements"] + result["models"]
@@ -200,21 +251,27 @@ def speed(run: Runner, limit: float, sets: Sequence[str] = SETS, device: str = "
         first = wrong[0]
         name = f"{first['provider']} {first['method']}"
         summary += f"; {len(wrong)} of ours refused or failed, first {name}: {first['reason']}"
-    broke = finished.status not in (0, None)
-    summary += f"; ended with status {finished.status}: {last_line(finished.output)}" if broke else ""
-    return Outcome(FAILED if wrong or broke else PASSED if timed else UNFINISHED, summary, {"result": result})
+    summary += f"; ended in {'; in '.join(left_out)}" if left_out else ""
+    bad = bool(wrong or left_out)
+    return Outcome(FAILED if bad else PASSED if timed else UNFINISHED, summary, {"result": result})
 
 
-def hopper(run: Runner, limit: float) -> Outcome:
+def _joined(result: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The rows of both under what the first says of the run."""
+    if result is None or more is None:
+        return result or more
+    return result | {name: result[name] + more[name] for name in ("measurements", "models")}
+
+
+def hopper(run: Runner, limit: float, folder: Path) -> Outcome:
     """The Hopper kernels: right or not, and how far from the goals."""
     probe = "import torch; from reslora_kernels.backends import cuda, hopper; raise SystemExit("
     probe += "cuda.unavailable_reason() or hopper.unavailable_reason(cuda._extension(), torch.device('cuda')))"
     if (asked := run([sys.executable, "-c", probe], limit)).status != 0:
         return Outcome(SKIPPED, last_line(asked.output))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "hopper.json"
-        command = ["benchmarks.gpu_check.hopper", f"--output={path}"]
-        finished, found = _step_by_step(run, command, path, limit - asked.seconds)
+    path = folder / "hopper.json"
+    command = ["benchmarks.gpu_check.hopper", f"--output={path}"]
+    finished, found = _step_by_step(run, command, path, limit - asked.seconds)
     status = UNFINISHED if finished.status is None else PASSED if finished.status == 0 else FAILED
     said = "; ".join([*map(": ".join, found.get("wrong", {}).items()), last_line(finished.output)])
     return Outcome(FAILED if found.get("wrong") else status, said[:300], {"hopper": found} if found else {})
@@ -232,18 +289,17 @@ def _step_by_step(run: Runner, command: Sequence[str], path: Path, limit: float)
             return finished, found
 
 
-def tune(run: Runner, limit: float) -> Outcome:
+def tune(run: Runner, limit: float, folder: Path) -> Outcome:
     """Every form and tile for the table of measured choices, ``reslora_kernels/tuning/measured.json``.
 
     What was measured before a fault is kept.
     """
-    kept = ROOT / "reslora_kernels" / "kernels" / "measured.json"
+    kept = ROOT / "reslora_kernels" / "tuning" / "measured.json"
     before = kept.read_text(encoding="utf-8") if kept.is_file() else "{}"
-    with tempfile.TemporaryDirectory() as folder:
-        path, steps = Path(folder) / "measured.json", Path(folder) / "steps.json"
-        path.write_text(before, encoding="utf-8")
-        finished, found = _step_by_step(run, ["benchmarks.tune", f"--output={path}", f"--steps={steps}"], steps, limit)
-        after = path.read_text(encoding="utf-8")
+    path, steps = folder / "measured.json", folder / "steps.json"
+    path.write_text(before, encoding="utf-8")
+    finished, found = _step_by_step(run, ["benchmarks.tune", f"--output={path}", f"--steps={steps}"], steps, limit)
+    after = path.read_text(encoding="utf-8")
     said = "; ".join([last_line(finished.output), *(f"without {name}" for name in found.get("wrong", {}))])
     if after == before:
         return Outcome(UNFINISHED if finished.status is None else FAILED, said)

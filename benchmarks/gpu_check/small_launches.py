@@ -1,13 +1,14 @@
 """Every kernel once, on small odd shapes, for compute-sanitizer: each form, dtype and option, forward and backward.
 
-python -m benchmarks.gpu_check.small_launches
+python -m benchmarks.gpu_check.small_launches cuda       or triton; status 4 where that backend is not available
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +20,7 @@ from reslora_kernels.dropout import Dropout
 from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.tuning import forms, gpus
 
+ABSENT = 4  # exit status: there is no such backend here
 Case = tuple[int, torch.dtype, float, bool, bool]
 
 
@@ -54,25 +56,23 @@ def run(backend: Any, case: Case, device: str) -> None:
             raise AssertionError(f"{backend.__name__}: {name} is not finite in {case}")
 
 
-def main() -> int:
-    """Run the backends with kernels of their own; 1 if there is none here."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a backend with kernels of its own."""
+    (name,) = sys.argv[1:] if arguments is None else arguments
+    if reason := select.unavailable_reason(name):
+        print(f"{name}: {reason}")
+        return ABSENT
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ran = []
-    for status in select.status():
-        if status.name == "torch" or not status.available:
-            print(f"{status.name}: {status.reason}")
-            continue
-        backend = importlib.import_module(f"reslora_kernels.backends.{status.name}")
-        for case in cases():
-            for form in ("one_pass", "two_pass") if status.name == "triton" else ("",):
-                gpu = gpus.gpu_of(torch.device(device))
-                with forms.assume(gpu, (form,)) if form else nullcontext():
-                    run(backend, case, device)
-        ran.append(status.name)
+    backend = importlib.import_module(f"reslora_kernels.backends.{name}")
+    for case in cases():
+        for form in ("one_pass", "two_pass") if name == "triton" else ("",):
+            gpu = gpus.gpu_of(torch.device(device))
+            with forms.assume(gpu, (form,)) if form else nullcontext():
+                run(backend, case, device)
     if device == "cuda":
         torch.cuda.synchronize()
-    print("ran " + (", ".join(ran) or "no kernels"))
-    return 0 if ran else 1
+    print(f"ran {name}")
+    return 0
 
 
 if __name__ == "__main__":

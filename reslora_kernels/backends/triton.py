@@ -6,6 +6,7 @@ Importing this module does not import Triton; the kernels are loaded by the firs
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,7 @@ MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (8, 0)
 ONE_PASS_RANK = 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_bound = threading.local()  # devices whose context this thread has
 
 
 def describe() -> str:
@@ -323,5 +325,19 @@ def _aligned(*operands: Tensor) -> bool:
 
 
 def _device(tensor: Tensor) -> Any:
-    """Kernels run on the tensor's GPU, whichever is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Kernels run on the tensor's GPU, whichever is current, in a thread that has a context."""
+    if not tensor.is_cuda:
+        return nullcontext()
+    if tensor.device.index not in _bound.__dict__:
+        _bind(tensor.device)
+    return torch.cuda.device(tensor.device)
+
+
+def _bind(device: torch.device) -> None:
+    """Give this thread the device's context, which the driver needs to encode tensor maps.
+
+    A thread that autograd has started has none before its first call of the CUDA runtime; an event is such a call.
+    """
+    with torch.cuda.device(device):
+        torch.cuda.Event().record()
+    _bound.__dict__[device.index] = True

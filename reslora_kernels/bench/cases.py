@@ -110,6 +110,11 @@ def quick(gpu: bool) -> list[Case]:
     ]
 
 
+def first(gpu: bool) -> list[Case]:
+    """One small case of plain LoRA: whatever ends a run later, there is a figure."""
+    return [Case(2048, 1024, 1024, methods=(LORA,)) if gpu else Case(64, 256, 256, dtype="float32", methods=(LORA,))]
+
+
 def standard(gpu: bool) -> list[Case]:
     """The shapes of a 7 to 8 billion parameter decoder, every shortcut."""
     square, wide, narrow = _square(gpu), 14336 if gpu else 2048, 1024 if gpu else 256
@@ -180,6 +185,7 @@ def pre_num(gpu: bool) -> list[Case]:
 
 SETS: dict[str, Callable[[bool], list[Case]]] = {
     "quick": quick,
+    "first": first,
     "standard": standard,
     "lorafusion-coarse": lorafusion_coarse,
     "lorafusion": lorafusion,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,13 +32,17 @@ Task = Case | ModelCase | HostCase
 
 @dataclass(frozen=True)
 class Settings:
-    """``seconds`` and ``rounds`` bound one case, ``budget_seconds`` the whole run; sets in the order of importance."""
+    """``seconds`` and ``rounds`` bound one case, ``budget_seconds`` the whole run; sets in the order of importance.
+
+    A case that takes longer than ``hang_seconds`` hangs: it ends the process.
+    """
 
     sets: tuple[str, ...]
     quick: bool = False
     rounds: int = 200
     seconds: float = 5.0
     budget_seconds: float | None = None
+    hang_seconds: float | None = None
 
     def plan(self) -> timing.Plan:
         if self.quick:
@@ -122,12 +128,15 @@ def _measure(
                 result.stopped = f"budget of {settings.budget_seconds:g} s used up"
                 return
             bar.begin(f"{set_name} {case}")
+            if settings.hang_seconds is not None:
+                faulthandler.dump_traceback_later(settings.hang_seconds, exit=True, file=sys.__stderr__)
             if isinstance(case, Case):
                 result.measurements += run_case(bench, set_name, case, providers, bar.note)
             elif isinstance(case, HostCase):
                 result.measurements += run_host(bench, case, bar.note)
             else:
                 result.models += run_model(bench, case, bar.note)
+            faulthandler.cancel_dump_traceback_later()
             result.seconds = round(time.monotonic() - started, 1)
             result.write(path)
             bar.advance()

@@ -45,6 +45,9 @@ def bench(
     budget: Annotated[
         float | None, typer.Option("--budget-seconds", min=1, help="Begin no case after this; what is done is kept.")
     ] = None,
+    hang: Annotated[
+        float | None, typer.Option("--hang-seconds", min=1, help="End the run where one case takes longer: it hangs.")
+    ] = None,
     list_all: Annotated[bool, typer.Option("--list", help="List providers and sets, and exit.")] = False,
 ) -> None:
     """Measure speed, memory and accuracy of layers and models against their peers on this machine.
@@ -58,7 +61,7 @@ def bench(
         show_names(Console(), where)
         return
     names = sets or (QUICK_SETS if quick else DEFAULT_SETS)
-    settings = Settings(tuple(dict.fromkeys(names)), quick, rounds, seconds, budget)
+    settings = Settings(tuple(dict.fromkeys(names)), quick, rounds, seconds, budget, hang)
     settings.tasks(where.type == "cuda")  # an unknown set is refused before any work
     chosen = providers.chosen(provider)
     run_session(settings, chosen, where, *destination(output), Console(), Console(stderr=True))
