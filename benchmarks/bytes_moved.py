@@ -1,4 +1,4 @@
-"""Bytes that the Triton backend asks of memory for one layer, against what any implementation must move.
+"""Bytes that the kernels ask of memory for one layer, against what any implementation must move.
 
 python -m benchmarks.bytes_moved [--output benchmarks/results/triton-bytes-DATE.json]
 
@@ -6,7 +6,8 @@ Counted from the launches, each tensor of a launch once; no GPU is needed. The f
 once (forward: x, W, A, B, y; backward: dy, W, x, dx, u, and A, B with their gradients, in 16 bits). On top of it the
 two-pass form reads x twice in the forward pass and dy twice in the backward pass, three times at high rank; with
 dropout a mask of one bit per element of x is written and read. What remains is the overhead: workspaces, and adapters
-in 32 bits.
+in 32 bits. The CUDA backend's one pass reads x once in the forward pass, and dy twice in the backward pass: for dx and
+dh, and for dB. Its adapters are in 16 bits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import cuda_launches
 from benchmarks.shipped_launches import STANDARD, Call, record
 from reslora_kernels.tuning import gpus
 from reslora_kernels.tuning.launch import Launch
@@ -48,14 +50,32 @@ def split(launches: list[Launch]) -> tuple[list[Launch], list[Launch]]:
     return launches[:forward], launches[forward:]
 
 
-def traffic(call: Call, gpu: gpus.Gpu) -> tuple[Traffic, Traffic]:
-    """Forward and backward pass of the two-pass form with all gradients."""
+def floors(call: Call) -> tuple[int, int]:
+    """Bytes of the forward and of the backward pass with all gradients."""
     m, k, n, r = call.m, call.k, call.n, call.rank
+    return 2 * (m * k + n * k + m * n + r * k + r * n), 2 * (m * n + n * k + 2 * m * k + m * r + 2 * r * (k + n))
+
+
+def cuda_traffic(call: Call, setting: str = "one-pass-pair") -> tuple[Traffic, Traffic]:
+    """Forward and backward pass of the CUDA backend under a ``RESLORA_CUDA_HOPPER``, all in one pass."""
+    forward, backward = cuda_launches.record(call, setting)
+    again = (0, 2 * call.m * call.n)
+    rows = [
+        Traffic(f"{call}, CUDA, {setting}", direction, len(made), sum(size for _, size in made), floor, read_again)
+        for direction, made, floor, read_again in zip(
+            ("forward", "backward"), (forward, backward), floors(call), again, strict=True
+        )
+    ]
+    return rows[0], rows[1]
+
+
+def traffic(call: Call, gpu: gpus.Gpu) -> tuple[Traffic, Traffic]:
+    """Forward and backward pass of the Triton backend's two-pass form with all gradients."""
+    m, k, n = call.m, call.k, call.n
     forward, backward = split(record(call, gpu, ("two_pass",)))
     mask = 2 * m * k // 8 if call.p else 0
     reads_of_dy = sum(entry.name in ("project", "pass_over_dy", "outer_products") for entry in backward)
-    forward_floor = 2 * (m * k + n * k + m * n + r * k + r * n)
-    backward_floor = 2 * (m * n + n * k + 2 * m * k + m * r + 2 * r * (k + n))
+    forward_floor, backward_floor = floors(call)
     return (
         Traffic(str(call), "forward", len(forward), _moved(forward), forward_floor, 2 * m * k),
         Traffic(str(call), "backward", len(backward), _moved(backward), backward_floor, reads_of_dy * 2 * m * n + mask),
@@ -75,6 +95,7 @@ def main() -> None:
         replace(call, rank=rank, p=p) for call in STANDARD for rank, p in ((16, 0.0), (16, 0.1), (32, 0.0), (64, 0.0))
     ]
     rows = [row for call in calls for row in traffic(call, gpu)]
+    rows += [row for call in calls if not call.p for row in cuda_traffic(call)]
     table = Table("call", "direction", "launches", "moved, MB", "floor, MB", "read again, MB", "overhead")
     for row in rows:
         megabytes = (f"{size / 1e6:.1f}" for size in (row.moved, row.floor, row.again))

@@ -34,6 +34,7 @@ from reslora_kernels.backends import cuda, hopper, select, triton
 from reslora_kernels.bench import results
 from reslora_kernels.bench.capture import warmed_up
 from reslora_kernels.bench.clocks import check_alive, clock_of
+from reslora_kernels.bench.roofline import measure_rates
 from reslora_kernels.bench.timing import Plan, Subject, measure, percentiles
 from reslora_kernels.bench.workload import cache_bytes, sets_of
 from reslora_kernels.side_channel import Needs, SideChannel
@@ -282,12 +283,16 @@ def _backward_arguments(v: dict[str, Tensor], everything: bool) -> tuple[Any, ..
     return (v["dy"], None, v["x"], v["weight"], v["a"], v["b"], v["u"], side, None, needs)
 
 
-def write(path: Path, generation: str, table: dict[str, Any], machine: dict[str, Any]) -> None:
-    """Put one generation's rows into the file, whole or not at all."""
+def write(
+    path: Path, generation: str, table: dict[str, Any], machine: dict[str, Any], rates: dict[str, list[float]]
+) -> None:
+    """Put one generation's rows into the file, whole or not at all; rates of its other devices are kept."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     commit, _ = results.commit_of(results.SOURCE)
     versions = {name: machine.get(name) for name in ("torch", "triton", "cuda", "driver")}
-    content[generation] = {"machine": machine.get("gpu"), "versions": versions, "commit": commit, **table}
+    rates = content.get(generation, {}).get("rates", {}) | rates
+    about = {"machine": machine.get("gpu"), "versions": versions, "commit": commit, "rates": rates}
+    content[generation] = about | table
     write_whole(path, content)
 
 
@@ -308,10 +313,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     chosen = list(shapes())
     plan = replace(hopper_check.FULL.row_plan, seconds=options.seconds)
+    rates = measure_rates(["bfloat16"], device, timer.clock)
+    known = {machine["gpu"]: [rates.matmul["bfloat16"], rates.copy]}
     served = hopper_rows(chosen, device, plan, Steps(options.steps), time.monotonic() + options.budget_seconds / 3)
 
     def keep(table: Table) -> None:
-        write(options.output, gpu.generation, served | table, machine)
+        write(options.output, gpu.generation, served | table, machine, known)
         row = table["matmuls"][-1] if table["matmuls"] else {}
         print(f"{len(table['matmuls'])} products, {len(table['calls'])} calls; last: {row.get('others')}", flush=True)
 

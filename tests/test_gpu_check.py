@@ -116,11 +116,10 @@ def test_the_rehearsal_loses_nothing_to_tests_that_hang_crash_and_take_their_tim
         "test_that_fails: AssertionError: planted",
     ]  # fmt: skip
     assert outcome.details["unfinished"] == [gpu_check.REHEARSED[-1]]
-    assert outcome.details["passed"] >= 4 and outcome.details["hung or crashed"] == 2
+    assert outcome.details["passed"] >= 3 and outcome.details["hung or crashed"] == 2
     found = outcomes.read(tmp_path / "tests.jsonl")
-    assert {name.rpartition("::")[2] for name, test in found.items() if test.outcome == "passed"} > {
-        "test_before", "test_behind",
-    }  # fmt: skip
+    passed = [name.rpartition("::")[2] for name, test in found.items() if test.outcome == "passed"]
+    assert passed[:3] == ["test_before", "test_behind", "test_behind"]
 
 
 def test_the_speed_part_asks_for_the_sets_most_important_first(tmp_path: Path) -> None:
@@ -338,7 +337,7 @@ def test_tuning_writes_the_table_that_the_choice_reads(tmp_path: Path, monkeypat
     shapes = [tune.Shape(8192, 4096, 14336), tune.Shape(16, 4096, 4096), tune.Shape(8192, 4096, 4096, 128)]
     told: list[int] = []
     table = tune.tune(gpu, StandInTimer(), shapes, lambda found: told.append(len(found["calls"])))
-    tune.write(path, gpu.generation, table, {"gpu": "H200", "torch": "2", "triton": "3"})
+    tune.write(path, gpu.generation, table, {"gpu": "H200", "torch": "2", "triton": "3"}, {"H200": [7e14, 4e12]})
     content = json.loads(path.read_text())
     assert content["sm_80"]["machine"] == "kept" and content["sm_90"]["machine"] == "H200" and told == [1, 2, 3]
     monkeypatch.setattr(measured, "table", lambda: content)

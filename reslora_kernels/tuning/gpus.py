@@ -1,4 +1,4 @@
-"""What the choice of kernels knows of a GPU. The rates rank candidates only; sm_90's were measured on an H200."""
+"""What the choice of kernels knows of a GPU. The rates rank candidates only, and those of sm_90 are an H200's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+
+from . import measured
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ GENERATIONS = {
 }
 
 
+# FLOP and bytes a second, as above, of devices that have a word of their name to themselves.
+RATES = {"H100": (798e12, 3.0e12), "H200": (790e12, 4.3e12)}
 _SIMILAR = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120", "gfx940": "gfx942"}
 
 
@@ -73,4 +77,13 @@ def _probe(index: int) -> Gpu:
     else:
         name = f"sm_{properties.major}{properties.minor}"
     generation = GENERATIONS.get(_SIMILAR.get(name, name), GENERATIONS["default"])
-    return replace(generation, processors=properties.multi_processor_count)
+    return replace(with_rates(generation, properties.name), processors=properties.multi_processor_count)
+
+
+def with_rates(gpu: Gpu, name: str) -> Gpu:
+    """The same with the rates of the device of this name: those that were measured, else known, else as they are."""
+    found = measured.table().get(gpu.generation, {}).get("rates", {}).get(name)
+    if found is None:
+        found = next((rates for word, rates in RATES.items() if word in name.split()), (gpu.flops, gpu.bandwidth))
+    flops, bandwidth = found
+    return replace(gpu, flops=flops, bandwidth=bandwidth)

@@ -1,12 +1,13 @@
 """What was measured on real GPUs: the committed table that a choice consults before the cost model.
 
-``measured.json``, which ``make tune`` writes, maps a GPU generation to {"machine", "versions", "commit"} and to rows of
-each kind:
+``measured.json``, which ``make tune`` writes, maps a GPU generation to {"machine", "versions", "commit"}, to "rates",
+which maps a device's name to [16-bit FLOP of a matmul, bytes copied] a second, and to rows of each kind:
 
 - "matmuls": dtype, m, n, k, rank, one_pass (whether x A_catᵀ could be had in one pass), and the fastest form and tile
   of the Triton backend with its seconds.
 - "cuda_matmuls": form, dtype, m, n, k, rank and the microseconds of y [m, n] = x w + scale t b, x [m, k], by each
-  kernel of the CUDA backend that was right: "portable" and variants of ``backends.hopper``, where the forms are too.
+  kernel of the CUDA backend that was right: "portable" and variants of ``backends.hopper``, where the forms are too. A
+  form in one pass also has "two passes", the fastest projection and matmul together.
 - "cuda_projections": form, dtype, m, n, k and the microseconds of x aᵀ [m, n] by "portable" and "streaming".
 - "calls": dtype, m, n, k, rank and the microseconds that forward and backward took in each backend.
 """

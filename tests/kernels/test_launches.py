@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.bytes_moved import split, traffic
+from benchmarks.bytes_moved import cuda_traffic, floors, split, traffic
 from benchmarks.shipped_launches import STANDARD, Call, record
-from reslora_kernels.backends import triton
+from reslora_kernels.backends import hopper, triton
 from reslora_kernels.side_channel import SideChannel
 from reslora_kernels.tuning import gpus, launch
 from reslora_kernels.tuning.forms import assume
@@ -37,6 +37,19 @@ def test_bytes_moved(call: Call, rank: int, p: float) -> None:
     forward, backward = traffic(replace(call, rank=rank, p=p), HOPPER)
     assert forward.overhead <= 0.10
     assert backward.overhead <= 0.15
+
+
+@pytest.mark.parametrize("rank", [8, 16, 64])
+@pytest.mark.parametrize("call", STANDARD, ids=str)
+def test_one_pass_moves_what_must_be_moved(call: Call, rank: int) -> None:
+    """Forward is one launch: one read of x and W, one write of y. Backward reads dy once more, for dB."""
+    call = replace(call, rank=rank)
+    for setting in hopper.ONE_PASS_VARIANTS:
+        forward, backward = cuda_traffic(call, setting)
+        assert (forward.launches, backward.launches) == (1, 3)
+        assert 0 <= forward.overhead <= 0.03 and 0 <= backward.overhead <= 0.04
+    launches, _ = split(record(call, HOPPER, ("one_pass", "two_pass")))
+    assert len(launches) == 1 and launches[0].bytes_moved() <= 1.03 * floors(call)[0]
 
 
 def test_nothing_the_size_of_x_is_allocated_between_the_passes() -> None:
