@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from . import measured
+from .measured import table
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _probe(index: int) -> Gpu:
 
 def with_rates(gpu: Gpu, name: str) -> Gpu:
     """The same with the rates of the device of this name: those that were measured, else known, else as they are."""
-    found = measured.table().get(gpu.generation, {}).get("rates", {}).get(name)
+    found = table().get(gpu.generation, {}).get("rates", {}).get(name)
     if found is None:
         found = next((rates for word, rates in RATES.items() if word in name.split()), (gpu.flops, gpu.bandwidth))
     flops, bandwidth = found

@@ -89,9 +89,9 @@ def test_measured_rows_come_first(table: None) -> None:
     assert "cost model" in choose(gpu, 8192, 4096, 4096, 16, torch.float16, "ieee", FORMS).reason
 
 
-def test_rates_are_those_of_the_device(table: None) -> None:
+def test_rates_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper = GENERATIONS["sm_90"]
-    measured.table()["sm_90"] = {"rates": {"NVIDIA H100 NVL": [7e14, 3.5e12]}}
+    monkeypatch.setattr(gpus, "table", lambda: {"sm_90": {"rates": {"NVIDIA H100 NVL": [7e14, 3.5e12]}}})
     known = {"NVIDIA H100 NVL": (7e14, 3.5e12), "NVIDIA H100 80GB HBM3": (798e12, 3.0e12)}
     known |= {"NVIDIA H200": (790e12, 4.3e12), "NVIDIA GH200 480GB": (hopper.flops, hopper.bandwidth)}
     for name, rates in known.items():
