@@ -37,20 +37,30 @@ def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.d
     values = draw(CALL, device, integers=False)
     x, weight = values["x"], values["weight"]
     monkeypatch.setenv(hopper.VARIABLE, "ping-pong")
-    both = "two passes: h first, by the streaming Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong; then the matmul on top"
-    both += " of the low-rank product, by the ping-pong Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong"
+    asked = "Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong"
+    both = f"two passes (RESLORA_CUDA_HOPPER=ping-pong): h first, by the streaming {asked}; then the matmul on top of"
+    both += f" the low-rank product, by the ping-pong {asked}"
     assert cuda.explain(x, weight, 16) == both
     assert cuda.explain(x[:63], weight, 16).count("not by a Hopper one: x has fewer than 64 rows") == 2
     assert "h first, by the portable kernel, not by a Hopper one: the result has more than 128" in cuda.explain(
         x, weight, 129
     )
     assert cuda.explain(x, weight[:264], 16).endswith("by the one-pass Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong")
+    monkeypatch.setenv(hopper.VARIABLE, "one-pass-quad")
+    one = "one pass: both products from one read of x, by the one-pass-quad Hopper kernel: "
+    one += "RESLORA_CUDA_HOPPER=one-pass-quad"
+    assert cuda.explain(x, weight, 16) == cuda.explain(x, weight, 64) == one
+    many = cuda.explain(x, weight, 65)
+    assert many.startswith("two passes (one pass takes at most 64 ranks, these are 65): h first, by the streaming")
+    assert many.endswith("by the cooperative-pair Hopper kernel: RESLORA_CUDA_HOPPER=one-pass-quad")
+    by_columns = cuda.explain(x, weight.T.contiguous().T, 16)
+    assert by_columns.startswith("two passes (one by no Hopper kernel: the weight lies by columns): h first")
     monkeypatch.setenv(hopper.VARIABLE, "off")
     assert (
         cuda.explain(x, weight, 16).count("by the portable kernel, not by a Hopper one: RESLORA_CUDA_HOPPER=off") == 2
     )
     monkeypatch.setenv(hopper.VARIABLE, "fast")
-    with pytest.raises(ValueError, match="RESLORA_CUDA_HOPPER must be 'auto', 'off' or one of 'cooperative', "):
+    with pytest.raises(ValueError, match="RESLORA_CUDA_HOPPER must be 'auto', 'off' or one of 'cooperative-pair', "):
         hopper.setting()
 
 
@@ -103,13 +113,33 @@ def test_the_table_admits_what_it_knows_to_be_fastest(no_table: None, device: to
     assert launches(replace(CALL, p=0.5), values)[0] == [3, 1]
 
 
+def test_the_table_admits_one_pass_where_it_is_faster_than_two(no_table: None, device: torch.device) -> None:
+    values = draw(CALL, device, integers=True)
+    x, weight = values["x"], values["weight"]
+    row = {"dtype": "torch.bfloat16", "m": CALL.m, "rank": 16}
+    forward, backward = {"form": "one pass", "n": 520, "k": 200}, {"form": "dx and dh", "n": 200, "k": 520}
+    times = {"two passes": 7.0, "one-pass-pair": 5.0, "one-pass-quad": 6.0}
+    slower = {"two passes": 4.0, "one-pass-pair": 5.0}
+    rows = [row | forward | {"microseconds": times}, row | backward | {"microseconds": slower}]
+    hopper.admit({"cuda_matmuls": rows, "cuda_projections": []})
+    assert launches(CALL, values) == ([6, 0], [False])
+    assert cuda.explain(x, weight, 16).endswith(
+        "by the one-pass-pair Hopper kernel: measured fastest near this shape (5 us)"
+    )
+    hopper.admit({"cuda_matmuls": [row | forward | {"microseconds": slower}, row | backward | {"microseconds": times}]})
+    assert launches(CALL, values) == ([0, 6], [False])
+    assert cuda.explain(x, weight, 16).startswith(
+        "two passes (two passes were measured fastest near this shape (4 us))"
+    )
+
+
 def test_what_the_table_admits_is_looked_up_once(no_table: None, device: torch.device) -> None:
     values = draw(CALL, device, integers=False)
     with mock.patch.object(measured, "nearest", wraps=measured.nearest) as looked_up:
         first = run(CALL, values, cuda)
-        assert looked_up.call_count == 4
+        assert looked_up.call_count == 6  # h, forward, dh, dx, and one pass instead in each direction
         again = run(CALL, values, cuda)
-        assert looked_up.call_count == 4
+        assert looked_up.call_count == 6
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -128,11 +158,12 @@ def test_the_gpu_check_goes_through_its_motions(
     assert {goal["goal"] for goal in found["goals"]} == {"forward", "both", "ahead of torch", "matmul"}
     timed = found["steps"]
     for launch in gpu_check.REHEARSAL.rows:
-        assert timed[f"time {launch}"]["row"]["microseconds"].keys() == set(gpu_check.kernels_for(launch))
+        known = timed[f"time {launch}"]["row"]["microseconds"].keys() - {hopper.TWO_PASSES}
+        assert known == set(gpu_check.kernels_for(launch))
         assert ("of_bandwidth" in timed[f"time {launch}"]) == isinstance(launch, hopper_launches.Projection)
     (case,) = gpu_check.REHEARSAL.layers
     assert timed[f"layer {case}"]["of_frozen"].keys() == {"frozen", "torch", "off", *gpu_check.SETTINGS}
-    assert sum(name.startswith("replay") for name in timed) == len(hopper.VARIANTS)
+    assert sum(name.startswith("replay") for name in timed) == len(hopper.NUMBERS)
 
 
 @pytest.mark.parametrize(
@@ -168,11 +199,13 @@ def test_what_is_wrong_in_one_form_is_out_of_that_form_and_of_layers() -> None:
     settings = (hopper.OFF, *gpu_check.SETTINGS)
     found.wrong.update({"ping-pong, dx": "planted", "one-pass, one pass": "planted"})
     assert not gpu_check.is_right(found, "ping-pong", "dx") and gpu_check.is_right(found, "ping-pong", "forward")
-    assert set(settings) - set(gpu_check.settings_for(found, wide, settings)) == {"ping-pong"}
-    assert gpu_check.settings_for(found, narrow, settings) == [hopper.OFF, hopper.AUTO]
+    assert set(settings) - set(gpu_check.settings_for(found, wide, settings)) == {"ping-pong", "one-pass"}
+    alone = [hopper.OFF, "one-pass-pair", "one-pass-quad", hopper.AUTO]
+    assert gpu_check.settings_for(found, narrow, settings) == alone
     found.wrong.update({"cooperative": "planted", "streaming, dh": "planted"})
     assert not gpu_check.is_right(found, "cooperative", "forward")
-    assert gpu_check.settings_for(found, wide, settings) == [hopper.OFF, hopper.AUTO]
+    assert gpu_check.settings_for(found, wide, settings) == alone
+    assert gpu_check.settings_for(found, replace(wide, p=0.1), settings) == [hopper.OFF, hopper.AUTO]
 
 
 def test_a_layer_that_is_refused_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +234,10 @@ def test_tuning_admits_hopper_kernels_before_whole_calls(
     chosen = [tune.Shape(CALL.m, CALL.k, CALL.n), tune.Shape(16, 64, 64), tune.Shape(300, 64, 64, 16, torch.float32)]
     table = tune.hopper_rows(chosen, device, gpu_check.ONCE, Steps())
     assert [(row["form"], row["n"], row["k"]) for row in table["cuda_matmuls"]] == [
-        ("forward", 520, 200), ("dx", 200, 520), ("dx with dropout", 200, 520)
+        ("forward", 520, 200), ("dx", 200, 520), ("dx with dropout", 200, 520), ("one pass", 520, 200),
+        ("dx and dh", 200, 520),
     ]  # fmt: skip
+    assert [row["microseconds"] for row in table["cuda_matmuls"][3:]] == [{"two passes": 7.0}] * 2
     assert [row["form"] for row in table["cuda_projections"]] == ["h", "dh"]
     assert all("ping-pong" not in row["microseconds"] for row in table["cuda_matmuls"])
     assert launches(CALL, draw(CALL, device, integers=True)) == ([1, 1], [True, True])
