@@ -4,9 +4,9 @@ python -m benchmarks.gpu_check.hopper --output hopper.json
 python -m benchmarks.gpu_check.hopper --output rehearsal.json --rehearse    small shapes on a CPU, as tests do it
 
 The file is written at each step, and a kernel that hangs ends the process; started again with the same file, it goes on
-without that kernel: "finished" says that it is through. A kernel that is wrong is not timed in that form. 20 checks, 62
-rows of at most 7 x 40 launches, 8 replays and 8 layers of at most 8 x 30 passes are expected to take 3 to 4 minutes on
-an H100; no row begins after half of --budget-seconds, no layer after all of them.
+without that kernel: "finished" says that it is through. A kernel that is wrong is not timed in that form. 23 checks, 81
+rows of at most 7 x 40 launches, 14 replays and 8 layers of at most 11 x 30 passes are expected to take 4 to 5 minutes
+on an H100; no row begins after half of --budget-seconds, no layer after all of them.
 """
 
 from __future__ import annotations
