@@ -35,7 +35,7 @@ USAGE = re.compile(r"^ Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LO
 REMARK = re.compile(r"\((C75\d\d)\).* in function '(\S+?)'")  # of ptxas, on wgmma and setmaxnreg
 ROLE = re.compile(r"\bUSETMAXREG\S* (?:UP\d, )?(0x[0-9a-f]+)")
 CONSUMER, PRODUCER = 232, 40  # registers of a thread of csrc/augmented_matmul*_sm90.cu, in 2 and 1 warpgroups
-KEPT = ("HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "UTMASTG", "ACQBULK", "PREEXIT", "LDL", "STL", *ATOMICS)
+KEPT = ("HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "UTMASTG", "UBLKCP", "ACQBULK", "PREEXIT", "LDL", "STL", *ATOMICS)
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 
 

@@ -29,7 +29,7 @@ MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (8, 0)
 ONE_PASS_RANK = 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_bound = threading.local()  # devices whose context this thread has
+_thread = threading.local()  # ``bound``: the devices whose context it has
 
 
 def describe() -> str:
@@ -328,7 +328,7 @@ def _device(tensor: Tensor) -> Any:
     """Kernels run on the tensor's GPU, whichever is current, in a thread that has a context."""
     if not tensor.is_cuda:
         return nullcontext()
-    if tensor.device.index not in _bound.__dict__:
+    if tensor.device not in getattr(_thread, "bound", ()):
         _bind(tensor.device)
     return torch.cuda.device(tensor.device)
 
@@ -339,5 +339,5 @@ def _bind(device: torch.device) -> None:
     A thread that autograd has started has none before its first call of the CUDA runtime; an event is such a call.
     """
     with torch.cuda.device(device):
-        torch.cuda.Event().record()
-    _bound.__dict__[device.index] = True
+        torch.cuda.current_stream(device).record_event()
+    _thread.bound = {*getattr(_thread, "bound", ()), device}

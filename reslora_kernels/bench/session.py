@@ -129,7 +129,7 @@ def _measure(
                 return
             bar.begin(f"{set_name} {case}")
             if settings.hang_seconds is not None:
-                faulthandler.dump_traceback_later(settings.hang_seconds, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(settings.hang_seconds, exit=True, file=sys.__stderr__ or sys.stderr)
             if isinstance(case, Case):
                 result.measurements += run_case(bench, set_name, case, providers, bar.note)
             elif isinstance(case, HostCase):

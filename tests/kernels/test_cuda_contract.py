@@ -41,9 +41,14 @@ def test_hopper_kernels_hold_the_contract() -> None:
 @needs_compilers
 def test_one_pass_hopper_kernels_hold_the_contract() -> None:
     rows, _ = compile_source(CSRC / "augmented_matmul_one_pass_sm90.cu", "90a")
-    assert len({row.kernel for row in rows}) == 2  # two types
+    assert (
+        len({row.kernel for row in rows}) == 36
+    )  # two types, two orders of W, three widths; alone, in pairs and fours
     assert all("one_pass_hopper" in row.kernel and row.registers == 168 for row in rows)
-    assert {row.instructions["HGMMA"] for row in rows} == {4 * 2 + 2}  # a stage's, and those of u
+    alone = {row.instructions["HGMMA"] for row in rows if "UBLKCP" not in row.instructions}
+    clusters = [row.instructions["HGMMA"] for row in rows if row.instructions.get("UBLKCP") == 1]
+    assert alone == {4 * 2 + ranks for ranks in (1, 2, 4)}  # a stage's, and those of u
+    assert len(clusters) == 24 and set(clusters) == {4 * 2 + 4 + 2 * ranks for ranks in (1, 2, 4)}  # with u, without
     assert [violation for row in rows for violation in row.violations] == []
 
 
