@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -39,3 +40,11 @@ def check_number(name: str, value: Any, allowed: str, holds: Any) -> None:
         finite = False
     if not finite or not holds(value):
         raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
+
+
+def check_floating(name: str, value: Any) -> None:
+    """Raise a TypeError or ValueError unless ``value`` is a floating ``torch.dtype`` or None."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {value!r}")
+    if value is not None and not value.is_floating_point:
+        raise ValueError(f"{name} must be a floating dtype, got {value}")

@@ -177,6 +177,13 @@ def _check_keys(values: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown ResLoRAConfig field {', '.join(sorted(unknown))}; the fields are {', '.join(known)}")
 
 
+def checked_config(config: Any) -> ResLoRAConfig:
+    """``config``; TypeError unless it is a ResLoRAConfig."""
+    if not isinstance(config, ResLoRAConfig):
+        raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
+    return config
+
+
 def pattern_matches(key: str, name: str) -> bool:
     """Whether an entry of ``rank_pattern`` or ``alpha_pattern`` means the module: its name, or the ending of it."""
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None

@@ -302,7 +302,7 @@ class TestErrors:
     def test_merged_model_takes_no_merge_arguments(self, tmp_path: Path) -> None:
         model = adapted(llama, "input")
         merge_reslora(model, "weights")
-        for arguments in ({"method": "weights"}, {"calibration": [FAMILIES["llama"].batch(1)]}):
+        for arguments in ({"method": "weights"}, {"calibration": [FAMILIES["llama"].batch(1)]}, {"extra_rank": 2}):
             with pytest.raises(ValueError, match="merged already"):
                 export_peft(model, tmp_path / "new", **arguments)
         assert not (tmp_path / "new").exists()

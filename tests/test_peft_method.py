@@ -31,7 +31,9 @@ from reslora_kernels.files.adapter_format import read  # noqa: E402
 from reslora_kernels.merge.unloading import merge_and_unload  # noqa: E402
 from reslora_kernels.peft import ResLoRAPeftConfig, from_native, to_native  # noqa: E402
 
+from .adapter_files import rewrite  # noqa: E402
 from .models import FAMILIES, llama, logits, randomize, roberta  # noqa: E402
+from .test_structure import Experts, earlier  # noqa: E402
 
 SHORTCUTS = ("none", "input", "block", "middle")
 LLAMA = FAMILIES["llama"]
@@ -159,6 +161,42 @@ def test_chains_by_hand_travel(tmp_path: Path) -> None:
     assert saved.chains[0].names == names
     back = json.loads((from_native(tmp_path / "native", tmp_path / "back") / "adapter_config.json").read_text())
     assert back["chains"] == {"q": names}
+
+
+def test_experts_hand_nothing_on_beside_chains_by_hand(tmp_path: Path) -> None:
+    config = ResLoRAConfig(r=2, shortcut="input")
+    native = randomize(apply_reslora(of_experts(), config, chains=[["out"]]))
+    back = from_native(save_adapter(native, tmp_path / "native"), tmp_path / "peft")
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(peft.PeftModel.from_pretrained(of_experts(), back)(x), native(x))
+
+
+def of_experts() -> nn.Module:
+    torch.manual_seed(0)
+    return Experts()
+
+
+def test_a_file_whose_chains_need_the_model_is_refused(tmp_path: Path) -> None:
+    save_adapter(apply_reslora(llama(), ResLoRAConfig(**wanted())), tmp_path / "native")
+    rewrite(tmp_path / "native", earlier)
+    with pytest.raises(ValueError, match=r"earlier version.*load_adapter"):
+        from_native(tmp_path / "native", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_embeddings_that_peft_saves_along_do_not_train(tmp_path: Path) -> None:
+    peft_llama().save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    native = load_adapter(llama(), to_native(tmp_path / "peft", tmp_path / "native"))
+    assert {name.rpartition(".")[2] for name, p in native.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert "model.embed_tokens.weight" in read(tmp_path / "native").frozen
+
+
+def test_chains_that_do_not_fit_leave_the_model_as_it_was() -> None:
+    model = llama()
+    with pytest.raises(ValueError, match="no adapted layer"):
+        peft.get_peft_model(model, ResLoRAPeftConfig(**wanted(chains=[["nowhere"]])))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.state_dict().keys() == llama().state_dict().keys()
 
 
 def test_a_parameter_that_peft_would_not_load_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from reslora_kernels import (
 )
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.adapt.structure import places, structural_chains
+from reslora_kernels.files.adapter_format import read
 
 from .adapter_files import rewrite
 from .models import randomize
@@ -366,6 +367,8 @@ class TestFilesOfEarlierVersions:
         with pytest.warns(UserWarning, match=r"other chains .*'chains\[0\]' \(blocks.0, .*used as stored; train a new"):
             again = load_adapter(base, tmp_path)
         assert torch.equal(again(X), model(X))
+        save_adapter(again, tmp_path)
+        assert read(tmp_path).chains_from == "given"
 
     def test_the_same_chains_load_without_a_word(self, tmp_path: Any) -> None:
         model = randomize(apply_reslora(Crossed(), ResLoRAConfig(r=2, shortcut="block")))

@@ -160,8 +160,11 @@ class Reader(nn.Module):
 def test_layer_whose_weight_is_only_read() -> None:
     model = apply_reslora(nn.Sequential(Reader()), ResLoRAConfig(), example_inputs=(X,))
     assert inspect(model).unmatched == (("0.read", "Reader reads its weight and never runs it"),)
-    with pytest.warns(UserWarning, match="'0.read', but an adapter there has no effect: Reader reads its weight"):
+    with pytest.warns(
+        UserWarning, match="'0.read', but an adapter there has no effect: Reader reads its weight"
+    ) as caught:
         apply_reslora(nn.Sequential(Reader()), ResLoRAConfig(target_modules=["read"]), example_inputs=(X,))
+    assert caught[0].filename == __file__
 
 
 def test_attention_of_torch_reads_its_output_projection_and_encoder_layers_run_theirs() -> None:

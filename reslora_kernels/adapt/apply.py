@@ -10,7 +10,7 @@ from torch import nn
 
 from ..backends import select
 from ..checks import check_bool, check_module
-from ..config import ResLoRAConfig
+from ..config import ResLoRAConfig, checked_config
 from ..dtensors import refuse_sharded
 from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
@@ -23,7 +23,7 @@ from .given_chains import Chains, plan_chains
 from .linking import build_chains, confirm_order
 from .record import Record, checked_name, without_compiled
 from .state_dicts import guard
-from .structure import ChainPlan
+from .structure import ChainPlan, names_of_experts
 from .targets import find_targets, matches, with_heads_saved
 
 
@@ -70,8 +70,7 @@ def apply_reslora(
         RuntimeError: ``config.backend`` cannot run on this machine. In every case the model is left as it was.
     """
     check_module("model", model)
-    if not isinstance(config, ResLoRAConfig):
-        raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
+    checked_config(config)
     check_bool("autocast_adapter_dtype", autocast_adapter_dtype)
     refuse_sharded(model, "adapted", "call apply_reslora first, then shard_reslora")
     checked_name(adapter_name)
@@ -98,7 +97,7 @@ def adapt(
 ) -> None:
     """Swap ``targets``, freeze the rest, and link the chains."""
     config = record.config
-    experts = {name for plan in plans if plan.experts for name in plan.names}
+    experts = names_of_experts(plans)
     configs = {
         name: without_hand_over(config.for_module(name)) if name in experts else config.for_module(name)
         for name in targets

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import ResLoRAConfig
 from ..layers.offloading import is_hooked, offloader
-from .targets import matches
+from .targets import matches, with_parents
 
 
 def refuse_foreign_hooks(model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAConfig) -> None:
@@ -43,9 +43,7 @@ def _faults(model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAC
 
 
 def _is_trained(name: str, module: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Linear]) -> bool:
-    parts = name.split(".")
-    above = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    if config.modules_to_save and any(matches(parent, config.modules_to_save) for parent in above):
+    if config.modules_to_save and any(matches(parent, config.modules_to_save) for parent in with_parents(name)):
         return True
     biases = any(parameter.endswith("bias") for parameter, _ in module.named_parameters(recurse=False))
     return biases and (config.bias == "all" or (config.bias == "lora_only" and name in targets))

@@ -19,7 +19,7 @@ from ..quantizers.bitsandbytes import keep_order
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
 from .record import Record, adapted_layers, record_of
-from .structure import ChainPlan
+from .structure import ChainPlan, names_of_experts
 
 
 def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
@@ -27,7 +27,7 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     layers = adapted_layers(model)
     record = record_of(model)
     record.chains += [link([layers[name] for name in plan.names], name=plan.title) for plan in plans]
-    record.experts = {name for plan in plans if plan.experts for name in plan.names}
+    record.experts = set(names_of_experts(plans))
     if record.config.stack_projections:
         record.groups += [SharedInput([layers[name] for name in names]) for names in record.same_input]
     _open_passes(model)

@@ -28,6 +28,11 @@ class ChainPlan(NamedTuple):
     experts: bool = False
 
 
+def names_of_experts(plans: Iterable[ChainPlan]) -> list[str]:
+    """The layers that see a choice of the tokens, chain by chain."""
+    return [name for plan in plans if plan.experts for name in plan.names]
+
+
 class Place(NamedTuple):
     """Where a layer stands: its role, its depth positions, and whether it belongs to an expert."""
 
@@ -124,7 +129,6 @@ class _Steps:
         self.alike = len({(type(element), _linear_names(element)) for element in self.elements}) == 1
         self.blocks = self.alike and not isinstance(self.elements[0], nn.Linear)
         self.normed = any("norm" in type(part).__name__.lower() for one in self.elements[:1] for part in one.modules())
-        listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
         self.choice = listed and self.alike and len(self.elements) > 1 and not self.normed and bool(path.depth)
         named = listed and "expert" in self.called.lower() and "shared" not in self.called.lower()
         self.experts = named or (self.choice and _routed(module, owner, len(self.elements)))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import ResLoRAConfig
+from ..config import ResLoRAConfig, checked_config
 from ..dtensors import refuse_sharded
 from ..layers.linear import ResLoRALinear
 from .apply import apply_reslora, replace_modules
@@ -43,8 +43,7 @@ def add_adapter(
     Returns:
         ``model``.
     """
-    if not isinstance(config, ResLoRAConfig):
-        raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
+    checked_config(config)
     if adapter_name in adapter_names(model):
         raise ValueError(f"adapter_name must be a new one, got {adapter_name!r}: the model has {adapter_names(model)}")
     with in_place_of_the_active_one(model, adapter_name):

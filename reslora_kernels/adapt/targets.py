@@ -91,7 +91,7 @@ def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Modu
     """Why the configuration does not mean the module; None where it does."""
     if not name:
         return "the model itself, which has no parent to swap it in"
-    if config.modules_to_save and any(matches(module, config.modules_to_save) for module in _with_parents(name)):
+    if config.modules_to_save and any(matches(module, config.modules_to_save) for module in with_parents(name)):
         return "in modules_to_save: trained whole"
     if config.exclude_modules and matches(name, config.exclude_modules):
         return "in exclude_modules"
@@ -128,7 +128,7 @@ def adaptable(name: str, module: nn.Module, config: ResLoRAConfig, model: nn.Mod
     if fault := _incompatible(model, name):
         raise ValueError(f"{asked}, {fault}: leave it out of target_modules")
     if fault := _without_effect(model, name):
-        warnings.warn(f"{asked}, but an adapter there has no effect: {fault}", stacklevel=5)
+        warnings.warn(f"{asked}, but an adapter there has no effect: {fault}", stacklevel=4)
     return module
 
 
@@ -188,7 +188,8 @@ def _listed(values: Sequence[object]) -> str:
     return ", ".join(map(repr, values))
 
 
-def _with_parents(name: str) -> list[str]:
+def with_parents(name: str) -> list[str]:
+    """The names of the modules down to ``name``, itself included."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 

@@ -107,10 +107,10 @@ def export_peft(
     refuse_twice_registered(root_of(model), layers)
     merged = record_of(model).merged
     if merged is not None:
-        if method is not None or statistics is not None or calibration is not None or sequential or joint_steps:
+        if any((method, statistics is not None, calibration is not None, sequential, joint_steps, extra_rank)):
             raise ValueError(
-                "model is merged already and exports that merge: give no method, statistics, calibration, sequential "
-                "or joint_steps"
+                "model is merged already and exports that merge: give no method, statistics, calibration, sequential, "
+                "joint_steps or extra_rank"
             )
         updates: dict[str, LowRankUpdate] = merged.updates
     else:

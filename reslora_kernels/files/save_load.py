@@ -155,7 +155,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
     _check_fit(saved, model_root, layers)
     if not adapted:
         plans = settled_chains(saved, model, layers)
-        record.given = saved.chains_from == "given"
+        record.given = plans is saved.chains  # not those of the structure
         if saved.chains is None:
             confirm_order(model, layers, plans, None, record)
         else:

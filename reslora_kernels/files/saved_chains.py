@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..adapt.structure import ChainPlan, structural_chains
+from ..adapt.structure import ChainPlan, names_of_experts, structural_chains
 from ..layers.shortcuts import hands_on
 from .adapter_format import CONFIG_NAME, SavedAdapter
 
@@ -25,7 +25,7 @@ def settled_chains(saved: SavedAdapter, model: nn.Module, layers: Mapping[str, n
     structural = structural_chains(model, layers, saved.config)
     if saved.chains is None or saved.chains_from == "given":
         return saved.chains or structural
-    experts = [name for plan in structural if plan.experts for name in plan.names]
+    experts = names_of_experts(structural)
     if saved.chains_from is None and experts and hands_on(saved.config.shortcut, saved.config.pre_num):
         raise ValueError(
             f"{CONFIG_NAME}: an earlier version trained this adapter with {saved.config.shortcut!r} along layers of "

@@ -1,4 +1,4 @@
-"""ResLoRALinear, a drop-in for ``nn.Linear``, and ``link``, which makes chains of it."""
+"""ResLoRALinear, a drop-in for ``nn.Linear``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import dropout
-from ..checks import check_int
-from ..config import ResLoRAConfig
+from ..checks import check_floating, check_int
+from ..config import ResLoRAConfig, checked_config
 from ..forward_state import ForwardState, outside, recomputing
 from ..ops import fused_linear
 from ..quantizers import quantizer_of
@@ -83,8 +83,8 @@ class ResLoRALinear(nn.Linear):
     ) -> None:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             check_int(name, size, 0, None)
-        _check_floating("dtype", dtype)
-        config = _checked(config if config is not None else ResLoRAConfig())
+        check_floating("dtype", dtype)
+        config = checked_config(config if config is not None else ResLoRAConfig())
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.requires_grad_(False)
         self._adapt(config, None)
@@ -111,8 +111,8 @@ class ResLoRALinear(nn.Linear):
             ValueError: ``adapter_dtype`` is no floating dtype, or A and B cannot start from this weight.
         """
         cls.check_base(linear)
-        _checked(config)
-        _check_floating("adapter_dtype", adapter_dtype)
+        checked_config(config)
+        check_floating("adapter_dtype", adapter_dtype)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.share_base(linear)
@@ -393,16 +393,3 @@ def _replaced(call: Call, a: Tensor, b: Tensor) -> Call:
         return Call((a,), (b,))
     handed = torch.cat(call.a_stack)[slice(*call.hand)]
     return Call((a, handed), (b,), hand=(a.shape[0], a.shape[0] + handed.shape[0]))
-
-
-def _checked(config: ResLoRAConfig) -> ResLoRAConfig:
-    if not isinstance(config, ResLoRAConfig):
-        raise TypeError(f"config must be a ResLoRAConfig, got {type(config).__name__}")
-    return config
-
-
-def _check_floating(name: str, dtype: torch.dtype | None) -> None:
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name} must be a torch.dtype or None, got {dtype!r}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"{name} must be a floating dtype, got {dtype}")

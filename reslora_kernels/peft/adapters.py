@@ -12,6 +12,7 @@ from ..adapt.apply import replace_modules, without_hand_over
 from ..adapt.given_chains import Chains, plan_chains
 from ..adapt.linking import build_chains, confirm_order
 from ..adapt.record import Record
+from ..adapt.structure import names_of_experts
 from ..config import ResLoRAConfig
 from ..layers.linear import ResLoRALinear
 
@@ -45,11 +46,11 @@ class Adapters:
         with plainly(self.root):
             plans = plan_chains(self.root, bases, config, chains)
             confirm_order(self.root, bases, plans, None, record)
+        for layer in names_of_experts(plans):
+            layers[layer].config = without_hand_over(layers[layer].config)
         self.records[name] = record
         self._hang(record)
         build_chains(self.root, plans)
-        for layer in record.experts:
-            layers[layer].config = without_hand_over(layers[layer].config)
 
     def forget(self, name: str) -> None:
         record = self.records.pop(name, None)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapt.targets import matches
+from ..adapt.targets import matches, with_parents
 from ..config import ResLoRAConfig
 from ..files.adapter_format import (
     CONFIG_NAME,
@@ -24,6 +24,7 @@ from ..files.adapter_format import (
 )
 from ..files.peft_export import PREFIX
 from ..layers.linear import ADAPTER_PARAMETERS
+from ..layers.shortcuts import hands_on
 from .config import RESLORA, ResLoRAPeftConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,13 +53,14 @@ def to_native(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
         layers_to_transform=None if config.layers_pattern else config.native().layers_to_transform,
         modules_to_save=_used(config.modules_to_save, others.values()),
     )
+    trained = {name for name in others.values() if _trains(native, name, layers)}
     described = {
         "config": native.to_dict(),
         "chains": None if config.chains is None else _described(config.chains, layers),
         "chains_from": None if config.chains is None else "given",
         "same_input": [],
-        "trained_parameters": sorted(others.values()),
-        "frozen_parameters": [],
+        "trained_parameters": sorted(trained),
+        "frozen_parameters": sorted(set(others.values()) - trained),  # embeddings that PEFT saves along
         "base_model_name_or_path": config.base_model_name_or_path,
     }
     write(target, *encoded(described, {name: tensors[key] for key, name in (own | others).items()}))
@@ -76,15 +78,25 @@ def from_native(path: str | os.PathLike[str], out: str | os.PathLike[str], *, ta
 
     Raises:
         FileNotFoundError, ValueError: as for ``load_adapter``; or a trained parameter is neither in a module that
-            ``modules_to_save`` names nor a bias that ``bias`` trains, which PEFT cannot hold. Nothing is written then.
+            ``modules_to_save`` names nor a bias that ``bias`` trains, which PEFT cannot hold; or an earlier version
+            wrote an adapter whose layers hand on. Nothing is written then.
     """
     folder, target = checked_folder(path), checked_folder(out)
     saved = read(folder)
     config, layers = saved.config, saved.layers
-    _check_held(config, saved.trained, layers)
+    if saved.chains is not None and saved.chains_from is None and hands_on(config.shortcut, config.pre_num):
+        raise ValueError(
+            f"{CONFIG_NAME}: an earlier version wrote it, and its chains are to be seen with the model only: "
+            "load_adapter(model, path), save that with save_adapter, and convert what it writes"
+        )
+    for name in saved.trained:
+        if not _trains(config, name, layers):
+            raise ValueError(
+                f"{name!r} was trained, but neither modules_to_save nor bias says so: PEFT would not load it"
+            )
     chains = None
     if saved.chains is not None and saved.chains_from != "structure":
-        chains = {plan.title: plan.names for plan in saved.chains}
+        chains = {plan.title: plan.names for plan in saved.chains if not plan.experts}
     about = parsed_json((folder / CONFIG_NAME).read_bytes(), f"{CONFIG_NAME} is not valid JSON")
     values: dict[str, Any] = config.to_dict()
     peft_config = ResLoRAPeftConfig(
@@ -134,8 +146,7 @@ def _used(modules: Iterable[str] | None, parameters: Iterable[str]) -> list[str]
 
 
 def _inside(parameter: str, modules: Iterable[str]) -> bool:
-    parts = parameter.split(".")
-    return any(matches(".".join(parts[:depth]), list(modules)) for depth in range(1, len(parts)))
+    return any(matches(module, list(modules)) for module in with_parents(parameter)[:-1])
 
 
 def _described(chains: Mapping[str, list[str]] | list[list[str]], layers: list[str]) -> list[dict[str, Any]]:
@@ -148,11 +159,8 @@ def _described(chains: Mapping[str, list[str]] | list[list[str]], layers: list[s
     return [{"name": title, "layers": list(names), "experts": False} for title, names in titled.items()]
 
 
-def _check_held(config: ResLoRAConfig, trained: Iterable[str], layers: set[str]) -> None:
-    for name in trained:
-        owner, _, parameter = name.rpartition(".")
-        is_bias = parameter == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in layers))
-        if not is_bias and not _inside(name, config.modules_to_save or ()):
-            raise ValueError(
-                f"{name!r} was trained, but neither modules_to_save nor bias says so: PEFT would not load it"
-            )
+def _trains(config: ResLoRAConfig, name: str, layers: Container[str]) -> bool:
+    """Whether the configuration has the parameter trained beside the adapters of ``layers``."""
+    owner, _, parameter = name.rpartition(".")
+    is_bias = parameter == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in layers))
+    return is_bias or _inside(name, config.modules_to_save or ())

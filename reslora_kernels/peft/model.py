@@ -36,6 +36,7 @@ class ResLoRAModel(BaseTuner):
         """As PEFT's, with the chains linked afterwards. If it fails the model is as it was."""
         adapters = adapters_of(model)
         adapters.refuse_merged_but([])
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config: Any = self.peft_config[adapter_name]
@@ -43,6 +44,8 @@ class ResLoRAModel(BaseTuner):
             adapters.put_in_force(self.active_adapters)
         except BaseException:
             self._withdraw(model, adapter_name)
+            for parameter, flag in trained:
+                parameter.requires_grad_(flag)
             raise
 
     @staticmethod
