@@ -136,6 +136,9 @@ class TestUnload:
         model = adapted()
         with collect_statistics(model), pytest.raises(RuntimeError, match="statistics"):
             unload(model)
+        with collect_statistics(model), pytest.raises(RuntimeError, match="statistics"):
+            merge_and_unload(model)
+        assert not any(layer.merged for layer in model.modules() if isinstance(layer, ResLoRALinear))
         merge_reslora(model)
         with pytest.raises(ValueError, match=r"merged already.*method"):
             merge_and_unload(model, method="weights")
@@ -153,10 +156,13 @@ class TestUnload:
         with pytest.raises(ValueError, match=r"q_proj.*quantised"):
             merge_and_unload(model)
         trained = logits(model)
+        name, calls = "model.layers.1.self_attn.q_proj", []
+        hook = model.get_submodule(name).register_forward_hook(lambda *_: calls.append(name))
         merge_and_unload(model, dequantize=True)
-        name = "model.layers.1.self_attn.q_proj"
         assert type(model.get_submodule(name)) is nn.Linear
         assert relative_error(logits(model), trained) < 0.05
+        assert calls == [name]
+        hook.remove()
         model.save_pretrained(tmp_path / "merged")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu")
         assert torch.equal(again.get_submodule(name).weight, model.get_submodule(name).weight)

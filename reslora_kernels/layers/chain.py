@@ -1,4 +1,4 @@
-"""What links layers: the chain that a shortcut runs along, and the group that reads one input. Neither owns a layer."""
+"""The chain that a shortcut runs along, and what its layers know of each other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Chain(Generic[LayerT]):
     """Layers of one role in successive blocks, with equal sizes and ranks. Not a module: it owns nothing.
 
     Args:
-        layers: the adapted layers, first to execute first.
+        layers: the adapted layers, in order.
         name: what ``inspect`` calls the chain.
     """
 

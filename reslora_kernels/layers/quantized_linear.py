@@ -66,6 +66,7 @@ class QuantizedResLoRALinear(ResLoRALinear):
 
     def leave(self) -> nn.Linear:
         unhooked(self)
+        share_hooks(self, self.base_layer)  # merged, it is not the layer that they were put on
         self.base_layer.train(self.training)
         return self.base_layer
 

@@ -28,7 +28,7 @@ MOST_ROWS = 256  # of A matrices that one layer multiplies its input by for a gr
 
 
 class SharedInput:
-    """Layers that read the same tensor, in the order in which they execute: the first projects it for all of them."""
+    """Layers that read the same tensor, in the order in which they run: the first projects it for all of them."""
 
     def __init__(self, layers: Sequence[Reader]) -> None:
         self.layers = list(layers)

@@ -75,13 +75,13 @@ def call_of(
 
 
 def for_others_too(call: Call, others: Sequence[Tensor]) -> Call:
-    """The plan of a layer that projects its input with the matrices of others as well, and hands that on last."""
+    """The call of a layer that projects its input with the matrices of others as well, and hands that on last."""
     a_stack = (*call.a_stack, *others)
     return replace(call, a_stack=a_stack, hand=(call.hand[0] if call.hand else rows(call.a_stack), rows(a_stack)))
 
 
 def with_projection(call: Call, h: Tensor) -> tuple[Call, Tensor | None]:
-    """The plan of a layer whose h = x A_stackᵀ [..., R_a] is known, and what of h is handed on."""
+    """The call of a layer whose h = x A_stackᵀ [..., R_a] is known, and what of h is handed on."""
     u = h[..., : sum(b.shape[1] for b in call.b_stack)]
     u = u if call.c == 1 else u * call.c
     u = u if call.residual is None else u + call.residual

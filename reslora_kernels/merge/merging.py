@@ -91,10 +91,10 @@ def merge_reslora(
             longest chain but the first; or twice for each, if ``calibration`` is no list or once a GiB of the unmerged
             model's r values per token and layer is kept.
         joint_steps: afterwards, steps of a joint fit of A and B of all layers to the unmerged model's output
-            (least_squares only, ``calibration`` re-iterable; see ``reslora_kernels.joint``). A step costs a forward and
-            a backward pass of one batch, and another forward pass if ``calibration`` is no list or once a GiB of its
-            outputs is kept on the model's device; each layer another K² values beside its statistics. 128 steps over
-            16 batches are a good start.
+            (least_squares only, ``calibration`` re-iterable; see ``reslora_kernels.merge.joint_fit``). A step costs a
+            forward and a backward pass of one batch, and another forward pass if ``calibration`` is no list or once a
+            GiB of its outputs is kept on the model's device; each layer another K² values beside its statistics. 128
+            steps over 16 batches are a good start.
         extra_rank: rows that the joint fit adds to A and columns to B, as far as r + extra_rank is within min(N, K).
             It comes nearer then, in some models only after a second or third try: as a merged weight for nothing, as an
             exported adapter for a larger rank. Needs one more pass, forward and backward, over ``calibration`` and N K

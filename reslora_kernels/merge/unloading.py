@@ -10,11 +10,10 @@ from ..adapt.apply import replace_modules
 from ..adapt.record import adapted_layers, record_of, refuse_beside, root_of
 from ..adapt.state_dicts import release
 from ..dtensors import refuse_sharded
+from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..quantizers import quantizer_of
 from .merging import merge_reslora
-
-_INSTEAD = "call unload or merge_and_unload of the PeftModel"
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -32,11 +31,7 @@ def unload(model: nn.Module) -> nn.Module:
         TypeError, ValueError: ``model`` is not adapted, or is sharded over processes.
         RuntimeError: statistics of it are being collected. In every case the model is as it was.
     """
-    layers = adapted_layers(model)
-    refuse_beside(model, "unloaded", _INSTEAD)
-    refuse_sharded(model, "unloaded", "unload it before it is sharded")
-    if any(layer.observer is not None for layer in layers.values()):
-        raise RuntimeError("statistics of this model are being collected: unload it after that")
+    layers = _unloadable(model)
     root, record = root_of(model), record_of(model)
     for adapter in (record, *(other.record for other in record.others.values())):
         for hook in adapter.hooks:
@@ -51,6 +46,16 @@ def unload(model: nn.Module) -> nn.Module:
     release(root)
     del root.__dict__["_reslora"]
     return model
+
+
+def _unloadable(model: nn.Module) -> dict[str, ResLoRALinear]:
+    """The adapted layers, if they can be taken out now."""
+    layers = adapted_layers(model)
+    refuse_beside(model, "unloaded", "call unload or merge_and_unload of the PeftModel")
+    refuse_sharded(model, "unloaded", "unload it before it is sharded")
+    if any(layer.observer is not None for layer in layers.values()):
+        raise RuntimeError("statistics of this model are being collected: unload it after that")
+    return layers
 
 
 def _fit_in(root: nn.Module, dense: list[nn.Linear]) -> None:
@@ -82,7 +87,7 @@ def merge_and_unload(model: nn.Module, **merge: Any) -> nn.Module:
     Raises:
         TypeError, ValueError, RuntimeError: as ``merge_reslora`` and ``unload``. The model is as it was then.
     """
-    refuse_beside(model, "unloaded", _INSTEAD)
+    _unloadable(model)
     if record_of(model).merged is None:
         merge_reslora(model, keep_original=False, **merge)
     elif merge:
