@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -85,7 +84,11 @@ class ForwardState:
         self._latest = layer
         if predecessor is None:
             return ()
-        return tuple(takewhile(lambda h: h.shape[:-1] == leading, self._take(predecessor)))
+        handed = self._take(predecessor)
+        for n, h in enumerate(handed):
+            if h.shape[:-1] != leading:
+                return handed[:n]
+        return handed
 
     def hand_on(self, earlier: tuple[Tensor, ...], h: Tensor) -> None:
         """The layer that entered last hands on h, and of what came to it ``earlier``."""

@@ -39,7 +39,8 @@ def check_types(
     """TypeError or ValueError for what no tensor of the right type and shape can mend."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if not isinstance(weight, (Tensor, PackedWeight)):
+    # Two calls: torch.compile traces no isinstance of a tensor against a tuple that holds a protocol.
+    if not isinstance(weight, Tensor) and not isinstance(weight, PackedWeight):
         raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
     for name, tensor in (("bias", bias), ("residual", residual), ("seed", seed)):
         if tensor is not None and not isinstance(tensor, Tensor):

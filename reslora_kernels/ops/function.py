@@ -77,7 +77,11 @@ def fused_linear(
             handed = None if handed is None else handed.reshape(*leading, handed.shape[1])
         return y, handed
     outputs = _LoRALinear.apply(x, weight, bias, residual, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
-    return outputs if side.hand_stop > side.hand_start else (outputs, None)
+    if side.hand_stop <= side.hand_start:
+        return outputs, None
+    y, handed = outputs
+    # torch.compile can give out of a checkpointed region what an operation in it made, but no output of a Function.
+    return y, handed.view_as(handed) if torch.compiler.is_compiling() else handed
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -240,9 +244,14 @@ def _needs_gradient(
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of the autocast region around the call; None outside."""
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _in_autocast(
