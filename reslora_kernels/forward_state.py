@@ -74,17 +74,17 @@ class ForwardState:
         """
         return not torch.compiler.is_compiling() and self._backward != _running_backward()
 
-    def enter(self, layer: Member, predecessor: Member | None, leading: torch.Size) -> tuple[Tensor, ...]:
-        """A layer starts on tokens of shape ``leading``: what is handed to this call, nearest first.
+    def enter(self, layer: Member, earlier: Sequence[Member], leading: torch.Size) -> tuple[Tensor, ...]:
+        """A layer, after those ``earlier``, starts on tokens of shape ``leading``: what is handed to it, nearest first.
 
         Nothing is where the same call of its predecessor has not been made, or saw tokens of another shape.
         """
         if self._left:
             self._go_on(layer)
         self._latest = layer
-        if predecessor is None:
+        if not earlier:
             return ()
-        handed = self._take(predecessor)
+        handed = self._take(earlier[0])
         for n, h in enumerate(handed):
             if h.shape[:-1] != leading:
                 return handed[:n]
@@ -203,7 +203,7 @@ class Passes:
         """Open a pass, unless a module around ``owner`` has one open. A pass that ``owner`` left behind is dropped."""
         state = self.current()
         if state is not None and state.owner is owner:
-            self._open.remove(state)
+            self._drop(state)
             state = None
         if state is None:
             self._open.append(ForwardState(owner))
@@ -241,9 +241,15 @@ class Passes:
         if state is None:
             return
         if state.owner is owner:
-            self._open.remove(state)
+            self._drop(state)
         else:
             state.leave()
+
+    def _drop(self, current: ForwardState) -> None:
+        if torch.compiler.is_compiling():
+            self._open.pop()  # the only one; PyTorch 2.8 traces no list.remove
+        else:
+            self._open.remove(current)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Passes:
         return Passes()

@@ -29,6 +29,10 @@ SHORTCUTS = [("none", 0), ("input", 1), ("block", 1), ("middle", -1)]
 HANDING = [("input", 1), ("middle", 1), ("middle", -1)]
 WIDTH, ROUNDING = 8, 1e-13
 ATTENTION = ["q_proj", "v_proj"]
+needs_checkpoints = pytest.mark.skipif(
+    not hasattr(dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint"),
+    reason="this PyTorch checkpoints nothing inside compiled code that hands tensors on",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +83,11 @@ def language_model(shortcut: str, pre_num: int, p: float = 0.0) -> Any:
     model = llama().double().train()
     config = ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num, lora_dropout=p, target_modules=ATTENTION)
     return randomize(apply_reslora(model, config))
+
+
+def refused(text: str) -> Any:
+    """The error of the layer reaches the user; of PyTorch 2.8's message it is only the cause."""
+    return pytest.raises(Unsupported, match=rf"{text}|raised exception ExceptionVariable\(<class 'RuntimeError'>\)")
 
 
 def compile_each(layers: Any, backend: Any = "aot_eager", **options: Any) -> CompileCounterWithBackend:
@@ -246,7 +255,7 @@ def test_skipped_layers_and_another_shape(shortcut: str, pre_num: int) -> None:
 def test_a_layer_outside_a_pass_and_passes_in_two_threads_are_errors() -> None:
     model = stack("input", 1)
     compile_each(model.blocks)
-    with pytest.raises(Unsupported, match="outside a forward pass"):
+    with refused("outside a forward pass"):
         model.blocks[1](x_of())
     chain = model.blocks[0].proj.chain
     opened, done = threading.Event(), threading.Event()
@@ -259,7 +268,7 @@ def test_a_layer_outside_a_pass_and_passes_in_two_threads_are_errors() -> None:
     thread = threading.Thread(target=elsewhere)
     thread.start()
     opened.wait(20)
-    with pytest.raises(Unsupported, match="several threads"):
+    with refused("several threads"):
         model(x_of())
     done.set()
     thread.join()
@@ -279,6 +288,7 @@ def test_copies_know_their_own_neighbours() -> None:
 # --- with activation checkpointing -----------------------------------------------------------------------------------
 
 
+@needs_checkpoints
 @pytest.mark.parametrize(
     ("shortcut", "pre_num", "backend"),
     [*((*how, "aot_eager") for how in HANDING), pytest.param("input", 1, "inductor", marks=pytest.mark.slow)],
@@ -303,14 +313,15 @@ def test_recomputing_compiled_layers_into_an_open_pass_is_an_error(shortcut: str
     for layer in layers:
         layer.compile(backend=backend)
     skip = dynamo.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
-    refused = pytest.raises(RuntimeError, match=r"inside a `with chain.forward_pass\(\):` that is still open")
-    with chain.forward_pass(), skip, refused:
+    still_open = pytest.raises(RuntimeError, match=r"inside a `with chain.forward_pass\(\):` that is still open")
+    with chain.forward_pass(), skip, still_open:
         run().backward()
     with chain.forward_pass():
         assert_same(list(torch.autograd.grad(run(context_fn=context), parameters)), list(expected))
 
 
 @pytest.mark.slow
+@needs_checkpoints
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("none", 0), ("middle", -1)])
 def test_checkpointing_inside_compiled_layers(shortcut: str, pre_num: int) -> None:
     """Exact once recomputation is told not to repeat what a layer hands on; an error before."""
@@ -328,6 +339,7 @@ def test_checkpointing_inside_compiled_layers(shortcut: str, pre_num: int) -> No
 
 
 @pytest.mark.slow
+@needs_checkpoints
 def test_checkpointing_inside_a_compiled_model() -> None:
     """PyTorch refuses Transformers' hook that makes the embeddings require gradients, for PEFT's LoRA as well."""
     from peft import LoraConfig, get_peft_model
@@ -360,7 +372,7 @@ def test_checkpoint_around_compiled_blocks(shortcut: str, pre_num: int) -> None:
     compile_each(model.blocks)
     model.around = lambda block, x: checkpoint(block, x, use_reentrant=False)
     loss = model(x_of()).sum()
-    with pytest.raises(Unsupported, match=r"context_fn=checkpoint_context\(model\)"):
+    with refused(r"context_fn=checkpoint_context\(model\)"):
         loss.backward()
     context = checkpoint_context(model)
     model.around = lambda block, x: checkpoint(block, x, use_reentrant=False, context_fn=context)

@@ -282,7 +282,7 @@ class ResLoRALinear(nn.Linear):
         if self.merged or self.disabled:
             return self.frozen_forward(x)
         state = self._open_pass()
-        received = () if state is None else state.enter(self, self.neighbours.predecessor, x.shape[:-1])
+        received = () if state is None else state.enter(self, self.neighbours.earlier, x.shape[:-1])
         call = self._call(received)
         residual, scale = call.residual, self._dora_scale(call)
         if self.replacement is not None:

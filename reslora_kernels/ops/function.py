@@ -24,7 +24,6 @@ from ..side_channel import Gradients, Needs, Outputs, SideChannel
 from . import registered
 from .arguments import PackedWeight, check
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)  # the former from PyTorch 2.7 on
 PLAIN = (Tensor, torch.nn.Parameter)  # the types whose operators no one else implements
 
 
@@ -56,7 +55,7 @@ def fused_linear(
         return _in_autocast(dtype, x, weight, bias, a_stack, b_stack, residual, side, p, seed, backend)
     seed = seed if p > 0 else None
     served: ModuleType | None = None
-    exported = _is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
+    exported = _exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
     if exported:  # in operations that every PyTorch and ONNX knows, for a graph that runs without this package
         check(x, weight, bias, a_stack, b_stack, residual, p, seed)
         served = library
@@ -249,9 +248,15 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+# Dynamo asks these two while it traces: PyTorch 2.8's own rules refuse the one, and take a compilation for an export.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def _in_autocast(

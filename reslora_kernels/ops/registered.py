@@ -139,7 +139,7 @@ def forward(
     y, handed, u = torch.ops.reslora_kernels.lora_linear_forward(
         x, weight, bias, a, b, residual, seed, side.c, side.scaling, p, side.hand_start, side.hand_stop, backend
     )
-    return Outputs(y, handed if side.hands_on else None, u if a.shape[0] else None)
+    return Outputs(y, handed if side.hand_stop > side.hand_start else None, u if a.shape[0] else None)
 
 
 def backward(
