@@ -56,7 +56,7 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
         p: probability of dropping an element, in [0, 1).
     """
     groups = -(-columns // COLUMNS_PER_CALL)
-    mask = torch.empty(rows, groups, COLUMNS_PER_CALL, dtype=torch.bool, device=seed.device)
+    mask = seed.new_empty(rows, groups, COLUMNS_PER_CALL, dtype=torch.bool)  # batched where the seed is
     step = max(1, _CHUNK // max(1, groups)) if seed.device.type == "cpu" else max(1, rows)
     group, least = torch.arange(groups, device=seed.device), threshold(p)
     for start in range(0, rows, step):

@@ -36,34 +36,101 @@ class _Handed:
         self.next: _Handed | None = None
 
 
+class _Sweep:
+    """One way through the layers of a chain, which may pause and go on. Its calls are counted by themselves.
+
+    A link of the list of those that pause, oldest first.
+    """
+
+    __slots__ = ("first", "last", "latest", "missed", "next")
+
+    def __init__(self) -> None:
+        self.first: _Handed | None = None
+        self.last: _Handed | None = None
+        self.missed: tuple[Member, Any] | None = None  # layers whose next call comes too late, as (layer, others)
+        self.latest: Member | None = None
+        self.next: _Sweep | None = None
+
+    def copy(self) -> _Sweep:
+        """The same, and the same of those that come after it in the list."""
+        other = _Sweep()
+        entry = self.first
+        while entry is not None:
+            other.append(entry.layer, entry.tensors)
+            entry = entry.next
+        other.missed, other.latest = self.missed, self.latest
+        other.next = None if self.next is None else self.next.copy()
+        return other
+
+    def append(self, layer: Member, tensors: tuple[Tensor, ...]) -> None:
+        """``layer`` hands on ``tensors``."""
+        entry = _Handed(layer, tensors)
+        if self.last is None:
+            self.first = entry
+        else:
+            self.last.next = entry
+        self.last = entry
+
+    def take(self, giver: Member) -> tuple[Tensor, ...]:
+        """What the earliest call of ``giver`` handed on of which nobody has taken it."""
+        before, entry = None, self.first
+        while entry is not None and not _same(entry.layer, giver):
+            before, entry = entry, entry.next
+        if entry is None:
+            self.missed = (giver, self.missed)
+            return ()
+        if before is None:
+            self.first = entry.next
+        else:
+            before.next = entry.next
+        if entry.next is None:
+            self.last = before
+        return entry.tensors
+
+    def comes_too_late(self, layer: Member) -> bool:
+        """Whether the call that this one of ``layer`` is for has been made already; that is then forgotten."""
+        passed: list[Member] = []
+        rest = self.missed
+        while rest is not None:
+            missed, rest = rest
+            if _same(missed, layer):
+                for other in reversed(passed):
+                    rest = (other, rest)
+                self.missed = rest
+                return True
+            passed.append(missed)
+        return False
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a call of the next layer would get something from the latest call."""
+        return self.latest is not None and self.last is not None and _same(self.last.layer, self.latest)
+
+
 class ForwardState:
     """What the calls of one chain's layers have handed on in one forward pass, until the calls they are for take it.
 
-    The k-th call of a layer takes what the k-th call of the layer before it handed on.
+    The k-th call of a layer takes what the k-th call of the layer before it handed on. Where a module around the chain
+    runs several times in the pass, each time is a sweep of its own, or goes on with one that stopped a layer before.
     """
 
-    __slots__ = ("_backward", "_first", "_last", "_latest", "_left", "_missed", "_projected", "owner", "thread")
+    __slots__ = ("_backward", "_left", "_paused", "_projected", "_sweep", "owner", "thread")
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
         self.thread = _thread()
         self._backward = _running_backward()
-        self._first: _Handed | None = None
-        self._last: _Handed | None = None
-        self._missed: tuple[Member, Any] | None = None  # layers whose next call comes too late, as (layer, others)
-        self._latest: Member | None = None
+        self._sweep = _Sweep()
+        self._paused: _Sweep | None = None
         self._left = False  # whether a module around the chain has ended its forward since the latest call
         self._projected: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
     def copy(self) -> ForwardState:
         """The same state, to go on from without changing this one."""
         other = ForwardState(self.owner)
-        entry = self._first
-        while entry is not None:
-            other._append(entry.layer, entry.tensors)
-            entry = entry.next
-        other._missed, other._latest, other._left = self._missed, self._latest, self._left
-        other._projected = self._projected
+        other._sweep = self._sweep.copy()
+        other._paused = None if self._paused is None else self._paused.copy()
+        other._left, other._projected = self._left, self._projected
         return other
 
     @property
@@ -80,11 +147,13 @@ class ForwardState:
         Nothing is where the same call of its predecessor has not been made, or saw tokens of another shape.
         """
         if self._left:
-            self._go_on(layer)
-        self._latest = layer
+            self._left = False
+            self._pause()
+            self._sweep = self._going_on_from(earlier)
+        self._sweep.latest = layer
         if not earlier:
             return ()
-        handed = self._take(earlier[0])
+        handed = self._sweep.take(earlier[0])
         for n, h in enumerate(handed):
             if h.shape[:-1] != leading:
                 return handed[:n]
@@ -92,61 +161,40 @@ class ForwardState:
 
     def hand_on(self, earlier: tuple[Tensor, ...], h: Tensor) -> None:
         """The layer that entered last hands on h, and of what came to it ``earlier``."""
-        assert self._latest is not None
-        if self._missed is None or not self._comes_too_late(self._latest):
-            self._append(self._latest, (h, *earlier))
+        sweep = self._sweep
+        assert sweep.latest is not None
+        if sweep.missed is None or not sweep.comes_too_late(sweep.latest):
+            sweep.append(sweep.latest, (h, *earlier))
 
     def leave(self) -> None:
         """A module around the chain, inside the one whose forward is the pass, has ended its forward."""
         self._left = True
 
-    def _append(self, layer: Member, tensors: tuple[Tensor, ...]) -> None:
-        entry = _Handed(layer, tensors)
-        if self._last is None:
-            self._first = entry
-        else:
-            self._last.next = entry
-        self._last = entry
+    def _pause(self) -> None:
+        """Put the sweep with those that pause, unless no layer could go on from it: one that left layers out."""
+        if not self._sweep.can_go_on:
+            return
+        if self._paused is None:
+            self._paused = self._sweep
+            return
+        last = self._paused
+        while last.next is not None:
+            last = last.next
+        last.next = self._sweep
 
-    def _take(self, giver: Member) -> tuple[Tensor, ...]:
-        """What the earliest call of ``giver`` handed on of which nobody has taken it."""
-        before, entry = None, self._first
-        while entry is not None and not _same(entry.layer, giver):
-            before, entry = entry, entry.next
-        if entry is None:
-            self._missed = (giver, self._missed)
-            return ()
+    def _going_on_from(self, earlier: Sequence[Member]) -> _Sweep:
+        """The oldest sweep that paused at the layer before; a new one where there is none."""
+        before, sweep = None, self._paused if earlier else None
+        while sweep is not None and sweep.latest is not None and not _same(sweep.latest, earlier[0]):
+            before, sweep = sweep, sweep.next
+        if sweep is None:
+            return _Sweep()
         if before is None:
-            self._first = entry.next
+            self._paused = sweep.next
         else:
-            before.next = entry.next
-        if entry.next is None:
-            self._last = before
-        return entry.tensors
-
-    def _comes_too_late(self, layer: Member) -> bool:
-        """Whether the call that this one of ``layer`` is for has been made already; that is then forgotten."""
-        passed: list[Member] = []
-        rest = self._missed
-        while rest is not None:
-            missed, rest = rest
-            if _same(missed, layer):
-                for other in reversed(passed):
-                    rest = (other, rest)
-                self._missed = rest
-                return True
-            passed.append(missed)
-        return False
-
-    def _go_on(self, layer: Member) -> None:
-        """The first call after a module around the chain has ended: of the same sweep over the layers, or of the next.
-
-        With the next one the calls are counted afresh, so that a sweep which left layers out, or failed, hands nothing
-        to it.
-        """
-        self._left = False
-        if self._latest is not None and layer.position <= self._latest.position:
-            self._first = self._last = self._missed = None
+            before.next = sweep.next
+        sweep.next = None
+        return sweep
 
     def project_for(self, x: Tensor, projections: Mapping[int, Tensor]) -> None:
         """A layer has multiplied its input x by the A of others, too: h [..., R_a] of each, by index in the group."""

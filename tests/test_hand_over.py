@@ -340,6 +340,35 @@ class TestCalls:
             term = reference.low_rank_term(shortcut, pre_num, layers[n].scaling, len(chain) - 1, chain, a, b)
             assert max_error(y, nn.functional.linear(tokens, layers[n].weight, layers[n].bias) + term) < 1e-13
 
+    @pytest.mark.parametrize(
+        "plan",
+        [
+            [(0, [0]), (1, [0]), (0, [1]), (1, [1]), (0, [2, 3]), (1, [2, 3])],  # streams in turn, block by block
+            [(0, [0, 1]), (1, [0, 1]), (0, [2, 3]), (1, [2, 3])],
+            [(0, [0]), (0, [1]), (0, [1]), (0, [1]), (0, [2, 3])],  # a core that is looped
+            [(0, [0, 1, 2, 3])] * 3,
+        ],
+        ids=["by block", "by half", "looped", "whole"],
+    )
+    def test_a_part_of_the_blocks_in_each_call_of_the_module(
+        self, shortcut: str, pre_num: int, plan: list[tuple[int, list[int]]]
+    ) -> None:
+        """As with the same calls in one forward, where the k-th call takes from the k-th: streams never meet."""
+
+        class Parts(nn.Module):
+            def __init__(self, inner: Stack) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x: Tensor) -> Tensor:
+                parts = list(x.chunk(2))
+                for stream, self.inner.order in plan:
+                    parts[stream] = self.inner(parts[stream])
+                return torch.cat(parts)
+
+        model = adapted(Parts(Stack()), shortcut, pre_num)
+        check(model, lambda: model(x_of(6)))
+
     def test_a_failed_sweep_inside_one_forward_hands_nothing_to_the_next(self, shortcut: str, pre_num: int) -> None:
         class Retries(nn.Module):
             def __init__(self, inner: Stack) -> None:

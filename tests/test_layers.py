@@ -30,7 +30,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
     "tuning": (("launch", "measured"), ("gpus",), ("tiles",), ("forms",)),
     "kernels": (("device",), ("augmented_matmul", "project", "low_rank_grads", "outer_products")),
     "backends": (("torch", "hopper", "select"), ("triton", "cuda")),
-    "ops": (("arguments", "registered"), ("function",)),
+    "ops": (("arguments", "registered", "transformed"), ("function",)),
     "layers": (
         ("dora", "initialization", "linear_map", "offloading", "shortcuts"),
         ("chain", "shared_input"),

@@ -21,7 +21,7 @@ from ..backends import torch as library
 from ..dropout import Dropout
 from ..forward_state import refuse_recomputation
 from ..side_channel import Gradients, Needs, Outputs, SideChannel
-from . import registered
+from . import registered, transformed
 from .arguments import PackedWeight, check
 
 PLAIN = (Tensor, torch.nn.Parameter)  # the types whose operators no one else implements
@@ -54,6 +54,11 @@ def fused_linear(
     if dtype is not None:
         return _in_autocast(dtype, x, weight, bias, a_stack, b_stack, residual, side, p, seed, backend)
     seed = seed if p > 0 else None
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        check(x, weight, bias, a_stack, b_stack, residual, p, seed)
+        dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
+        dropout = None if seed is None else Dropout(seed, p)
+        return transformed.forward(x, dense, bias, a_stack, b_stack, residual, side, dropout)
     served: ModuleType | None = None
     exported = _exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
     if exported:  # in operations that every PyTorch and ONNX knows, for a graph that runs without this package
