@@ -14,6 +14,26 @@ struct Grid {
 inline std::int64_t blocks(std::int64_t size, std::int64_t block) { return (size + block - 1) / block; }
 
 #ifdef __CUDACC__
+// How many clusters of this kernel can run at a time: fewer than processors / cluster where those of a GPU come in groups
+// that the cluster does not divide. 0: none.
+inline int clusters_at_a_time(const void* kernel, int threads, int shared, int cluster) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(cluster);
+    launch.blockDim = dim3(threads);
+    launch.dynamicSmemBytes = shared;
+    launch.attrs = &attribute;
+    launch.numAttrs = 1;
+    int count = 0;
+    const bool known =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&count, kernel, &launch) == cudaSuccess;
+    if (!known) cudaGetLastError();  // the launch itself will say what is wrong
+    return known ? count : 0;
+}
+
 template <class Params>
 void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device device,
          int cluster = 1, bool programmatic = false) {
@@ -50,6 +70,8 @@ void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int s
     }
 }
 #else
+inline int clusters_at_a_time(const void*, int, int, int) { return 0; }
+
 template <class Params>
 void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device,
          int cluster = 1, bool = false) {

@@ -85,7 +85,11 @@ RESLORA_DEVICE void play_roles(const Params& p) {
 template <class P, class Params>
 void run_tiles(const char* name, void (*kernel)(Params), const Params& p, Device device) {
     const std::int64_t tiles = blocks(p.rows, P::DOWN * P::BM) * blocks(p.columns, P::ACROSS * P::BN);
-    const std::int64_t clusters = device.processors / P::CLUSTER;
+    // Of the first GPU that it runs on: one too many would begin when all others have ended.
+    static const int most =
+        P::CLUSTER > 1 ? clusters_at_a_time(reinterpret_cast<const void*>(kernel), P::THREADS, P::SHARED_BYTES, P::CLUSTER)
+                       : 0;
+    const std::int64_t room = device.processors / P::CLUSTER, clusters = most > 0 && most < room ? most : room;
     run(name, kernel, {P::CLUSTER * (tiles < clusters ? tiles : clusters), 1, 1}, P::THREADS, P::SHARED_BYTES, p, device,
         P::CLUSTER, true);
 }

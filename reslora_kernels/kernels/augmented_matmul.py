@@ -4,7 +4,8 @@ Two passes: t [M, R] is given (u in the forward pass, dh in the backward pass). 
 accumulator, scaled and masked there in float32, and the main loop adds x W on top. One pass: the main loop also
 accumulates x A_catᵀ, which becomes t in the epilogue; the programs of the first tile column store it.
 
-Programs walk over tiles, so the grid may be smaller than the number of tiles. What is left to add up from
+Programs walk over tiles, so the grid may be smaller than the number of tiles. AHEAD: what an accumulator begins with is
+loaded before the main loop of the tile before, so that no tile waits for memory twice. What is left to add up from
 ``low_rank_grads`` is done by the same launch, spread over its programs.
 """
 
@@ -21,6 +22,8 @@ from ..tuning.gpus import Gpu
 from ..tuning.launch import Launch, Sum, descriptor, fits_tma, precision
 from ..tuning.tiles import MatmulTile
 from .device import TRITON_DTYPE, add_partials, grouped_tile, load_block, side_channel, unpack_bits
+
+AHEAD_RANK = 16  # more of the next tile than that would spill beside a tile's accumulators
 
 
 @triton.jit
@@ -41,6 +44,32 @@ def low_rank_product(
     """acc + t_block [BLOCK_M, BLOCK_R] · b[start : start + BLOCK_R, column : column + BLOCK_N]."""
     b_block = load_block(b, start, column, rank, n, b_rank, b_column, BLOCK_R, BLOCK_N, False, False)
     return tl.dot(t_block, b_block.to(t_block.dtype), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def first_ranks(
+    t,
+    b,
+    tile,
+    m,
+    n,
+    rank,
+    t_row,
+    b_rank,
+    b_column,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The first BLOCK_R ranks of t [BLOCK_M, BLOCK_R] and b [BLOCK_R, BLOCK_N] of a tile; of the last one behind it."""
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    tile_m, tile_n = grouped_tile(min(tile, tiles_m * tiles_n - 1), tiles_m, tiles_n, GROUP_M)
+    t_block = load_block(t, tile_m * BLOCK_M, 0, m, rank, t_row, 1, BLOCK_M, BLOCK_R, False, False)
+    b_block = load_block(b, 0, tile_n * BLOCK_N, rank, n, b_rank, b_column, BLOCK_R, BLOCK_N, False, False)
+    return t_block, b_block.to(DTYPE)
 
 
 @triton.jit
@@ -94,6 +123,7 @@ def augmented_matmul_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     ONE_PASS: tl.constexpr,
+    AHEAD: tl.constexpr,
     X_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
     Y_TMA: tl.constexpr,
@@ -110,6 +140,10 @@ def augmented_matmul_kernel(
     """
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
+    if AHEAD:
+        t_first, b_first = first_ranks(
+            t, b, tl.program_id(0), m, n, t_rank, t_row, b_row, b_column, BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, DTYPE
+        )
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         row = tile_m * BLOCK_M
@@ -118,7 +152,9 @@ def augmented_matmul_kernel(
         if ONE_PASS:
             product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         else:
-            for start in tl.range(0, t_rank, BLOCK_R, num_stages=1):
+            if AHEAD:
+                acc = tl.dot(t_first, b_first, acc, input_precision=PRECISION)
+            for start in tl.range(BLOCK_R if AHEAD else 0, t_rank, BLOCK_R, num_stages=1):
                 t_block = load_block(t, row, start, m, t_rank, t_row, 1, BLOCK_M, BLOCK_R, False, False)
                 acc = low_rank_product(
                     t_block, b, start, column, n, t_rank, b_row, b_column, acc, BLOCK_N, BLOCK_R, PRECISION
@@ -127,6 +163,11 @@ def augmented_matmul_kernel(
             if bits is not None:
                 packed = load_block(bits, row, column // 32, m, words, words, 1, BLOCK_M, BLOCK_N // 32, False, False)
                 acc = tl.where(unpack_bits(packed, BLOCK_M, BLOCK_N // 32, 32), acc, 0.0)
+            if AHEAD:  # under way while the main loop runs
+                following = tile + tl.num_programs(0)
+                t_first, b_first = first_ranks(
+                    t, b, following, m, n, t_rank, t_row, b_row, b_column, BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, DTYPE
+                )
         for start in range(0, k, BLOCK_K):
             x_block = load_block(x, row, start, m, k, x_row, x_column, BLOCK_M, BLOCK_K, X_TMA, WHOLE_K)
             if K_MAJOR:
@@ -272,6 +313,7 @@ def augmented_matmul(
             "BLOCK_R": tile.block_r,
             "GROUP_M": tile.group_m,
             "ONE_PASS": one_pass is not None,
+            "AHEAD": tile.persistent and one_pass is None and tile.block_r <= AHEAD_RANK,
             "X_TMA": x_tma,
             "W_TMA": w_tma,
             "Y_TMA": y_tma,

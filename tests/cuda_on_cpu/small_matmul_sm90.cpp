@@ -1,6 +1,6 @@
-// c = a b with everything that host_ptx_sm90.h has, for tests/test_hopper_on_cpu.py: exact on integers, whatever the
-// schedule. A producer copies tiles of a and b, two warpgroups multiply, and c leaves through shared memory. Two blocks
-// of a cluster share their tile of b, of which each copies half to both.
+// c = a b with what host_ptx_sm90.h has, but copies between blocks, for tests/test_hopper_on_cpu.py: exact on integers,
+// whatever the schedule. A producer copies tiles of a and b, two warpgroups multiply, and c leaves through shared memory.
+// Two blocks of a cluster share their tile of b, of which each copies half to both.
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>

@@ -15,7 +15,7 @@ from reslora_kernels.dropout import Dropout
 from reslora_kernels.ops import lora_linear
 from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.testing import GoldenCase, assert_close_to_truth, golden_cases
-from reslora_kernels.tuning import launch
+from reslora_kernels.tuning import gpus, launch
 
 from .calls import SEED, Call, draw, run, truth
 
@@ -69,6 +69,31 @@ def test_error_at_most_twice_plain_pytorchs(call: Call, device: torch.device, po
     expected, plain = truth(call, values), run(call, values)
     for name, result in run(call, values, triton).items():
         assert_close_to_truth(result, expected[name], plain[name], name)
+
+
+@pytest.mark.parametrize(
+    ("form", "rank", "p", "ahead"),
+    [
+        ("two_pass", 16, 0.0, True),
+        ("two_pass", 9, 0.5, True),
+        ("two_pass", 40, 0.0, False),
+        ("one_pass", 16, 0.0, False),
+    ],
+)
+def test_programs_with_several_tiles(
+    form: str, rank: int, p: float, ahead: bool, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of three processors has some of the tiles, as of a large layer; few ranks are loaded a tile ahead."""
+    monkeypatch.setitem(gpus.GENERATIONS, "sm_90", replace(gpus.GENERATIONS["sm_90"], processors=3))
+    call = Call("", 520, 136, 776, rank, rank, BF16, BF16, form, "sm_90", p=p, residual=True)
+    values = draw(call, device, integers=True)
+    expected = truth(call, values)
+    with launch.recording() as launches:
+        results = run(call, values, triton)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name].to(result.dtype)), name
+    forward = next(entry for entry in launches if entry.name == "augmented_matmul")
+    assert (forward.grid, forward.arguments["AHEAD"]) == ((3,), ahead)
 
 
 @pytest.mark.parametrize("call", [CALLS[2], CALLS[5], CALLS[12]], ids=name_of)
