@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def with_tools(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def files_of_the_real_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "REHEARSED", parts.TEST_FILES)
+    monkeypatch.setattr(gpu_check, "as_planted", lambda outcome: outcome)
 
 
 def run(stand_in: StandIn, tmp_path: Path, *options: str) -> tuple[int, dict[str, Any]]:
@@ -116,6 +118,9 @@ def test_the_rehearsal_loses_nothing_to_tests_that_hang_or_crash(tmp_path: Path)
         "test_that_fails: AssertionError: planted",
     ]  # fmt: skip
     assert outcome.summary == "3 passed, 1 failed, 2 hung or crashed"
+    slow = {"unfinished": [gpu_check.REHEARSED[-1]]}
+    assert gpu_check.as_planted(replace(outcome, details=outcome.details | slow)).status == parts.PASSED
+    assert gpu_check.as_planted(outcome).status == parts.FAILED
 
 
 def test_the_rehearsal_keeps_what_slow_tests_found_before_their_end(tmp_path: Path) -> None:
