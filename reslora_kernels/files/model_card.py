@@ -16,10 +16,10 @@ _MARK = "<!-- written by reslora_kernels: take this line out, and no export repl
 _MERGE = "## Merge of "
 _PEFT = """\
 from peft import PeftModel
-model = PeftModel.from_pretrained(base, "{folder}")  # base: the base model, as its library loads it
+model = PeftModel.from_pretrained(base, adapter)  # the base model, as its library loads it, and this folder or its id
 """
 _DIFFUSERS = """\
-pipe.load_lora_weights("{folder}")  # pipe: the diffusers pipeline of the base model
+pipe.load_lora_weights(adapter)  # the diffusers pipeline of the base model, and this folder or its id
 """
 
 
@@ -35,7 +35,6 @@ class Card:
     config: ResLoRAConfig
     updates: Mapping[str, LowRankUpdate]
     max_lora_rank: int
-    folder: str
     part: str | None = None
     other_parts: Mapping[str, str] = field(default_factory=dict)
 
@@ -72,7 +71,7 @@ class Card:
         return "\n".join(["| layer | merge | rank | relative error |", "| --- | --- | --- | --- |", *rows])
 
     def _serving(self) -> str:
-        code = (_DIFFUSERS if self.part else _PEFT).format(folder=self.folder)
+        code = _DIFFUSERS if self.part else _PEFT
         needs = f"A server that takes LoRA adapters must allow rank {self.max_lora_rank} (vLLM: `--max-lora-rank`)."
         return f"## Use\n\n```python\n{code}```" + ("" if self.part else f"\n\n{needs}")
 

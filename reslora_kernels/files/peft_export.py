@@ -164,7 +164,7 @@ def export_peft(
                 files = {diffusers_layout.LORA_NAME: diffusers_layout.content(folder, part, tensors)}
             if may_write_card(folder):
                 base, others_said = config["base_model_name_or_path"], {} if part is None else merges_of(folder)
-                card = Card(base, record_of(model).config, updates, rank, folder.name, part, others_said)
+                card = Card(base, record_of(model).config, updates, rank, part, others_said)
                 files[CARD_NAME] = str(card).encode()
             _write(folder, files)
     errors = [update.relative_error for update in updates.values() if update.relative_error is not None]

@@ -185,6 +185,7 @@ def test_export_is_the_merged_model(
     printed = capsys.readouterr().out
     assert f"max_lora_rank a server needs: {6 if method == 'joint' else 4}" in printed
     assert str(tmp_path / "peft") in printed
+    assert ".reslora-" not in (tmp_path / "peft/README.md").read_text()  # where it was written before it was whole
     served = PeftModel.from_pretrained(load(base), tmp_path / "peft")
     torch.testing.assert_close(logits(served), logits(load(tmp_path / "merged")), rtol=1e-4, atol=1e-5)
     plain, adapted = logits(load(base)), logits(load_adapter(load(base), adapters["middle"]))
