@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from .source_builds import (
     fake_nvcc,
     names_in,
     record_of,
+    run,
 )
 
 MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -190,6 +192,18 @@ def test_editable_install_builds_in_place_or_fails_loudly(place: Place) -> None:
     assert finished.returncode != 0
     assert f"no nvcc under {place.home}/bin" in finished.stderr
     assert not built.exists() and not record.exists()
+
+
+def test_the_script_alone_builds_in_place_where_pip_cannot(place: Place) -> None:
+    built, record = place.source / "reslora_kernels" / MODULE, place.source / "reslora_kernels/_build_info.py"
+    script, home = [sys.executable, "build_cuda.py"], {"CUDA_HOME": str(place.home)}
+    finished = run(script, place.source, RESLORA_CUDA_ARCHS="89", **home)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert built.is_file() and "CUDA_ARCHS = ('89',)" in record.read_text()
+    shutil.rmtree(place.home)
+    finished = run(script, place.source, **home)
+    assert finished.returncode == 1 and f"no nvcc under {place.home}/bin" in finished.stderr
+    assert not built.exists() and "CUDA_BUILT = False" in record.read_text()
 
 
 @pytest.mark.parametrize(
