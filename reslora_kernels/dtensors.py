@@ -61,6 +61,19 @@ def refuse_partitioned(model: nn.Module) -> None:
             )
 
 
+def refuse_zero3(model: nn.Module) -> None:
+    """ValueError for a model of which DeepSpeed's ZeRO-3 manages a parameter, gathered or not (``ds_id``).
+
+    It gathers what a layer owns for that layer's own forward, and layers of a chain read their neighbours' adapters.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"parameter {name!r} is managed by DeepSpeed ZeRO-3, which does not gather the adapters that layers "
+                "share: train with ZeRO-2, or with FSDP2 (shard_reslora)"
+            )
+
+
 def reshard(model: nn.Module) -> None:
     """Make FSDP2's sharded parameters the registered ones. Gathered ones are copies, in the policy's dtype."""
     if not initialised():

@@ -91,6 +91,25 @@ def test_trl_supervised_fine_tuning_resumes_bit_for_bit(tmp_path: Path, shortcut
     assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").exists()
 
 
+def test_trl_without_padding_takes_the_same_steps(tmp_path: Path) -> None:
+    """Rows laid end to end are told apart by their positions, from which Transformers makes a mask for attention that
+    has no form of its own for them, such as PyTorch's on a CPU."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": "two plus two is four" + " the lazy dog" * (i % 3)} for i in range(16)])
+
+    def losses(**how: Any) -> list[float]:
+        args = settings(trl.SFTConfig, tmp_path, max_length=None, **how)
+        trainer = trl.SFTTrainer(
+            model=wide_llama(), args=args, train_dataset=rows, processing_class=make_tokenizer(),
+            peft_config=config("input"),
+        )  # fmt: skip
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    assert losses(padding_free=True) == pytest.approx(losses(), rel=1e-3)
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["base as reference", "adapter as reference"])
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_trl_preference_optimisation_starts_at_its_reference(tmp_path: Path, shortcut: str, trained: bool) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from ..backends import select
 from ..checks import check_bool, check_module
 from ..config import ResLoRAConfig, checked_config
-from ..dtensors import refuse_sharded
+from ..dtensors import refuse_sharded, refuse_zero3
 from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
@@ -64,15 +64,16 @@ def apply_reslora(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: nothing matches, a match is no plain ``nn.Linear`` or has its ``forward`` replaced by another than
-            accelerate's hooks, or the model is adapted or sharded over processes already; the message names it or
-            lists the candidates. Or ``chains`` names a layer that is not adapted, names
-            one twice, or puts layers of other sizes or ranks into one chain.
+            accelerate's hooks, or the model is adapted, sharded over processes or managed by ZeRO-3 already; the
+            message names it or lists the candidates. Or ``chains`` names a layer that is not adapted, names one twice,
+            or puts layers of other sizes or ranks into one chain.
         RuntimeError: ``config.backend`` cannot run on this machine. In every case the model is left as it was.
     """
     check_module("model", model)
     checked_config(config)
     check_bool("autocast_adapter_dtype", autocast_adapter_dtype)
     refuse_sharded(model, "adapted", "call apply_reslora first, then shard_reslora")
+    refuse_zero3(model)
     checked_name(adapter_name)
     select.check(config.backend)
     config = with_heads_saved(config, model)

@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..dtensors import refuse_zero3
 from ..forward_state import scope_pass
 from ..layers.chain import Chain
 from ..layers.checkpointing import CarryThroughCheckpoints
@@ -31,6 +33,20 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     if record.config.stack_projections:
         record.groups += [SharedInput([layers[name] for name in names]) for names in record.same_input]
     _open_passes(model)
+    if layers:
+        refuse = RefuseZeRO3(next(iter(layers.values())))
+        record.hooks.append(model.register_forward_pre_hook(refuse))
+
+
+class RefuseZeRO3:
+    """Forward pre-hook of an adapted model, which DeepSpeed gets hold of after it was adapted."""
+
+    def __init__(self, layer: ResLoRALinear) -> None:
+        self.layer = layer
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling() and hasattr(self.layer.lora_A, "ds_id"):
+            refuse_zero3(model)
 
 
 def _open_passes(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from ..adapt.record import (
 )
 from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
-from ..checks import check_module
+from ..checks import check_bool, check_module
 from ..dtensors import fill, gathered, is_sharded, one_writer, refuse_flat, refuse_partitioned, reshard
 from ..layers.linear import ResLoRALinear
 from ..layers.offloading import offloader
@@ -100,17 +100,24 @@ def _described(model: nn.Module, others: Beside) -> dict[str, Any]:
     }
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> nn.Module:
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    low_cpu_mem_usage: bool = True,
+) -> nn.Module:
     """Load what ``save_adapter`` wrote: adapt a plain model as it was adapted then, or fill the adapters it has.
 
-    Everything is checked before the model is touched: file types, the hash, keys, shapes, dtypes and values. New
-    adapters are made without a start and filled from the file, which is what PEFT has ``low_cpu_mem_usage`` for. Links
-    to files are followed, so a snapshot in the Hub's cache loads as it is. Every process of a sharded model must call
+    Everything is checked before the model is touched: file types, the hash, keys, shapes, dtypes and values. Links to
+    files are followed, so a snapshot in the Hub's cache loads as it is. Every process of a sharded model must call
     this.
 
     Args:
         adapter_name: which adapter of the model to fill, or the name of a new one, which ``set_adapter`` puts in force;
             None is the one in force, or "default" on a plain model.
+        low_cpu_mem_usage: taken for those who know it from PEFT, and either way the same: new adapters are made without
+            a start and filled from the file.
 
     Returns:
         ``model``.
@@ -120,6 +127,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
         ValueError: the files are damaged, or do not fit the model; the message says where. The model is unchanged.
     """
     check_module("model", model)
+    check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
     if adapter_name is not None:
         checked_name(adapter_name)
     saved = read(checked_folder(path))

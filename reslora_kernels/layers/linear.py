@@ -161,9 +161,14 @@ class ResLoRALinear(nn.Linear):
             self._parameters[name] = linear._parameters[name]
 
     @property
+    def holds_weight(self) -> nn.Linear:
+        """The module that W is a parameter of, whose hook may keep it elsewhere."""
+        return self
+
+    @property
     def execution_device(self) -> torch.device:
         """Where the layer computes, and its adapters are."""
-        return device_of(self)
+        return device_of(self.holds_weight)
 
     @property
     def frozen_weight(self) -> Any:
@@ -172,7 +177,7 @@ class ResLoRALinear(nn.Linear):
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The values of W [N, K] in ``dtype``, or in its own if that is wider."""
-        return held(self).to(torch.promote_types(self.weight.dtype, dtype))
+        return held(self.holds_weight).to(torch.promote_types(self.weight.dtype, dtype))
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
@@ -185,24 +190,24 @@ class ResLoRALinear(nn.Linear):
 
     def original(self) -> Any:
         """What ``restore`` needs after ``set_merged``, off the device."""
-        return held(self).to("cpu", copy=True)
+        return held(self.holds_weight).to("cpu", copy=True)
 
     def set_merged(self, weight: Tensor) -> None:
         """Take W* [N, K] for W, and pass the adapters over."""
-        hold(self, weight)
+        hold(self.holds_weight, weight)
         self.merged = True
 
     def restore(self, original: Any) -> None:
         """The inverse of ``set_merged``."""
-        hold(self, original)
+        hold(self.holds_weight, original)
         self.merged = False
 
     def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None, init_values: bool = True) -> None:
         dtype = adapter_dtype or (torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
         device = self.execution_device
         self.config = config
-        shapes = {"A": (config.r, self.in_features), "B": (self.out_features, config.r)}
-        for kind, shape in shapes.items():
+        for kind in "AB":
+            shape = self._shape_of(kind)
             empty = torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(f"lora_{kind}", nn.Parameter(empty))
             start = nn.Parameter(torch.empty_like(empty), requires_grad=False) if config.has_start else None
@@ -263,6 +268,14 @@ class ResLoRALinear(nn.Linear):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """What the adapter adds to ``nn.Linear``'s parameters, by name."""
         return {name: value for name in ADAPTER_PARAMETERS if (value := self._parameters.get(name)) is not None}
+
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that ``adapter_parameters`` have while they are whole."""
+        return {name: self._shape_of(name[-1]) for name in self.adapter_parameters()}
+
+    def _shape_of(self, kind: str) -> tuple[int, ...]:
+        matrices = {"A": (self.config.r, self.in_features), "B": (self.out_features, self.config.r)}
+        return matrices.get(kind, (self.out_features,))
 
     def reset_lora_parameters(self) -> None:
         """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""

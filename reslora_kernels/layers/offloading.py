@@ -21,6 +21,12 @@ def is_hooked(module: nn.Module) -> bool:
     return by_accelerate and getattr(original, "__func__", None) is type(module).forward
 
 
+def bare_forward(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward without accelerate's hook, for who has run that."""
+    forward: Callable[..., Any] = vars(module)["_old_forward"] if is_hooked(module) else module.forward
+    return forward
+
+
 def offloader(module: nn.Module) -> Any:
     """The hook that keeps the module's weights elsewhere between its forwards; None if there is none."""
     hook = vars(module).get("_hf_hook")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..quantizers import QuantizedWeight, quantizer_of
 from .linear import ResLoRALinear, share_hooks
-from .offloading import hook_like, unhooked
+from .offloading import bare_forward, hook_like, unhooked
 
 
 class QuantizedResLoRALinear(ResLoRALinear):
@@ -46,7 +46,7 @@ class QuantizedResLoRALinear(ResLoRALinear):
     def frozen_forward(self, x: Tensor) -> Tensor:
         """By the library's own matmul; merged, in the merged weight's dtype."""
         dtype = self.base_layer.weight.dtype if self.merged else x.dtype
-        y: Tensor = self.base_layer.forward(x.to(dtype))  # its hooks are this layer's, which have run
+        y: Tensor = bare_forward(self.base_layer)(x.to(dtype))  # its hooks are this layer's, which have run
         return y.to(x.dtype)
 
     @staticmethod
@@ -90,7 +90,12 @@ class QuantizedResLoRALinear(ResLoRALinear):
         dense.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().to(weight.dtype), requires_grad=False)
-        self.base_layer, self.merged = dense, True
+        self._replace_base(dense)
+        self.merged = True
 
     def restore(self, original: nn.Linear) -> None:
-        self.base_layer, self.merged = original, False
+        self._replace_base(original)
+        self.merged = False
+
+    def _replace_base(self, base: nn.Linear) -> None:
+        self.base_layer = base

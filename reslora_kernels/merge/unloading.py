@@ -9,6 +9,7 @@ from torch import nn
 from ..adapt.apply import replace_modules
 from ..adapt.record import adapted_layers, record_of, refuse_beside, root_of
 from ..adapt.state_dicts import release
+from ..checks import check_bool
 from ..dtensors import refuse_sharded
 from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
@@ -42,7 +43,7 @@ def unload(model: nn.Module) -> nn.Module:
         plain[id(layer)] for layer in layers.values() if isinstance(layer, QuantizedResLoRALinear) and layer.merged
     ]
     if dense:
-        _fit_in(root, dense)
+        fit_in(root, dense)
     release(root)
     del root.__dict__["_reslora"]
     return model
@@ -58,7 +59,7 @@ def _unloadable(model: nn.Module) -> dict[str, ResLoRALinear]:
     return layers
 
 
-def _fit_in(root: nn.Module, dense: list[nn.Linear]) -> None:
+def fit_in(root: nn.Module, dense: list[nn.Linear]) -> None:
     """Give dequantised layers the dtype of the model around them, and name them in its quantisation config as dense."""
     own = {id(parameter) for linear in dense for parameter in linear.parameters()}
     around = (p.dtype for p in root.parameters() if p.is_floating_point() and id(p) not in own)
@@ -72,13 +73,12 @@ def _fit_in(root: nn.Module, dense: list[nn.Linear]) -> None:
             setattr(settings, field, plain)
 
 
-def merge_and_unload(model: nn.Module, **merge: Any) -> nn.Module:
+def merge_and_unload(model: nn.Module, *, safe_merge: bool = True, **merge: Any) -> nn.Module:
     """``merge_reslora(model, keep_original=False, **merge)``, unless it is merged already, then ``unload``.
 
-    What PEFT calls ``safe_merge`` is how every merge here works: all merged weights are made and checked for NaN and
-    Inf before the first is put in place.
-
     Args:
+        safe_merge: taken for those who know it from PEFT, and either way the same: every merge makes all merged weights
+            and checks them for NaN and Inf before the first is put in place.
         merge: arguments of ``merge_reslora`` (``method``, ``calibration``, ...), but ``keep_original``.
 
     Returns:
@@ -87,6 +87,7 @@ def merge_and_unload(model: nn.Module, **merge: Any) -> nn.Module:
     Raises:
         TypeError, ValueError, RuntimeError: as ``merge_reslora`` and ``unload``. The model is as it was then.
     """
+    check_bool("safe_merge", safe_merge)
     _unloadable(model)
     if record_of(model).merged is None:
         merge_reslora(model, keep_original=False, **merge)

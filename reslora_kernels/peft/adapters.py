@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapt.apply import replace_modules, without_hand_over
+from ..adapt.foreign_hooks import refuse_foreign_hooks
 from ..adapt.given_chains import Chains, plan_chains
 from ..adapt.linking import build_chains, confirm_order
 from ..adapt.record import Record
@@ -39,11 +40,13 @@ class Adapters:
         """Make the chains of an adapter that was just added, which is in force then, and the hooks of their passes.
 
         Raises:
-            TypeError, ValueError: ``chains`` are none of these layers, as for ``apply_reslora``.
+            TypeError, ValueError: as for ``apply_reslora``, ``chains`` are none of these layers, or another library's
+                hooks on the model would lose the adapters, or be lost.
         """
         record = Record(config, (), name, given=chains is not None, layers=dict(layers))
         bases: dict[str, Any] = {layer: adapter.base_layer for layer, adapter in layers.items()}
         with plainly(self.root):
+            refuse_foreign_hooks(self.root, bases, config)
             plans = plan_chains(self.root, bases, config, chains)
             confirm_order(self.root, bases, plans, None, record)
         for layer in names_of_experts(plans):
@@ -76,6 +79,19 @@ class Adapters:
             record.put_in_force(record is chosen)
         if chosen is not None:
             self.root.__dict__["_reslora"] = chosen
+
+
+def refuse_taken_off_hooks(root: nn.Module) -> None:
+    """ValueError for an offloaded model without its hooks: PEFT then hooks the adapters too, which are shared."""
+    places = set((getattr(root, "hf_device_map", None) or {}).values())
+    offloaded = "disk" in places or ("cpu" in places and len(places) > 1)
+    if offloaded and not any("_hf_hook" in vars(module) for module in root.modules()):
+        raise ValueError(
+            "PeftModel.from_pretrained takes accelerate's hooks off a model that is offloaded in part "
+            f"(hf_device_map has {sorted(map(str, places))}), and would offload the adapters with it: call "
+            "get_peft_model(model, PeftConfig.from_pretrained(path)), then "
+            "set_peft_model_state_dict(peft_model, load_peft_weights(path))"
+        )
 
 
 @contextmanager

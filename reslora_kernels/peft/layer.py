@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import ResLoRAConfig
 from ..layers.linear import ResLoRALinear, share_hooks
+from ..layers.offloading import bare_forward, hook_like
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..quantizers import quantizer_of
 from .adapters import Adapters, only_one
@@ -33,9 +34,12 @@ class _BesideItsBase:
     def base_layer(self) -> Any:
         return self.holder.base_layer
 
-    @base_layer.setter
-    def base_layer(self, base: nn.Linear) -> None:
+    def _replace_base(self, base: nn.Linear) -> None:
         self.holder.base_layer = base
+
+    @property
+    def holds_weight(self) -> Any:
+        return self.base_layer
 
     @property
     def weight(self) -> Any:
@@ -58,11 +62,15 @@ class QuantizedAdapter(_BesideItsBase, QuantizedResLoRALinear):  # type: ignore[
     """The adapter of a layer whose weight another library holds quantised."""
 
 
+def _nothing_more_to_share(base_layer: nn.Module) -> None:
+    """What its hook brings is on ``base_layer``, where the adapters look for it."""
+
+
 class ResLoRALayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer, ``base_layer``, and its adapters by name in ``reslora_adapter``, of which one is in force.
 
     Args:
-        base_layer: a plain or quantised ``nn.Linear``. Its hooks become this layer's.
+        base_layer: a plain or quantised ``nn.Linear``. Its hooks become this layer's, accelerate's included.
         adapters: those of the model.
 
     Raises:
@@ -77,14 +85,13 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self._quantized = quantizer_of(base_layer) is not None
         (QuantizedResLoRALinear if self._quantized else ResLoRALinear).check_base(base_layer)
-        if "forward" in vars(base_layer):
-            raise TypeError("base_layer has a forward of its own, put on the instance, which an adapter would run past")
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.base_layer = base_layer
         self.reslora_adapter = nn.ModuleDict()
         self.adapters = adapters
         self.training = base_layer.training
         share_hooks(base_layer, self)
+        hook_like(base_layer, self, _nothing_more_to_share)
 
     def add(self, adapter_name: str, config: ResLoRAConfig, random_b: bool = False) -> None:
         """A new adapter, in the dtype of the weight as PEFT's are, which casts it afterwards if asked to."""
@@ -100,6 +107,11 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
         """The name of the adapter that the weight holds, if any."""
         return [name for name, adapter in self.reslora_adapter.items() if adapter.merged]
+
+    @property
+    def dequantized(self) -> bool:
+        """Whether a plain layer with a merged weight is in the place of the quantised one."""
+        return self._quantized and self.merged
 
     @property
     def adapter_in_force(self) -> ResLoRALinear | None:
@@ -142,7 +154,7 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
         """x [..., in_features] to y [..., out_features], with the adapter in force if there is one."""
         adapter = self.adapter_in_force
         if adapter is None or self.disable_adapters:
-            y: Tensor = self.base_layer.forward(x)  # its hooks are this layer's, which have run
+            y: Tensor = bare_forward(self.base_layer)(x)  # its hooks are this layer's, which have run
             return y
         y = adapter(x)
         return y

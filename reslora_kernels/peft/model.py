@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import nn
 from ..adapt.apply import replace_modules
 from ..adapt.targets import adaptable, passed_over
 from ..config import ALL_LINEAR, MergeMethod
+from ..dtensors import initialised, refuse_partitioned, refuse_sharded, refuse_zero3
 from ..merge.merging import MergeReport, merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics
-from .adapters import adapters_of, only_one
+from ..merge.unloading import fit_in
+from .adapters import adapters_of, only_one, refuse_taken_off_hooks
 from .layer import ResLoRALayer
 
 
@@ -36,6 +38,9 @@ class ResLoRAModel(BaseTuner):
         """As PEFT's, with the chains linked afterwards. If it fails the model is as it was."""
         adapters = adapters_of(model)
         adapters.refuse_merged_but([])
+        refuse_sharded(model, "adapted", "call get_peft_model first, then shard it")
+        refuse_zero3(model)
+        refuse_taken_off_hooks(model)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -47,6 +52,21 @@ class ResLoRAModel(BaseTuner):
             for parameter, flag in trained:
                 parameter.requires_grad_(flag)
             raise
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As PEFT's, for whatever it is written to; ValueError for what ``save_adapter`` would not save either.
+
+        A process that does not write may give an empty ``state_dict``, as accelerate does with a sharded model.
+        """
+        if state_dict or not initialised() or torch.distributed.get_rank() == 0:
+            _refuse_unsound(model, adapter_name, state_dict)
+        tensors: dict[str, Any] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kwargs
+        )
+        return tensors
 
     @staticmethod
     def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -214,16 +234,38 @@ class ResLoRAModel(BaseTuner):
         return self._unloaded(False)
 
     def _unloaded(self, progressbar: bool) -> nn.Module:
+        dense = [
+            layer.base_layer for layer in self.model.modules() if isinstance(layer, ResLoRALayer) and layer.dequantized
+        ]
         for name in list(adapters_of(self.model).records):
             adapters_of(self.model).forget(name)
         model: nn.Module = self.model
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         del model.__dict__["_reslora_adapters"]
+        if dense:
+            fit_in(model, dense)
         return model
 
 
 def _any_given(*arguments: Any) -> bool:
     return any(argument is not None for argument in arguments)
+
+
+def _refuse_unsound(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]) -> None:
+    """ValueError, which names it, for a tensor of the adapter that is not there, has another shape or is not finite."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, ResLoRALayer) and adapter_name in layer.reslora_adapter:
+            adapter = layer.reslora_adapter[adapter_name]
+            for own, shape in adapter.adapter_shapes().items():
+                key = f"{name}.reslora_adapter.{adapter_name}.{own}".replace("_fsdp_wrapped_module.", "")
+                found = tuple(tensors[key].shape) if key in tensors else None
+                if found != shape:
+                    refuse_partitioned(model)
+                    raise ValueError(f"nothing was saved: tensor {key!r} must be {shape}, got {found}")
+    for key, tensor in tensors.items():
+        ours = f".reslora_adapter.{adapter_name}." in key or f".modules_to_save.{adapter_name}." in key
+        if ours and not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise ValueError(f"nothing was saved: tensor {key!r} holds NaN or Inf")
 
 
 def _within(name: str, ending: str) -> bool:
