@@ -50,9 +50,9 @@ def record(call: Call, gpu: gpus.Gpu, forms: tuple[str, ...], tile: tiles.Matmul
     dropout = Dropout(torch.zeros((), dtype=torch.int64), call.p) if call.p else None
     side = SideChannel(1.0, 2.0, own, rank)
     with assume(gpu, forms, tile), launch.recording(execute=False) as launches:
-        y, handed, u = triton.forward(x, weight, None, a, b, residual, side, dropout)
+        y, handed, u = triton.forward(x, weight, None, (a,), (b,), residual, side, dropout)
         needs = Needs(dresidual=call.hand > 0)
-        triton.backward(matrix(*y.shape), handed, x, weight, a, b, u, side, dropout, needs)
+        triton.backward(matrix(*y.shape), handed, x, weight, (a,), (b,), u, side, dropout, needs)
     return launches
 
 

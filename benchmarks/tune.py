@@ -275,12 +275,12 @@ def _draw(shape: Shape, device: torch.device, seed: int) -> dict[str, Tensor]:
 
 
 def _forward_arguments(v: dict[str, Tensor]) -> tuple[Any, ...]:
-    return (v["x"], v["weight"], None, v["a"], v["b"], None, SideChannel(1.0, SCALING), None)
+    return (v["x"], v["weight"], None, (v["a"],), (v["b"],), None, SideChannel(1.0, SCALING), None)
 
 
 def _backward_arguments(v: dict[str, Tensor], everything: bool) -> tuple[Any, ...]:
     needs, side = Needs(da=everything, db=everything), SideChannel(1.0, SCALING)
-    return (v["dy"], None, v["x"], v["weight"], v["a"], v["b"], v["u"], side, None, needs)
+    return (v["dy"], None, v["x"], v["weight"], (v["a"],), (v["b"],), v["u"], side, None, needs)
 
 
 def write(

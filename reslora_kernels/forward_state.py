@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 
@@ -139,7 +140,7 @@ class ForwardState:
 
         Not known in compiled code.
         """
-        return not torch.compiler.is_compiling() and self._backward != _running_backward()
+        return not is_dynamo_compiling() and self._backward != torch._C._current_graph_task_id()
 
     def enter(self, layer: Member, earlier: Sequence[Member], leading: torch.Size) -> tuple[Tensor, ...]:
         """A layer, after those ``earlier``, starts on tokens of shape ``leading``: what is handed to it, nearest first.
@@ -214,11 +215,11 @@ def _same(one: Member, other: Member) -> bool:
 
 def keeps_versions(x: Tensor) -> bool:
     """Whether a write to x would be noticed: by its version, or by autograd, for which compiled code keeps x."""
-    return torch.is_grad_enabled() if torch.compiler.is_compiling() else not x.is_inference()
+    return torch.is_grad_enabled() if is_dynamo_compiling() else not x.is_inference()
 
 
 def _version(x: Tensor) -> int:
-    return 0 if torch.compiler.is_compiling() else x._version
+    return 0 if is_dynamo_compiling() else x._version
 
 
 class Passes:
@@ -235,7 +236,7 @@ class Passes:
         Raises:
             RuntimeError: while compiling, with passes open in several threads.
         """
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             if len(self._open) > 1:
                 raise RuntimeError(
                     "layers compiled one by one ran in several threads at once: compile the whole model instead"
@@ -333,12 +334,12 @@ def recomputing() -> bool:
 
 def _running_backward() -> int:
     """The number of the backward pass that this thread is in the middle of; -1 outside, and in a compiled graph."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+    return -1 if is_dynamo_compiling() else torch._C._current_graph_task_id()
 
 
 def _thread() -> int:
     """The running thread; 0 inside a compiled graph, where threads do not exist."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    return 0 if is_dynamo_compiling() else threading.get_ident()
 
 
 class Linked(Protocol):

@@ -7,9 +7,13 @@ They are the Python side of csrc/params.h.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+Stack = Sequence[Tensor]  # matrices that count as one: of A put one above the other, of B side by side
 
 
 class SideChannel(NamedTuple):
@@ -49,3 +53,23 @@ class Gradients(NamedTuple):
     da: Tensor | None  # [R_a, K], in A's dtype
     db: Tensor | None  # [N, R_b], in B's dtype
     dresidual: Tensor | None  # [M, R_b]
+
+
+def rows(stack: Stack) -> Tensor:
+    """A stack of A, [R_a, K]; there must be a matrix in it."""
+    return stack[0] if len(stack) == 1 else torch.cat(tuple(stack))
+
+
+def columns(stack: Stack) -> Tensor:
+    """A stack of B, [N, R_b]."""
+    return stack[0] if len(stack) == 1 else torch.cat(tuple(stack), 1)
+
+
+def height(stack: Stack) -> int:
+    """R_a."""
+    return sum([a.shape[0] for a in stack])
+
+
+def width(stack: Stack) -> int:
+    """R_b."""
+    return sum([b.shape[1] for b in stack])

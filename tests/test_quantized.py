@@ -37,6 +37,7 @@ from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, llama, logits, randomize
 
+ROUNDING = 1e-5  # float32; the same sums in another order
 SHORTCUTS = ("none", "input", "block", "middle")
 BATCH = FAMILIES["llama"].batch(5)
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
@@ -120,10 +121,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def test_computes_what_it_does_on_the_dequantised_weights(kind: str, shortcut: str) -> None:
     model, dense = adapted(kind, shortcut), randomize(apply_reslora(dense_base(kind), config(shortcut)))
     assert all(isinstance(layer, QuantizedResLoRALinear) for layer in adapted_layers(model).values())
-    assert torch.equal(logits(model), logits(dense))
+    assert relative_error(logits(model), logits(dense)) < ROUNDING
     own, expected = gradients(model), gradients(dense)
     assert own.keys() == expected.keys() and len(own) == 2 * len(adapted_layers(model))
-    assert all(torch.equal(own[name], expected[name]) for name in own)
+    assert all(relative_error(own[name], expected[name]) < ROUNDING for name in own)
 
 
 @each_kind

@@ -47,9 +47,9 @@ def run(backend: Any, case: Case, device: str) -> None:
     residual = matrix(m, own, dtype, False, device) if chained else None
     dropout = Dropout(torch.tensor(7, device=device), p) if p else None
     side = SideChannel(1.0, 2.0, own, rank) if chained else SideChannel(1.0, 2.0)
-    y, handed, u = backend.forward(x, weight, None, a, b, residual, side, dropout)
+    y, handed, u = backend.forward(x, weight, None, (a,), (b,), residual, side, dropout)
     dhanded = torch.randn_like(handed) if chained else None
-    gradients = backend.backward(dy, dhanded, x, weight, a, b, u, side, dropout, Needs(dresidual=chained))
+    gradients = backend.backward(dy, dhanded, x, weight, (a,), (b,), u, side, dropout, Needs(dresidual=chained))
     names = ("y", "handed", "u", "dx", "dA", "dB", "dresidual")
     for name, tensor in zip(names, (y, handed, u, *gradients), strict=True):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import dropout as masks
 from ..dropout import Dropout
-from ..side_channel import Gradients, Needs, Outputs, SideChannel
+from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, rows
 from ..tuning.launch import Sum, precision
 from ..tuning.tiles import MAX_RANK
 from . import hopper
@@ -125,22 +125,23 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
+    a_stack: Stack,
+    b_stack: Stack,
     residual: Tensor | None,
     side: SideChannel,
     dropout: Dropout | None,
 ) -> Outputs:
     """See ``backends.torch.forward``; products are accumulated in float32 and rounded once, at the store."""
+    b = columns(b_stack)
     y, scaling = x.new_empty(x.shape[0], weight.shape[0]), side.scaling
     residual = None if residual is None else residual.to(x.dtype)
     bias_address = 0 if bias is None else bias.data_ptr()
-    if not len(a):
+    if not a_stack:
         assert residual is not None
         with _guard(x):
             _augmented_matmul(x, weight.T, residual.contiguous(), b.T, y, scaling, bias=bias_address)
         return Outputs(y, None, None)
-    u = x.new_empty(x.shape[0], b.shape[1])
+    a, u = rows(a_stack), x.new_empty(x.shape[0], b.shape[1])
     handed = x.new_empty(x.shape[0], side.hand_stop - side.hand_start) if side.hands_on else None
     keep_scale = 1.0 if dropout is None else dropout.keep_scale
     channel = _side(residual, 0, u, handed, side.hand_start, side.c * keep_scale, keep_scale)
@@ -158,16 +159,17 @@ def backward(
     dhanded: Tensor | None,
     x: Tensor | None,
     weight: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a_stack: Stack,
+    b_stack: Stack,
     u: Tensor | None,
     side: SideChannel,
     dropout: Dropout | None,
     needs: Needs,
 ) -> Gradients:
     """See ``backends.torch.backward``."""
-    if not len(a):  # nothing to fuse with the frozen matmul
-        return library.backward(dy, dhanded, x, weight, a, b, u, side, dropout, needs)
+    if not a_stack:  # nothing to fuse with the frozen matmul
+        return library.backward(dy, dhanded, x, weight, a_stack, b_stack, u, side, dropout, needs)
+    a, b = rows(a_stack), columns(b_stack)
     m, k, rank = dy.shape[0], weight.shape[1], a.shape[0]
     dx = dy.new_empty(m, k) if needs.dx else None
     da = torch.empty_like(a, memory_format=torch.contiguous_format) if needs.da else None

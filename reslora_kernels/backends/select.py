@@ -8,7 +8,7 @@ import os
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from ..tuning.measured import nearest
 PREFERENCE = ("triton", "cuda", "torch")  # "auto" takes the first that can serve the call, unless another was faster
 OVERRIDE = "RESLORA_BACKEND"
 MOST_KINDS = 10_000  # of calls that are remembered
-_chosen: dict[tuple[object, ...], ModuleType] = {}
+_chosen: dict[tuple[object, ...], Any] = {}
 
 
 class Status(NamedTuple):
@@ -120,7 +120,7 @@ def choose(backend: str, x: Tensor, weight: Tensor, rank: int) -> ModuleType:
     No kernel is launched on nothing: a call with an empty x or weight goes to torch.
     """
     kind = (backend, x.device, x.dtype, x.shape, weight.shape, rank)
-    module = recall(kind)
+    module: ModuleType | None = recall(kind)
     if module is None:
         module = _require(explain(backend, x, weight, rank).name)
         module = module if x.numel() and weight.numel() else _require("torch")
@@ -128,16 +128,16 @@ def choose(backend: str, x: Tensor, weight: Tensor, rank: int) -> ModuleType:
     return module
 
 
-def recall(kind: tuple[object, ...]) -> ModuleType | None:
+def recall(kind: tuple[object, ...]) -> Any:
     """What ``remember`` was told of this kind of call under the present environment; None for a new one."""
-    return _chosen.get((os.environ.get(OVERRIDE), *kind))
+    return _chosen.get((os.environ.get(OVERRIDE), kind))
 
 
-def remember(kind: tuple[object, ...], module: ModuleType) -> None:
-    """Which backend serves a kind of call, whose arguments are as they must be."""
+def remember(kind: tuple[object, ...], decided: Any) -> None:
+    """Keep what was decided for a kind of call."""
     if len(_chosen) >= MOST_KINDS:
         _chosen.clear()
-    _chosen[(os.environ.get(OVERRIDE), *kind)] = module
+    _chosen[(os.environ.get(OVERRIDE), kind)] = decided
 
 
 def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int) -> tuple[str, str]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import dropout as masks
 from ..dropout import Dropout
-from ..side_channel import Gradients, Needs, Outputs, SideChannel
+from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, height, rows
 
+FEW_VALUES = 1 << 18  # up to here another read of x costs less than another operator
 FEW_ROWS = 32  # up to here dB [N, R] is written as it is; with more rows its transpose is so much faster to compute
 
 
@@ -37,8 +38,8 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
+    a: Stack,
+    b: Stack,
     residual: Tensor | None,
     side: SideChannel,
     dropout: Dropout | None,
@@ -49,36 +50,49 @@ def forward(
         x: [M, K].
         weight: [N, K], same dtype as x.
         bias: [N] or None.
-        a: [R_a, K], any floating dtype; with R_a = 0 u is ``residual``.
-        b: [N, R_b], R_b <= R_a.
+        a: matrices [r, K], R_a rows in all, any floating dtype; with none of them u is ``residual``.
+        b: matrices [N, r], R_b <= R_a columns in all.
         residual: [M, R_b] or None.
 
     Returns:
         y [M, N]; h[:, hand_start:hand_stop], which may share memory with u, or None; u [M, R_b], or None where R_a is
         0. All in x's dtype.
     """
-    dtype = x.dtype
-    b = _in(b, dtype)
-    if residual is not None:
-        residual = _in(residual, dtype)
-    if not a.shape[0]:
+    low_b = _in(columns(b), x.dtype)
+    residual = None if residual is None else _in(residual, x.dtype)
+    if not a:
         assert residual is not None
-        y = product_then_matmul(residual, b.t(), side.scaling, bias, x, weight.t())
-        return Outputs(y, None, None)
+        return Outputs(product_then_matmul(residual, low_b.t(), side.scaling, bias, x, weight.t()), None, None)
     dropped = x if dropout is None else masks.drop(x, dropout)
-    h = torch.mm(dropped, _in(a, dtype).t())
-    u = own = h if a.shape[0] == b.shape[1] else h[:, : b.shape[1]]
+    u, handed = _projected(dropped, a, low_b.shape[1], residual, side)
+    return Outputs(product_then_matmul(u, low_b.t(), side.scaling, bias, x, weight.t()), handed, u)
+
+
+def _projected(
+    x: Tensor, a: Stack, own: int, residual: Tensor | None, side: SideChannel
+) -> tuple[Tensor, Tensor | None]:
+    """u, and what of h is handed on, by as few operators as they can be had."""
+    c, _, start, stop = side
+    ahead = None
+    if x.numel() <= FEW_VALUES:
+        count = matrices_of_u(a, own, side)
+        if count < len(a):  # what is handed on is a product of its own
+            ahead, stop = torch.mm(x, _in(rows(a[count:]), x.dtype).t()), 0
+            a = a[:count]
+    low = _in(rows(a), x.dtype).t()
+    if residual is not None and not stop and low.shape[1] == own:
+        return torch.addmm(residual, x, low, alpha=c), ahead
+    h = torch.mm(x, low)
+    mine = h if h.shape[1] == own else h[:, :own]
     if residual is not None:
-        u = torch.add(residual, own, alpha=side.c)
-    elif side.c != 1:
-        u = own * side.c
-    elif own is not h:
-        u = own.contiguous()  # or h would be kept for backward as a whole
-    y = product_then_matmul(u, b.t(), side.scaling, bias, x, weight.t())
-    if not side.hands_on:
-        return Outputs(y, None, u)
-    width = side.hand_stop - side.hand_start
-    return Outputs(y, h if width == h.shape[1] else h[:, side.hand_start : side.hand_stop], u)
+        u = torch.add(residual, mine, alpha=c)
+    elif c != 1:
+        u = mine * c
+    else:
+        u = mine.contiguous()  # a slice would keep the whole of h for backward
+    if stop:
+        ahead = h if stop - start == h.shape[1] else h[:, start:stop]
+    return u, ahead
 
 
 def backward(
@@ -86,8 +100,8 @@ def backward(
     dhanded: Tensor | None,
     x: Tensor | None,
     weight: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a: Stack,
+    b: Stack,
     u: Tensor | None,
     side: SideChannel,
     dropout: Dropout | None,
@@ -97,27 +111,77 @@ def backward(
 
     dy is [M, N], dhanded [M, hand_stop - hand_start] or None. x and u may be None where da and db are not needed.
     """
-    low, rank = _in(b, dy.dtype), a.shape[0]
+    whole_b = columns(b)
+    low_b = _in(whole_b, dy.dtype)
     db = da = dx = du = None
     if needs.db:
         assert u is not None
-        db = _outer(dy, u, low, side.scaling, b.dtype)
-    if needs.dresidual or (rank and (needs.dx or needs.da)):
-        du = scaled_product(dy, low, side.scaling)
+        db = _outer(dy, u, low_b, side.scaling, whole_b.dtype)
+    if needs.dresidual or (a and (needs.dx or needs.da)):
+        du = scaled_product(dy, low_b, side.scaling, u)
     dresidual = du if needs.dresidual else None
-    if not rank:
+    if not a:
         return Gradients(torch.mm(dy, weight) if needs.dx else None, None, db, dresidual)
     if not (needs.dx or needs.da):
         return Gradients(None, None, db, dresidual)
     assert du is not None
-    dh = _gradient_of_h(du, dhanded, rank, side)
-    mask = None if dropout is None else masks.keep_mask(dropout.seed, dy.shape[0], a.shape[1], dropout.p)
+    whole_a = rows(a)
+    dh = _gradient_of_h(du, dhanded, whole_a.shape[0], side)
+    mask = None if dropout is None else masks.keep_mask(dropout.seed, dy.shape[0], whole_a.shape[1], dropout.p)
     if needs.da:
         assert x is not None
-        da = _in(torch.mm(dh.t(), _masked(x, mask, dropout)), a.dtype)
+        da = _in(torch.mm(dh.t(), _masked(x, mask, dropout)), whole_a.dtype)
     if needs.dx:
-        dx = _masked(torch.mm(dh, _in(a, dy.dtype)), mask, dropout).addmm_(dy, weight)
+        dx = _masked(torch.mm(dh, _in(whole_a, dy.dtype)), mask, dropout).addmm_(dy, weight)
     return Gradients(dx, da, db, dresidual)
+
+
+def composed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Stack,
+    b: Stack,
+    residual: Tensor | None,
+    side: SideChannel,
+    dropout: Dropout | None,
+    own: int,
+) -> tuple[Tensor, Tensor | None]:
+    """y and what is handed on, as operations that autograd and torch.compile know; arguments as for ``forward``.
+
+    It moves more bytes than ``forward`` and ``backward`` and asks less of Python: for calls so small that this counts,
+    and for torch.compile, which makes code of its own from it. ``own`` is ``matrices_of_u``.
+    """
+    dtype, linear, (c, scaling, start, stop) = x.dtype, torch.nn.functional.linear, side
+    y, low_b = linear(x, weight, bias), _in(columns(b), dtype).t()
+    if residual is not None:
+        residual = _in(residual, dtype)
+    if not a:
+        assert residual is not None
+        return y.addmm_(residual, low_b, alpha=scaling), None
+    x, handed = x if dropout is None else masks.drop(x, dropout), None
+    if own < len(a):
+        handed, stop = linear(x, _in(rows(a[own:]), dtype)), 0
+        a = a[:own]
+    low_a = _in(rows(a), dtype)
+    if residual is not None and not stop and low_a.shape[0] == low_b.shape[0]:
+        return y.addmm_(torch.addmm(residual, x, low_a.t(), alpha=c), low_b, alpha=scaling), handed
+    h = linear(x, low_a)
+    u = h if h.shape[1] == low_b.shape[0] else h[:, : low_b.shape[0]]
+    if stop:
+        handed = h if stop - start == h.shape[1] else h[:, start:stop]
+    if residual is None:
+        return y.addmm_(u, low_b, alpha=scaling * c), handed
+    return y.addmm_(torch.add(residual, u, alpha=c), low_b, alpha=scaling), handed
+
+
+def matrices_of_u(a: Stack, own: int, side: SideChannel) -> int:
+    """How many of the matrices make u, of ``own`` columns, where the others are just what is handed on; else all."""
+    if side.hand_start == own:
+        for index in range(1, len(a)):
+            if height(a[:index]) == own and height(a) == side.hand_stop:
+                return index
+    return len(a)
 
 
 def product_then_matmul(t: Tensor, b: Tensor, scale: float, bias: Tensor | None, x: Tensor, w: Tensor) -> Tensor:
@@ -126,11 +190,13 @@ def product_then_matmul(t: Tensor, b: Tensor, scale: float, bias: Tensor | None,
     return y.addmm_(x, w)
 
 
-def scaled_product(t: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale t b, in one pass and rounded once."""
+def scaled_product(t: Tensor, b: Tensor, scale: float, like: Tensor | None = None) -> Tensor:
+    """scale t b, in one pass and rounded once. ``like``: a tensor of its shape and dtype, whose values are not used."""
     if scale == 1:
         return torch.mm(t, b)
-    return t.new_empty(t.shape[0], b.shape[1]).addmm_(t, b, beta=0, alpha=scale)  # beta 0: what is there is not read
+    if like is None:
+        return t.new_empty(t.shape[0], b.shape[1]).addmm_(t, b, beta=0, alpha=scale)
+    return torch.addmm(like, t, b, beta=0, alpha=scale)
 
 
 def _masked(x: Tensor, mask: Tensor | None, dropout: Dropout | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import dropout as masks
 from ..dropout import Dropout
-from ..side_channel import Gradients, Needs, Outputs, SideChannel
+from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, rows
 from . import torch as library
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
+    a_stack: Stack,
+    b_stack: Stack,
     residual: Tensor | None,
     side: SideChannel,
     dropout: Dropout | None,
@@ -106,6 +106,7 @@ def forward(
     from ..tuning.gpus import gpu_of
     from ..tuning.tiles import project_tile
 
+    a, b = rows(a_stack) if a_stack else weight[:0], columns(b_stack)
     gpu, (m, k), n, rank = gpu_of(x.device), x.shape, weight.shape[0], a.shape[0]
     choice = _forward_choice(x, weight, rank, dropout, side.scaling) if rank else _given_choice(x, weight, b.shape[1])
     u = x.new_empty(m, b.shape[1]) if rank else None
@@ -139,16 +140,17 @@ def backward(
     dhanded: Tensor | None,
     x: Tensor | None,
     weight: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a_stack: Stack,
+    b_stack: Stack,
     u: Tensor | None,
     side: SideChannel,
     dropout: Dropout | None,
     needs: Needs,
 ) -> Gradients:
     """See ``backends.torch.backward``."""
-    if not len(a):  # nothing to fuse with the frozen matmul
-        return library.backward(dy, dhanded, x, weight, a, b, u, side, dropout, needs)
+    if not a_stack:  # nothing to fuse with the frozen matmul
+        return library.backward(dy, dhanded, x, weight, a_stack, b_stack, u, side, dropout, needs)
+    a, b = rows(a_stack), columns(b_stack)
     (m, n), k, (rank, rank_b) = dy.shape, weight.shape[1], (a.shape[0], b.shape[1])
     from ..kernels.augmented_matmul import augmented_matmul
     from ..kernels.low_rank_grads import finish

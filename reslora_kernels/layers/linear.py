@@ -173,7 +173,18 @@ class ResLoRALinear(nn.Linear):
     @property
     def frozen_weight(self) -> Any:
         """W as ``lora_linear`` takes it."""
+        held = self._parameters  # as ``self.weight`` finds it, without the time that nn.Module takes to
+        if "weight" in held:
+            return held["weight"]
         return self.weight
+
+    @property
+    def frozen_bias(self) -> Any:
+        """b as ``lora_linear`` takes it."""
+        held = self._parameters
+        if "bias" in held:
+            return held["bias"]
+        return self.bias
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The values of W [N, K] in ``dtype``, or in its own if that is wider."""
@@ -248,11 +259,17 @@ class ResLoRALinear(nn.Linear):
     @property
     def a_parts(self) -> tuple[Tensor, ...]:
         """What the A of the equations is made of: its rows, from top to bottom."""
+        held = self._parameters
+        if "lora_A" in held and not self.config.has_start:
+            return (held["lora_A"],)  # type: ignore[return-value]
         return (self.lora_A,) if self.start_A is None else (self.lora_A, self.start_A)
 
     @property
     def b_parts(self) -> tuple[Tensor, ...]:
         """What the B of the equations is made of: its columns, from left to right."""
+        held = self._parameters
+        if "lora_B" in held and not self.config.has_start:
+            return (held["lora_B"],)  # type: ignore[return-value]
         return (self.lora_B,) if self.start_B is None else (self.lora_B, self.start_B)
 
     @property
@@ -297,14 +314,18 @@ class ResLoRALinear(nn.Linear):
         state = self._open_pass()
         received = () if state is None else state.enter(self, self.neighbours.earlier, x.shape[:-1])
         call = self._call(received)
-        residual, scale = call.residual, self._dora_scale(call)
+        residual, bias = call.residual, self.frozen_bias
+        scale = self._dora_scale(call) if self.config.use_dora else None
         if self.replacement is not None:
             call = _replaced(call, *self.replacement)
         p = self.config.lora_dropout if self.training else 0.0
-        compute = partial(self._low_rank, x, self.bias if scale is None else None, p)
-        y, handed = compute(call) if self.shared is None or p > 0 else self.shared.run(self.index, x, call, compute)
+        inner_bias = bias if scale is None else None
+        if self.shared is None or p > 0:
+            y, handed = self._low_rank(x, inner_bias, p, call)
+        else:
+            y, handed = self.shared.run(self.index, x, call, partial(self._low_rank, x, inner_bias, p))
         if scale is not None:
-            y = (y * scale.to(y.dtype)) if self.bias is None else torch.addcmul(self.bias, y, scale.to(y.dtype))
+            y = (y * scale.to(y.dtype)) if bias is None else torch.addcmul(bias, y, scale.to(y.dtype))
         if self.observer is not None and not recomputing():
             self.observer.observe(x, self.whole_A, residual)
         if handed is not None and state is not None:
@@ -313,16 +334,17 @@ class ResLoRALinear(nn.Linear):
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
         """``lora_linear`` of the layer: y, and the rows of h = x A_stackᵀ that ``call.hand`` asks for."""
-        side = SideChannel(call.c, self.scaling, *(call.hand or (0, 0)))
+        a_stack, b_stack, c, residual, hand = call
+        config = self.config
+        side = SideChannel(c, config.scaling) if hand is None else SideChannel(c, config.scaling, *hand)
         seed = dropout.new_seed(x.device) if p > 0 else None
-        return fused_linear(
-            x, self.frozen_weight, bias, call.a_stack, call.b_stack, call.residual, side, p, seed, self.config.backend
-        )
+        return fused_linear(x, self.frozen_weight, bias, a_stack, b_stack, residual, side, p, seed, config.backend)
 
     def _dora_scale(self, call: Call) -> Tensor | None:
         """m / ‖W + ΔW‖ [N], ΔW being the layer's own update; None without ``use_dora``."""
-        if self.lora_magnitude_vector is None:
+        if not self.config.use_dora:
             return None
+        assert self.lora_magnitude_vector is not None
         b = torch.cat(call.b_stack, 1)
         a = torch.cat(call.a_stack)[: b.shape[1]]
         return self.lora_magnitude_vector / row_norms(self.dense_weight(self.merged_dtype), a, b, self.scaling)

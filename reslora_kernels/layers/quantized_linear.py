@@ -35,6 +35,10 @@ class QuantizedResLoRALinear(ResLoRALinear):
         return QuantizedWeight(self.base_layer)
 
     @property
+    def frozen_bias(self) -> Any:
+        return self.base_layer.bias
+
+    @property
     def merged_dtype(self) -> torch.dtype:
         return QuantizedWeight(self.base_layer).dtype
 

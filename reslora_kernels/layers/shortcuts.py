@@ -7,9 +7,9 @@ passes on D(x_n) A_{n+1}ᵀ [M, r] and no layer keeps or re-reads an earlier lay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -22,8 +22,7 @@ class Adapter(Protocol):
     def b_parts(self) -> tuple[Tensor, ...]: ...
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The arguments of ``ops.lora_linear`` that depend on the shortcut. What is handed on ends with the last row."""
 
     a_stack: tuple[Tensor, ...]
@@ -49,35 +48,34 @@ def call_of(
         handed: what the layers before it handed on in this forward [..., r], nearest first (see ``carried``). Empty
             when its predecessor did not run: the layer is then treated as layer 0 of its chain.
     """
-    own, b, r = layer.a_parts, layer.b_parts, rows(layer.a_parts)
-    device = own[0].device  # neighbours may sit on another GPU
+    own, b = layer.a_parts, layer.b_parts
     if shortcut == "none":
         return Call(own, b)
+    device = own[0].device  # neighbours may sit on another GPU
     if shortcut == "block":
-        window = (layer, *earlier)
-        return Call(
-            tuple(part.to(device) for n in window for part in n.a_parts),
-            tuple(part.to(device) for n in window for part in n.b_parts),
-        )
+        for other in earlier:
+            own, b = own + _on(device, other.a_parts), b + _on(device, other.b_parts)
+        return Call(own, b)
+    handed = _on(device, handed)
     if shortcut == "input":
-        before = handed[0].to(device) if handed else None
+        before = handed[0] if handed else None
         c = 2.0 if before is None else 1.0
         if following is None:
             return Call(own, b, c, before)
-        ahead = tuple(part.to(device) for part in following.a_parts)
-        return Call((*own, *ahead), b, c, before, hand=(r, r + rows(ahead)))
+        a_stack = own + _on(device, following.a_parts)
+        return Call(a_stack, b, c, before, hand=(rows(own), rows(a_stack)))
     if shortcut == "middle":
         total = None
         for h in handed:
-            total = h.to(device) if total is None else total + h.to(device)
-        return Call(own, b, residual=total, hand=None if following is None else (0, r))
+            total = h if total is None else total + h
+        return Call(own, b, 1.0, total, None if following is None else (0, rows(own)))
     raise ValueError(f"shortcut must be 'none', 'input', 'block' or 'middle', got {shortcut!r}")
 
 
 def for_others_too(call: Call, others: Sequence[Tensor]) -> Call:
     """The call of a layer that projects its input with the matrices of others as well, and hands that on last."""
     a_stack = (*call.a_stack, *others)
-    return replace(call, a_stack=a_stack, hand=(call.hand[0] if call.hand else rows(call.a_stack), rows(a_stack)))
+    return call._replace(a_stack=a_stack, hand=(call.hand[0] if call.hand else rows(call.a_stack), rows(a_stack)))
 
 
 def with_projection(call: Call, h: Tensor) -> tuple[Call, Tensor | None]:
@@ -88,9 +86,19 @@ def with_projection(call: Call, h: Tensor) -> tuple[Call, Tensor | None]:
     return Call((), call.b_stack, residual=u), None if call.hand is None else h[..., slice(*call.hand)]
 
 
+def _on(device: torch.device, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    for part in parts:
+        if part.device != device:
+            return tuple([each.to(device) for each in parts])
+    return tuple(parts)
+
+
 def rows(parts: Sequence[Tensor]) -> int:
     """The height of matrices put one above the other."""
-    return sum(int(part.shape[0]) for part in parts)  # a traced size is a tensor
+    total = 0
+    for part in parts:
+        total += int(part.shape[0])  # a traced size is a tensor
+    return total
 
 
 def reach(shortcut: str, pre_num: int, length: int) -> tuple[int, int]:

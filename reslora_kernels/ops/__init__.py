@@ -39,7 +39,8 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """y = x Wᵀ + b + s u B_catᵀ, with h = D(x) A_catᵀ and u = c h[:, :R_b] + residual; differentiable once.
 
-    Under functorch's transforms (vmap, grad, jvp) it is plain operations, whatever the backend.
+    Under functorch's transforms (vmap, grad, jvp) it is plain operations, whatever the backend; so are small calls of
+    the torch backend, which are as often differentiable as those.
 
     Under autocast x, weight, bias and residual are taken in autocast's dtype, as ``F.linear`` would.
 

@@ -7,7 +7,9 @@ that the arguments are as they must be, and which backend serves. A call without
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from math import prod
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,21 +22,25 @@ from ..backends import select
 from ..backends import torch as library
 from ..dropout import Dropout
 from ..forward_state import refuse_recomputation
-from ..side_channel import Gradients, Needs, Outputs, SideChannel
+from ..side_channel import Gradients, Needs, Outputs, SideChannel, height, width
 from . import registered, transformed
 from .arguments import PackedWeight, check
 
-PLAIN = (Tensor, torch.nn.Parameter)  # the types whose operators no one else implements
+_PLAIN = (Tensor, torch.nn.Parameter)  # the types whose operators no one else implements
+_form = attrgetter("shape", "dtype", "device")
+FEW_VALUES = 1 << 15  # of x and y together: below, Python and the dispatcher cost more than a further pass over them
+_LEADING = 6  # arguments of the Function before the stacks: x, weight, bias, residual, seed, call
 
 
 class _Call(NamedTuple):
-    """What both passes of a call share beside tensors; ``served`` is its backend where it does not need the ops."""
+    """What both passes of a kind of call share beside tensors; ``served`` is its backend, None where the ops serve."""
 
     side: SideChannel
     p: float
     depth: int  # matrices in a_stack
     backend: str
     served: ModuleType | None
+    composed: int = 0  # of a call that is made of operations which autograd knows: ``matrices_of_u``, or 1
 
 
 def fused_linear(
@@ -50,42 +56,40 @@ def fused_linear(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """``ops.lora_linear`` for arguments of the right types; whether they go together is checked here."""
-    dtype = _autocast_dtype(x)
+    if p == 0:
+        seed = None
+    dtype = _autocast_dtype(x.device.type)
     if dtype is not None:
         return _in_autocast(dtype, x, weight, bias, a_stack, b_stack, residual, side, p, seed, backend)
-    seed = seed if p > 0 else None
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if _exporting() if compiling else torch._C._is_tracing():
+        return _exported(x, weight, bias, a_stack, b_stack, residual, side, p, seed)
+    if compiling or not _is_eager(x):
         check(x, weight, bias, a_stack, b_stack, residual, p, seed)
-        dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
-        dropout = None if seed is None else Dropout(seed, p)
-        return transformed.forward(x, dense, bias, a_stack, b_stack, residual, side, dropout)
-    served: ModuleType | None = None
-    exported = _exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
-    if exported:  # in operations that every PyTorch and ONNX knows, for a graph that runs without this package
-        check(x, weight, bias, a_stack, b_stack, residual, p, seed)
-        served = library
-    elif _is_eager(x):
-        served = _served(x, weight, bias, a_stack, b_stack, residual, side, p, seed, backend)
+        if not compiling and torch._C._are_functorch_transforms_active():
+            dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
+            dropout = None if seed is None else Dropout(seed, p)
+            return transformed.forward(x, dense, bias, a_stack, b_stack, residual, side, dropout)
+        if compiling and seed is None and isinstance(weight, Tensor) and _is_library(backend, x.device.type):
+            return _compiled(x, weight, bias, a_stack, b_stack, residual, side)
+        call = _Call(side, p, len(a_stack), backend, None)
+    else:
+        call = _prepared(x, weight, bias, a_stack, b_stack, residual, side, p, seed, backend)
         if residual is not None or side.hand_stop:
             refuse_recomputation()
-    else:
-        check(x, weight, bias, a_stack, b_stack, residual, p, seed)
-    call = _Call(side, p, len(a_stack), backend, served)
-    if exported or (served is not None and not _needs_gradient(x, weight, bias, residual, a_stack, b_stack)):
-        if not isinstance(weight, Tensor):
-            weight = weight.unpacked(x.dtype)
-        y, handed, _ = _forward(call, x, weight, bias, residual, seed, a_stack, b_stack)
-        leading = x.shape[:-1]
-        if len(leading) != 1:
-            y = y.reshape(*leading, y.shape[1])
-            handed = None if handed is None else handed.reshape(*leading, handed.shape[1])
-        return y, handed
+        if call.composed:
+            return _composed(x, weight, bias, a_stack, b_stack, residual, side, None, call.composed)
+        if not (torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual, a_stack, b_stack)):
+            dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
+            return _shaped(_forward(call, x, dense, bias, residual, seed, a_stack, b_stack), x.shape)
+        outputs = _apply(x, weight, bias, residual, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
+        return outputs if side.hand_stop else (outputs, None)
     outputs = _LoRALinear.apply(x, weight, bias, residual, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
     if side.hand_stop <= side.hand_start:
         return outputs, None
     y, handed = outputs
     # torch.compile can give out of a checkpointed region what an operation in it made, but no output of a Function.
-    return y, handed.view_as(handed) if torch.compiler.is_compiling() else handed
+    return y, handed.view_as(handed) if compiling else handed
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -95,21 +99,24 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Any:
         # One starred parameter: without gradients torch.compile tells by their number whether there is a ctx.
         x, weight, bias, residual, seed, call, *stacks = arguments
-        a_stack, b_stack = stacks[: call.depth], stacks[call.depth :]
-        ctx.packed = packed = None if isinstance(weight, Tensor) else weight
-        dense = weight if packed is None else packed.unpacked(x.dtype)
-        y, handed, u = _forward(call, x, dense, bias, residual, seed, a_stack, b_stack)
-        if u is None:
-            u = _tokens(residual).to(x.dtype)
+        depth = call.depth
+        ctx.packed = None
+        dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
+        if dense is not weight:
+            ctx.packed, weight = weight, None
+        outputs = _forward(call, x, dense, bias, residual, seed, stacks[:depth], stacks[depth:])
         needs = ctx.needs_input_grad
-        ctx.need_da, ctx.need_db = any(needs[6 : 6 + call.depth]), any(needs[6 + call.depth :])
-        kept_x = x if ctx.need_da or needs[1] else None
-        ctx.save_for_backward(kept_x, weight if packed is None else None, u if ctx.need_db else None, seed, *stacks)
+        need_da, need_db = True in needs[_LEADING : _LEADING + depth], True in needs[_LEADING + depth :]
+        u = outputs.u if depth else _tokens(residual).to(x.dtype)
+        ctx.save_for_backward(
+            x if need_da or needs[1] else None, weight, u if need_db else None, seed, *stacks
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.dtype, ctx.call = x.shape, x.dtype, call
+        ctx.kind = call, x.shape, x.dtype, Needs(needs[0], need_da, need_db, needs[3])
         # y is shaped here and not by a view afterwards, on which FSDP2 could not count for its hooks; and as no view of
         # the op's output, or autograd refuses to change it in place (nn.ReLU(inplace=True)).
-        return _shaped(y, x.shape) if handed is None else (_shaped(y, x.shape), _shaped(handed, x.shape))
+        y, handed = _shaped(outputs, x.shape)
+        return y if handed is None else (y, handed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dhanded: Tensor | None = None) -> tuple[Any, ...]:
@@ -118,27 +125,28 @@ class _LoRALinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any, ...]:
     x, weight, u, seed, *stacks = ctx.saved_tensors
-    call: _Call = ctx.call
-    needs, leading = ctx.needs_input_grad, ctx.shape[:-1]
+    call, shape, dtype, needs = ctx.kind
+    _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
     a_stack, b_stack = stacks[: call.depth], stacks[call.depth :]
     if dy is None and dhanded is None:
-        return (None,) * len(needs)
+        return (None,) * (_LEADING + len(stacks))
     if ctx.packed is not None:
-        weight = ctx.packed.unpacked(ctx.dtype)
+        weight = ctx.packed.unpacked(dtype)
     if dy is None:
         assert dhanded is not None
-        dy = dhanded.new_zeros(*leading, weight.shape[0])
-    dy = _tokens(dy)
-    dhanded = None if dhanded is None else _tokens(dhanded)
-    x = None if x is None else _tokens(x)
-    need_dx, need_dweight, need_dbias, need_dresidual = needs[:4]
-    wanted = Needs(need_dx, ctx.need_da, ctx.need_db, need_dresidual)
-    dx, da, db, dresidual = _backward(call, dy, dhanded, x, weight, u, seed, a_stack, b_stack, wanted)
+        dy = dhanded.new_zeros(*shape[:-1], weight.shape[0])
+    if len(shape) != 2:
+        dy, x = _tokens(dy), None if x is None else _tokens(x)
+        dhanded = None if dhanded is None else _tokens(dhanded)
+    dx, da, db, dresidual = _backward(call, dy, dhanded, x, weight, u, seed, a_stack, b_stack, needs)
+    if len(shape) != 2:
+        dx = None if dx is None else dx.view(shape)
+        dresidual = None if dresidual is None else dresidual.view(*shape[:-1], dresidual.shape[1])
     return (
-        None if dx is None else _shaped(dx, ctx.shape),
-        dy.T @ x if need_dweight and x is not None else None,
+        dx,
+        dy.T @ x if need_dweight else None,
         dy.sum(0) if need_dbias else None,
-        None if dresidual is None else _shaped(dresidual, ctx.shape),
+        dresidual,
         None,
         None,
         *_split(da, a_stack, 0),
@@ -146,6 +154,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any
     )
 
 
+_apply = super(torch.autograd.Function, _LoRALinear).apply  # without the part of ``apply`` that is for functorch
 _differentiated = once_differentiable(_gradients)
 
 
@@ -159,12 +168,12 @@ def _forward(
     a_stack: Sequence[Tensor],
     b_stack: Sequence[Tensor],
 ) -> Outputs:
-    x, residual = _tokens(x), None if residual is None else _tokens(residual)
-    a, b = _rows(a_stack, weight), _columns(b_stack)
+    if x.dim() != 2:
+        x, residual = _tokens(x), None if residual is None else _tokens(residual)
     dropout = None if seed is None else Dropout(seed, call.p)
     if call.served is None:
-        return registered.forward(x, weight, bias, a, b, residual, call.side, dropout, call.backend)
-    outputs: Outputs = call.served.forward(x, weight, bias, a, b, residual, call.side, dropout)
+        return registered.forward(x, weight, bias, a_stack, b_stack, residual, call.side, dropout, call.backend)
+    outputs: Outputs = call.served.forward(x, weight, bias, a_stack, b_stack, residual, call.side, dropout)
     return outputs
 
 
@@ -180,25 +189,89 @@ def _backward(
     b_stack: Sequence[Tensor],
     needs: Needs,
 ) -> Gradients:
-    a, b = _rows(a_stack, weight), _columns(b_stack)
     dropout = None if seed is None else Dropout(seed, call.p)
-    if call.served is None or not _is_eager(dy):
-        return registered.backward(dy, dhanded, x, weight, a, b, u, call.side, dropout, needs, call.backend)
-    gradients: Gradients = call.served.backward(dy, dhanded, x, weight, a, b, u, call.side, dropout, needs)
+    if call.served is None or torch.compiler.is_compiling() or not _is_eager(dy):
+        return registered.backward(dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, needs, call.backend)
+    gradients: Gradients = call.served.backward(dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, needs)
     return gradients
 
 
+def _exported(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    a_stack: Sequence[Tensor],
+    b_stack: Sequence[Tensor],
+    residual: Tensor | None,
+    side: SideChannel,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The same in operations that every PyTorch and ONNX knows, for a graph that runs without this package."""
+    check(x, weight, bias, a_stack, b_stack, residual, p, seed)
+    dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
+    own = library.matrices_of_u(a_stack, width(b_stack), side)
+    dropout = None if seed is None else Dropout(seed, p)
+    return _composed(x, dense, bias, a_stack, b_stack, residual, side, dropout, own)
+
+
+def _composed(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    a_stack: Sequence[Tensor],
+    b_stack: Sequence[Tensor],
+    residual: Tensor | None,
+    side: SideChannel,
+    dropout: Dropout | None,
+    own: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The call without the Function."""
+    if x.dim() == 2:
+        return library.composed(x, weight, bias, a_stack, b_stack, residual, side, dropout, own)
+    leading = x.shape[:-1]
+    residual = None if residual is None else _tokens(residual)
+    y, handed = library.composed(_tokens(x), weight, bias, a_stack, b_stack, residual, side, dropout, own)
+    return y.reshape(*leading, y.shape[1]), None if handed is None else handed.reshape(*leading, handed.shape[1])
+
+
+def _compiled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a_stack: Sequence[Tensor],
+    b_stack: Sequence[Tensor],
+    residual: Tensor | None,
+    side: SideChannel,
+) -> tuple[Tensor, Tensor | None]:
+    """The call as torch.compile turns it into code of its own, but for the question whether it may run at all."""
+    if residual is not None:
+        residual = registered.unless_recomputed(residual)
+    own = library.matrices_of_u(a_stack, width(b_stack), side)
+    y, handed = _composed(x, weight, bias, a_stack, b_stack, residual, side, None, own)
+    if handed is not None and residual is None:
+        handed = registered.unless_recomputed(handed)
+    return y, handed
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_library(backend: str, device_type: str) -> bool:
+    """Whether PyTorch's own operations serve, whatever the sizes."""
+    name = select.override() or backend
+    return name == "torch" or (name == "auto" and device_type != "cuda")
+
+
 def _is_eager(x: Tensor) -> bool:
-    """Whether the call can go to its backend without the dispatcher, for whom only the ops would be whole."""
-    return not torch.compiler.is_compiling() and not (
-        type(x) not in PLAIN
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+    """Whether the call can go to its backend without the dispatcher; elsewhere it must be one op, whole."""
+    return (
+        type(x) in _PLAIN
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 
-def _served(
+def _prepared(
     x: Tensor,
     weight: Tensor | PackedWeight,
     bias: Tensor | None,
@@ -209,25 +282,33 @@ def _served(
     p: float,
     seed: Tensor | None,
     backend: str,
-) -> ModuleType | None:
-    """The backend of an eager call whose arguments go together, checked where they have not been seen before."""
+) -> _Call:
+    """What is known of a kind of eager call; its arguments are checked where the kind is seen first."""
     kind = (
-        backend, x.shape, x.dtype, x.device, type(weight), weight.shape, weight.device,
-        getattr(weight, "dtype", None), p, *((t.shape, t.dtype, t.device) for t in (*a_stack, *b_stack)),
-        bias if bias is None else (bias.shape, bias.dtype, bias.device),
-        residual if residual is None else (residual.shape, residual.device),
-        seed if seed is None else (seed.shape, seed.dtype, seed.device), len(a_stack),
+        backend, side, p, len(a_stack), type(weight), _form(x),
+        _form(weight) if isinstance(weight, Tensor) else (weight.shape, weight.device),
+        None if bias is None else _form(bias), None if residual is None else _form(residual),
+        None if seed is None else _form(seed), *map(_form, a_stack), *map(_form, b_stack),
     )  # fmt: skip
-    served = select.recall(kind)
-    if served is None:
+    call: _Call | None = select.recall(kind)
+    if call is None:
         check(x, weight, bias, a_stack, b_stack, residual, p, seed)
-        if isinstance(weight, Tensor) and type(weight) not in PLAIN:
-            return None
-        rank = sum(a.shape[0] for a in a_stack) or sum(b.shape[1] for b in b_stack)
-        dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
-        served = select.choose(backend, _tokens(x), dense, rank)
-        select.remember(kind, served)
-    return served
+        served = None
+        if type(weight) in _PLAIN or not isinstance(weight, Tensor):
+            dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
+            rank = height(a_stack) or width(b_stack)
+            served = select.choose(backend, _tokens(x), dense, rank)
+        small = (
+            served is library
+            and seed is None
+            and isinstance(weight, Tensor)
+            and prod(x.shape[:-1]) * sum(weight.shape) <= FEW_VALUES
+            and all([matrix.dtype == x.dtype for matrix in (*a_stack, *b_stack)])
+        )
+        composed = max(1, library.matrices_of_u(a_stack, width(b_stack), side)) if small else 0
+        call = _Call(side, p, len(a_stack), backend, served, composed)
+        select.remember(kind, call)
+    return call
 
 
 def _needs_gradient(
@@ -238,16 +319,14 @@ def _needs_gradient(
     a_stack: Sequence[Tensor],
     b_stack: Sequence[Tensor],
 ) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    if x.requires_grad or any(t.requires_grad for t in (*b_stack, *a_stack)):
+    if x.requires_grad or b_stack[0].requires_grad:
         return True
-    return any(getattr(t, "requires_grad", False) for t in (weight, bias, residual))
+    others = (weight, bias, residual, *a_stack, *b_stack)
+    return any(isinstance(t, Tensor) and t.requires_grad for t in others)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of the autocast region around the call; None outside."""
-    device_type = x.device.type
     if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
@@ -255,6 +334,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 # Dynamo asks these two while it traces: PyTorch 2.8's own rules refuse the one, and take a compilation for an export.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
@@ -292,22 +372,17 @@ def _tokens(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
-def _shaped(y: Tensor, like: torch.Size) -> Tensor:
-    """[M, N] with the leading dimensions of ``like``, and no view of it for autograd."""
-    return y if len(like) == 2 else torch.ops.aten._unsafe_view(y, [*like[:-1], y.shape[1]])
-
-
-def _rows(stack: Sequence[Tensor], weight: Tensor) -> Tensor:
-    if len(stack) == 1:
-        return stack[0]
-    return torch.cat(list(stack)) if stack else weight.new_empty(0, weight.shape[1])
-
-
-def _columns(stack: Sequence[Tensor]) -> Tensor:
-    return stack[0] if len(stack) == 1 else torch.cat(list(stack), dim=1)
+def _shaped(outputs: Outputs, like: torch.Size) -> tuple[Tensor, Tensor | None]:
+    """y and what is handed on with the leading dimensions of ``like``, and no view for autograd."""
+    y, handed, _ = outputs
+    if len(like) == 2:
+        return y, handed
+    y = torch.ops.aten._unsafe_view.default(y, [*like[:-1], y.shape[1]])
+    return y, None if handed is None else handed.reshape(*like[:-1], handed.shape[1])
 
 
 def _split(gradient: Tensor | None, stack: Sequence[Tensor], dim: int) -> Sequence[Tensor | None]:
+    """The gradient of stacked matrices as one of each."""
     if gradient is None or len(stack) == 1:
         return (gradient,) * len(stack)
     return torch.split_with_sizes(gradient, [matrix.shape[dim] for matrix in stack], dim)

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..backends import select
 from ..dropout import Dropout
 from ..forward_state import refuse_recomputation
-from ..side_channel import Gradients, Needs, Outputs, SideChannel
+from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, rows
 
 FORWARD = "reslora_kernels::lora_linear_forward"
 BACKWARD = "reslora_kernels::lora_linear_backward"
+UNLESS_RECOMPUTED = "reslora_kernels::unless_recomputed"
 
 torch.library.define(
     FORWARD,
@@ -52,7 +53,7 @@ def _forward(
         refuse_recomputation()
     served_by = select.choose(backend, x, weight, a_cat.shape[0] or b_cat.shape[1])
     dropout = None if seed is None else Dropout(seed, p)
-    y, handed, u = served_by.forward(x, weight, bias, a_cat, b_cat, residual, side, dropout)
+    y, handed, u = served_by.forward(x, weight, bias, _stack(a_cat), (b_cat,), residual, side, dropout)
     u = x.new_empty(0, b_cat.shape[1]) if u is None else u
     return y, x.new_empty(x.shape[0], 0) if handed is None else _apart(handed, u), u
 
@@ -93,7 +94,7 @@ def _backward(
     side = SideChannel(c, scaling, hand_start, hand_start + (0 if dhanded is None else dhanded.shape[1]))
     served_by = select.choose(backend, dy, weight, a_cat.shape[0] or b_cat.shape[1])
     gradients: Gradients = served_by.backward(
-        dy, dhanded, x, weight, a_cat, b_cat, u, side, None if seed is None else Dropout(seed, p),
+        dy, dhanded, x, weight, _stack(a_cat), (b_cat,), u, side, None if seed is None else Dropout(seed, p),
         Needs(need_dx, need_da, need_db, need_dresidual),
     )  # fmt: skip
     likes = (dy, a_cat, b_cat, dy)
@@ -101,6 +102,33 @@ def _backward(
         like.new_empty(0) if gradient is None else gradient for gradient, like in zip(gradients, likes, strict=True)
     )
     return dx, da, db, dresidual
+
+
+torch.library.define(UNLESS_RECOMPUTED, "(Tensor h) -> Tensor")
+
+
+@torch.library.impl(UNLESS_RECOMPUTED, "CompositeExplicitAutograd")
+def _unless_recomputed(h: Tensor) -> Tensor:
+    refuse_recomputation()
+    return h.clone()
+
+
+@torch.library.register_fake(UNLESS_RECOMPUTED)  # type: ignore[untyped-decorator]
+def _unless_recomputed_fake(h: Tensor) -> Tensor:
+    return torch.empty_like(h)
+
+
+torch.library.register_autograd(UNLESS_RECOMPUTED, lambda ctx, gradient: gradient)
+
+
+def unless_recomputed(h: Tensor) -> Tensor:
+    """What is handed on [..., r], as it is: for compiled code, which would not ask ``refuse_recomputation`` itself."""
+    same: Tensor = torch.ops.reslora_kernels.unless_recomputed(h)
+    return same
+
+
+def _stack(a_cat: Tensor) -> Stack:
+    return (a_cat,) if a_cat.shape[0] else ()
 
 
 def _apart(handed: Tensor, u: Tensor) -> Tensor:
@@ -127,8 +155,8 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
+    a: Stack,
+    b: Stack,
     residual: Tensor | None,
     side: SideChannel,
     dropout: Dropout | None,
@@ -136,10 +164,23 @@ def forward(
 ) -> Outputs:
     """The forward pass through the dispatcher; the other arguments are those of ``backends.torch.forward``."""
     seed, p = (None, 0.0) if dropout is None else dropout
+    a_cat = rows(a) if a else weight.new_empty(0, weight.shape[1])
     y, handed, u = torch.ops.reslora_kernels.lora_linear_forward(
-        x, weight, bias, a, b, residual, seed, side.c, side.scaling, p, side.hand_start, side.hand_stop, backend
+        x,
+        weight,
+        bias,
+        a_cat,
+        columns(b),
+        residual,
+        seed,
+        side.c,
+        side.scaling,
+        p,
+        side.hand_start,
+        side.hand_stop,
+        backend,
     )
-    return Outputs(y, handed if side.hand_stop > side.hand_start else None, u if a.shape[0] else None)
+    return Outputs(y, handed if side.hand_stop > side.hand_start else None, u if a else None)
 
 
 def backward(
@@ -147,8 +188,8 @@ def backward(
     dhanded: Tensor | None,
     x: Tensor | None,
     weight: Tensor,
-    a: Tensor,
-    b: Tensor,
+    a: Stack,
+    b: Stack,
     u: Tensor | None,
     side: SideChannel,
     dropout: Dropout | None,
@@ -157,9 +198,9 @@ def backward(
 ) -> Gradients:
     """The backward pass through the dispatcher."""
     seed, p = (None, 0.0) if dropout is None else dropout
-    none = dy.new_empty(0)
+    none, a_cat = dy.new_empty(0), rows(a) if a else weight.new_empty(0, weight.shape[1])
     gradients = torch.ops.reslora_kernels.lora_linear_backward(
-        dy, dhanded, none if x is None else x, weight, a, b, none if u is None else u, seed,
+        dy, dhanded, none if x is None else x, weight, a_cat, columns(b), none if u is None else u, seed,
         side.c, side.scaling, p, side.hand_start, *needs, backend,
     )  # fmt: skip
     return Gradients(*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)))

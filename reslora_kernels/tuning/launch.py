@@ -99,5 +99,13 @@ def fits_tma(matrix: Tensor) -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """``input_precision`` of products: float32 as torch is set, TF32 only where torch's own setting allows it."""
-    allowed = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    return "tf32" if dtype == torch.float32 and _tf32_allowed() else "ieee"
+
+
+def _tf32_allowed() -> bool:
+    """By the setting of PyTorch 2.9 and later where it is in use: it and the older one refuse to be mixed."""
+    for holder in (getattr(torch.backends.cuda, "matmul", None), torch.backends):
+        setting = getattr(holder, "fp32_precision", "none")
+        if setting != "none":
+            return bool(setting == "tf32")
+    return torch.get_float32_matmul_precision() != "highest"

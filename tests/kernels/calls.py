@@ -97,7 +97,7 @@ def run(call: Call, values: dict[str, Tensor | None], backend=library) -> dict[s
     v = values
     dropout = Dropout(torch.tensor(SEED, device=v["x"].device), call.p) if call.p else None
     side = SideChannel(call.c, call.scaling, *call.hand)
-    stacks = (v["a_cat"], v["b_cat"])
+    stacks = ((v["a_cat"],) if call.rank else (), (v["b_cat"],))
     once = mock.patch.object(forms, "reads_dy_once", lambda *_: call.reads_of_dy == 1)
     with forms.assume(gpus.GENERATIONS[call.generation], (call.form,)), once:
         y, handed, u = backend.forward(v["x"], v["weight"], v["bias"], *stacks, v["residual"], side, dropout)

@@ -66,7 +66,7 @@ def test_nothing_the_size_of_x_is_allocated_between_the_passes() -> None:
 def test_recording_runs_nothing_when_told_so(device: torch.device) -> None:
     x, weight = torch.ones(16, 32, device=device), torch.ones(8, 32, device=device)
     a, b = torch.ones(4, 32, device=device), torch.ones(8, 4, device=device)
-    arguments = (x, weight, None, a, b, None, SideChannel(), None)
+    arguments = (x, weight, None, (a,), (b,), None, SideChannel(), None)
     forms = ("two_pass",)
     with assume(gpus.gpu_of(device), forms), launch.recording() as executed:
         y, _, u = triton.forward(*arguments)

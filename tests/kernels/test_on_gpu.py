@@ -40,14 +40,14 @@ def test_addresses_beyond_two_to_the_31() -> None:
     """y and dx have 2.4e9 elements. Every row holds one of 64 rows of x, so 64 rows are the whole truth."""
     m, width, distinct = 300_032, 8192, 64
     v = operands(distinct, 128, width, 16)
-    truth, _, u = library.forward(v["x"], v["weight"], None, v["a"], v["b"], None, SideChannel(1.0, 2.0), None)
+    truth, _, u = library.forward(v["x"], v["weight"], None, (v["a"],), (v["b"],), None, SideChannel(1.0, 2.0), None)
     x = v["x"].repeat(m // distinct, 1)
-    y, _, _ = triton.forward(x, v["weight"], None, v["a"], v["b"], None, SideChannel(1.0, 2.0), None)
+    y, _, _ = triton.forward(x, v["weight"], None, (v["a"],), (v["b"],), None, SideChannel(1.0, 2.0), None)
     assert y.numel() > 2**31
     for start in (0, m // 2 // distinct * distinct, m - distinct):
         torch.testing.assert_close(y[start : start + distinct], truth, rtol=0.02, atol=0.05)
     dx, *_ = triton.backward(
-        x, None, y, v["weight"].T.contiguous(), v["b"].T.contiguous(), v["a"].T.contiguous(), u,
+        x, None, y, v["weight"].T.contiguous(), (v["b"].T.contiguous(),), (v["a"].T.contiguous(),), u,
         SideChannel(1.0, 2.0), None, Needs(da=False, db=False),
     )  # fmt: skip
     torch.testing.assert_close(dx[-distinct:], dx[:distinct], rtol=0, atol=0)

@@ -141,7 +141,7 @@ def test_only_what_is_asked_for(wanted: str, device: torch.device, poisoned: Non
     names = ("dx", "da_cat", "db_cat", "dresidual")
     gradients = triton.backward(
         values["dy"], values["dhanded"], values["x"] if wanted == "da_cat" else None, values["weight"],
-        values["a_cat"], values["b_cat"], everything["u"] if wanted == "db_cat" else None,
+        (values["a_cat"],), (values["b_cat"],), everything["u"] if wanted == "db_cat" else None,
         SideChannel(call.c, call.scaling, *call.hand), Dropout(torch.tensor(SEED, device=device), call.p),
         Needs(*(name == wanted for name in names)),
     )  # fmt: skip
