@@ -32,9 +32,9 @@ def record(call: Call, setting: str) -> tuple[list[Counted], list[Counted]]:
     )
     side = SideChannel(1.0, 1.0)
     with hopper.requested(setting), _counting() as launched:
-        y, _, u = cuda.forward(x, weight, None, a, b, None, side, None)
+        y, _, u = cuda.forward(x, weight, None, (a,), (b,), None, side, None)
         forward = launched.copy()
-        cuda.backward(dy, None, x, weight, a, b, u, side, None, Needs())
+        cuda.backward(dy, None, x, weight, (a,), (b,), u, side, None, Needs())
     assert y.shape == dy.shape
     return forward, launched[len(forward) :]
 

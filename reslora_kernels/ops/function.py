@@ -6,7 +6,7 @@ that the arguments are as they must be, and which backend serves. A call without
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
 from operator import attrgetter
@@ -30,6 +30,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # the types whose operators no one else i
 _form = attrgetter("shape", "dtype", "device")
 FEW_VALUES = 1 << 15  # of x and y together: below, Python and the dispatcher cost more than a further pass over them
 _LEADING = 6  # arguments of the Function before the stacks: x, weight, bias, residual, seed, call
+
+
+def _constant_in_graphs(function: Callable[..., bool]) -> Callable[..., bool]:
+    """``torch.compiler.assume_constant_result``, which would import torch.compile's machinery here already."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class _Call(NamedTuple):
@@ -254,7 +260,7 @@ def _compiled(
     return y, handed
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant_in_graphs
 def _is_library(backend: str, device_type: str) -> bool:
     """Whether PyTorch's own operations serve, whatever the sizes."""
     name = select.override() or backend
@@ -333,13 +339,13 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 # Dynamo asks these two while it traces: PyTorch 2.8's own rules refuse the one, and take a compilation for an export.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant_in_graphs
 @cache
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant_in_graphs
 def _exporting() -> bool:
     return torch.compiler.is_exporting()
 

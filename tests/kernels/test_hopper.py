@@ -84,7 +84,7 @@ def run_one_pass(call: Call, values: dict) -> dict[str, torch.Tensor]:
 
 
 def forward(call: Call, values: dict) -> tuple[torch.Tensor, ...]:
-    stacks, side = (values["a_cat"], values["b_cat"]), SideChannel(call.c, call.scaling, *call.hand)
+    stacks, side = ((values["a_cat"],), (values["b_cat"],)), SideChannel(call.c, call.scaling, *call.hand)
     found = cuda.forward(values["x"], values["weight"], values["bias"], *stacks, values["residual"], side, None)
     return tuple(tensor for tensor in found if tensor is not None)
 
