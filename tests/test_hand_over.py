@@ -21,7 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from reslora_kernels import ResLoRAConfig, apply_reslora, collect_statistics, inspect, merge_reslora, reference
 from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.forward_state import ForwardState
-from reslora_kernels.testing import max_error
+from reslora_kernels.testing import max_error, relative_error
 
 from .models import randomize
 
@@ -166,7 +166,7 @@ class TestRealModels:
             return getattr(found, "pooler_output", found)
 
         check(model, features)
-        with torch.no_grad():
+        with torch.no_grad(), float64_by_default():
             first = features()
             model(input_ids=ids(2, 7), pixel_values=images())
             assert torch.equal(features(), first)
@@ -216,7 +216,16 @@ class TestRealModels:
         assert max_error(layer(x), before) < 1e-12
 
 
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    """CLIP of Transformers 4.56 makes its causal mask in the default dtype, with a number of the model's."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
+    torch.manual_seed(0)
     total = loss() - 0.5 * loss()  # two forwards before one backward
     return list(torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True))
 
@@ -234,12 +243,12 @@ def test_checkpointing_where_the_roots_hook_does_not_run(shortcut: str, pre_num:
 
     def loss(one: Any) -> Tensor:
         if entry == "forward":
-            return one.forward(ids(2, 8))[0].square().mean()
-        return one.encoder(one.embeddings(ids(2, 8)))[0].square().mean()
+            return one.forward(ids(2, 8))[0].pow(3).mean()  # squares of what a LayerNorm gave have no gradient
+        return one.encoder(one.embeddings(ids(2, 8)))[0].pow(3).mean()
 
     for got, wanted in zip(gradients(model, lambda: loss(model)), gradients(plain, lambda: loss(plain)), strict=True):
         assert (got is None) == (wanted is None)
-        assert got is None or torch.equal(got, wanted)
+        assert got is None or relative_error(got, wanted) < 1e-10
 
 
 class InPlace(nn.Module):

@@ -201,7 +201,7 @@ def test_no_case_begins_after_the_budget(tiny_sets: None, monkeypatch: pytest.Mo
     ("arguments", "message"),
     [
         (["--provider", "cublas"], "unknown provider 'cublas'; the providers are frozen, plain,"),
-        (["--set", "huge"], "unknown set 'huge'; the sets are quick, standard,"),
+        (["--set", "huge"], "unknown set 'huge'; the sets are quick, first, standard,"),
         (["--device", "tpu"], "--device must be one of auto, cpu, cuda, got 'tpu'"),
         (["--rounds", "0"], "Invalid value for '--rounds'"),
     ],

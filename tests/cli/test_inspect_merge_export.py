@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, save_adapter
 from reslora_kernels.adapt.record import adapted_layers
@@ -17,10 +18,16 @@ from reslora_kernels.cli.options import parse_names
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+RUN = ", confirmed by a run"
+if not hasattr(transformers.utils.generic, "maybe_autocast"):  # the rotary embeddings of 4.56 ask autocast for "meta"
+    RUN = "; a run with derived inputs failed (RuntimeError: unsupported scalarType"
+WITHOUT_WEIGHTS = f"the structure{RUN}"
+
+
 def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 
 
 def make_adapter(base: Path, folder: Path, shortcut: str) -> Path:
@@ -79,7 +86,7 @@ def test_inspect_needs_the_configuration_alone(base: Path, tmp_path: Path, capsy
     config.save_pretrained(tmp_path)
     found = inspect_json(capsys, str(tmp_path), "--shortcut", "middle", "--target-modules", "q_proj,down_proj")
     assert found["total_parameters"] > 70e9
-    assert found["order"] == "the structure, confirmed by a run"
+    assert found["order"].startswith(WITHOUT_WEIGHTS)
     assert [row["position"] for row in found["layers"]] == [*range(80), *range(80)]
     assert {row["chain"] for row in found["layers"]} == {
         "model.layers.*.self_attn.q_proj",
@@ -92,7 +99,7 @@ def test_inspect_shows_tables(base: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["inspect", str(base), "--shortcut", "input", "--target-modules", "q_proj"]) == 0
     printed = capsys.readouterr().out
     assert "shortcut 'input'" in printed
-    assert "chains from the structure, confirmed by a run" in printed
+    assert f"chains from {WITHOUT_WEIGHTS}" in printed
     assert "model.layers.2.self_attn.q_proj" in printed
     assert "3 of 3" in printed
     assert "not in target_modules" in printed
@@ -114,7 +121,7 @@ def test_inspect_an_adapter(
 ) -> None:
     found = inspect_json(capsys, str(base), "--adapter", str(adapters["middle"]), *device)
     assert found["shortcut"] == "middle"
-    assert found["order"] == ("adapter file" if device else "the structure, confirmed by a run")
+    assert found["order"].startswith("adapter file" if device else WITHOUT_WEIGHTS)
     assert {(row["chain"], row["r"], row["chain_length"]) for row in found["layers"]} == {
         ("model.layers.*.self_attn.q_proj", 4, 3),
         ("model.layers.*.self_attn.v_proj", 4, 3),

@@ -65,11 +65,19 @@ def training_arguments(output_dir: Path, *, evaluate: bool, device: torch.device
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
         report_to="none",
+        **_warmup(options.pop("warmup_steps")),
         **options,
     )
     if arguments.n_gpu > 1:  # else the Trainer takes DataParallel, which copies the modules at every step
         arguments._n_gpu = 1
     return arguments
+
+
+def _warmup(steps: float) -> dict[str, Any]:
+    """Below 1 a share of all steps, for which Transformers had an argument of its own before version 5."""
+    if 0 < steps < 1 and int(version("transformers").partition(".")[0]) < 5:
+        return {"warmup_ratio": steps}
+    return {"warmup_steps": int(steps) if steps.is_integer() else steps}
 
 
 def make_trainer(
