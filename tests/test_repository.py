@@ -16,7 +16,7 @@ import yaml
 import reslora_kernels
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["demo", "test", "test-fast", "bench", "bench-layers", "gpu-check", "tune", "readme-tables"]
+TARGETS = ["demo", "test", "test-fast", "test-versions", "bench", "bench-layers", "gpu-check", "tune", "readme-tables"]
 TARGETS += ["convergence", "lint", "format", "typecheck", "docs", "clean"]
 
 if sys.version_info >= (3, 11):
@@ -35,14 +35,20 @@ def pins(file: str = "constraints.txt") -> dict[str, str]:
     return {canonical(name): pinned for name, pinned in pairs}
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def requirements() -> list[str]:
+    return [*PROJECT["dependencies"], *(name for names in EXTRAS.values() for name in names)]
+
+
+def name_of(requirement: str) -> str:
+    return canonical(re.split(r"[\[<>=!~; ]", requirement)[0])
+
+
 def direct_dependencies() -> set[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
-        *project["dependencies"],
-        *(name for names in project["optional-dependencies"].values() for name in names),
-    ]
-    names = {canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
-    return names - {canonical(project["name"])}
+    return {name_of(requirement) for requirement in requirements()} - {canonical(PROJECT["name"])}
 
 
 def test_every_direct_dependency_is_pinned() -> None:
@@ -51,9 +57,10 @@ def test_every_direct_dependency_is_pinned() -> None:
 
 @pytest.mark.parametrize("name", sorted(direct_dependencies()))
 def test_installed_version_is_the_pinned_one(name: str) -> None:
-    pinned = pins(os.environ.get("CONSTRAINTS", "constraints.txt"))
+    constraints = os.environ.get("CONSTRAINTS", "constraints.txt")
+    pinned = pins(constraints) if constraints else {}
     if name not in pinned:
-        pytest.skip(f"{name} is not pinned in {os.environ['CONSTRAINTS']}")
+        pytest.skip(f"{name} is not pinned here")
     try:
         installed = version(name)
     except PackageNotFoundError:
@@ -66,6 +73,20 @@ def test_oldest_versions_are_older_and_of_direct_dependencies() -> None:
     for name, oldest in pins("constraints-oldest.txt").items():
         assert name in direct_dependencies()
         assert [int(part) for part in oldest.split(".")] < [int(part) for part in newest[name].split(".")]
+
+
+def test_minimums_are_the_oldest_versions_that_are_tested() -> None:
+    oldest = pins("constraints-oldest.txt")
+    minimums = {name_of(wanted): wanted.split(">=")[1] for wanted in requirements() if name_of(wanted) in oldest}
+    assert minimums == oldest
+    for wanted in (*PROJECT["dependencies"], *EXTRAS["hf"], *EXTRAS["diffusion"], *EXTRAS["quantized"]):
+        assert name_of(wanted) in oldest
+
+
+def test_table_of_versions_names_the_oldest() -> None:
+    table = (ROOT / "docs/versions.md").read_text()
+    for name, oldest in pins("constraints-oldest.txt").items():
+        assert re.search(rf"\| {name} \| {re.escape(oldest)} \|", table), name
 
 
 def test_pins_hold_on_any_machine() -> None:
@@ -95,12 +116,19 @@ def test_workflow_runs_every_python_that_is_claimed() -> None:
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     rows = jobs["quick"]["strategy"]["matrix"]["include"]
     own = [step["with"]["python-version"] for step in jobs["full"]["steps"] if "setup-python" in step.get("uses", "")]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    claimed = [match[1] for line in project["classifiers"] if (match := re.search(r":: (3\.\d+)$", line))]
+    claimed = [match[1] for line in PROJECT["classifiers"] if (match := re.search(r":: (3\.\d+)$", line))]
     assert sorted([*own, *(row["python"] for row in rows)]) == sorted(claimed)
-    assert f">={min(claimed, key=lambda v: int(v[2:]))}" == project["requires-python"]
+    assert f">={min(claimed, key=lambda v: int(v[2:]))}" == PROJECT["requires-python"]
     assert {row["constraints"] for row in rows} == {"constraints.txt", "constraints-oldest.txt"}
     assert all((ROOT / row["constraints"]).is_file() for row in rows)
+
+
+def test_scheduled_workflow_runs_every_session_of_nox() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/versions.yml").read_text())["jobs"]
+    rows = jobs["versions"]["strategy"]["matrix"]["include"]
+    pythons = re.findall(r'"(3\.\d+)"', (ROOT / "noxfile.py").read_text())
+    expected = [f"oldest-{pythons[0]}", *(f"newest-{python}" for python in pythons)]
+    assert [f"{row['session']}-{row['python']}" for row in rows] == expected
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -117,7 +145,6 @@ def test_make_target_exists(target: str) -> None:
 
 
 def test_version_stands_in_one_place() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert "version" in project["project"]["dynamic"]
+    assert "version" in PROJECT["dynamic"]
     assert version("reslora_kernels") == reslora_kernels.__version__
     assert f"## [{version('reslora_kernels')}]" in (ROOT / "CHANGELOG.md").read_text()
