@@ -1,4 +1,4 @@
-"""What an eager call asks of Python and of PyTorch's dispatcher, counted: times are for ``reslora bench --set host``."""
+"""What an eager call asks of Python and of PyTorch's dispatcher, counted. For times: ``reslora bench --set host``."""
 
 from __future__ import annotations
 
