@@ -20,7 +20,7 @@ from .models import FAMILIES, llama
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GENERATED = (ROOT / "README.md", ROOT / "docs/measured.md")
-NEEDS = {"quantized-base.md": ("bitsandbytes",)}
+NEEDS = {"quantized-base.md": ("bitsandbytes",), "peft.md": ("bitsandbytes", "accelerate")}
 WRITTEN = {
     "README.md": ["adapter/reslora_model.safetensors", "peft-adapter/adapter_model.safetensors"],
     "tutorial.md": ["adapter/reslora_model.safetensors", "peft-adapter/adapter_model.safetensors"],
