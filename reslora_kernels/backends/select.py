@@ -15,7 +15,7 @@ from torch import Tensor
 from ..tuning.gpus import gpu_of
 from ..tuning.measured import nearest
 
-PREFERENCE = ("triton", "cuda", "torch")  # "auto" takes the first that can serve the call, unless another was faster
+PREFERENCE = ("triton", "cuda", "torch")  # "auto": the first that can serve the call, "cuda" only where it was measured
 OVERRIDE = "RESLORA_BACKEND"
 MOST_KINDS = 10_000  # of calls that are remembered
 _chosen: dict[tuple[object, ...], Any] = {}
@@ -141,7 +141,10 @@ def remember(kind: tuple[object, ...], decided: Any) -> None:
 
 
 def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int) -> tuple[str, str]:
-    """The first backend by preference, unless the committed table knows a faster one near this shape."""
+    """The first backend by preference, unless the committed table knows a faster one near this shape.
+
+    The portable CUDA kernels are behind the vendor library's matmul on many GPUs: without a measurement they wait.
+    """
     if x.numel() and weight.numel():
         sizes = {"m": x.shape[0], "n": weight.shape[0], "k": weight.shape[1], "rank": rank}
         row = nearest(gpu_of(x.device).generation, "calls", sizes, {"dtype": str(x.dtype)})
@@ -149,7 +152,8 @@ def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int) -> tuple[str
         if able[0] in times:
             name = min(times, key=times.__getitem__)
             return name, f"measured fastest near this shape ({times[name]:.0f} us)"
-    return able[0], "first choice"
+    first = next(name for name in able if name != "cuda" or able == ["cuda"])
+    return first, "first choice" if first == able[0] else f"first choice: {able[0]} was not measured near this shape"
 
 
 @cache
