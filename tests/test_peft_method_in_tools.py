@@ -136,6 +136,35 @@ def test_trl_preference_optimisation_starts_at_its_reference(tmp_path: Path, sho
     assert any(not torch.equal(before[name], after) for name, after in adapters(trainer.model).items())
 
 
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_trl_group_relative_policy_optimisation_resumes_bit_for_bit(tmp_path: Path, shortcut: str) -> None:
+    """Its reference is the model with the adapter disabled, and it generates between its steps."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    prompts = datasets.Dataset.from_list([{"prompt": f"two plus {i}"} for i in range(16)])
+
+    def shares_of_the_letter_e(completions: list[str], **_: Any) -> list[float]:
+        return [text.count("e") - len(set(text)) / 8 for text in completions]
+
+    def trainer() -> Any:
+        args = settings(trl.GRPOConfig, tmp_path, num_generations=4, max_completion_length=8, beta=0.1)
+        model = wide_llama()
+        return trl.GRPOTrainer(
+            model=model, args=args, train_dataset=prompts, processing_class=make_tokenizer(),
+            reward_funcs=shares_of_the_letter_e, peft_config=config(shortcut),
+        )  # fmt: skip
+
+    whole = trainer()
+    before = adapters(whole.model)
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected, found = adapters(whole.model), adapters(resumed.model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(not torch.equal(expected[name], before[name]) for name in expected)
+    assert any(row.get("kl", 0) != 0 for row in whole.state.log_history)
+
+
 def test_transformers_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
