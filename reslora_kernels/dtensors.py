@@ -85,6 +85,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without the one that FSDP2 derives from it for a sharded module."""
+    if not initialised():
+        return type(module)
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
 def mesh_of(model: nn.Module) -> Any:
     """The device mesh over which FSDP2 or tensor parallelism spread a parameter of ``model``; None if there is none."""
     if not initialised():

@@ -184,13 +184,13 @@ def test_compiled_model_recompiles_for_each_adapter_once() -> None:
     expected = {name: logits(set_adapter(model, name)) for name in CONFIGS}
     for name in CONFIGS:
         set_adapter(model, name)
-        torch.testing.assert_close(logits(run), expected[name])
+        torch.testing.assert_close(logits(run), expected[name], rtol=1e-3, atol=1e-4)  # other orders of sums
     with disable_adapter(model):
         logits(run)
     first = compiles
     for name in (*reversed(CONFIGS), *CONFIGS):
         set_adapter(model, name)
-        torch.testing.assert_close(logits(run), expected[name])
+        torch.testing.assert_close(logits(run), expected[name], rtol=1e-3, atol=1e-4)  # other orders of sums
     with disable_adapter(model):
         logits(run)
     assert compiles == first

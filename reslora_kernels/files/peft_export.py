@@ -16,7 +16,7 @@ from ..adapt.record import complete_layers, record_of, refuse_restarted, root_of
 from ..adapt.targets import endings_of
 from ..checks import check_bool
 from ..config import MergeMethod
-from ..dtensors import gathered, mesh_of, one_writer, refuse_partitioned, reshard
+from ..dtensors import class_of, gathered, mesh_of, one_writer, refuse_partitioned, reshard
 from ..layers.linear import ResLoRALinear
 from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
@@ -209,7 +209,7 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
         "task_type": (task := task_of(root)),
         "auto_mapping": None
         if task
-        else {"base_model_class": type(root).__name__, "parent_library": type(root).__module__},
+        else {"base_model_class": class_of(root).__name__, "parent_library": class_of(root).__module__},
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,

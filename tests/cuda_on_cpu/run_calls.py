@@ -31,6 +31,7 @@ HOPPER_CALLS = [
     Call("dropout, two stages of ranks", 130, 264, 136, 72, 72, BF16, BF16, p=0.5),
     Call("one pass", 150, 136, 264, 24, 16, BF16, BF16, hand=(8, 24), residual=True),
     Call("a ring of stages used again", 130, 1160, 8, 40, 40, BF16, BF16),
+    Call("a projection by itself, its stages used again", 130, 520, 1544, 24, 24, BF16, BF16),
 ]
 
 
