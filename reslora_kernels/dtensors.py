@@ -91,7 +91,8 @@ def class_of(module: nn.Module) -> type[nn.Module]:
         return type(module)
     from torch.distributed.fsdp import FSDPModule
 
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+    classes = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and not issubclass(cls, FSDPModule)]
+    return classes[0]
 
 
 def mesh_of(model: nn.Module) -> Any:
