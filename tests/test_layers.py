@@ -141,7 +141,7 @@ def violations(path: Path, root: Path = PACKAGE) -> Iterator[str]:
             if complaint := goes_up(here, name):
                 yield f"{where}:{line}: {complaint}"
         elif top == "triton":
-            if place(here)[0] != "kernels" and where not in ("backends/triton.py", "tuning/launch.py"):
+            if place(here)[0] != "kernels" and where != "backends/triton.py":
                 yield f"{where}:{line}: triton is for kernels/ and backends/triton.py"
         elif top not in (*sys.stdlib_module_names, "torch") and not deferred and place(here)[0] not in FREE:
             yield f"{where}:{line}: imports {top} at the top; the package must import with torch alone"

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning.gpus import Gpu
-from ..tuning.launch import Launch, Sum, descriptor, fits_tma, precision
+from ..tuning.launch import Launch, Sum, fits_tma, precision
 from ..tuning.tiles import MatmulTile
-from .device import TRITON_DTYPE, add_partials, grouped_tile, load_block, side_channel, unpack_bits
+from .device import TRITON_DTYPE, add_partials, descriptor, grouped_tile, load_block, side_channel, unpack_bits
 
 AHEAD_RANK = 16  # more of the next tile than that would spill beside a tile's accumulators
 

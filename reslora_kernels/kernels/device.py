@@ -1,12 +1,22 @@
-"""Device functions that the Triton kernels share: block loads, the dropout mask, the side channel's epilogue."""
+"""What the Triton kernels share: descriptors, block loads, the dropout mask, the side channel's epilogue."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
+    """A TMA descriptor for blocks [rows, columns] of a contiguous-row matrix, made on the host."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 @triton.jit

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.launch import Launch, Sum, descriptor, fits_tma, precision
+from ..tuning.launch import Launch, Sum, fits_tma, precision
 from ..tuning.tiles import GradsTile
 from .device import (
     TRITON_DTYPE,
     add_partials,
+    descriptor,
     keep_bytes,
     load_block,
     outer_product,

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.launch import Launch, Sum, descriptor, fits_tma, precision
+from ..tuning.launch import Launch, Sum, fits_tma, precision
 from ..tuning.tiles import OuterTile
-from .device import keep_bytes, load_block, outer_product, store_product, unpack_bits
+from .device import descriptor, keep_bytes, load_block, outer_product, store_product, unpack_bits
 
 
 @triton.jit

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.launch import Launch, descriptor, fits_tma, precision
+from ..tuning.launch import Launch, fits_tma, precision
 from ..tuning.tiles import ProjectTile
-from .device import keep_bytes, load_block, side_channel, sum_products, unpack_bits
+from .device import descriptor, keep_bytes, load_block, side_channel, sum_products, unpack_bits
 
 
 @triton.jit

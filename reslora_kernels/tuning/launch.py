@@ -77,13 +77,6 @@ class Sum:
     scale: float
 
 
-def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    """A TMA descriptor for blocks [rows, columns] of a contiguous-row matrix, made on the host."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
-
-
 def fits_tma(matrix: Tensor) -> bool:
     """Whether a descriptor can express it: contiguous rows, base and row stride multiples of 16 bytes, int32 sizes."""
     return (

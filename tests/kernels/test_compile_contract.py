@@ -61,7 +61,8 @@ def column_sums(x, sums, N, BM: tl.constexpr, BN: tl.constexpr):
 
 def launches() -> dict[str, Any]:
     """The samples by name."""
-    from reslora_kernels.tuning.launch import Launch, descriptor
+    from reslora_kernels.kernels.device import descriptor
+    from reslora_kernels.tuning.launch import Launch
 
     def pointers(
         dtype: torch.dtype = torch.bfloat16, tile: tuple[int, int, int] = (128, 128, 64), **how: Any
