@@ -35,7 +35,8 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("dora", "initialization", "linear_map", "offloading", "shortcuts"),
         ("chain", "shared_input"),
         ("linear",),
-        ("link", "checkpointing", "quantized_linear"),
+        ("link", "checkpointing", "quantized_linear", "transposed_linear"),
+        ("kinds",),
     ),
     "adapt": (
         ("record", "other_parameters", "weight_readers", "execution", "state_dicts", "structure"),

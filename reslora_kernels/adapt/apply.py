@@ -12,10 +12,9 @@ from ..backends import select
 from ..checks import check_bool, check_module
 from ..config import ResLoRAConfig, checked_config
 from ..dtensors import refuse_sharded, refuse_zero3
+from ..layers.kinds import kind_of
 from ..layers.linear import ResLoRALinear
-from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
-from ..quantizers import quantizer_of
 from ..quantizers.bitsandbytes import keep_order
 from .base_checkpoint import undefined
 from .foreign_hooks import refuse_foreign_hooks
@@ -90,7 +89,7 @@ def apply_reslora(
 
 def adapt(
     model: nn.Module,
-    targets: Mapping[str, nn.Linear],
+    targets: Mapping[str, nn.Module],
     record: Record,
     plans: Sequence[ChainPlan],
     autocast_adapter_dtype: bool,
@@ -119,7 +118,7 @@ def without_hand_over(config: ResLoRAConfig) -> ResLoRAConfig:
 
 def _swap(
     model: nn.Module,
-    targets: Mapping[str, nn.Linear],
+    targets: Mapping[str, nn.Module],
     config: ResLoRAConfig,
     configs: Mapping[str, ResLoRAConfig],
     autocast: bool,
@@ -128,15 +127,7 @@ def _swap(
     """Replace the targets wherever they are registered; nothing is changed if building a layer fails."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        new = {
-            id(linear): _kind_of(linear).from_linear(
-                linear,
-                configs[name],
-                None if autocast or not linear.weight.is_floating_point() else linear.weight.dtype,
-                init_values=init_values,
-            )
-            for name, linear in targets.items()
-        }
+        new = {id(one): _adapted(one, configs[name], autocast, init_values) for name, one in targets.items()}
     except Exception:
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
@@ -157,8 +148,11 @@ def _swap(
                 parameter.requires_grad_(True)
 
 
-def _kind_of(linear: nn.Linear) -> type[ResLoRALinear]:
-    return ResLoRALinear if quantizer_of(linear) is None else QuantizedResLoRALinear
+def _adapted(module: Any, config: ResLoRAConfig, autocast_adapter_dtype: bool, init_values: bool) -> ResLoRALinear:
+    kind = kind_of(module)
+    assert kind is not None
+    dtype = None if autocast_adapter_dtype or not module.weight.is_floating_point() else module.weight.dtype
+    return kind.from_linear(module, config, dtype, init_values=init_values)
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

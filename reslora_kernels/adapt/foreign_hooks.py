@@ -11,13 +11,13 @@ from ..layers.offloading import is_hooked, offloader
 from .targets import matches, with_parents
 
 
-def refuse_foreign_hooks(model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAConfig) -> None:
+def refuse_foreign_hooks(model: nn.Module, targets: Mapping[str, nn.Module], config: ResLoRAConfig) -> None:
     """Raise a ValueError that names the first module that cannot be adapted, or trained, as it stands."""
     for fault in _faults(model, targets, config):
         raise ValueError(fault)
 
 
-def _faults(model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAConfig) -> Iterator[str]:
+def _faults(model: nn.Module, targets: Mapping[str, nn.Module], config: ResLoRAConfig) -> Iterator[str]:
     for name, module in model.named_modules():
         registry = vars(module).get("_diffusers_hook")
         if registry is not None and "group_offloading" in registry.hooks:
@@ -42,21 +42,21 @@ def _faults(model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAC
             )
 
 
-def _is_trained(name: str, module: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Linear]) -> bool:
+def _is_trained(name: str, module: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Module]) -> bool:
     if config.modules_to_save and any(matches(parent, config.modules_to_save) for parent in with_parents(name)):
         return True
     biases = any(parameter.endswith("bias") for parameter, _ in module.named_parameters(recurse=False))
     return biases and (config.bias == "all" or (config.bias == "lora_only" and name in targets))
 
 
-def _is_replaced(linear: nn.Linear) -> bool:
+def _is_replaced(linear: nn.Module) -> bool:
     """Whether ``forward`` is another than the class's, and not by accelerate, whose hooks are carried over."""
     forward = vars(linear).get("forward")
     own = getattr(forward, "__func__", None) is type(linear).forward
     return forward is not None and not own and not is_hooked(linear)
 
 
-def _whose(linear: nn.Linear) -> str:
+def _whose(linear: nn.Module) -> str:
     registry = vars(linear).get("_diffusers_hook")
     if registry is not None and registry.hooks:
         return f"diffusers ({', '.join(registry.hooks)})"

@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from ..config import ResLoRAConfig
+from ..layers.kinds import sizes_of
 from .structure import ChainPlan, structural_chains
 
 Chains = Mapping[str, Sequence[str]] | Sequence[Sequence[str]]
 
 
 def plan_chains(
-    model: nn.Module, targets: Mapping[str, nn.Linear], config: ResLoRAConfig, chains: Chains | None
+    model: nn.Module, targets: Mapping[str, nn.Module], config: ResLoRAConfig, chains: Chains | None
 ) -> list[ChainPlan]:
     """The given chains, then those of the structure, of the layers that no given chain names.
 
@@ -28,7 +29,7 @@ def plan_chains(
     return given + structural_chains(model, targets, config, apart=named)
 
 
-def _checked(chains: Any, targets: Mapping[str, nn.Linear], config: ResLoRAConfig) -> list[ChainPlan]:
+def _checked(chains: Any, targets: Mapping[str, nn.Module], config: ResLoRAConfig) -> list[ChainPlan]:
     if isinstance(chains, Mapping):
         plans = [ChainPlan(title, _names(f"chains[{title!r}]", names)) for title, names in chains.items()]
         if not all(isinstance(title, str) and title for title in chains):
@@ -45,9 +46,7 @@ def _checked(chains: Any, targets: Mapping[str, nn.Linear], config: ResLoRAConfi
             if name in taken:
                 raise ValueError(f"chains: {name!r} is in chain {taken[name]!r} and again in chain {title!r}")
             taken[name] = title
-        sizes = {
-            name: (targets[name].in_features, targets[name].out_features, config.for_module(name).r) for name in names
-        }
+        sizes = {name: (*sizes_of(targets[name]), config.for_module(name).r) for name in names}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"chains: the layers of chain {title!r} differ in (in_features, out_features, r): {sizes}")
     return plans

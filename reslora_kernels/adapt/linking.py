@@ -89,7 +89,7 @@ def _common_ancestors(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def confirm_order(
-    model: nn.Module, targets: Mapping[str, nn.Linear], plans: Sequence[ChainPlan], given: Any, record: Record
+    model: nn.Module, targets: Mapping[str, nn.Module], plans: Sequence[ChainPlan], given: Any, record: Record
 ) -> None:
     """Run ``targets`` once, if inputs are given or known, and warn where they execute in another order than ``plans``.
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..layers.kinds import is_linear
+
 
 @dataclass(frozen=True)
 class OtherRow:
-    """Parameters that no ``nn.Linear`` holds: of ``modules`` modules of one kind and, but for norms, one name.
+    """Parameters that no linear layer holds: of ``modules`` modules of one kind and, but for norms, one name.
 
     In ``name`` an asterisk stands for the numbers in which the modules' names differ.
     """
@@ -26,7 +28,7 @@ def other_parameters(model: nn.Module) -> tuple[OtherRow, ...]:
 
     With the linear layers' own weights and biases, and the adapters, the rows add up to the model.
     """
-    seen: set[Tensor] = {p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
+    seen: set[Tensor] = {p for module in model.modules() if is_linear(module) for p in module.parameters()}
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for name, module in model.named_modules():
         own = {parameter for parameter in module._parameters.values() if parameter is not None} - seen

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..config import ResLoRAConfig
+from ..layers.kinds import is_linear, kind_of, sizes_of
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
 _ATTRIBUTE = re.compile(r"(layer|block|stage)s?_?(\d+)")  # layer1, layer2, .. are a list as well
@@ -42,16 +43,16 @@ class Place(NamedTuple):
 
 
 def structural_chains(
-    model: nn.Module, layers: Mapping[str, nn.Linear], config: ResLoRAConfig, apart: Iterable[str] = ()
+    model: nn.Module, layers: Mapping[str, nn.Module], config: ResLoRAConfig, apart: Iterable[str] = ()
 ) -> list[ChainPlan]:
-    """The chains of ``layers``, which are linear layers of ``model`` by name, without those in ``apart``."""
+    """The chains of ``layers``, which can be adapted and are in ``model`` by name, without those in ``apart``."""
     place, apart = places(model), set(apart)
     groups: dict[tuple[str, int, int, int, bool], list[str]] = {}
     for name, layer in layers.items():
         if name not in apart:
             role, _, expert = place[name]
             rank = config.for_module(name).r
-            groups.setdefault((role, layer.in_features, layer.out_features, rank, expert), []).append(name)
+            groups.setdefault((role, *sizes_of(layer), rank, expert), []).append(name)
     return [
         ChainPlan(_title(key, list(groups)), sorted(names, key=lambda name: place[name].depth), key[-1])
         for key, names in groups.items()
@@ -67,7 +68,7 @@ def _title(key: tuple[str, int, int, int, bool], keys: Sequence[tuple[str, int, 
 
 
 def places(model: nn.Module) -> dict[str, Place]:
-    """The place of every linear layer of ``model``, by the name that ``named_modules`` gives it."""
+    """The place of every layer that can be adapted of ``model``, by the name that ``named_modules`` gives it."""
     found: dict[str, Place] = {}
     _descend(model, None, "", _Path(), found, set())
     return found
@@ -108,7 +109,7 @@ def _descend(
 ) -> None:
     """Fill ``found`` for ``module``, a child of ``owner``, and all that is below it."""
     seen.add(id(module))
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or kind_of(module) is not None:
         found[name] = path.place
     step = _Steps(module, owner, path)
     for part, child in module.named_children():
@@ -127,7 +128,7 @@ class _Steps:
         elements = [child for part, child in module.named_children() if part in self.numbers]
         self.elements = [element for element in elements if _linear_names(element)]
         self.alike = len({(type(element), _linear_names(element)) for element in self.elements}) == 1
-        self.blocks = self.alike and not isinstance(self.elements[0], nn.Linear)
+        self.blocks = self.alike and not is_linear(self.elements[0])
         self.normed = any("norm" in type(part).__name__.lower() for one in self.elements[:1] for part in one.modules())
         self.choice = listed and self.alike and len(self.elements) > 1 and not self.normed and bool(path.depth)
         named = listed and "expert" in self.called.lower() and "shared" not in self.called.lower()
@@ -161,7 +162,7 @@ def _numbers(module: nn.Module, inside: bool) -> dict[str, int]:
 
 
 def _linear_names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, part in module.named_modules() if isinstance(part, nn.Linear))
+    return tuple(name for name, part in module.named_modules() if is_linear(part))
 
 
 def _routed(container: nn.Module, owner: nn.Module | None, count: int) -> bool:

@@ -184,8 +184,7 @@ def _put_back(root: nn.Module, adapter: SetAside, others: dict[str, SetAside]) -
     """The inverse, on the base as it is now: it may have moved to another device since."""
     new: dict[int, nn.Module] = {}
     for name, layer in adapter.layers.items():
-        base = root.get_submodule(name)
-        assert isinstance(base, nn.Linear)
+        base: Any = root.get_submodule(name)
         layer.take_place_of(base)
         for parameter in layer.adapter_parameters().values():
             parameter.data = parameter.data.to(layer.execution_device)

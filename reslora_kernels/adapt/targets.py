@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import ALL_LINEAR, ResLoRAConfig, pattern_matches
+from ..layers.kinds import is_linear, kind_of
 from ..layers.linear import ResLoRALinear
-from ..layers.linear_map import why_not_linear
 from ..quantizers import quantizer_of
 from .base_checkpoint import output_head, task_heads
 from .weight_readers import read_past
@@ -24,7 +24,7 @@ LORA_PARAMETERS = frozenset(("lora_A", "lora_B", "lora_embedding_A", "lora_embed
 class Targets:
     """The layers to adapt by name, in registration order, and every other linear layer with the reason."""
 
-    matched: Mapping[str, nn.Linear]
+    matched: Mapping[str, nn.Module]
     unmatched: tuple[tuple[str, str], ...]
 
 
@@ -48,13 +48,13 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     """
     _refuse_adapted(model)
     head = output_head(model)
-    matched: dict[str, nn.Linear] = {}
+    matched: dict[str, nn.Module] = {}
     unmatched: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         reason = _left_out(name, module, config, head) or passed_over(model, name, module, config)
         if reason is None:
             matched[name] = adaptable(name, module, config, model)
-        elif isinstance(module, nn.Linear):
+        elif is_linear(module):
             unmatched.append((name, reason))
     if not matched:
         raise ValueError(_nothing_matched(model, config))
@@ -96,7 +96,7 @@ def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Modu
     if config.exclude_modules and matches(name, config.exclude_modules):
         return "in exclude_modules"
     if config.target_modules == ALL_LINEAR:
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             return "not a linear layer"
         if module is head:
             return "the model's output head, which 'all-linear' leaves out"
@@ -112,18 +112,21 @@ def _left_out(name: str, module: nn.Module, config: ResLoRAConfig, head: nn.Modu
 
 def passed_over(model: nn.Module, name: str, module: nn.Module, config: ResLoRAConfig) -> str | None:
     """Why 'all-linear' leaves out a layer that cannot be adapted, or not with effect; None where it takes it."""
-    if config.target_modules != ALL_LINEAR or not isinstance(module, nn.Linear):
+    kind = kind_of(module)
+    if config.target_modules != ALL_LINEAR or kind is None:
         return None
-    fault = None if quantizer_of(module) is not None else why_not_linear(module)
-    return fault or _incompatible(model, name) or _without_effect(model, name)
+    return kind.why_not(module) or _incompatible(model, name) or _without_effect(model, name)
 
 
-def adaptable(name: str, module: nn.Module, config: ResLoRAConfig, model: nn.Module) -> nn.Linear:
+def adaptable(name: str, module: nn.Module, config: ResLoRAConfig, model: nn.Module) -> nn.Module:
     """The module that was asked for by name, if it can be adapted; warns where that has no effect."""
     asked = f"target_modules {config.target_modules!r} matches {name!r}"
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"{asked}, a {type(module).__name__}; only torch.nn.Linear can be adapted{_instead(module)}")
-    if quantizer_of(module) is None and (fault := why_not_linear(module)):
+    kind = kind_of(module)
+    if kind is None:
+        raise ValueError(
+            f"{asked}, a {type(module).__name__}; only torch.nn.Linear and Conv1D can be adapted{_instead(module)}"
+        )
+    if fault := kind.why_not(module):
         raise ValueError(f"{asked}, {fault}")
     if fault := _incompatible(model, name):
         raise ValueError(f"{asked}, {fault}: leave it out of target_modules")
@@ -196,8 +199,6 @@ def with_parents(name: str) -> list[str]:
 
 def _instead(module: nn.Module) -> str:
     """What to do about a module of a kind that is known and not adapted."""
-    if type(module).__name__ == "Conv1D":
-        return ". A Conv1D (GPT-2) holds its weight transposed: replace it by an nn.Linear with weight.T first"
     if isinstance(module, nn.Embedding):
         return ". An embedding can be trained whole: name it in modules_to_save"
     return ""
@@ -244,15 +245,15 @@ def _nothing_matched(model: nn.Module, config: ResLoRAConfig) -> str:
         return "model is itself a linear layer and has no parent to swap it in: use ResLoRALinear.from_linear"
     roles: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (quantizer_of(module) is not None or why_not_linear(module) is None):
+        kind = kind_of(module)
+        if kind is not None and kind.is_linear and kind.why_not(module) is None:
             roles.setdefault(role_of(name), []).append(name)
     asked = f"target_modules={config.target_modules!r}"
     if config.exclude_modules:
         asked += f", exclude_modules={config.exclude_modules!r}"
     if config.layers_to_transform is not None:
         asked += f", layers_to_transform={config.layers_to_transform!r}"
-    transposed = next((_instead(module) for module in model.modules() if type(module).__name__ == "Conv1D"), "")
     if not roles:
-        return f"{asked} matches nothing: the model has no torch.nn.Linear{transposed}"
+        return f"{asked} matches nothing: the model has no torch.nn.Linear"
     listed = "; ".join(f"{role} ({len(names)}x, e.g. {names[0]!r})" for role, names in sorted(roles.items()))
-    return f"{asked} matches no linear layer of the model; candidates: {listed}{transposed}"
+    return f"{asked} matches no linear layer of the model; candidates: {listed}"

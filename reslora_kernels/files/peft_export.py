@@ -18,6 +18,7 @@ from ..checks import check_bool
 from ..config import MergeMethod
 from ..dtensors import class_of, gathered, mesh_of, one_writer, refuse_partitioned, reshard
 from ..layers.linear import ResLoRALinear
+from ..layers.transposed_linear import TransposedResLoRALinear
 from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
 from ..merge.statistics import Statistics
@@ -147,6 +148,7 @@ def export_peft(
             raise ValueError(f"parameter {name!r} holds NaN or Inf; nothing was written")
     config = _peft_config(root_of(model), list(layers), rank, biases, modules)
     config["use_dora"] = record_of(model).config.use_dora
+    config["fan_in_fan_out"] = any(isinstance(layer, TransposedResLoRALinear) for layer in layers.values())
     if part is None:
         refuse_rewritten(root_of(model), config, {PREFIX + name: tensor for name, tensor in tensors.items()})
     if pattern:

@@ -14,6 +14,7 @@ from ..adapt.base_checkpoint import named_parameters
 from ..adapt.record import adapted_layers, record_of
 from ..adapt.targets import endings_of
 from ..config import ResLoRAConfig, Shortcut, pattern_matches
+from ..layers.kinds import kind_of, sizes_of
 from .adapter_format import checked_folder, parsed_json, parsed_tensors, regular
 from .beside import check_shared
 from .peft_export import PREFIX
@@ -141,10 +142,11 @@ def _check_fit(
     found = {f"{name}.{kind}": list(tensor.shape) for (name, kind), tensor in matrices.items()}
     for name in {name for name, _ in matrices}:
         module, r = model.get_submodule(name), config.for_module(name).r
-        if isinstance(module, nn.Linear):  # of other kinds apply_reslora says what they are
-            shapes |= {f"{name}.lora_A": [r, module.in_features], f"{name}.lora_B": [module.out_features, r]}
+        if kind_of(module) is not None:  # of other modules apply_reslora says what they are
+            k, n = sizes_of(module)
+            shapes |= {f"{name}.lora_A": [r, k], f"{name}.lora_B": [n, r]}
             if config.use_dora:
-                shapes[f"{name}.lora_magnitude_vector"] = [module.out_features]
+                shapes[f"{name}.lora_magnitude_vector"] = [n]
     parameters = {name: list(parameter.shape) for name, parameter in named_parameters(model).items()}
     for name, tensor in others.items():
         found[name] = list(tensor.shape)

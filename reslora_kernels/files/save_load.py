@@ -28,6 +28,7 @@ from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
 from ..checks import check_bool, check_module
 from ..dtensors import fill, gathered, is_sharded, one_writer, refuse_flat, refuse_partitioned, reshard
+from ..layers.kinds import sizes_of
 from ..layers.linear import ResLoRALinear
 from ..layers.offloading import offloader
 from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, encoded, parsed, read, write
@@ -150,7 +151,7 @@ def load_adapter(
         return model
     if adapted:
         model_root = root_of(model)
-        record, layers = record_of(model), dict[str, nn.Linear](adapted_layers(model))
+        record, layers = record_of(model), dict[str, nn.Module](adapted_layers(model))
     else:
         model_root = model
         targets = find_targets(model, saved.config)
@@ -202,7 +203,7 @@ def _check_agreement(record: Record, saved: SavedAdapter, names: Mapping[int, st
         )
 
 
-def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Refuse an adapter that is not this model's: same layers, sizes, chains that cover each layer once."""
     missing, unexpected = sorted(layers.keys() - saved.layers), sorted(saved.layers - layers.keys())
     if missing or unexpected:
@@ -210,14 +211,15 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Lin
             f"the adapter does not fit the model: layers missing {missing[:5]}, unexpected {unexpected[:5]}"
         )
     shapes: dict[str, tuple[int, ...]] = {}
+    sizes = {name: sizes_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         if layer.weight.is_meta and offloader(layer) is None:
             raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
-        r = saved.config.for_module(name).r
+        r, (k, n) = saved.config.for_module(name).r, sizes[name]
         for kind in ("lora", "start") if saved.config.has_start else ("lora",):
             if saved.config.use_dora:
-                shapes[f"{name}.lora_magnitude_vector"] = (layer.out_features,)
-            shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = (r, layer.in_features), (layer.out_features, r)
+                shapes[f"{name}.lora_magnitude_vector"] = (n,)
+            shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = (r, k), (n, r)
     parameters = named_parameters(root)
     for name in saved.beside:
         if name not in parameters or name in shapes:
@@ -238,9 +240,11 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Lin
         if len(set(grouped)) != len(grouped) or not set(grouped) <= layers.keys():
             raise ValueError(f"{CONFIG_NAME}: same_input must hold adapted layers, each once at most")
         for names in saved.same_input:
-            if len({layers[name].in_features for name in names}) != 1:
+            if len({sizes[name][0] for name in names}) != 1:
                 raise ValueError(f"{CONFIG_NAME}: same_input {names} have inputs of different sizes")
         for title, names, _ in saved.chains:
-            sizes = {tuple(saved.tensors[f"{name}.lora_{kind}"].shape for kind in "AB") for name in names}
-            if len(sizes) != 1:
-                raise ValueError(f"{CONFIG_NAME}: chain {title!r} links layers of different sizes {sorted(sizes)}")
+            shapes_there = {tuple(saved.tensors[f"{name}.lora_{kind}"].shape for kind in "AB") for name in names}
+            if len(shapes_there) != 1:
+                raise ValueError(
+                    f"{CONFIG_NAME}: chain {title!r} links layers of different sizes {sorted(shapes_there)}"
+                )

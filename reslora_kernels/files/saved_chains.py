@@ -12,7 +12,7 @@ from ..layers.shortcuts import hands_on
 from .adapter_format import CONFIG_NAME, SavedAdapter
 
 
-def settled_chains(saved: SavedAdapter, model: nn.Module, layers: Mapping[str, nn.Linear]) -> list[ChainPlan]:
+def settled_chains(saved: SavedAdapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[ChainPlan]:
     """The chains to link in ``model``: those of the file, which the adapter was trained in.
 
     Earlier versions read chains off a run, by the last part of a name and the shapes of the tokens. Where the structure

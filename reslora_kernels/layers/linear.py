@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
     "_is_full_backward_hook",
 )  # fmt: skip
-_MACHINERY = vars(nn.Linear(1, 1, device="meta")).keys()  # what every linear layer holds
+_MACHINERY = {*vars(nn.Module()), "_hf_hook", "_old_forward", "forward"}  # not a layer's own: PyTorch's, accelerate's
 
 
 class Observer(Protocol):
@@ -69,7 +69,8 @@ class ResLoRALinear(nn.Linear):
     start_A: nn.Parameter | None
     start_B: nn.Parameter | None
     neighbours = Neighbours()
-    _base: tuple[type[nn.Linear], dict[str, Any]] = (nn.Linear, {})  # class and own attributes of the frozen layer
+    is_linear: ClassVar[bool] = True  # a map that "all-linear" means
+    _base: tuple[type[nn.Module], dict[str, Any]]  # class and own attributes of the frozen layer
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class ResLoRALinear(nn.Linear):
         check_floating("dtype", dtype)
         config = checked_config(config if config is not None else ResLoRAConfig())
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._base = nn.Linear, {"in_features": in_features, "out_features": out_features}
         self.requires_grad_(False)
         self._adapt(config, None)
 
@@ -115,9 +117,8 @@ class ResLoRALinear(nn.Linear):
         check_floating("adapter_dtype", adapter_dtype)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
+        layer._base = type(linear), {name: value for name, value in vars(linear).items() if name not in _MACHINERY}
         layer.share_base(linear)
-        if type(linear) is not nn.Linear:
-            layer._base = type(linear), {name: value for name, value in vars(linear).items() if name not in _MACHINERY}
         layer.requires_grad_(False)
         layer._adapt(config, adapter_dtype, init_values)
         return layer
@@ -129,12 +130,12 @@ class ResLoRALinear(nn.Linear):
             linear.weight = linear.bias = None  # type: ignore[assignment]
             self.__dict__["_displaced"] = linear
 
-    def leave(self) -> nn.Linear:
+    def leave(self) -> Any:
         """The frozen layer by itself: of the class it was, it shares weight, bias, hooks and training mode.
 
         It is the module that ``take_place_of`` was given last, if any, so that compiled code finds again what it knows.
         """
-        linear: nn.Linear | None = unhooked(self) or self.__dict__.pop("_displaced", None)  # type: ignore[assignment]
+        linear: Any = unhooked(self) or self.__dict__.pop("_displaced", None)
         if linear is None:
             kind, attributes = self._base
             linear = kind.__new__(kind)
@@ -144,15 +145,31 @@ class ResLoRALinear(nn.Linear):
         return linear
 
     @staticmethod
-    def check_base(linear: nn.Linear) -> None:
+    def stands_in_for(module: nn.Module) -> bool:
+        """Whether this kind of layer is for modules of that class."""
+        return isinstance(module, nn.Linear) and quantizer_of(module) is None
+
+    @staticmethod
+    def why_not(module: Any) -> str | None:
+        """What keeps a module of that class from being adapted; None where nothing does."""
+        return why_not_linear(module)
+
+    @staticmethod
+    def sizes(module: Any) -> tuple[int, int]:
+        """K and N of the module to adapt."""
+        return module.in_features, module.out_features
+
+    @classmethod
+    def check_base(cls, linear: Any) -> None:
         """TypeError unless this kind of layer can share ``linear``'s base."""
-        if not isinstance(linear, nn.Linear) or quantizer_of(linear) is not None:
+        if not cls.stands_in_for(linear):
             raise TypeError(f"linear must be an nn.Linear with a plain weight, got {type(linear).__name__}")
-        if fault := why_not_linear(linear):
+        if fault := cls.why_not(linear):
             raise TypeError(f"linear must be an nn.Linear, got {fault}")
 
     def share_base(self, linear: nn.Linear) -> None:
         """Take sizes, weight, bias, hooks and training mode from ``linear``, which stays as it is."""
+        self.in_features, self.out_features = self.sizes(linear)
         _share_base(self, linear)
         hook_like(linear, self, self._share_weights)
 
@@ -406,7 +423,6 @@ class ResLoRALinear(nn.Linear):
 
 
 def _share_base(layer: nn.Linear, other: nn.Linear) -> None:
-    layer.in_features, layer.out_features = other.in_features, other.out_features
     layer.weight, layer.bias = other.weight, other.bias
     share_hooks(other, layer)
     layer.training = other.training

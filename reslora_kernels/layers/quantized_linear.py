@@ -54,12 +54,20 @@ class QuantizedResLoRALinear(ResLoRALinear):
         return y.to(x.dtype)
 
     @staticmethod
-    def check_base(linear: nn.Linear) -> None:
-        if quantizer_of(linear) is None:
+    def stands_in_for(module: nn.Module) -> bool:
+        return quantizer_of(module) is not None
+
+    @staticmethod
+    def why_not(module: Any) -> str | None:
+        return None
+
+    @classmethod
+    def check_base(cls, linear: Any) -> None:
+        if not cls.stands_in_for(linear):
             raise TypeError(f"linear must hold a quantised weight, got {type(linear).__name__}")
 
     def share_base(self, linear: nn.Linear) -> None:
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = self.sizes(linear)
         self.base_layer = linear
         share_hooks(linear, self)
         self.training = linear.training

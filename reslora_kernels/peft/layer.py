@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..config import ResLoRAConfig
+from ..layers.kinds import KINDS, kind_of
 from ..layers.linear import ResLoRALinear, share_hooks
 from ..layers.offloading import bare_forward, hook_like
 from ..layers.quantized_linear import QuantizedResLoRALinear
-from ..quantizers import quantizer_of
 from .adapters import Adapters, only_one
 
 
@@ -54,12 +54,10 @@ class _BesideItsBase:
         nn.Module._load_from_state_dict(self, *args)  # type: ignore[arg-type]
 
 
-class Adapter(_BesideItsBase, ResLoRALinear):  # type: ignore[override]
-    """The adapter of a layer with a plain weight."""
-
-
-class QuantizedAdapter(_BesideItsBase, QuantizedResLoRALinear):  # type: ignore[override]
-    """The adapter of a layer whose weight another library holds quantised."""
+ADAPTERS: dict[type[ResLoRALinear], type[ResLoRALinear]] = {
+    kind: type(f"{kind.__name__}Adapter", (_BesideItsBase, kind), {"__module__": __name__}) for kind in KINDS
+}
+globals().update((adapter.__name__, adapter) for adapter in ADAPTERS.values())  # where pickle looks for them
 
 
 def _nothing_more_to_share(base_layer: nn.Module) -> None:
@@ -70,7 +68,8 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer, ``base_layer``, and its adapters by name in ``reslora_adapter``, of which one is in force.
 
     Args:
-        base_layer: a plain or quantised ``nn.Linear``. Its hooks become this layer's, accelerate's included.
+        base_layer: a module that ``layers.kinds`` has a kind of adapted layer for. Its hooks become this layer's,
+            accelerate's included.
         adapters: those of the model.
 
     Raises:
@@ -81,11 +80,11 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
     reslora_adapter: Any
     adapter_layer_names = ("reslora_adapter",)
 
-    def __init__(self, base_layer: nn.Linear, adapters: Adapters) -> None:
+    def __init__(self, base_layer: nn.Module, adapters: Adapters) -> None:
         super().__init__()
-        self._quantized = quantizer_of(base_layer) is not None
-        (QuantizedResLoRALinear if self._quantized else ResLoRALinear).check_base(base_layer)
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.kind = kind_of(base_layer) or ResLoRALinear
+        self.kind.check_base(base_layer)
+        self.in_features, self.out_features = self.kind.sizes(base_layer)
         self.base_layer = base_layer
         self.reslora_adapter = nn.ModuleDict()
         self.adapters = adapters
@@ -96,9 +95,8 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
     def add(self, adapter_name: str, config: ResLoRAConfig, random_b: bool = False) -> None:
         """A new adapter, in the dtype of the weight as PEFT's are, which casts it afterwards if asked to."""
         dtype = self.base_layer.weight.dtype
-        kind = QuantizedAdapter if self._quantized else Adapter
         holder: Any = self
-        adapter = kind.from_linear(holder, config, dtype if dtype.is_floating_point else None)
+        adapter = ADAPTERS[self.kind].from_linear(holder, config, dtype if dtype.is_floating_point else None)
         if random_b:
             nn.init.kaiming_uniform_(adapter.lora_B, a=math.sqrt(5))
         self.reslora_adapter[adapter_name] = adapter
@@ -111,7 +109,7 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
     @property
     def dequantized(self) -> bool:
         """Whether a plain layer with a merged weight is in the place of the quantised one."""
-        return self._quantized and self.merged
+        return self.kind is QuantizedResLoRALinear and self.merged
 
     @property
     def adapter_in_force(self) -> ResLoRALinear | None:
