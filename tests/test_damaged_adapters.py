@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,6 @@ from reslora_kernels.files.adapter_format import CONFIG_NAME, WEIGHTS_NAME
 
 from .adapter_files import X, adapted, assert_unchanged, put_tensors, put_weights, refused, rewrite, state
 from .models import Scrambled
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,15 +19,6 @@ from .models import FAMILIES, llama, randomize, t5, train
 
 SHORTCUTS = ("none", "input", "block", "middle")
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}  # the same algebra summed in another order
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These matrices are too small to share out, and threads that wait for a busy core cost more than they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(shortcut: str, **changes: Any) -> ResLoRAConfig:

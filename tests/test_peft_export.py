@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,6 @@ from .models import FAMILIES, Family, llama, randomize, roberta, t5
 SHORTCUTS = ("none", "input", "block", "middle")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUNDING = 2e-9  # float64; the same algebra in another order, through a whole model of random weights
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(shortcut: str = "block", **changes: Any) -> ResLoRAConfig:

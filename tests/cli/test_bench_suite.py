@@ -283,7 +283,6 @@ def test_memory_of_a_pass() -> None:
     assert highest([5, 5, -10, 7]) == 10 and highest([]) == 0
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_model_is_adapted_in_five_ways_on_shared_weights(bench: suite.Bench) -> None:
     rows = run_model(bench, ModelCase("llama", 2, 1, 8, r=2, pre_num=1, tiny=True))
     assert [(row.provider, row.method, row.status) for row in rows] == [
@@ -296,7 +295,6 @@ def test_a_model_is_adapted_in_five_ways_on_shared_weights(bench: suite.Bench) -
     assert all(row.per_second and row.peak_bytes and row.times_frozen and row.unit == "tokens" for row in rows)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_model_with_a_wrong_gradient_is_refused(bench: suite.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     from reslora_kernels.bench import models
 

@@ -17,8 +17,6 @@ from reslora_kernels.cli import loading, main
 from reslora_kernels.cli.finetune import command
 from reslora_kernels.cli.tokenization import PLAIN_CHAT_TEMPLATE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FAST = ["--max-steps", "6", "--save-steps", "3", "--per-device-train-batch-size", "2", "--learning-rate", "0.01"]
 Finetune = Callable[..., int]
 

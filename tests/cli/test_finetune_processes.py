@@ -20,7 +20,7 @@ from reslora_kernels.testing import max_error
 
 from ..distributed.launch import run_command
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 COMMON = ["--device", "cpu", "--learning-rate", "0.01", "--shortcut", "input", "--target-modules", "q_proj,v_proj"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

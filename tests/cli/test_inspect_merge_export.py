@@ -15,9 +15,6 @@ from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.cli import export, loading, main, merge
 from reslora_kernels.cli.options import parse_names
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 RUN = ", confirmed by a run"
 if not hasattr(transformers.utils.generic, "maybe_autocast"):  # the rotary embeddings of 4.56 ask autocast for "meta"
     RUN = "; a run with derived inputs failed (RuntimeError: unsupported scalarType"

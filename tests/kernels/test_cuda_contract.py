@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cuda_contract import Row, check, compile_source
+from benchmarks.cuda_contract import Row as CudaRow, check as check_cuda, compile_source
 from reslora_kernels.cli.toolchain import find_nvcc
 
-pytest.importorskip("triton", reason="the disassembler comes with Triton")
 CSRC = Path(__file__).parents[2] / "csrc"
 
 needs_compilers = pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
@@ -63,13 +62,13 @@ def test_streaming_kernels_hold_the_contract() -> None:
 
 def test_hopper_rules() -> None:
     instructions = {"HGMMA": 9, "UTMALDG": 4, "UTMASTG": 4}
-    assert check(Row("90a", "a_hopper_kernel<Bf16>", 168, 0, instructions, [], [40, 232], [])) == []
+    assert check_cuda(CudaRow("90a", "a_hopper_kernel<Bf16>", 168, 0, instructions, [], [40, 232], [])) == []
     streaming = {"HGMMA": 4, "UTMALDG": 2, "ACQBULK": 1, "PREEXIT": 1}
-    assert check(Row("90a", "project_hopper_kernel<Bf16>", 34, 0, streaming, [])) == []
-    assert check(Row("90a", "project_hopper_kernel<Bf16>", 34, 0, {"HMMA": 4}, [], [], ["C7520"])) == [
+    assert check_cuda(CudaRow("90a", "project_hopper_kernel<Bf16>", 34, 0, streaming, [])) == []
+    assert check_cuda(CudaRow("90a", "project_hopper_kernel<Bf16>", 34, 0, {"HMMA": 4}, [], [], ["C7520"])) == [
         "no HGMMA", "no UTMALDG", "no ACQBULK", "no PREEXIT", "ptxas remarks C7520",
     ]  # fmt: skip
-    assert check(Row("90a", "a_hopper_kernel<Bf16>", 168, 0, {"HGMMA": 9}, [], [], ["C7508", "C7520"])) == [
+    assert check_cuda(CudaRow("90a", "a_hopper_kernel<Bf16>", 168, 0, {"HGMMA": 9}, [], [], ["C7508", "C7520"])) == [
         "no UTMALDG", "no UTMASTG", "registers of the roles: [], not [40, 232]",
         "ptxas remarks C7508", "ptxas remarks C7520",
     ]  # fmt: skip
@@ -87,4 +86,4 @@ def test_hopper_rules() -> None:
     ],
 )
 def test_rules(kernel: str, stack: int, instructions: dict[str, int], violations: list[str]) -> None:
-    assert check(Row("90a", kernel, 64, stack, instructions, [])) == violations
+    assert check_cuda(CudaRow("90a", kernel, 64, stack, instructions, [])) == violations
