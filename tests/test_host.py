@@ -1,7 +1,11 @@
-"""What an eager call asks of Python and of PyTorch's dispatcher, counted. For times: ``reslora bench --set host``."""
+"""What a step of training costs, counted: calls of Python and the dispatcher, bytes kept for backward, leaks of none.
+
+For times: ``reslora bench --set host``.
+"""
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -10,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reslora_kernels import ResLoRAConfig, ResLoRALinear, link
+from reslora_kernels import ResLoRAConfig, ResLoRALinear, apply_reslora, link
 from reslora_kernels.backends import torch as library
 from reslora_kernels.side_channel import Needs, SideChannel
+
+from .models import randomize
 
 WIDTH, RANK = 32, 8
 # Python calls from one layer's forward to its operators; operators of a fused forward and backward pass
@@ -75,3 +81,78 @@ def test_operators_of_the_fused_passes(shortcut: str) -> None:
         needs = Needs(dresidual=residual is not None)
         library.backward(matrix(4, WIDTH), handed, x, w, *stacks[shortcut], u, side, None, needs)
     assert forward.count <= OPERATORS[shortcut][0] and backward.count <= OPERATORS[shortcut][1]
+
+
+M, K, R, LAYERS = 256, 128, 8, 4
+
+
+def saved_for_backward(shortcut: str, pre_num: int) -> tuple[int, set[tuple[int, ...]]]:
+    """Values kept beside parameters, each storage once, and their shapes; one chain whose inputs are outputs before."""
+    config = ResLoRAConfig(r=R, shortcut=shortcut, pre_num=pre_num)
+    layers = [ResLoRALinear(K, K, config=config) for _ in range(LAYERS)]
+    chain = link(layers)
+    parameters = {p.data_ptr() for layer in layers for p in layer.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x = torch.randn(M, K, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), chain.forward_pass():
+        y = nn.Sequential(*layers)(x)
+    y.sum().backward()
+    return sum(t.untyped_storage().nbytes() // 4 for t in kept.values()), {tuple(t.shape) for t in kept.values()}
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", 1), ("middle", -1), ("block", 2)])
+def test_a_shortcut_keeps_rank_sized_tensors_only(shortcut: str, pre_num: int) -> None:
+    plain, plain_shapes = saved_for_backward("none", 0)
+    assert plain == LAYERS * M * (K + R)
+    values, shapes = saved_for_backward(shortcut, pre_num)
+    handed = (LAYERS - 1) * M * R
+    if shortcut == "block":  # nothing is handed on; u has one [M, r] part per block used
+        handed = sum(min(pre_num, n) for n in range(LAYERS)) * M * R
+    assert values <= plain + handed
+    assert {shape for shape in shapes if shape[-1] >= K} == {shape for shape in plain_shapes if shape[-1] >= K}
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(8, 8)}) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block["proj"](x))
+        return x
+
+
+def tensors() -> list[torch.Tensor]:
+    """All tensors that Python can reach."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of a deprecated object that isinstance looks at
+@pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", -1), ("block", 2)])
+def test_a_thousand_steps(shortcut: str, pre_num: int) -> None:
+    of_others = tensors()  # held, so that none of them goes meanwhile
+    known = {id(tensor) for tensor in of_others}
+    torch.manual_seed(0)
+    config = ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num, lora_dropout=0.1)
+    model = randomize(apply_reslora(Stack(), config, example_inputs=torch.zeros(1, 8))).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    x = torch.randn(2, 8)
+    counts = []
+    for step in range(1, 1001):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if step in (20, 500, 1000):
+            own = [tensor for tensor in tensors() if id(tensor) not in known]
+            counts.append((len(own), sum(tensor.untyped_storage().nbytes() for tensor in own)))
+            del own
+    assert counts[1:] == counts[:-1], counts

@@ -1,11 +1,19 @@
-"""Imports go down only: reads every import of the package, also those inside functions, and names one that goes up."""
+"""What an import takes: the package's own imports go down only, torch is enough, no public name is lost.
+
+Every import is read, also those inside functions, and one that goes up is named. After a change of the public names on
+purpose: ``python -m tests.test_layers > tests/public_names.json``.
+"""
 
 from __future__ import annotations
 
 import ast
+import inspect
+import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -216,3 +224,84 @@ def test_downward_imports_are_accepted(tmp_path: Path) -> None:
     )
     (root / "files/save_load.py").write_text("import torch\nfrom ..config import X\ndef f():\n    import safetensors")
     assert [fault for path in root.rglob("*.py") for fault in violations(path, root)] == []
+
+
+OPTIONAL = ["safetensors", "transformers", "peft", "accelerate", "datasets", "diffusers", "triton"]
+OPTIONAL += ["typer", "rich", "matplotlib", "jinja2", "pandas"]
+BLOCKED = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"  # importing one of them now fails
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_import_needs_torch_alone() -> None:
+    finished = python(BLOCKED + "import reslora_kernels as r; [getattr(r, name) for name in r.__all__]")
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_import_touches_no_gpu() -> None:
+    finished = python(
+        "import torch\n"
+        "def refuse(*_): raise AssertionError('CUDA was queried')\n"
+        "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = torch.cuda._lazy_init = refuse\n"
+        "import reslora_kernels as r; [getattr(r, name) for name in r.__all__]\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_import_adds_no_heavy_module() -> None:
+    finished = python(
+        "import sys, torch; before = set(sys.modules)\n"
+        "import reslora_kernels as r; [getattr(r, name) for name in r.__all__]\n"
+        f"print(sorted({{name.split('.')[0] for name in set(sys.modules) - before}} & set({OPTIONAL!r})))"
+    )
+    assert finished.stdout.strip() == "[]", finished.stderr
+
+
+def test_training_a_layer_needs_torch_alone() -> None:
+    finished = python(
+        BLOCKED + "import torch, reslora_kernels as r\n"
+        "layer = r.ResLoRALinear(4, 3, config=r.ResLoRAConfig(r=2, shortcut='none'))\n"
+        "layer(torch.ones(2, 4)).sum().backward()\n"
+        "assert layer.lora_B.grad is not None and layer.weight.grad is None"
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_command_without_typer_names_the_fix() -> None:
+    finished = python(BLOCKED + "from reslora_kernels.cli import main; sys.exit(main(['doctor']))")
+    assert finished.returncode == 2
+    assert finished.stderr == "reslora: error: typer and rich are not installed; run: pip install typer rich\n"
+
+
+MODULES = ("reslora_kernels", "reslora_kernels.ops", "reslora_kernels.reference", "reslora_kernels.training")
+LISTED = Path(__file__).with_name("public_names.json")
+
+
+def public_names() -> dict[str, dict[str, str]]:
+    """Module -> name -> signature, of the functions and classes that a module defines or lists as its own."""
+    found: dict[str, dict[str, str]] = {}
+    for module in map(import_module, MODULES):
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        names = getattr(module, "__all__", [name for name in own if not name.startswith("_")])
+        found[module.__name__] = {name: signature(getattr(module, name)) for name in sorted(names)}
+    return found
+
+
+def signature(value: object) -> str:
+    if not callable(value):
+        return type(value).__name__
+    if getattr(value, "_is_protocol", False):
+        return "Protocol"
+    parameters = inspect.signature(value).parameters.values()
+    return str([str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters])
+
+
+def test_public_names_are_those_that_are_listed() -> None:
+    assert public_names() == json.loads(LISTED.read_text())
+
+
+if __name__ == "__main__":
+    print(json.dumps(public_names(), indent=1))

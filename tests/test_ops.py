@@ -1,15 +1,23 @@
-"""The functional core against plain PyTorch: exact on integers, else within twice its own error; all gradients."""
+"""The functional core against plain PyTorch: exact on integers, else within twice its own error; all gradients.
+
+Also on shapes, strides and stacks that hypothesis chooses, and under functorch's transforms.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 
-from reslora_kernels import dropout
+from reslora_kernels import ResLoRAConfig, apply_reslora, dropout
 from reslora_kernels.ops import lora_linear
 from reslora_kernels.ops.function import FEW_VALUES
-from reslora_kernels.testing import assert_close_to_truth
+from reslora_kernels.testing import assert_close_to_truth, max_error, relative_error
+
+from .models import randomize
 
 SEED = torch.tensor(2024)
 
@@ -236,3 +244,141 @@ def test_second_derivative_of_the_fused_form_is_refused() -> None:
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+SIZES = st.integers(1, 19)
+LAYOUTS = st.sampled_from(["contiguous", "transposed", "every other", "offset"])
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same values in other memory."""
+    if layout == "transposed":
+        return values.transpose(-2, -1).contiguous().transpose(-2, -1)
+    if layout == "every other":
+        *outer, rows, columns = values.shape
+        wide = values.new_zeros(*outer, 2 * rows, columns)
+        wide[..., ::2, :] = values
+        return wide[..., ::2, :]
+    if layout == "offset":
+        wide = values.new_zeros(*values.shape[:-1], values.shape[-1] + 1)
+        wide[..., 1:] = values
+        return wide[..., 1:]
+    return values
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    leading=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    k=SIZES,
+    n=SIZES,
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS),
+    p=st.sampled_from([0.0, 0.4]),
+    c=st.sampled_from([1.0, 2.0]),
+    with_bias=st.booleans(),
+    with_residual=st.booleans(),
+    ahead=st.integers(0, 4),
+    seed=st.integers(0, 2**62),
+)
+def test_any_shape_equals_plain_pytorch(
+    leading: list[int], k: int, n: int, ranks: list[int], layouts: tuple[str, str, str], p: float, c: float,
+    with_bias: bool, with_residual: bool, ahead: int, seed: int,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed % 1000)
+
+    def draw(*shape: int, layout: str = "contiguous") -> Tensor:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return laid_out(values, layout).detach().requires_grad_()
+
+    x = draw(*leading, k, layout=layouts[0]) if len(leading) > 1 or leading[0] else draw(*leading, k)
+    weight = draw(n, k, layout=layouts[1])
+    b_stack = [draw(n, r, layout=layouts[2]) for r in ranks]
+    a_stack = [draw(r, k, layout=layouts[2]) for r in ranks] + ([draw(ahead, k)] if ahead else [])
+    bias = draw(n) if with_bias else None
+    residual = draw(*leading, sum(ranks)) if with_residual else None
+    hand = (sum(ranks), sum(ranks) + ahead) if ahead else None
+    seed_tensor = torch.tensor(seed)
+    y, h = lora_linear(
+        x, weight, bias, a_stack, b_stack, residual, scaling=0.5, c=c, p=p, seed=seed_tensor, hand=hand, backend="torch"
+    )
+    inputs = [t for t in (x, weight, bias, residual, *a_stack, *b_stack) if t is not None]
+    outputs, upstream = [y], [torch.randn(y.shape, generator=generator, dtype=torch.float64)]
+    if h is not None:
+        outputs, upstream = [y, h], [*upstream, torch.randn(h.shape, generator=generator, dtype=torch.float64)]
+    gradients = torch.autograd.grad(outputs, inputs, upstream)
+
+    mask = dropout.keep_mask(seed_tensor, x.shape[:-1].numel(), k, p).reshape(x.shape) if p else None
+    every_h = (dropout.apply_mask(x, mask, p) if mask is not None else x) @ torch.cat(a_stack).T
+    u = c * every_h[..., : sum(ranks)] + (residual if residual is not None else 0)
+    plain = [torch.nn.functional.linear(x, weight, bias) + 0.5 * u @ torch.cat(b_stack, dim=1).T]
+    if hand is not None:
+        plain.append(every_h[..., hand[0] : hand[1]])
+    expected = torch.autograd.grad(plain, inputs, upstream)
+    for actual, truth in zip((*outputs, *gradients), (*plain, *expected), strict=True):
+        assert actual.shape == truth.shape
+        assert relative_error(actual, truth) < 1e-13
+
+
+SHORTCUTS = [("input", 1), ("block", 2), ("middle", 2)]
+
+
+class Blocks(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6, bias=bias, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return x
+
+
+def blocks(shortcut: str, pre_num: int, bias: bool = True, p: float = 0.0) -> nn.Module:
+    config = ResLoRAConfig(r=2, lora_alpha=6, shortcut=shortcut, pre_num=pre_num, lora_dropout=p)
+    return randomize(apply_reslora(Blocks(bias), config))
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
+@pytest.mark.filterwarnings("error::UserWarning")
+class TestTransforms:
+    def test_gradients_of_each_sample(self, shortcut: str, pre_num: int) -> None:
+        model, x = blocks(shortcut, pre_num), torch.randn(4, 3, 6, dtype=torch.float64)
+
+        def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+            return functional_call(model, parameters, (sample,)).square().sum()
+
+        found = vmap(grad(loss), in_dims=(None, 0))(trained(model), x)
+        for i, sample in enumerate(x):
+            alone = torch.autograd.grad(
+                model(sample).square().sum(), [p for p in model.parameters() if p.requires_grad]
+            )
+            for name, wanted in zip(found, alone, strict=True):
+                assert max_error(found[name][i], wanted) < 1e-12
+
+    @pytest.mark.parametrize("kind", ["lora_A", "lora_B"])
+    def test_an_ensemble_of_adapters_on_one_input(self, shortcut: str, pre_num: int, kind: str) -> None:
+        model, x = blocks(shortcut, pre_num, bias=False), torch.randn(3, 6, dtype=torch.float64)
+        several = {name: torch.stack([p, -2 * p]) for name, p in trained(model).items() if kind in name}
+        found = vmap(lambda parameters: functional_call(model, parameters, (x,)))(several)
+        for i in range(2):
+            wanted = functional_call(model, {name: p[i] for name, p in several.items()}, (x,))
+            assert max_error(found[i], wanted) < 1e-13
+
+    def test_jacobians(self, shortcut: str, pre_num: int) -> None:
+        model, x = blocks(shortcut, pre_num), torch.randn(2, 6, dtype=torch.float64)
+        wanted = torch.autograd.functional.jacobian(model, x)
+        for transform in (jacrev, jacfwd):
+            assert max_error(transform(model)(x), wanted) < 1e-12
+
+    def test_dropout_draws_as_vmap_is_told(self, shortcut: str, pre_num: int) -> None:
+        model = blocks(shortcut, pre_num, p=0.5).train()
+        x = torch.randn(1, 3, 6, dtype=torch.float64).expand(2, 3, 6)
+        one, two = vmap(model, randomness="same")(x)
+        assert torch.equal(one, two)
+        one, two = vmap(model, randomness="different")(x)
+        assert not torch.equal(one, two)

@@ -1,23 +1,25 @@
-"""ResLoRA under PEFT on bases that other libraries quantise, offload or spread; and what is not saved."""
+"""ResLoRA under PEFT on bases that are quantised, offloaded or spread; what is not saved; public reports.
+
+``docs/reports.md`` lists the reports of PEFT and TRL that are tried here with ResLoRA as the method.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
+from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, merge_reslora, unload
+from reslora_kernels.peft import ResLoRAPeftConfig, to_native
+from reslora_kernels.quantizers.bitsandbytes import keep_order
 
-from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, merge_reslora, unload  # noqa: E402
-from reslora_kernels.peft import ResLoRAPeftConfig, to_native  # noqa: E402
-from reslora_kernels.quantizers.bitsandbytes import keep_order  # noqa: E402
-
-from .models import FAMILIES, llama, logits, randomize  # noqa: E402
+from .models import FAMILIES, llama, logits, randomize, roberta
 
 BATCH = FAMILIES["llama"].batch(1)
 WANTED: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -202,3 +204,60 @@ def test_zero_3_is_refused_before_training(way: str, shortcut: str) -> None:
         parameter.ds_shape, parameter.ds_id = parameter.shape, number
     with pytest.raises(ValueError, match=r"ZeRO-3.*train with ZeRO-2"):
         model(**BATCH)
+
+
+def config(**changes: object) -> ResLoRAPeftConfig:
+    return ResLoRAPeftConfig(r=4, target_modules=["q_proj", "v_proj"], **{"shortcut": "input", **changes})
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name")
+@pytest.mark.parametrize("name", ["lora", "reslora", "adapter", "model"])
+def test_peft_2699_an_adapter_may_be_called_like_a_part_of_a_name(tmp_path: Path, name: str) -> None:
+    """Keys with the adapter's name in them were taken apart in the wrong place, and the adapter started at random."""
+    model = randomize(peft.get_peft_model(llama(), config(), adapter_name=name))
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / name)
+    assert torch.equal(logits(loaded), logits(model))
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=name)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_peft_1381_a_merged_model_is_saved_without_its_adapter(tmp_path: Path) -> None:
+    """The folder held the adapter as well, which was then applied to the merged weights a second time."""
+    model = randomize(peft.get_peft_model(llama(), config(shortcut="block")))
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter*"))
+    assert torch.equal(logits(type(merged).from_pretrained(tmp_path).eval()), logits(merged))
+
+
+def test_peft_3455_unload_while_the_active_adapter_trains_no_module_whole() -> None:
+    """It failed with a TypeError, after some layers had been unloaded."""
+    batch = FAMILIES["roberta"].batch(1)
+    both = {"target_modules": ["query"], "r": 4}
+    model = peft.get_peft_model(roberta(), ResLoRAPeftConfig(modules_to_save=["classifier"], **both))
+    model.add_adapter("other", ResLoRAPeftConfig(**both))
+    model.set_adapter("other")
+    assert torch.equal(logits(model.unload(), batch), logits(roberta(), batch))
+
+
+def test_sentence_transformers_3865_transformers_loads_what_was_trained(tmp_path: Path) -> None:
+    """Transformers' own adapter methods attached the layers and dropped the trained weights."""
+    model = randomize(peft.get_peft_model(llama(), config()))
+    model.save_pretrained(tmp_path)
+    loaded = llama()
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.disable_adapters()
+    assert torch.equal(logits(loaded), logits(llama()))
+
+
+def test_peft_2118_a_file_that_lacks_a_layer_is_not_loaded_in_silence(tmp_path: Path) -> None:
+    """Missing keys went unnoticed, and their layers stayed at their start."""
+    from safetensors.torch import load_file, save_file
+
+    peft.get_peft_model(llama(), config()).save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(weights).items() if "layers.1." not in name}, weights)
+    with pytest.warns(UserWarning, match=r"missing adapter keys.*layers\.1"):
+        peft.PeftModel.from_pretrained(llama(), tmp_path)

@@ -1,4 +1,4 @@
-"""Transformers' Trainer with ResLoRACallback: exact resume, statistics that survive it, merged evaluation."""
+"""Transformers' Trainer with ResLoRACallback and AdapterCheckpoints: resume, files, evaluation; sharding's refusals."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+    Trainer,
+    TrainingArguments,
+)
 
-from reslora_kernels import ResLoRAConfig, apply_reslora, collect_statistics, load_adapter, merge_reslora
-from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels import ResLoRAConfig, apply_reslora, collect_statistics, load_adapter, merge_reslora, shard_reslora
+from reslora_kernels.adapt.record import adapted_layers, record_of
+from reslora_kernels.reference import chain_forward
+from reslora_kernels.testing import relative_error
 from reslora_kernels.training import STATISTICS_NAME, AdapterCheckpoints, ResLoRACallback
 
-from .models import FAMILIES, llama
+from .cli.conftest import make_tokenizer
+from .distributed.residual import SHORTCUTS, Block, residual
+from .models import FAMILIES, llama, randomize
 
 SETTINGS = {"norm_window": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 16}
 
@@ -199,3 +213,159 @@ def test_a_checkpoint_is_an_adapter(tmp_path: Path) -> None:
     run.train()
     model = load_adapter(llama(), tmp_path / "checkpoint-3")
     assert_same(trained(model), trained(run.model))
+
+
+WEIGHTS = {"model.safetensors", "config.json", "generation_config.json"}  # the plain Trainer's, of the whole model
+ADAPTER = {"reslora_config.json", "reslora_model.safetensors"}
+
+
+class ResLoRATrainer(AdapterCheckpoints, Trainer):
+    pass
+
+
+def trainer_of(kind: type[Trainer], model: Any, folder: Path, **more: Any) -> Any:
+    ids = FAMILIES["llama"].batch(5)["input_ids"].repeat(2, 1)
+    options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.02}
+    arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **options)
+    return kind(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids], **more)
+
+
+def adapted(model: Any) -> Any:
+    torch.manual_seed(3)
+    return apply_reslora(model, ResLoRAConfig(r=2, shortcut="input", target_modules=["q_proj", "v_proj"]))
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def test_it_writes_what_the_trainer_writes(tmp_path: Path) -> None:
+    for kind, model in ((Trainer, llama()), (ResLoRATrainer, adapted(llama()))):
+        run = trainer_of(kind, model, tmp_path / kind.__name__, processing_class=make_tokenizer())
+        run.train()
+        run.save_model(str(tmp_path / kind.__name__ / "saved"))
+    for folder in ("checkpoint-4", "saved"):
+        plain, adapters = files(tmp_path / "Trainer" / folder), files(tmp_path / "ResLoRATrainer" / folder)
+        assert plain >= WEIGHTS and {"tokenizer.json", "training_args.bin"} <= plain
+        assert adapters == plain - WEIGHTS | ADAPTER
+
+
+QUANTIZED = {
+    "NF4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+def quantized(kind: str, folder: Path) -> Any:
+    """The small model loaded quantised, as Transformers does it."""
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config: Any = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        config = QUANTIZED[kind]
+    if not folder.exists():
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_key_value_heads": 4,
+        }  # what bitsandbytes packs on CPUs
+        shape = LlamaConfig(**{**llama().config.to_dict(), **sizes, "head_dim": 16})
+        torch.manual_seed(0)
+        LlamaForCausalLM(shape).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+
+
+@pytest.mark.parametrize("kind", ["NF4", "int8", "torchao"])
+def test_a_quantised_base_trains_and_resumes(kind: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    run = trainer_of(ResLoRATrainer, adapted(quantized(kind, base)), tmp_path / "run")
+    assert run.model.is_quantized
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+    run.train()
+    trained = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+    assert all(not torch.equal(trained[name], before[name]) for name in trained)
+    resumed = trainer_of(ResLoRATrainer, adapted(quantized(kind, base)), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    loaded = load_adapter(quantized(kind, base), tmp_path / "run" / "checkpoint-4")
+    for model in (resumed.model, loaded):
+        found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        assert found.keys() == trained.keys()
+        assert all(torch.equal(found[name], trained[name]) for name in found)
+
+
+def test_without_adapters_a_quantised_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer_of(ResLoRATrainer, quantized("NF4", tmp_path / "base"), tmp_path / "run")
+
+
+def merged() -> nn.Module:
+    model = residual("block")
+    merge_reslora(model)
+    return model
+
+
+def other_dtype() -> nn.Module:
+    model = residual("block")
+    model.head.bias = nn.Parameter(model.head.bias.detach().float())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "blocks", "error", "message"),
+    [
+        (lambda: nn.Linear(2, 2), lambda m: [], ValueError, "no ResLoRA adapters"),
+        (lambda: residual("block"), lambda m: [], ValueError, "at least one module"),
+        (lambda: residual("block"), lambda m: 3, TypeError, "blocks must be modules"),
+        (lambda: residual("block"), lambda m: ["blocks.0"], TypeError, r"blocks\[0\] must be an nn.Module, got str"),
+        (lambda: residual("block"), lambda m: [m], ValueError, "the model itself"),
+        (lambda: residual("block"), lambda m: [nn.Linear(2, 2)], ValueError, "a Linear that is not in the model"),
+        (lambda: residual("block"), lambda m: [m.head, m.head], ValueError, "same module twice"),
+        (lambda: residual("block"), lambda m: m.blocks, RuntimeError, "init_process_group"),
+        (merged, lambda m: m.blocks, ValueError, "unmerge_reslora"),
+        (other_dtype, lambda m: m.blocks, ValueError, "'head.bias' is torch.float32"),
+    ],
+)
+def test_shard_reslora_refuses(
+    make: Callable[[], nn.Module], blocks: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    model = make()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(error, match=message):
+        shard_reslora(model, blocks(model))
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_adapters_must_not_be_ignored() -> None:
+    model = residual("block")
+    with pytest.raises(ValueError, match="ignored_params must not hold adapters"):
+        shard_reslora(model, model.blocks, ignored_params={model.blocks[0].up.lora_A})
+
+
+def test_import_leaves_fsdp_alone() -> None:
+    code = "import sys, reslora_kernels as r; r.shard_reslora; print('torch.distributed.fsdp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_chains_end_at_stage_borders(shortcut: str) -> None:
+    """Every stage's layers compute what the reference computes for chains of that stage alone."""
+    torch.manual_seed(0)
+    stages = [nn.Sequential(*(Block(12, 18) for _ in range(count))).double() for count in (2, 3)]
+    config = ResLoRAConfig(r=3, lora_alpha=6, shortcut=shortcut, pre_num=-1)
+    calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    for stage in stages:
+        randomize(apply_reslora(stage, config, example_inputs=torch.zeros(1, 2, 12, dtype=torch.float64)))
+        for layer in adapted_layers(stage).values():
+            layer.register_forward_hook(lambda m, args, y: calls.update({m: (args[0], y)}))
+    x = torch.randn(4, 5, 12, dtype=torch.float64)
+    for stage in stages:
+        x = stage(x)
+    for stage, length in zip(stages, (2, 3), strict=True):
+        assert [len(chain) for chain in record_of(stage).chains] == [length, length]
+        for chain in record_of(stage).chains:
+            xs, ys = zip(*(calls[layer] for layer in chain.layers), strict=True)
+            weights, biases = [layer.weight for layer in chain.layers], [layer.bias for layer in chain.layers]
+            loras = [[getattr(layer, kind) for layer in chain.layers] for kind in ("lora_A", "lora_B")]
+            truth = chain_forward(shortcut, -1, config.scaling, list(xs), weights, biases, *loras)
+            assert max(relative_error(y, expected) for y, expected in zip(ys, truth, strict=True)) < 1e-14

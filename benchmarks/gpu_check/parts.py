@@ -23,9 +23,8 @@ PASSED, FAILED, SKIPPED, UNFINISHED = "passed", "failed", "skipped", "ran out of
 GRACE = 20.0  # seconds that a child has to write its report after it was interrupted
 # By what would be learnt, what may take the GPU along last; each file is run in a process of its own.
 TEST_FILES = (
-    "tests/kernels/test_cuda_backend.py", "tests/kernels/test_triton_backend.py", "tests/test_gpu.py",
-    "tests/kernels/test_first_backward.py", "tests/kernels/test_on_gpu.py", "tests/kernels/test_hopper_choice.py",
-    "tests/kernels/test_hopper.py",
+    "tests/kernels/test_cuda_backend.py", "tests/kernels/test_triton_backend.py", "tests/kernels/test_on_gpu.py",
+    "tests/kernels/test_hopper_choice.py", "tests/kernels/test_hopper.py",
 )  # fmt: skip
 TEST_SECONDS = 60.0  # a test that takes longer hangs
 HANG_SECONDS = 120.0  # and a case of the bench

@@ -1,9 +1,12 @@
-"""The command line around the commands: help without importing them, errors as one line, exit statuses."""
+"""The command line around the commands: help without importing them, errors as one line, output folders."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import typer
 
 import reslora_kernels
 from reslora_kernels.cli import app, main
+from reslora_kernels.cli.output import check_replaceable, check_writable, whole_folder
 
 
 def install(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
@@ -125,3 +129,148 @@ def test_interrupt_and_abort(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     install(monkeypatch, aborted)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == "reslora: error: aborted\n"
+
+
+def write(out: Path, text: str = "new") -> None:
+    with whole_folder(out) as folder:
+        (folder / "result").write_text(text)
+        (folder / "part").mkdir()
+        (folder / "part" / "more").write_text(text)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+RESULT = {"result": "new", "part/more": "new"}
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    folder = tmp_path / "disk" / "out"
+    (folder / "part").mkdir(parents=True)
+    (folder / "result").write_text("old")
+    (folder / "part" / "stale").write_text("old")
+    (folder / "stale").write_text("old")
+    return folder
+
+
+def only(folder: Path, *names: str) -> bool:
+    return sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+def test_replaces_a_folder_whole(earlier: Path) -> None:
+    write(earlier)
+    assert content(earlier) == RESULT
+    assert only(earlier.parent, "out")
+
+
+def test_link_leads_to_the_folder_and_stays(earlier: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(earlier)
+    check_replaceable(tmp_path / "link", True, "result", ())
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert content(earlier) == RESULT
+    assert only(earlier.parent, "out") and only(tmp_path, "disk", "link")
+
+
+def test_link_to_nothing_yet(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "later" / "out")
+    check_writable("--out", tmp_path / "link")
+    assert only(tmp_path, "link")
+    write(tmp_path / "link")
+    assert content(tmp_path / "later" / "out") == RESULT
+
+
+def test_source_behind_a_link_is_not_replaced(earlier: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(earlier)
+    with pytest.raises(ValueError, match="which is read"):
+        check_replaceable(tmp_path / "link", True, "result", (earlier,))
+
+
+def test_folder_that_cannot_be_renamed_is_filled(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def busy(source: Any, target: Any) -> None:
+        if Path(source) == earlier:
+            raise OSError(16, "Device or resource busy")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    write(earlier)
+    assert content(earlier) == RESULT
+    assert only(earlier, "result", "part") and only(earlier.parent, "out")
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="mounts a disk in a namespace of its own")
+def test_mount_point(earlier: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from reslora_kernels.cli.output import check_writable, whole_folder\n"
+        "out = Path(sys.argv[1]); (out / 'stale').write_text('old'); check_writable('--out', out)\n"
+        "with whole_folder(out) as folder: (folder / 'result').write_text('new')\n"
+        "print(sorted(path.name for path in out.iterdir()))"
+    )
+    command = f'mount -t tmpfs none {earlier} && {sys.executable} -c "$CODE" {earlier}'
+    environment = os.environ | {"CODE": code, "PYTHONPATH": str(Path(reslora_kernels.__file__).parents[1])}
+    shell = ["unshare", "-rm", "sh", "-c"]
+    if subprocess.run([*shell, f"mount -t tmpfs none {earlier}"], capture_output=True, check=False).returncode:
+        pytest.skip("may not mount here")
+    finished = subprocess.run([*shell, command], env=environment, capture_output=True, text=True, check=False)
+    assert finished.stdout == "['result']\n", finished.stderr
+    assert only(earlier.parent, "out")
+
+
+def test_error_of_the_work_leaves_everything_as_it_was(earlier: Path) -> None:
+    before = content(earlier)
+    with pytest.raises(KeyError), whole_folder(earlier) as folder:
+        (folder / "result").write_text("half")
+        raise KeyError
+    assert content(earlier) == before
+    assert only(earlier.parent, "out")
+
+
+def test_finished_result_that_cannot_be_placed_is_kept(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real = content(earlier), os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target) == earlier and Path(source).suffix == ".new":
+            raise OSError(5, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"the result is finished and in '(.*)'; it could not") as caught:
+        write(earlier)
+    kept = Path(str(caught.value).split("'")[1])
+    assert content(kept) == RESULT
+    assert content(earlier) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda at: (at / "out").write_text(""), "is a file, not a folder"),
+        (lambda at: (at / "out").symlink_to("out"), "circle|cannot be"),
+        (lambda at: (at / "out").symlink_to("/proc/nothing/here"), "cannot be written in '/proc'"),
+    ],
+    ids=["file", "circle of links", "where nobody may write"],
+)
+def test_what_would_fail_is_refused_early(make: Any, message: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(OSError, match=message):
+        check_writable("--out", tmp_path / "out")
+
+
+def test_name_that_is_too_long_is_refused_early(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"cannot be written.*too long"):
+        check_writable("--out", tmp_path / "new" / ("x" * 300))
+    assert only(tmp_path)
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))}
+    assert modes == {"out": 0o750, "part": 0o750, "result": 0o640, "more": 0o640}

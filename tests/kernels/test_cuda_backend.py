@@ -1,4 +1,4 @@
-"""The CUDA backend against float64: exact on integers, else within twice PyTorch's own error; every result of it.
+"""The CUDA backend against float64: exact on integers, else within twice PyTorch's own error; and what keeps it away.
 
 On a GPU the extension that was built, elsewhere the same sources in the emulator of ``tests/cuda_on_cpu``.
 """

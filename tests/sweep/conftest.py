@@ -2,11 +2,75 @@
 
 from __future__ import annotations
 
+import platform
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from .table import Table
+HEADER = """# The sweep: small models of many architectures
+
+Written by `make sweep`, from models with random weights in float64. "adapted" counts the linear layers that
+`target_modules="all-linear"` adapts, "PEFT" those that PEFT's `all-linear` does. The figures are the largest relative
+differences over the four shortcuts: of all outputs and of all gradients of A and B from the equations stated in
+`tests/sweep/equations.py`; of the outputs of the merged model from those of the unmerged one, where that is exact;
+after saving and loading; of the export in PEFT from the merged model; of gradients under checkpointing from those
+without; of logits of cached decoding from uncached. "-" stands for what an architecture does not offer.
+"""
+COLUMNS = (
+    "architecture", "kind", "adapted", "PEFT", "outputs", "gradients", "merged", "loaded", "in PEFT", "checkpointed",
+    "cached decoding", "notes",
+)  # fmt: skip
+
+
+@dataclass
+class Row:
+    """An architecture. ``figures``: the worst relative difference by column; ``notes``: why counts differ, refusals."""
+
+    name: str
+    kind: str
+    adapted: int = 0
+    peft: str = "-"
+    figures: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def worst(self, column: str, figure: float) -> None:
+        self.figures[column] = max(figure, self.figures.get(column, 0.0))
+
+    def cells(self) -> list[str]:
+        figures = [f"{self.figures[c]:.0e}" if c in self.figures else "-" for c in COLUMNS[4:-1]]
+        notes = [*(f"**{failure}**" for failure in self.failures), *dict.fromkeys(self.notes)]
+        return [self.name, self.kind, str(self.adapted), self.peft, *figures, "; ".join(notes)]
+
+
+class Table:
+    """Rows in the order in which the tests ran."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def text(self) -> str:
+        kinds = Counter(row.kind for row in self.rows)
+        total = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        lines = [
+            HEADER,
+            f"{len(self.rows)} architectures: {total}. {_versions()}",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+        ]
+        lines.append("|" + " --- |" * len(COLUMNS))
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+
+def _versions() -> str:
+    """What they were computed with."""
+    libraries = ("torch", "transformers", "peft", "diffusers")
+    return f"On {platform.machine()}, {', '.join(f'{name} {version(name)}' for name in libraries)}."
+
 
 HERE = Path(__file__).parent
 

@@ -26,8 +26,8 @@ from reslora_kernels.adapt.record import adapted_layers
 
 from ..models import randomize
 from .architectures import ARCHITECTURES, Architecture
+from .conftest import Row, Table
 from .equations import Equations
-from .table import Row, Table
 
 pytestmark = [pytest.mark.sweep, pytest.mark.slow]
 SHORTCUTS = ("none", "input", "block", "middle")

@@ -1,4 +1,4 @@
-"""Which addresses a launch may touch, and in which order its programs run."""
+"""Which addresses a launch may touch, in which order its programs run, and the number formats that numpy lacks."""
 
 from __future__ import annotations
 
@@ -123,3 +123,22 @@ STATE = State()
 def set_program_order(seed: int) -> None:
     """Seed the order in which programs run from the next launch on; each launch draws another order."""
     STATE.seed, STATE.launches = seed, 0
+
+
+def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
+    """Float32 values of bfloat16 bits (uint16)."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_to_bf16(values: np.ndarray, toward_zero: bool = False) -> np.ndarray:
+    """Bits (uint16) of the nearest bfloat16, ties to even, or of the next one toward zero; NaN stays NaN."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    if not toward_zero:
+        bits = bits + (np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))
+    return np.where(np.isnan(values), np.uint16(0x7FC0), (bits >> 16).astype(np.uint16))
+
+
+def float32_to_tf32(values: np.ndarray) -> np.ndarray:
+    """Float32 values as a tensor core reads them: the 13 low bits of the mantissa are ignored."""
+    return (np.ascontiguousarray(values, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)

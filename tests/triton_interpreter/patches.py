@@ -13,8 +13,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder as Builder
 from triton.runtime.interpreter import TensorHandle as Handle
 
-from .memory import STATE
-from .number_formats import bf16_to_float32, float32_to_bf16, float32_to_tf32
+from .memory import STATE, bf16_to_float32, float32_to_bf16, float32_to_tf32
 
 INPUT_PRECISION = interpreter._ir.INPUT_PRECISION
 ROUND_TO_ZERO = interpreter._ir.ROUNDING_MODE.RTZ
