@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,44 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Whether ``tensor`` is spread over processes."""
+    if tensor is None or not initialised():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def placements_of(tensor: Any) -> str:
+    """How ``tensor`` is spread over processes, in words for a message; "whole" where it is not."""
+    return str(tensor.placements) if is_dtensor(tensor) else "whole"
+
+
 def refuse_sharded(model: nn.Module, action: str, alternative: str) -> None:
     """ValueError if ``model`` is sharded over processes: by FSDP2, tensor parallelism or FSDP1."""
     refuse_flat(model)
     if is_sharded(model):
         raise ValueError(f"model is sharded over processes and cannot be {action}: {alternative}")
+
+
+def refuse_fsdp(model: nn.Module, action: str, alternative: str) -> None:
+    """ValueError if FSDP shards ``model``; a tensor parallel model passes."""
+    refuse_flat(model)
+    if is_fsdp(model):
+        raise ValueError(f"model is sharded over processes and cannot be {action}: {alternative}")
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP2 manages a module of ``model``, or a parameter is spread over several dimensions of a mesh."""
+    if not initialised():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1 for parameter in model.parameters()
+    )
 
 
 def refuse_flat(model: nn.Module) -> None:
@@ -102,6 +135,12 @@ def mesh_of(model: nn.Module) -> Any:
     from torch.distributed.tensor import DTensor
 
     return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The values of a tensor that may be spread over processes, all of which must ask together; no autograd."""
+    tensor = tensor.detach()
+    return cast(Any, tensor).full_tensor() if is_dtensor(tensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:

@@ -142,7 +142,7 @@ def test_every_kind_of_table_is_shown(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SEVERAL_PROCESSES = {"ddp", "fsdp2", "fsdp2_accelerate"}
+SEVERAL_PROCESSES = {"ddp", "fsdp2", "fsdp2_accelerate", "tensor_parallel"}
 SCRIPT_NEEDS = {
     "language_trainer": ("transformers", "accelerate"),
     "language_sft": ("trl",),

@@ -43,7 +43,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("dora", "initialization", "linear_map", "offloading", "shortcuts"),
         ("chain", "shared_input"),
         ("linear",),
-        ("link", "checkpointing", "quantized_linear", "transposed_linear"),
+        ("link", "checkpointing", "quantized_linear", "tensor_parallel", "transposed_linear"),
         ("kinds",),
     ),
     "adapt": (

@@ -11,7 +11,7 @@ from torch import nn
 from ..backends import select
 from ..checks import check_bool, check_module
 from ..config import ResLoRAConfig, checked_config
-from ..dtensors import refuse_sharded, refuse_zero3
+from ..dtensors import placements_of, refuse_fsdp, refuse_zero3
 from ..layers.kinds import kind_of
 from ..layers.linear import ResLoRALinear
 from ..layers.shortcuts import hands_on
@@ -71,7 +71,7 @@ def apply_reslora(
     check_module("model", model)
     checked_config(config)
     check_bool("autocast_adapter_dtype", autocast_adapter_dtype)
-    refuse_sharded(model, "adapted", "call apply_reslora first, then shard_reslora")
+    refuse_fsdp(model, "adapted", "call apply_reslora first, then shard_reslora")
     refuse_zero3(model)
     checked_name(adapter_name)
     select.check(config.backend)
@@ -97,6 +97,7 @@ def adapt(
 ) -> None:
     """Swap ``targets``, freeze the rest, and link the chains."""
     config = record.config
+    _refuse_mixed_layouts(targets, plans, config)
     experts = names_of_experts(plans)
     configs = {
         name: without_hand_over(config.for_module(name)) if name in experts else config.for_module(name)
@@ -109,6 +110,21 @@ def adapt(
     model.__dict__["_reslora"] = record
     guard(model)
     build_chains(model, plans)
+
+
+def _refuse_mixed_layouts(targets: Mapping[str, nn.Module], plans: Sequence[ChainPlan], config: ResLoRAConfig) -> None:
+    """ValueError where a tensor parallel plan spreads the layers of one chain in different ways."""
+    if config.shortcut == "none":
+        return
+    for plan in plans:
+        layouts = {name: placements_of(getattr(targets[name], "weight", None)) for name in plan.names}
+        other = next((name for name in layouts if layouts[name] != layouts[plan.names[0]]), None)
+        if other is not None:
+            raise ValueError(
+                f"the tensor parallel plan spreads layers of one chain unlike: {plan.names[0]!r} is "
+                f"{layouts[plan.names[0]]}, {other!r} is {layouts[other]}. Name all layers of a role in the plan, or "
+                "give chains=, or shortcut='none'"
+            )
 
 
 def without_hand_over(config: ResLoRAConfig) -> ResLoRAConfig:

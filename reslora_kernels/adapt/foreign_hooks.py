@@ -8,6 +8,7 @@ from torch import nn
 
 from ..config import ResLoRAConfig
 from ..layers.offloading import is_hooked, offloader
+from ..layers.tensor_parallel import is_parallelized
 from .targets import matches, with_parents
 
 
@@ -50,10 +51,11 @@ def _is_trained(name: str, module: nn.Module, config: ResLoRAConfig, targets: Ma
 
 
 def _is_replaced(linear: nn.Module) -> bool:
-    """Whether ``forward`` is another than the class's, and not by accelerate, whose hooks are carried over."""
+    """Whether ``forward`` is another than the class's, and not by accelerate or Transformers' tensor parallel styles,
+    which are carried over."""
     forward = vars(linear).get("forward")
     own = getattr(forward, "__func__", None) is type(linear).forward
-    return forward is not None and not own and not is_hooked(linear)
+    return forward is not None and not own and not is_hooked(linear) and not is_parallelized(linear)
 
 
 def _whose(linear: nn.Module) -> str:

@@ -31,7 +31,8 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     record.chains += [link([layers[name] for name in plan.names], name=plan.title) for plan in plans]
     record.experts = set(names_of_experts(plans))
     if record.config.stack_projections:
-        record.groups += [SharedInput([layers[name] for name in names]) for names in record.same_input]
+        groups = ([layers[name] for name in names] for names in record.same_input)
+        record.groups += [SharedInput(group) for group in groups if all(layer.shares_projections for layer in group)]
     _open_passes(model)
     if layers:
         refuse = RefuseZeRO3(next(iter(layers.values())))

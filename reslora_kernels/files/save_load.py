@@ -27,7 +27,7 @@ from ..adapt.record import (
 from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
 from ..checks import check_bool, check_module
-from ..dtensors import fill, gathered, is_sharded, one_writer, refuse_flat, refuse_partitioned, reshard
+from ..dtensors import fill, gathered, is_fsdp, one_writer, refuse_flat, refuse_partitioned, reshard
 from ..layers.kinds import sizes_of
 from ..layers.linear import ResLoRALinear
 from ..layers.offloading import offloader
@@ -137,7 +137,7 @@ def load_adapter(
         refuse_beside(model, "loaded", "call reslora_kernels.peft.from_native, then load_adapter of the PeftModel")
     refuse_flat(model)
     refuse_partitioned(model)
-    if not adapted and is_sharded(model):
+    if not adapted and is_fsdp(model):
         raise ValueError("model is sharded over processes: load the adapter first, then call shard_reslora")
     if adapted and adapter_name not in (None, record_of(model).name):
         assert adapter_name is not None

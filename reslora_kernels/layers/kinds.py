@@ -6,9 +6,15 @@ from torch import nn
 
 from .linear import ResLoRALinear
 from .quantized_linear import QuantizedResLoRALinear
+from .tensor_parallel import TensorParallelResLoRALinear
 from .transposed_linear import TransposedResLoRALinear
 
-KINDS: tuple[type[ResLoRALinear], ...] = (QuantizedResLoRALinear, ResLoRALinear, TransposedResLoRALinear)
+KINDS: tuple[type[ResLoRALinear], ...] = (
+    QuantizedResLoRALinear,
+    TensorParallelResLoRALinear,
+    ResLoRALinear,
+    TransposedResLoRALinear,
+)
 
 
 def kind_of(module: nn.Module) -> type[ResLoRALinear] | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import dropout
 from ..checks import check_floating, check_int
 from ..config import ResLoRAConfig, checked_config
+from ..dtensors import is_dtensor
 from ..forward_state import ForwardState, outside, recomputing
 from ..ops import fused_linear
 from ..quantizers import quantizer_of
@@ -70,6 +71,7 @@ class ResLoRALinear(nn.Linear):
     start_B: nn.Parameter | None
     neighbours = Neighbours()
     is_linear: ClassVar[bool] = True  # a map that "all-linear" means
+    shares_projections: ClassVar[bool] = True  # whether one layer of a group may project x for this one
     _base: tuple[type[nn.Module], dict[str, Any]]  # class and own attributes of the frozen layer
 
     def __init__(
@@ -344,7 +346,7 @@ class ResLoRALinear(nn.Linear):
         if scale is not None:
             y = (y * scale.to(y.dtype)) if bias is None else torch.addcmul(bias, y, scale.to(y.dtype))
         if self.observer is not None and not recomputing():
-            self.observer.observe(x, self.whole_A, residual)
+            self._observe(x, residual)
         if handed is not None and state is not None:
             state.hand_on(*carried(self.config.shortcut, self.config.pre_num, received, handed))
         return y
@@ -354,8 +356,17 @@ class ResLoRALinear(nn.Linear):
         a_stack, b_stack, c, residual, hand = call
         config = self.config
         side = SideChannel(c, config.scaling) if hand is None else SideChannel(c, config.scaling, *hand)
-        seed = dropout.new_seed(x.device) if p > 0 else None
+        seed = self._new_seed(x.device) if p > 0 else None
         return fused_linear(x, self.frozen_weight, bias, a_stack, b_stack, residual, side, p, seed, config.backend)
+
+    def _new_seed(self, device: torch.device) -> Tensor:
+        """What the mask of one call is drawn from."""
+        return dropout.new_seed(device)
+
+    def _observe(self, x: Tensor, residual: Tensor | None) -> None:
+        """Tell the observer of a call."""
+        assert self.observer is not None
+        self.observer.observe(x, self.whole_A, residual)
 
     def _dora_scale(self, call: Call) -> Tensor | None:
         """m / ‖W + ΔW‖ [N], ΔW being the layer's own update; None without ``use_dora``."""
@@ -370,8 +381,12 @@ class ResLoRALinear(nn.Linear):
         """W* [N, K] in float32 or better, for a plain update ΔW."""
         weight = self.dense_weight(torch.float32)
         weight = weight + delta.to(weight.dtype)
-        scale = self._dora_scale(self._call(()))
+        scale = self._whole_dora_scale()
         return weight if scale is None else weight * scale.detach()[:, None]
+
+    def _whole_dora_scale(self) -> Tensor | None:
+        """m / ‖W + ΔW‖ [N] of the layer by itself; None without ``use_dora``."""
+        return self._dora_scale(self._call(()))
 
     def _open_pass(self) -> ForwardState | None:
         """The forward pass that the layer takes from and hands on to; None if it does neither."""
@@ -386,6 +401,15 @@ class ResLoRALinear(nn.Linear):
     def _call(self, received: tuple[Tensor, ...]) -> Call:
         """The layer's part in its chain, given what was handed to it."""
         return call_of(self.config.shortcut, self.config.pre_num, self, *self.neighbours, received)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module, but not spread over processes: a plan would cut A, which it does not know, by its rows."""
+        if is_dtensor(param):
+            raise ValueError(
+                f"parameter {name!r} of an adapted layer cannot be spread by a tensor parallel plan: call "
+                "parallelize_module (or from_pretrained with a tp_plan) first, then apply_reslora or load_adapter"
+            )
+        super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As for any module, but adapters are not held in 8 bits: a ValueError."""

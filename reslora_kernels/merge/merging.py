@@ -14,7 +14,7 @@ from ..adapt.execution import call_with, undisturbed
 from ..adapt.record import adapted_layers, complete_layers, record_of, root_of
 from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
-from ..dtensors import refuse_sharded
+from ..dtensors import is_sharded, refuse_fsdp
 from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
@@ -151,7 +151,7 @@ def unmerge_reslora(model: nn.Module) -> nn.Module:
         ValueError: the model is not merged, was merged with ``keep_original=False``, or is sharded over processes.
     """
     layers = adapted_layers(model)
-    refuse_sharded(model, "unmerged", "unmerge it before it is sharded")
+    refuse_fsdp(model, "unmerged", "unmerge it before it is sharded")
     record = record_of(model)
     if record.merged is None:
         raise ValueError("model is not merged: there is nothing to restore")
@@ -176,7 +176,12 @@ def compute_updates(
 ) -> dict[str, LowRankUpdate]:
     """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``."""
     layers = complete_layers(model)
-    refuse_sharded(model, "merged or exported", "save_adapter(model, path), then load and merge it in one process")
+    refuse_fsdp(model, "merged or exported", "save_adapter(model, path), then load and merge it in one process")
+    if (sequential or joint_steps) and is_sharded(model):
+        raise ValueError(
+            f"a tensor parallel model merges without sequential={sequential} and joint_steps={joint_steps}, which "
+            "change layers while they run: save_adapter(model, path), then load and merge it in one process"
+        )
     record = record_of(model)
     config = record.config
     method = _checked_method(config, method, statistics, calibration, sequential, joint_steps, regularization)

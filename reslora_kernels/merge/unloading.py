@@ -10,7 +10,7 @@ from ..adapt.apply import replace_modules
 from ..adapt.record import adapted_layers, record_of, refuse_beside, root_of
 from ..adapt.state_dicts import release
 from ..checks import check_bool
-from ..dtensors import refuse_sharded
+from ..dtensors import refuse_fsdp
 from ..layers.linear import ResLoRALinear
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..quantizers import quantizer_of
@@ -53,7 +53,7 @@ def _unloadable(model: nn.Module) -> dict[str, ResLoRALinear]:
     """The adapted layers, if they can be taken out now."""
     layers = adapted_layers(model)
     refuse_beside(model, "unloaded", "call unload or merge_and_unload of the PeftModel")
-    refuse_sharded(model, "unloaded", "unload it before it is sharded")
+    refuse_fsdp(model, "unloaded", "unload it before it is sharded")
     if any(layer.observer is not None for layer in layers.values()):
         raise RuntimeError("statistics of this model are being collected: unload it after that")
     return layers

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..adapt.record import adapted_layers, record_of
 from ..checks import check_module
-from ..dtensors import initialised, refuse_sharded
+from ..dtensors import initialised, is_sharded, refuse_fsdp
 from ..layers.quantized_linear import QuantizedResLoRALinear
 
 _LENT = "_lent_adapters"
@@ -63,7 +63,9 @@ def shard_reslora(model: nn.Module, blocks: Iterable[nn.Module], **fully_shard_k
             "shard_reslora needs a process group: start with torchrun or accelerate launch and call "
             "torch.distributed.init_process_group first"
         )
-    refuse_sharded(model, "sharded again", "call shard_reslora once, instead of fully_shard")
+    refuse_fsdp(model, "sharded again", "call shard_reslora once, instead of fully_shard")
+    if is_sharded(model) and fully_shard_kwargs.get("mesh") is None:
+        raise ValueError("model is tensor parallel: give mesh=, the other dimension of the mesh that its plan is on")
     from torch.distributed.fsdp import fully_shard
 
     if "ignored_params" not in signature(fully_shard).parameters:

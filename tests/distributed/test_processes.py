@@ -208,7 +208,7 @@ def test_accelerate_equals_one_process(tmp_path: Path) -> None:
 
 
 @needs_accelerate
-@pytest.mark.parametrize("example", ["ddp", "fsdp2", "fsdp2_accelerate"])
+@pytest.mark.parametrize("example", ["ddp", "fsdp2", "fsdp2_accelerate", "tensor_parallel"])
 def test_example(tmp_path: Path, example: str) -> None:
     restart = ["--max-restarts", "2"]  # torchrun's own store now and then loses a process that ends
     run_command([*TORCHRUN, *restart, "-m", "tests.distributed.example", example, str(tmp_path)])

@@ -1,0 +1,372 @@
+"""Tensor parallel plans on two processes, and with FSDP2 on two times two, against one process, in float64.
+
+Four processes run all scenarios: those of one dimension run twice, in each half of the mesh.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from reslora_kernels import (
+    ResLoRAConfig,
+    add_adapter,
+    apply_reslora,
+    collect_statistics,
+    export_peft,
+    load_adapter,
+    merge_and_unload,
+    merge_reslora,
+    save_adapter,
+    shard_reslora,
+    unmerge_reslora,
+)
+from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels.dtensors import fill, whole
+
+from ..models import randomize
+from .fsdp import refused
+from .residual import SHORTCUTS, Residual, adapters, batch, in_one_process, residual, train
+
+Scenario = Callable[[Path], dict[str, Any]]
+MESH: Any = None  # (2, 2), dimensions "dp" and "tp"
+
+
+def base() -> Residual:
+    torch.manual_seed(0)
+    return Residual().double()
+
+
+def plan(sequence: bool) -> dict[str, Any]:
+    """Of each block ``up`` is colwise and ``down`` rowwise; with ``sequence`` the norm sees a part of the tokens.
+
+    The head's 3 outputs are cut in two, unevenly.
+    """
+    ends = {"embed": ColwiseParallel(output_layouts=Replicate()), "head": ColwiseParallel(output_layouts=Replicate())}
+    if not sequence:
+        return ends | {"blocks.*.up": ColwiseParallel(), "blocks.*.down": RowwiseParallel()}
+    return ends | {
+        "embed": ColwiseParallel(output_layouts=Shard(1), use_local_output=False),
+        "blocks.*.norm": SequenceParallel(),
+        "blocks.*.up": ColwiseParallel(input_layouts=Shard(1)),
+        "blocks.*.down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+
+
+def settings(shortcut: str, **config: Any) -> ResLoRAConfig:
+    return ResLoRAConfig(r=3, lora_alpha=6, shortcut=shortcut, **{"pre_num": 2, **config})
+
+
+def parallel(shortcut: str, sequence: bool = False, **config: Any) -> Any:
+    """The network of ``residual``, spread by a plan and then adapted, with the same adapters."""
+    model = parallelize_module(base(), MESH["tp"], plan(sequence))
+    apply_reslora(model, settings(shortcut, **config), example_inputs=torch.zeros(1, 2, 6, dtype=torch.float64))
+    return copy_adapters(residual(shortcut, **config), model)
+
+
+def copy_adapters(source: nn.Module, target: Any) -> Any:
+    theirs = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            if "lora_" in name or "start_" in name:
+                fill(parameter, theirs[name])
+    return target
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def apart(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    assert found.keys() == truth.keys(), (sorted(found), sorted(truth))
+    distances = [(found[n].double() - truth[n]).norm() / truth[n].double().norm().clamp_min(1e-30) for n in truth]
+    return float(max(distances))
+
+
+def same(found: dict[str, Tensor], truth: dict[str, Tensor]) -> bool:
+    return found.keys() == truth.keys() and all(torch.equal(found[name], truth[name]) for name in truth)
+
+
+def equals_one_process(shortcut: str, folder: Path, sequence: bool = False, **config: Any) -> dict[str, Any]:
+    """Output, gradients, and adapters after three AdamW steps; every batch is whole in each process."""
+    model, alone = parallel(shortcut, sequence, **config), residual(shortcut, **config)
+    x, target = batch(0)
+    y, truth = model(x), alone(x)
+    nn.functional.mse_loss(y, target).backward()
+    nn.functional.mse_loss(truth, target).backward()
+    found = {
+        "output": float((y - truth).detach().norm() / truth.detach().norm()),
+        "gradients": apart(gradients(model), gradients(alone)),
+        "reduced": all(p.grad.placements == p.placements for p in model.parameters() if p.grad is not None),
+    }
+    losses = train(model, batch)
+    expected = train(alone, batch)
+    found["losses"] = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+    found["adapters"] = apart(adapters(model), adapters(alone))
+    return found
+
+
+def communication(folder: Path) -> dict[str, Any]:
+    """How often processes speak in a forward and in a backward, of the frozen base and with each shortcut."""
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    report: dict[str, Any] = {}
+    for shortcut in ("base", *SHORTCUTS):
+        model = parallelize_module(base(), MESH["tp"], plan(False)) if shortcut == "base" else parallel(shortcut)
+        if shortcut == "base":
+            model.requires_grad_(False).blocks[0].norm.weight.requires_grad_()
+        with CommDebugMode() as forward:
+            loss = model(x).square().sum()
+        with CommDebugMode() as backward:
+            loss.backward()
+        report[shortcut] = {"forward": forward.get_total_counts(), "backward": backward.get_total_counts()}
+    return report | {"layers": len(adapted_layers(parallel("none")))}
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """From one process to two, from two to one, and from two to two times two and back; each writes the same."""
+    half = folder / f"half-{MESH.get_local_rank('dp')}"
+    alone = residual("middle", bias="lora_only")
+    model = parallel("middle", bias="lora_only")
+    own = adapters(alone)
+    save_adapter(model, half / "tp")
+    plain = load_adapter(base(), half / "tp")
+    save_adapter(alone, half / f"alone-{dist.get_rank()}")
+    spread = load_adapter(parallelize_module(base(), MESH["tp"], plan(False)), half / f"alone-{dist.get_rank()}")
+    other = randomize(residual("middle", bias="lora_only"), seed=7)
+    filled = load_adapter(copy_adapters(other, parallel("middle", bias="lora_only")), half / "tp")
+    both = shard_reslora(spread, spread.blocks, mesh=MESH["dp"])
+    x = batch(3)[0]
+    outputs = [m(x).detach() for m in (alone, plain, both, filled)]
+    save_adapter(both, folder / "2d")
+    again = copy_adapters(other, parallel("middle", bias="lora_only"))
+    shard_reslora(again, again.blocks, mesh=MESH["dp"])
+    again(x)
+    load_adapter(again, folder / "2d")
+    found = {
+        "plain": adapters(plain), "spread": adapters(both), "filled": adapters(filled), "again": adapters(again),
+        "2d": adapters(load_adapter(base(), folder / "2d")),
+    }  # fmt: skip
+    files = [(path / "reslora_model.safetensors") for path in (half / "tp", folder / "2d")]
+    return {
+        "equal": {name: same(tensors, own) for name, tensors in found.items()},
+        "files": len({file.read_bytes() for file in files}) if all(file.exists() for file in files) else 0,
+        "outputs": max(float((y - outputs[0]).norm() / outputs[0].norm()) for y in outputs),
+    }
+
+
+def merged(shortcut: str, folder: Path, **config: Any) -> dict[str, Any]:
+    """Statistics, merge, export and unmerge as in one process."""
+    model, alone = parallel(shortcut, **config), residual(shortcut, **config)
+    x = batch(4)[0]
+    before = {name: whole(p).clone() for name, p in model.named_parameters()}
+    seen = []
+    for which in (model, alone):
+        with collect_statistics(which) as statistics, torch.no_grad():
+            for step in range(3):
+                which(batch(step)[0])
+        seen.append(statistics)
+    grams = apart(seen[0].state_dict(), seen[1].state_dict())
+    paths = [folder / f"peft-{shortcut}-{MESH.get_local_rank('dp')}", folder / f"peft-alone-{dist.get_rank()}"]
+    for which, statistics, path in zip((model, alone), seen, paths, strict=True):
+        export_peft(which, path, statistics=statistics)
+        merge_reslora(which, statistics=statistics)
+    y, truth = model(x), alone(x)
+    exported = [load_file(path / "adapter_model.safetensors") for path in paths]
+    unmerge_reslora(model)
+    return {
+        "statistics": grams,
+        "merged": float((y - truth).detach().norm() / truth.detach().norm()),
+        "exported": apart(*exported),
+        "restored": same({name: whole(p) for name, p in model.named_parameters()}, before),
+    }
+
+
+def with_fsdp(shortcut: str, folder: Path, **config: Any) -> dict[str, Any]:
+    """Two times two: rows of a batch over one dimension, the plan over the other."""
+    model = parallel(shortcut, **config)
+    shard_reslora(model, model.blocks, mesh=MESH["dp"])
+    half = MESH.get_local_rank("dp")
+
+    def data(step: int) -> tuple[Tensor, Tensor]:
+        x, target = batch(step)
+        return x.chunk(2)[half], target.chunk(2)[half]
+
+    losses = torch.tensor(train(model, data), dtype=torch.float64)
+    dist.all_reduce(losses, group=MESH.get_group("dp"))
+    expected, trained = in_one_process(shortcut, **config)
+    return {
+        "losses": max(abs(a / 2 - b) / abs(b) for a, b in zip(losses.tolist(), expected, strict=True)),
+        "adapters": apart(adapters(model), trained),
+    }
+
+
+def dropped(folder: Path) -> dict[str, Any]:
+    """With dropout, processes that draw alike: gradients are those of the outputs, and outputs are alike."""
+    model = parallel("middle", lora_dropout=0.3).train()
+    torch.manual_seed(3)
+    y = model(batch(0)[0])
+    y.square().sum().backward()
+    other = [torch.empty_like(y) for _ in range(2)]
+    dist.all_gather(other, y.detach(), group=MESH.get_group("tp"))
+    direction = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    length = sum(float(whole(g).square().sum()) for g in direction.values()) ** 0.5
+    values, step = [], 1e-5
+    for sign in (1, -2):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in direction:
+                    p.add_(direction[name], alpha=sign * step / length)
+        torch.manual_seed(3)
+        values.append(float(model(batch(0)[0]).detach().square().sum()))
+    slope = (values[0] - values[1]) / (2 * step)
+    return {
+        "alike": bool(torch.equal(*other)),
+        "slope": abs(slope - length) / length,
+        "drops": float((y.detach() - model.eval()(batch(0)[0]).detach()).norm()),
+    }
+
+
+def transformers_plan(folder: Path) -> dict[str, Any]:
+    """``from_pretrained`` with a tensor parallel plan over all four processes, "auto" and with a rule of one's own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False,
+    )  # fmt: skip
+    whole_model = LlamaForCausalLM(config).double()
+    if dist.get_rank() == 0:
+        whole_model.save_pretrained(folder / "llama")
+    dist.barrier()
+    tokens = torch.randint(2, 48, (2, 9), generator=torch.Generator().manual_seed(1))
+    report: dict[str, Any] = {}
+    for rules in ("auto", {"lm_head": "colwise_gather_output"}):
+        for shortcut in SHORTCUTS:
+            settings = ResLoRAConfig(
+                r=3, lora_alpha=6, shortcut=shortcut, target_modules=("q_proj", "v_proj", "o_proj", "down_proj")
+            )
+            spread: Any = LlamaForCausalLM.from_pretrained(
+                folder / "llama", dtype=torch.float64, distributed_config=DistributedConfig(tp_plan=rules, tp_size=4)
+            )
+            alone: Any = randomize(
+                apply_reslora(LlamaForCausalLM.from_pretrained(folder / "llama", dtype=torch.float64), settings)
+            )
+            copy_adapters(alone, apply_reslora(spread, settings))
+            losses = [model.train()(input_ids=tokens, labels=tokens).loss for model in (spread, alone)]
+            for loss in losses:
+                loss.backward()
+            with torch.no_grad():
+                logits = [model.eval()(tokens).logits for model in (spread, alone)]
+            name = f"{'auto' if rules == 'auto' else 'own'} {shortcut}"
+            report[name] = {
+                "loss": float((losses[0] - losses[1]).detach().abs()),
+                "gradients": apart(gradients(spread), gradients(alone)),
+                "logits": float((logits[0] - logits[1]).norm() / logits[1].norm()),
+                "kinds": sorted({type(layer).__name__ for layer in adapted_layers(spread).values()}),
+            }
+            if rules != "auto":
+                break
+    with collect_statistics(spread) as statistics, torch.no_grad():
+        spread(tokens)
+    merge_and_unload(spread, statistics=statistics)
+    with collect_statistics(alone) as statistics, torch.no_grad():
+        alone(tokens)
+    merge_and_unload(alone, statistics=statistics)
+    with torch.no_grad():
+        logits = [model(tokens).logits for model in (spread, alone)]
+    report["unloaded"] = {"logits": float((logits[0] - logits[1]).norm() / logits[1].norm())}
+    return report
+
+
+def refusals(folder: Path) -> dict[str, Any]:
+    model = parallel("input")
+    half_a_plan = parallelize_module(base(), MESH["tp"], {"blocks.0.up": ColwiseParallel()})
+    before = [type(module) for module in half_a_plan.modules()]
+    hidden = ResLoRAConfig(r=3, target_modules=("up", "down"), shortcut="input")
+    report = {
+        "adapted first": refused(lambda: parallelize_module(residual("input"), MESH["tp"], plan(False))),
+        "half a chain": refused(lambda: apply_reslora(half_a_plan, hidden)),
+        "no mesh": refused(lambda: shard_reslora(model, model.blocks)),
+        "sequential": refused(lambda: merge_reslora(model, calibration=[batch(0)[0]], sequential=True)),
+        "switched": refused(lambda: add_adapter(model, "other", hidden)),
+        "sharded": refused(lambda: merge_reslora(shard_reslora(model, model.blocks, mesh=MESH["dp"]))),
+    }
+    unchanged = before == [type(module) for module in half_a_plan.modules()]
+    report["unchanged"] = {"error": "ValueError" if unchanged else None, "message": ""}
+    return report
+
+
+SCENARIOS: dict[str, Scenario] = {
+    **{f"tp {shortcut}": partial(equals_one_process, shortcut) for shortcut in SHORTCUTS},
+    **{f"tp sequence {shortcut}": partial(equals_one_process, shortcut, sequence=True) for shortcut in SHORTCUTS},
+    "tp biases": partial(equals_one_process, "input", bias="lora_only"),
+    "tp dora": partial(equals_one_process, "middle", use_dora=True),
+    "tp dora block": partial(equals_one_process, "block", use_dora=True),
+    "tp start": partial(equals_one_process, "middle", init_lora_weights="pissa", pre_num=-1),
+    **{f"tp x fsdp {shortcut}": partial(with_fsdp, shortcut) for shortcut in SHORTCUTS},
+    "tp x fsdp dora": partial(with_fsdp, "input", use_dora=True, bias="lora_only"),
+    **{f"merged {shortcut}": partial(merged, shortcut) for shortcut in SHORTCUTS},
+    "merged dora": partial(merged, "input", use_dora=True),
+    "communication": communication,
+    "saved": saved,
+    "dropped": dropped,
+    "transformers": transformers_plan,
+    "refusals": refusals,
+}
+
+
+def main(folder: Path) -> None:
+    global MESH
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=datetime.timedelta(seconds=60),
+    )
+    MESH = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    report = {}
+    for name, scenario in SCENARIOS.items():
+        if os.environ.get("SCENARIOS", "") not in name:
+            continue
+        start = time.perf_counter()
+        try:
+            report[name] = scenario(folder)
+        except Exception:
+            report[name] = {"traceback": traceback.format_exc()}
+        report[name]["seconds"] = time.perf_counter() - start
+        print(name, report[name], flush=True)
+    (folder / f"report.{rank}.json").write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
