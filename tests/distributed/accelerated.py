@@ -18,10 +18,18 @@ from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, save_ada
 
 from ..models import VOCABULARY, llama, randomize
 from .fsdp import refused
-from .fsdp_on_cpu import FSDPOnCPU
 from .residual import adapters, difference
 
 STEPS = 3
+
+
+class FSDPOnCPU(Accelerator):
+    """Serves FSDP2 on the CPU too, where accelerate ignores its plugin."""
+
+    def __init__(self, *, fsdp_plugin: Any) -> None:
+        PartialState(cpu=True).distributed_type = DistributedType.FSDP
+        super().__init__(fsdp_plugin=fsdp_plugin)
+        self.state.fsdp_plugin = fsdp_plugin
 
 
 def model_of(shortcut: str) -> Any:

@@ -182,8 +182,8 @@ needs_accelerate = pytest.mark.skipif(
 
 
 def test_killed_rank_ends_bit_exact(tmp_path: Path) -> None:
-    command = [*TORCHRUN, "--max-restarts", "3", "--monitor-interval", "0.1", "-m", "tests.distributed.elastic"]
-    output = run_command([*command, str(tmp_path)])
+    command = [*TORCHRUN, "--max-restarts", "3", "--monitor-interval", "0.1", "-m", "tests.distributed.launched"]
+    output = run_command([*command, "elastic", str(tmp_path)])
     assert "exitcode: -9" in output
     for rank in (0, 1):
         report = json.loads((tmp_path / f"report.{rank}.json").read_text())
@@ -211,5 +211,5 @@ def test_accelerate_equals_one_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("example", ["ddp", "fsdp2", "fsdp2_accelerate", "tensor_parallel"])
 def test_example(tmp_path: Path, example: str) -> None:
     restart = ["--max-restarts", "2"]  # torchrun's own store now and then loses a process that ends
-    run_command([*TORCHRUN, *restart, "-m", "tests.distributed.example", example, str(tmp_path)])
+    run_command([*TORCHRUN, *restart, "-m", "tests.distributed.launched", example, str(tmp_path)])
     assert json.loads((tmp_path / "report.json").read_text()) == {"trained": True, "layers": 28}

@@ -1,4 +1,7 @@
-"""One of the processes that run all scenarios together; writes what each found, or its traceback."""
+"""One of the processes that run all scenarios together; writes what each found, or its traceback.
+
+Those of DDP, of two pipeline stages (chains end at the border) and of Transformers' Trainer are here.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,171 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.nn.parallel import DistributedDataParallel
 
-from . import ddp, fsdp, pipeline, recipes, trainer
+from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, merge_reslora, save_adapter, shard_reslora
+from reslora_kernels.training import ResLoRACallback
 
-SCENARIOS = ddp.SCENARIOS | fsdp.SCENARIOS | pipeline.SCENARIOS | recipes.SCENARIOS | trainer.SCENARIOS
+from ..models import llama, randomize
+from ..test_training import trained, trainer
+from . import fsdp
+from .residual import (
+    FORMS,
+    SHORTCUTS,
+    STEPS,
+    Block,
+    adapters,
+    batch,
+    difference,
+    in_one_process,
+    residual,
+    shared_data,
+    train,
+)
+
+Scenario = Callable[[Path], dict[str, Any]]
+
+
+def equals_one_process(shortcut: str, form: str, folder: Path, **config: Any) -> dict[str, Any]:
+    model = DistributedDataParallel(residual(shortcut, **config))
+    losses = train(model, shared_data, form, lambda last: nullcontext() if last else model.no_sync())
+    return {"difference": difference(losses, model, in_one_process(shortcut, form, **config))}
+
+
+def saved_under_plain_names(folder: Path) -> dict[str, Any]:
+    model = DistributedDataParallel(residual("middle"))
+    train(model, shared_data)
+    if dist.get_rank() == 0:
+        save_adapter(model, folder / "ddp-adapter")
+    dist.barrier()
+    loaded = adapters(load_adapter(residual("middle"), folder / "ddp-adapter"))
+    own = adapters(model)
+    return {"equal": all(torch.equal(loaded[name], own[name]) for name in own), "names": sorted(loaded)}
+
+
+DDP: dict[str, Scenario] = {
+    **{
+        f"ddp {form} {shortcut}": partial(equals_one_process, shortcut, form)
+        for form in FORMS
+        for shortcut in SHORTCUTS
+    },
+    "ddp saved": saved_under_plain_names,
+}
+
+
+def stages(shortcut: str) -> list[nn.Module]:
+    """The residual network cut after its second block; each part is the root of its own chains."""
+    torch.manual_seed(0)
+    embed, blocks, head = nn.Linear(6, 12), [Block(12, 18) for _ in range(5)], nn.Linear(12, 3)
+    parts = [nn.Sequential(embed, *blocks[:2]).double(), nn.Sequential(*blocks[2:], head).double()]
+    config = ResLoRAConfig(r=3, lora_alpha=6, shortcut=shortcut, pre_num=2)
+    for part, width in zip(parts, (6, 12), strict=True):
+        apply_reslora(part, config, example_inputs=torch.zeros(1, 2, width, dtype=torch.float64))
+        randomize(part)
+    return parts
+
+
+def optimizer_of(part: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=1e-2)
+
+
+def interleaved(shortcut: str, folder: Path) -> dict[str, Any]:
+    """1F1B over four microbatches, so that several forwards of a stage precede their backwards, for three steps."""
+    rank = dist.get_rank()
+    part = stages(shortcut)[rank]
+    stage = PipelineStage(part, rank, 2, torch.device("cpu"))
+
+    def loss_of(y: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(y, target)
+
+    schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=loss_of, scale_grads=True)
+    optimizer = optimizer_of(part)
+    for step in range(STEPS):
+        x, target = batch(step)
+        optimizer.zero_grad()
+        if rank == 0:
+            schedule.step(x)
+        else:
+            schedule.step(target=target)
+        optimizer.step()
+    whole = stages(shortcut)
+    optimizers = [optimizer_of(other) for other in whole]
+    for step in range(STEPS):
+        x, target = batch(step)
+        for other in optimizers:
+            other.zero_grad()
+        loss_of(whole[1](whole[0](x)), target).backward()
+        for other in optimizers:
+            other.step()
+    own, expected = adapters(part), adapters(whole[rank])
+    return {"difference": max(float((own[name] - truth).norm() / truth.norm()) for name, truth in expected.items())}
+
+
+PIPELINE: dict[str, Scenario] = {f"pipeline {shortcut}": partial(interleaved, shortcut) for shortcut in SHORTCUTS}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def frozen(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def saved(shortcut: str, folder: Path) -> dict[str, Any]:
+    """By the Trainer at its checkpoints under DDP; by hand, from a model that FSDP2 shards."""
+    run = trainer(folder / f"saved-{shortcut}", shortcut, ResLoRACallback())
+    run.train()
+    wrapped = type(run.model_wrapped).__name__
+    run.save_model(str(folder / f"ddp-{shortcut}"))
+    dist.barrier()
+    whole = adapters(run.model)
+    found = [folder / f"ddp-{shortcut}", folder / f"saved-{shortcut}" / "checkpoint-6"]
+    ddp = all(same(adapters(load_adapter(llama(), path)), whole) for path in found)
+
+    other = trainer(folder / f"sharded-{shortcut}", shortcut, ResLoRACallback())
+    randomize(other.model)
+    whole = adapters(other.model)
+    shard_reslora(other.model, other.model.model.layers)
+    other.save_model(str(folder / f"fsdp-{shortcut}"))
+    loaded = adapters(load_adapter(llama(), folder / f"fsdp-{shortcut}"))
+    return {"wrapped": wrapped, "ddp": ddp, "fsdp": same(loaded, whole), "names": sorted(loaded)}
+
+
+def merged_evaluation(shortcut: str, folder: Path) -> dict[str, Any]:
+    """Training goes on as if every evaluation had been unmerged; each of those saw what a merge by hand gives."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "save_strategy": "no"}
+    callback = ResLoRACallback(evaluate="merged")
+    run = trainer(folder / f"merged-{shortcut}", shortcut, callback, **options)
+    before = frozen(run.model)
+    run.train()
+    restored = same(before, frozen(run.model))
+    plain = trainer(folder / f"unmerged-{shortcut}", shortcut, ResLoRACallback(), **options)
+    plain.train()
+    trained_alike = same(trained(run.model), trained(plain.model))
+    seen, unmerged = ([e["eval_loss"] for e in t.state.log_history if "eval_loss" in e] for t in (run, plain))
+    merge_reslora(run.model, statistics=callback.statistics)
+    by_hand = run.evaluate()["eval_loss"]
+    return {"restored": restored, "trained_alike": trained_alike, "seen": seen, "unmerged": unmerged, "hand": by_hand}
+
+
+TRAINER: dict[str, Scenario] = {
+    **{f"trainer saved {shortcut}": partial(saved, shortcut) for shortcut in ("input", "block")},
+    **{f"trainer merged {shortcut}": partial(merged_evaluation, shortcut) for shortcut in ("input", "middle")},
+}
+
+
+SCENARIOS = DDP | fsdp.SCENARIOS | PIPELINE | fsdp.RECIPES | TRAINER
 
 
 def main(folder: Path) -> None:

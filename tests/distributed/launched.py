@@ -1,14 +1,16 @@
-"""Run by torchrun: DDP training that survives the death of a rank. One rank kills itself in the middle of a step.
+"""Run by torchrun: a script of examples/ as it stands, or DDP training that survives the death of a rank.
 
-After the restart the training goes on from the last checkpoint to its end. Then the same processes train once more from
-the start, undisturbed, and compare bit for bit.
+In the latter one rank kills itself in the middle of a step. After the restart the training goes on from the last
+checkpoint to its end. Then the same processes train once more from the start, undisturbed, and compare bit for bit.
 """
 
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from reslora_kernels import load_adapter, save_adapter
 
 from .residual import adapters, loss_of, residual, shared_data
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS, EVERY, KILLED_AT = 8, 3, 4
 
 
@@ -85,8 +88,7 @@ def compared(folder: Path, attempt: int) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def run_elastic(folder: Path) -> None:
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     dist.init_process_group(
         "gloo",
@@ -101,5 +103,33 @@ def main(folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def run_example(name: str, folder: Path) -> None:
+    """On the CPU; reports whether every adapter of it has trained."""
+    os.chdir(folder)
+    sys.path.insert(0, str(EXAMPLES))
+    if name == "fsdp2_accelerate":
+        import accelerate
+
+        from .accelerated import FSDPOnCPU
+
+        accelerate.Accelerator = FSDPOnCPU
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    gc.collect()  # gloo's threads are to end before the interpreter does
+    if os.environ["RANK"] == "0":
+        from stand_ins import language_model
+
+        loaded = adapters(load_adapter(language_model(), folder / "adapter"))
+        moved = [bool(value.abs().max() > 0) for key, value in loaded.items() if key.endswith("lora_B")]
+        (folder / "report.json").write_text(json.dumps({"trained": all(moved), "layers": len(moved)}))
+
+
+def main(name: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    if name == "elastic":
+        run_elastic(folder)
+    else:
+        run_example(name, folder)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))
