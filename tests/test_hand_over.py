@@ -251,36 +251,6 @@ def test_checkpointing_where_the_roots_hook_does_not_run(shortcut: str, pre_num:
         assert got is None or relative_error(got, wanted) < 1e-10
 
 
-class InPlace(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = (nn.Linear(8, 8, dtype=torch.float64) for _ in range(2))
-        self.change: Callable[[Tensor], Any] = lambda x: x
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + 0
-        u = self.a(x)
-        self.change(x)
-        return u + self.b(x)
-
-
-@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_change_in_place_between_layers_that_read_one_tensor(without: Any, compiled: bool) -> None:
-    x, found = torch.randn(4, 8, dtype=torch.float64), []
-    for stack in (True, False):
-        model = InPlace()
-        config = ResLoRAConfig(r=2, shortcut="none", stack_projections=stack)
-        randomize(apply_reslora(model, config, example_inputs=x))
-        assert bool(record_of(model).groups) == stack
-        model.change = lambda x: x.mul_(3)
-        torch._dynamo.reset()
-        with without():
-            found.append((torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model)(x))
-    assert max_error(*found) < 1e-12
-
-
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

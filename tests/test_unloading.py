@@ -1,4 +1,4 @@
-"""A merged model saves what a plain one has; an unloaded one is a plain one; no state dict is taken silently."""
+"""What a merge leaves: weights that come back bit for bit, models that are plain ones; no state dict taken silently."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from reslora_kernels import (
     collect_statistics,
     merge_and_unload,
     merge_reslora,
+    reference,
     unload,
     unmerge_reslora,
 )
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, llama, logits, randomize
+from .test_merging import WIDTH, batches, pieces
+from .test_merging import adapted as residual
 
 BATCH = FAMILIES["llama"].batch(1)
 
@@ -48,6 +51,65 @@ def assert_plain(model: nn.Module) -> None:
     file = io.BytesIO()
     torch.save(model, file)
     assert b"reslora" not in file.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("shortcut", "pre_num"), [("none", 0), ("block", -1), ("input", 1), ("middle", 2)])
+def test_unmerge_restores_every_bit(shortcut: str, pre_num: int, dtype: torch.dtype) -> None:
+    model, data = residual(shortcut, pre_num, dtype), batches(5, dtype)
+    before = [layer.weight.clone() for layer in model.layers]
+    outputs = model(data[0])[1]
+    merge_reslora(model, calibration=data)
+    assert all(not torch.equal(layer.weight, w) for layer, w in zip(model.layers, before, strict=True))
+    unmerge_reslora(model)
+    assert all(torch.equal(layer.weight, w) for layer, w in zip(model.layers, before, strict=True))
+    assert all(torch.equal(y, z) for y, z in zip(model(data[0])[1], outputs, strict=True))
+
+
+def test_merging_rounds_once() -> None:
+    """bfloat16 weights: the float32 sum, rounded to bfloat16, and nothing in between."""
+    model = residual("block", 1, torch.bfloat16)
+    weights, a, b = pieces(model)
+    merge_reslora(model)
+    for n, layer in enumerate(model.layers):
+        update = reference.exact_update("block", 1, 1.0, n, [t.double() for t in a], [t.double() for t in b])
+        exact = weights[n].double() + update
+        step = torch.finfo(torch.bfloat16).eps
+        assert ((layer.weight.double() - exact).abs() <= exact.abs() * step / 2 * 1.01 + 1e-7).all()
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no data", "needs data: pass calibration"),
+        ("nan", "holds NaN or Inf"),
+        ("tied", "is shared with"),
+        ("empty", "no batch"),
+        ("generator", "re-iterable"),
+        ("merged", "merged already"),
+    ],
+)
+def test_a_refused_merge_changes_nothing(case: str, message: str) -> None:
+    model, arguments = residual("input", 1), {"calibration": batches(9)}
+    if case == "no data":
+        arguments = {}
+    elif case == "nan":
+        model.layers[4].lora_B.data[0, 0] = float("nan")
+        arguments["method"] = "input"
+    elif case == "tied":
+        model.tied = nn.Linear(WIDTH, WIDTH)
+        model.tied.weight = model.layers[2].weight
+    elif case == "empty":
+        arguments = {"calibration": []}
+    elif case == "generator":
+        arguments = {"calibration": iter(batches(9)), "sequential": True}
+    elif case == "merged":
+        merge_reslora(model, **arguments)
+    before = [layer.weight.clone() for layer in model.layers]
+    with pytest.raises(ValueError, match=message):
+        merge_reslora(model, **arguments)
+    assert all(torch.equal(layer.weight, w) for layer, w in zip(model.layers, before, strict=True))
+    assert all(layer.merged == (case == "merged") for layer in model.layers)
 
 
 class TestMerged:
