@@ -42,6 +42,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
     "layers": (
         ("dora", "initialization", "linear_map", "offloading", "shortcuts"),
         ("chain", "shared_input"),
+        ("adapter",),
         ("linear",),
         ("link", "checkpointing", "quantized_linear", "tensor_parallel", "transposed_linear"),
         ("kinds",),

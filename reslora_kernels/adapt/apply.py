@@ -12,8 +12,8 @@ from ..backends import select
 from ..checks import check_bool, check_module
 from ..config import ResLoRAConfig, checked_config
 from ..dtensors import placements_of, refuse_fsdp, refuse_zero3
+from ..layers.adapter import AdapterLayer
 from ..layers.kinds import kind_of
-from ..layers.linear import ResLoRALinear
 from ..layers.shortcuts import hands_on
 from ..quantizers.bitsandbytes import keep_order
 from .base_checkpoint import undefined
@@ -164,7 +164,7 @@ def _swap(
                 parameter.requires_grad_(True)
 
 
-def _adapted(module: Any, config: ResLoRAConfig, autocast_adapter_dtype: bool, init_values: bool) -> ResLoRALinear:
+def _adapted(module: Any, config: ResLoRAConfig, autocast_adapter_dtype: bool, init_values: bool) -> AdapterLayer:
     kind = kind_of(module)
     assert kind is not None
     dtype = None if autocast_adapter_dtype or not module.weight.is_floating_point() else module.weight.dtype

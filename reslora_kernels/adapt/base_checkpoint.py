@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.linear import ADAPTER_PARAMETERS
+from ..layers.adapter import ADAPTER_PARAMETERS
 from .record import without_compiled
 
 _HEADED = re.compile(r"Classification|QuestionAnswering|MultipleChoice")

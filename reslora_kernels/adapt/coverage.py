@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..backends import select
 from ..config import ResLoRAConfig
-from ..layers.linear import ResLoRALinear
+from ..layers.adapter import AdapterLayer
 from ..layers.shortcuts import hands_on
 from .other_parameters import OtherRow, other_parameters
 from .record import Record, adapted_layers, record_of, root_of
@@ -125,7 +123,7 @@ def table(header: tuple[str, ...], rows: Any) -> str:
     return "\n".join(lines)
 
 
-def _whether_handed(layer: ResLoRALinear, expert: bool, config: ResLoRAConfig) -> str:
+def _whether_handed(layer: AdapterLayer, expert: bool, config: ResLoRAConfig) -> str:
     """Whether the layer hands something on to the next one of its chain, and if not why."""
     if expert:
         return "no: an expert, plain LoRA" if hands_on(config.shortcut, config.pre_num) else "no: an expert"
@@ -136,14 +134,10 @@ def _whether_handed(layer: ResLoRALinear, expert: bool, config: ResLoRAConfig) -
     return "no: last of its chain" if layer.position else "no: alone in its chain"
 
 
-def _row(layer: ResLoRALinear, names: Mapping[int, str], record: Record) -> LayerRow:
+def _row(layer: AdapterLayer, names: Mapping[int, str], record: Record) -> LayerRow:
     assert layer.chain is not None
     name, before = names[id(layer)], layer.chain.layers[: layer.position]
-    weight = layer.frozen_weight
-    if not isinstance(weight, Tensor):  # unpacked to the dtype of x, which is half precision as a rule
-        weight = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
-    x = weight.new_empty(1, layer.in_features).expand(NOMINAL_TOKENS, -1)
-    choice = select.explain(layer.config.backend, x, weight, layer.rank_of_call)
+    choice = layer.backend_choice(NOMINAL_TOKENS)
     return LayerRow(
         name=name,
         in_features=layer.in_features,

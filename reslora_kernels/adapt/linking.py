@@ -11,9 +11,9 @@ from torch import nn
 
 from ..dtensors import refuse_zero3
 from ..forward_state import scope_pass
+from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.checkpointing import CarryThroughCheckpoints
-from ..layers.linear import ResLoRALinear
 from ..layers.link import link
 from ..layers.shared_input import SharedInput
 from ..layers.shortcuts import hands_on
@@ -42,7 +42,7 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
 class RefuseZeRO3:
     """Forward pre-hook of an adapted model, which DeepSpeed gets hold of after it was adapted."""
 
-    def __init__(self, layer: ResLoRALinear) -> None:
+    def __init__(self, layer: AdapterLayer) -> None:
         self.layer = layer
 
     def __call__(self, model: nn.Module, args: Any) -> None:
@@ -54,7 +54,7 @@ def _open_passes(model: nn.Module) -> None:
     """Make each module that holds a whole chain open its forward passes, and the innermost one those of a group."""
     record = record_of(model)
     names = {id(layer): name for name, layer in adapted_layers(model).items()}
-    chains: dict[str, list[Chain[ResLoRALinear]]] = {}
+    chains: dict[str, list[Chain[AdapterLayer]]] = {}
     groups: dict[str, list[SharedInput]] = {}
     for chain in record.chains:
         if _hands_on(chain):
@@ -71,7 +71,7 @@ def _open_passes(model: nn.Module) -> None:
             record.hooks.append(module.register_forward_pre_hook(carry))
 
 
-def _hands_on(chain: Chain[ResLoRALinear]) -> bool:
+def _hands_on(chain: Chain[AdapterLayer]) -> bool:
     """Whether the chain's layers pass tensors to each other, so that it needs forward passes opened for it."""
     config = chain.layers[0].config
     return len(chain) > 1 and hands_on(config.shortcut, config.pre_num)

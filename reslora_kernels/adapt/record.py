@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checks import check_module
 from ..config import ResLoRAConfig
+from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
-from ..layers.linear import ResLoRALinear
 from ..layers.shared_input import SharedInput
 
 
@@ -27,7 +27,7 @@ class Record:
     note: str = ""
     given: bool = False  # whether chains= named some of them
     experts: set[str] = field(default_factory=set)  # names of layers that see a choice of the tokens
-    chains: list[Chain[ResLoRALinear]] = field(default_factory=list)
+    chains: list[Chain[AdapterLayer]] = field(default_factory=list)
     same_input: list[list[str]] = field(default_factory=list)  # names of layers that read one tensor
     groups: list[SharedInput] = field(default_factory=list)  # the same, as layers, where they share their projection
     layer_names: list[str] = field(default_factory=list)  # of the adapted layers, as they were found
@@ -36,7 +36,7 @@ class Record:
     merged: Any = None  # what merge_reslora did, while it is in force
     hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes
     others: dict[str, SetAside] = field(default_factory=dict)  # the model's other adapters
-    layers: dict[str, ResLoRALinear] | None = None  # those beside linear layers (PEFT); None: those in their places
+    layers: dict[str, AdapterLayer] | None = None  # those beside linear layers (PEFT); None: those in their places
 
     def put_in_force(self, active: bool) -> None:
         """Let the hooks of this adapter open forward passes, or not."""
@@ -51,7 +51,7 @@ class SetAside:
     """An adapter that is not in its model now."""
 
     record: Record
-    layers: dict[str, ResLoRALinear]
+    layers: dict[str, AdapterLayer]
 
 
 def checked_name(adapter_name: str) -> str:
@@ -63,13 +63,13 @@ def checked_name(adapter_name: str) -> str:
     return adapter_name
 
 
-def adapted_layers(model: nn.Module) -> dict[str, ResLoRALinear]:
+def adapted_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapted layers by name, in registration order; wrappers' prefixes (DDP, torch.compile) are left off."""
     check_module("model", model)
     beside = record_of(model).layers
     if beside is not None:
         return dict(beside)
-    layers = {name: m for name, m in root_of(model).named_modules() if isinstance(m, ResLoRALinear)}
+    layers = {name: m for name, m in root_of(model).named_modules() if isinstance(m, AdapterLayer)}
     return {without_compiled(name): layer for name, layer in layers.items()}
 
 
@@ -78,7 +78,7 @@ def without_compiled(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def complete_layers(model: nn.Module) -> dict[str, ResLoRALinear]:
+def complete_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """``adapted_layers``; ValueError, which names it, if one is no longer in the model."""
     layers = adapted_layers(model)
     gone = sorted(set(record_of(model).layer_names) - layers.keys())

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.linear import ResLoRALinear
+from ..layers.adapter import AdapterLayer
 
 _HANDLES = "_reslora_state_dict_hooks"
 
@@ -39,7 +39,7 @@ class _Watch:
         self.absent: list[str] = []
 
     def before(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        layers = {name: child for name, child in module.named_modules() if isinstance(child, ResLoRALinear)}
+        layers = {name: child for name, child in module.named_modules() if isinstance(child, AdapterLayer)}
         adapters = [[f"{prefix}{name}.{own}" for own in layer.adapter_parameters()] for name, layer in layers.items()]
         known = any(key in state for keys in adapters for key in keys)
         self.absent = [key for keys in adapters if not state.keys() & set(keys) for key in keys] if known else []

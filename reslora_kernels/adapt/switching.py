@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import ResLoRAConfig, checked_config
 from ..dtensors import refuse_sharded
-from ..layers.linear import ResLoRALinear
+from ..layers.adapter import AdapterLayer
 from .apply import apply_reslora, replace_modules
 from .given_chains import Chains
 from .record import Record, SetAside, adapted_layers, checked_name, record_of, refuse_beside, root_of
@@ -135,7 +135,7 @@ def in_place_of_the_active_one(model: nn.Module, adapter_name: str) -> Iterator[
         record_of(root).name = adapter_name
         others[adapter_name] = _set_aside(root)
     except BaseException:
-        if any(isinstance(module, ResLoRALinear) for module in root.modules()):
+        if any(isinstance(module, AdapterLayer) for module in root.modules()):
             for hook in _set_aside(root).record.hooks if known is None else ():
                 hook.remove()
         if known is not None:
@@ -184,7 +184,7 @@ def _put_back(root: nn.Module, adapter: SetAside, others: dict[str, SetAside]) -
     """The inverse, on the base as it is now: it may have moved to another device since."""
     new: dict[int, nn.Module] = {}
     for name, layer in adapter.layers.items():
-        base: Any = root.get_submodule(name)
+        base = layer.base_in(root, name)
         layer.take_place_of(base)
         for parameter in layer.adapter_parameters().values():
             parameter.data = parameter.data.to(layer.execution_device)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import ALL_LINEAR, ResLoRAConfig, pattern_matches
+from ..layers.adapter import AdapterLayer
 from ..layers.kinds import is_linear, kind_of
-from ..layers.linear import ResLoRALinear
 from ..quantizers import quantizer_of
 from .base_checkpoint import output_head, task_heads
 from .weight_readers import read_past
@@ -233,8 +233,8 @@ def endings_of(root: nn.Module, names: Sequence[str]) -> list[str] | str:
 
 def _refuse_adapted(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, ResLoRALinear):
-            raise ValueError(f"model is already adapted: {name!r} is a ResLoRALinear")
+        if isinstance(module, AdapterLayer):
+            raise ValueError(f"model is already adapted: {name!r} is a {type(module).__name__}")
     for name, _ in model.named_parameters():
         if not LORA_PARAMETERS.isdisjoint(name.split(".")):
             raise ValueError(f"model already holds LoRA parameters ({name!r}); merge or unload them first")

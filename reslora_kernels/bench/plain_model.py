@@ -60,6 +60,7 @@ def write_plainly(model: nn.Module) -> dict[str, nn.Parameter]:
         plain = PlainChain()
         for layer in chain.layers:
             name = names[id(layer)]
+            assert isinstance(layer, ResLoRALinear)
             new = PlainLinear(layer, plain)
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, new)

@@ -22,7 +22,7 @@ from .._version import __version__
 from ..adapt.record import without_compiled
 from ..adapt.structure import ChainPlan
 from ..config import ResLoRAConfig
-from ..layers.linear import ADAPTER_PARAMETERS
+from ..layers.adapter import ADAPTER_PARAMETERS
 
 CONFIG_NAME = "reslora_config.json"
 WEIGHTS_NAME = "reslora_model.safetensors"

@@ -17,7 +17,7 @@ from ..adapt.targets import endings_of
 from ..checks import check_bool
 from ..config import MergeMethod
 from ..dtensors import class_of, gathered, mesh_of, one_writer, refuse_partitioned, reshard
-from ..layers.linear import ResLoRALinear
+from ..layers.adapter import AdapterLayer
 from ..layers.transposed_linear import TransposedResLoRALinear
 from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
@@ -226,7 +226,7 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
     }
 
 
-def _trained_whole(root: nn.Module, layers: Mapping[str, ResLoRALinear], others: Beside) -> tuple[bool, list[str]]:
+def _trained_whole(root: nn.Module, layers: Mapping[str, AdapterLayer], others: Beside) -> tuple[bool, list[str]]:
     """Whether biases were trained by themselves, and the modules that were trained whole."""
     modules = sorted({name.rpartition(".")[0] for name in others.trained if not name.endswith("bias")})
     for module in modules:
@@ -244,7 +244,7 @@ def _is_in(name: str, modules: list[str]) -> bool:
 
 
 def _under_pefts_names(
-    others: Beside, layers: Mapping[str, ResLoRALinear], modules: list[str]
+    others: Beside, layers: Mapping[str, AdapterLayer], modules: list[str]
 ) -> dict[str, nn.Parameter]:
     """The parameters beside the adapters; PEFT holds those of an adapted layer in its ``base_layer``."""
     named: dict[str, nn.Parameter] = {}

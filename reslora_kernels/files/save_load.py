@@ -28,8 +28,8 @@ from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
 from ..checks import check_bool, check_module
 from ..dtensors import fill, gathered, is_fsdp, one_writer, refuse_flat, refuse_partitioned, reshard
+from ..layers.adapter import AdapterLayer
 from ..layers.kinds import sizes_of
-from ..layers.linear import ResLoRALinear
 from ..layers.offloading import offloader
 from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, encoded, parsed, read, write
 from .beside import Beside, beside, check_shared
@@ -132,7 +132,7 @@ def load_adapter(
     if adapter_name is not None:
         checked_name(adapter_name)
     saved = read(checked_folder(path))
-    adapted = any(isinstance(module, ResLoRALinear) for module in model.modules())
+    adapted = any(isinstance(module, AdapterLayer) for module in model.modules())
     if adapted:
         refuse_beside(model, "loaded", "call reslora_kernels.peft.from_native, then load_adapter of the PeftModel")
     refuse_flat(model)
@@ -151,7 +151,7 @@ def load_adapter(
         return model
     if adapted:
         model_root = root_of(model)
-        record, layers = record_of(model), dict[str, nn.Module](adapted_layers(model))
+        record, layers = record_of(model), dict[str, Any](adapted_layers(model))
     else:
         model_root = model
         targets = find_targets(model, saved.config)
@@ -181,7 +181,7 @@ def load_adapter(
     return model
 
 
-def _own_parameters(layers: Mapping[str, ResLoRALinear]) -> dict[str, Tensor]:
+def _own_parameters(layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
     return {
         f"{name}.{own}": value for name, layer in layers.items() for own, value in layer.adapter_parameters().items()
     }
@@ -203,7 +203,7 @@ def _check_agreement(record: Record, saved: SavedAdapter, names: Mapping[int, st
         )
 
 
-def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) -> None:
     """Refuse an adapter that is not this model's: same layers, sizes, chains that cover each layer once."""
     missing, unexpected = sorted(layers.keys() - saved.layers), sorted(saved.layers - layers.keys())
     if missing or unexpected:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..checks import check_module
+from .adapter import AdapterLayer
 from .chain import Chain
-from .linear import ResLoRALinear
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
@@ -32,10 +32,10 @@ def checkpoint_context(model: nn.Module) -> Callable[[], Contexts]:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it has no ResLoRALinear.
+        ValueError: it has no adapted layer.
     """
     check_module("model", model)
-    layers = [module for module in model.modules() if isinstance(module, ResLoRALinear)]
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
     if not layers:
         raise ValueError("model has no ResLoRALinear: adapt it first, with apply_reslora or load_adapter")
 
@@ -52,7 +52,7 @@ class CarryThroughCheckpoints:
     Every such module has one, as a client may call the forward of the root, whose hooks then do not run.
     """
 
-    def __init__(self, module: nn.Module, chains: Sequence[Chain[ResLoRALinear]]) -> None:
+    def __init__(self, module: nn.Module, chains: Sequence[Chain[AdapterLayer]]) -> None:
         self.chains = chains
         self.inside = [child for child in module.modules() if hasattr(child, "gradient_checkpointing")]
 
@@ -70,7 +70,7 @@ class CarryThroughCheckpoints:
 class _CarriedCheckpoint:
     """A checkpointing function whose regions resume the forward state that they began with."""
 
-    def __init__(self, checkpoint: Callable[..., Any], chains: Sequence[Chain[ResLoRALinear]]) -> None:
+    def __init__(self, checkpoint: Callable[..., Any], chains: Sequence[Chain[AdapterLayer]]) -> None:
         self.checkpoint = checkpoint
         self.chains = chains
 
@@ -94,7 +94,7 @@ class _CarriedCheckpoint:
 class _Snapshot:
     """The open forward passes of some chains, as they are now."""
 
-    def __init__(self, chains: Sequence[Chain[ResLoRALinear]]) -> None:
+    def __init__(self, chains: Sequence[Chain[AdapterLayer]]) -> None:
         open_now = ((chain.passes, chain.passes.current()) for chain in chains)
         self._states = [(passes, state.copy()) for passes, state in open_now if state is not None]
 

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import dropout
+from ..backends import select
 from ..checks import check_floating, check_int
 from ..config import ResLoRAConfig, checked_config
-from ..dtensors import is_dtensor
 from ..forward_state import ForwardState, outside, recomputing
 from ..ops import fused_linear
 from ..quantizers import quantizer_of
 from ..side_channel import SideChannel
 from . import initialization
-from .chain import Chain, Neighbours
+from .adapter import AdapterLayer
 from .dora import row_norms
 from .linear_map import why_not_linear
 from .offloading import device_of, held, hold, hook_like, unhooked
-from .shared_input import SharedInput
 from .shortcuts import Call, call_of, carried, hands_on, rows
 
-ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "start_A", "start_B")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
@@ -33,13 +31,7 @@ _HOOK_FLAGS = (
 _MACHINERY = {*vars(nn.Module()), "_hf_hook", "_old_forward", "forward"}  # not a layer's own: PyTorch's, accelerate's
 
 
-class Observer(Protocol):
-    """Whoever gathers statistics: told of every call's input and of the shortcut's part of u."""
-
-    def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None: ...
-
-
-class ResLoRALinear(nn.Linear):
+class ResLoRALinear(AdapterLayer, nn.Linear):
     """y = x Wᵀ + b + the low-rank term of ``config.shortcut`` (ResLoRA, arXiv 2402.18039, Eqs. 1 to 4).
 
     W and b are frozen and keep ``nn.Linear``'s names, so a base checkpoint loads unchanged. On its own the layer is
@@ -64,12 +56,6 @@ class ResLoRALinear(nn.Linear):
         disabled: whether the adapters are passed over with W as it is.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    lora_magnitude_vector: nn.Parameter | None
-    start_A: nn.Parameter | None
-    start_B: nn.Parameter | None
-    neighbours = Neighbours()
     is_linear: ClassVar[bool] = True  # a map that "all-linear" means
     shares_projections: ClassVar[bool] = True  # whether one layer of a group may project x for this one
     _base: tuple[type[nn.Module], dict[str, Any]]  # class and own attributes of the frozen layer
@@ -216,7 +202,16 @@ class ResLoRALinear(nn.Linear):
     @property
     def merged_dtype(self) -> torch.dtype:
         """The dtype that a merged weight has."""
-        return self.weight.dtype
+        dtype: torch.dtype = self.weight.dtype
+        return dtype
+
+    def backend_choice(self, tokens: int) -> select.BackendChoice:
+        """Which backend serves a call of so many tokens, and why."""
+        weight = self.frozen_weight
+        if not isinstance(weight, Tensor):  # unpacked to the dtype of x, which is half precision as a rule
+            weight = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+        x = weight.new_empty(1, self.in_features).expand(tokens, -1)
+        return select.explain(self.config.backend, x, weight, self.rank_of_call)
 
     def original(self) -> Any:
         """What ``restore`` needs after ``set_merged``, off the device."""
@@ -232,39 +227,6 @@ class ResLoRALinear(nn.Linear):
         hold(self.holds_weight, original)
         self.merged = False
 
-    def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None, init_values: bool = True) -> None:
-        dtype = adapter_dtype or (torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
-        device = self.execution_device
-        self.config = config
-        for kind in "AB":
-            shape = self._shape_of(kind)
-            empty = torch.empty(shape, device=device, dtype=dtype)
-            self.register_parameter(f"lora_{kind}", nn.Parameter(empty))
-            start = nn.Parameter(torch.empty_like(empty), requires_grad=False) if config.has_start else None
-            self.register_parameter(f"start_{kind}", start)
-        magnitude = (
-            nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if config.use_dora else None
-        )
-        self.register_parameter("lora_magnitude_vector", magnitude)
-        self.merged = self.disabled = False
-        self.chain: Chain[ResLoRALinear] | None = None
-        self.position = 0
-        self.shared: SharedInput | None = None
-        self.index = 0  # in ``shared``
-        self.observer: Observer | None = None
-        self.replacement: tuple[Tensor, Tensor] | None = None  # (A, B) of a plain update that stands in, while merging
-        if init_values:
-            self.reset_lora_parameters()
-
-    @property
-    def scaling(self) -> float:
-        """s of the equations."""
-        return self.config.scaling
-
-    @property
-    def chain_length(self) -> int:
-        return len(self.chain) if self.chain is not None else 1
-
     @property
     def a_stack(self) -> tuple[Tensor, ...]:
         """The A matrices [., K], its own and others', that one forward of this layer multiplies by."""
@@ -275,48 +237,10 @@ class ResLoRALinear(nn.Linear):
         """R_a, the rows of ``a_stack``."""
         return rows(self.a_stack)
 
-    @property
-    def a_parts(self) -> tuple[Tensor, ...]:
-        """What the A of the equations is made of: its rows, from top to bottom."""
-        held = self._parameters
-        if "lora_A" in held and not self.config.has_start:
-            return (held["lora_A"],)  # type: ignore[return-value]
-        return (self.lora_A,) if self.start_A is None else (self.lora_A, self.start_A)
-
-    @property
-    def b_parts(self) -> tuple[Tensor, ...]:
-        """What the B of the equations is made of: its columns, from left to right."""
-        held = self._parameters
-        if "lora_B" in held and not self.config.has_start:
-            return (held["lora_B"],)  # type: ignore[return-value]
-        return (self.lora_B,) if self.start_B is None else (self.lora_B, self.start_B)
-
-    @property
-    def whole_A(self) -> Tensor:
-        """The A of the equations [r or 2r, in_features]."""
-        return joined(self.a_parts, 0)
-
-    @property
-    def whole_B(self) -> Tensor:
-        """The B of the equations [out_features, r or 2r]."""
-        return joined(self.b_parts, 1)
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """What the adapter adds to ``nn.Linear``'s parameters, by name."""
-        return {name: value for name in ADAPTER_PARAMETERS if (value := self._parameters.get(name)) is not None}
-
-    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that ``adapter_parameters`` have while they are whole."""
-        return {name: self._shape_of(name[-1]) for name in self.adapter_parameters()}
-
-    def _shape_of(self, kind: str) -> tuple[int, ...]:
-        matrices = {"A": (self.config.r, self.in_features), "B": (self.out_features, self.config.r)}
-        return matrices.get(kind, (self.out_features,))
-
     def reset_lora_parameters(self) -> None:
         """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""
         if self.start_A is None or self.start_B is None:
-            initialization.fill(self.config, self.lora_A, self.lora_B)
+            super().reset_lora_parameters()
         else:
             a, b = initialization.from_weight(self.config, self.dense_weight(torch.float32))
             with torch.no_grad():
@@ -402,48 +326,8 @@ class ResLoRALinear(nn.Linear):
         """The layer's part in its chain, given what was handed to it."""
         return call_of(self.config.shortcut, self.config.pre_num, self, *self.neighbours, received)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As for any module, but not spread over processes: a plan would cut A, which it does not know, by its rows."""
-        if is_dtensor(param):
-            raise ValueError(
-                f"parameter {name!r} of an adapted layer cannot be spread by a tensor parallel plan: call "
-                "parallelize_module (or from_pretrained with a tp_plan) first, then apply_reslora or load_adapter"
-            )
-        super().register_parameter(name, param)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As for any module, but adapters are not held in 8 bits: a ValueError."""
-        dtype = fn(torch.empty(0, dtype=self.lora_A.dtype, device=self.lora_A.device)).dtype
-        if dtype.itemsize == 1:
-            raise ValueError(
-                f"adapters are not held in 8 bits, got {dtype}: leave adapted layers out, as diffusers' "
-                "enable_layerwise_casting(skip_modules_classes=(ResLoRALinear,)) does"
-            )
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the neighbours, whose chain introduces them again: a copy would recurse from layer to layer."""
-        return {name: value for name, value in self.__dict__.items() if name != "neighbours"}
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Merged, the layer is a plain one to whoever saves it: a server would not know the adapter's names."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            for name in self.adapter_parameters():
-                del destination[prefix + name]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint without this layer's adapter is a base checkpoint: it leaves the adapter as it is."""
-        missing_keys: list[str] = args[2]
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        own = {prefix + name for name in self.adapter_parameters()}
-        if own.issubset(missing_keys):
-            missing_keys[:] = [key for key in missing_keys if key not in own]
-
     def extra_repr(self) -> str:
-        config = self.config
-        place = f", position={self.position} of {self.chain_length}" if self.chain is not None else ""
-        return f"{super().extra_repr()}, r={config.r}, shortcut={config.shortcut!r}{place}"
+        return f"{super().extra_repr()}, {self._describe()}"
 
 
 def _share_base(layer: nn.Linear, other: nn.Linear) -> None:
@@ -456,10 +340,6 @@ def share_hooks(source: nn.Module, target: nn.Module) -> None:
     """The same dicts, so that handles that remove a hook go on working."""
     for name in (*_HOOKS, *_HOOK_FLAGS):
         setattr(target, name, getattr(source, name))
-
-
-def joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _replaced(call: Call, a: Tensor, b: Tensor) -> Call:

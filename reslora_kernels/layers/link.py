@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..forward_state import scope_pass
+from .adapter import AdapterLayer
 from .chain import Chain
-from .linear import ResLoRALinear
 from .shortcuts import reach
 
 
-def link(layers: Sequence[ResLoRALinear], root: nn.Module | None = None, *, name: str = "") -> Chain[ResLoRALinear]:
+def link(layers: Sequence[AdapterLayer], root: nn.Module | None = None, *, name: str = "") -> Chain[AdapterLayer]:
     """Link layers into one chain, so that the shortcut runs between them.
 
     Args:
@@ -25,14 +25,14 @@ def link(layers: Sequence[ResLoRALinear], root: nn.Module | None = None, *, name
         the chain.
 
     Raises:
-        TypeError: a layer is not a ResLoRALinear, or root is not a module.
+        TypeError: a layer is not an adapted layer, or root is not a module.
         ValueError: no layer, a layer given twice or linked already, or unlike layers. Nothing is linked then.
     """
     layers = list(layers)
     if not layers:
         raise ValueError("layers must hold at least one ResLoRALinear, got none")
     for i, layer in enumerate(layers):
-        if not isinstance(layer, ResLoRALinear):
+        if not isinstance(layer, AdapterLayer):
             raise TypeError(f"layers[{i}] must be a ResLoRALinear, got {type(layer).__name__}")
         if layer.chain is not None:
             raise ValueError(f"layers[{i}] is already linked, at position {layer.position} of its chain")
@@ -55,6 +55,6 @@ def link(layers: Sequence[ResLoRALinear], root: nn.Module | None = None, *, name
     return chain
 
 
-def _signature(layer: ResLoRALinear) -> tuple[int, int, int, str, int]:
+def _signature(layer: AdapterLayer) -> tuple[int, int, int, str, int]:
     config = layer.config
     return layer.in_features, layer.out_features, config.r, config.shortcut, config.pre_num

@@ -20,7 +20,8 @@ class TransposedResLoRALinear(ResLoRALinear):
 
     @property
     def frozen_weight(self) -> Tensor:
-        return self.weight.T
+        weight: Tensor = self.weight
+        return weight.T
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         return super().dense_weight(dtype).T

@@ -16,8 +16,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
-from ..layers.linear import ResLoRALinear
 from ..layers.shortcuts import hands_on
 from ..reference import earlier
 from .statistics import LayerStatistics
@@ -25,7 +25,10 @@ from .statistics import LayerStatistics
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """ΔW = scaling * b @ a with a [R, K], b [N, R]; ``relative_error`` of the low-rank output on the data, or None."""
+    """ΔW = scaling * b @ a with a [..., R, K], b [..., N, R].
+
+    ``relative_error`` is that of the low-rank output on the data, or None.
+    """
 
     a: Tensor
     b: Tensor
@@ -35,10 +38,10 @@ class LowRankUpdate:
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     def delta(self) -> Tensor:
-        """ΔW [N, K]."""
+        """ΔW [..., N, K]."""
         return (self.b @ self.a).mul_(self.scaling)
 
 
@@ -46,7 +49,7 @@ NEVER_RAN = "plain LoRA (never ran)"  # the method of an update that no data cou
 
 
 def updates_of_chain(
-    chain: Chain[ResLoRALinear], method: str, statistics: list[LayerStatistics] | None, regularization: float
+    chain: Chain[AdapterLayer], method: str, statistics: list[LayerStatistics] | None, regularization: float
 ) -> list[LowRankUpdate]:
     """One update per layer of a chain. ``statistics`` holds one entry per layer, None where the method needs none.
 
@@ -71,8 +74,8 @@ def updates_of_chain(
         windows = [range(earlier(m, n) + 1 if shortcut == "block" else 1) for n in range(len(layers))]
         return [
             LowRankUpdate(
-                torch.cat([a[n - k].to(a[n].device) for k in window]),
-                torch.cat([b[n - k].to(b[n].device) for k in window], dim=1),
+                torch.cat([a[n - k].to(a[n].device) for k in window], dim=-2),
+                torch.cat([b[n - k].to(b[n].device) for k in window], dim=-1),
                 layers[n].scaling, "exact", 0.0,
             )
             for n, window in enumerate(windows)
@@ -95,7 +98,7 @@ def updates_of_chain(
     return updates
 
 
-def plain_update(layer: ResLoRALinear) -> LowRankUpdate:
+def plain_update(layer: AdapterLayer) -> LowRankUpdate:
     """A layer's own A and B, for one that never ran."""
     return LowRankUpdate(_wide(layer.whole_A), _wide(layer.whole_B), layer.scaling, NEVER_RAN, None)
 
@@ -125,7 +128,7 @@ def _merged_a(
     return total
 
 
-def _input_by_weights(layers: list[ResLoRALinear], a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+def _input_by_weights(layers: list[AdapterLayer], a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     """merge_bw: α_n = f*_{n-2} / f*_{n-1} with f*_j = ‖W_j + s (1 + α_j) B_j A_j‖_F, α_0 = α_1 = 1."""
     merged: list[Tensor] = []
     norms: list[float] = []

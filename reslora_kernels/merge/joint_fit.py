@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..adapt.execution import call_with, undisturbed
-from ..layers.linear import ResLoRALinear
+from ..layers.adapter import AdapterLayer
 from .batch_cache import Kept
 from .closed_form import LowRankUpdate, cholesky_factor, relative_error
 from .sequential import replaced
@@ -68,12 +68,12 @@ class _White(NamedTuple):
 
 def joint_updates(
     model: nn.Module,
-    updates: Mapping[ResLoRALinear, LowRankUpdate],
-    statistics: Mapping[ResLoRALinear, LayerStatistics],
+    updates: Mapping[AdapterLayer, LowRankUpdate],
+    statistics: Mapping[AdapterLayer, LayerStatistics],
     calibration: Iterable[Any],
     steps: int,
     rank: int = 0,
-) -> dict[ResLoRALinear, LowRankUpdate]:
+) -> dict[AdapterLayer, LowRankUpdate]:
     """``updates`` after ``steps`` steps of one batch each, or as they are where that brings the output no nearer.
 
     Args:
@@ -146,7 +146,7 @@ def _unmerged_output(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
         return output_of(call_with(model, batch), batch)
 
 
-def _white(layer: ResLoRALinear, update: LowRankUpdate, statistics: LayerStatistics) -> _White:
+def _white(layer: AdapterLayer, update: LowRankUpdate, statistics: LayerStatistics) -> _White:
     assert statistics.gram is not None
     gram = statistics.gram.double()
     scaled = gram / gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
@@ -162,8 +162,8 @@ def _size(matrix: Tensor) -> float:
 
 
 def _new_rows(
-    model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], rank: int
-) -> dict[ResLoRALinear, Tensor]:
+    model: nn.Module, unmerged: Unmerged, white: Mapping[AdapterLayer, _White], rank: int
+) -> dict[AdapterLayer, Tensor]:
     """Up to ``rank`` for each A, within the smaller side of W, as large as those that are there."""
     sums = {layer: one.b.new_zeros(len(one.b), one.a.shape[1]) for layer, one in white.items()}
     watches = [layer.register_forward_hook(partial(_watch, total), with_kwargs=True) for layer, total in sums.items()]
@@ -210,7 +210,7 @@ def _first_directions(matrix: Tensor, count: int) -> Tensor:
 
 
 def _train(
-    model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White], steps: int, limit: float
+    model: nn.Module, unmerged: Unmerged, white: Mapping[AdapterLayer, _White], steps: int, limit: float
 ) -> bool:
     """Whether all steps were done; not where the distance's mean over ``TRIAL_STEPS`` is above ``limit``."""
     groups: list[dict[str, Any]] = []
@@ -244,7 +244,7 @@ def _train(
 
 
 def _gradients(
-    model: nn.Module, white: Mapping[ResLoRALinear, _White], of: list[Tensor], batch: Any, wanted: Tensor, logits: bool
+    model: nn.Module, white: Mapping[AdapterLayer, _White], of: list[Tensor], batch: Any, wanted: Tensor, logits: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """One batch's distance and its gradients; None where it does not depend on a tensor."""
     with torch.enable_grad(), _merged(model, white, batch) as found:
@@ -253,7 +253,7 @@ def _gradients(
     return loss.detach(), [None if gradient is None else gradient / GRADIENT_SCALE for gradient in gradients]
 
 
-def _distance(model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear, _White]) -> float:
+def _distance(model: nn.Module, unmerged: Unmerged, white: Mapping[AdapterLayer, _White]) -> float:
     """The mean over the batches."""
     total, count = 0.0, 0
     for batch, (wanted, logits) in unmerged:
@@ -263,7 +263,7 @@ def _distance(model: nn.Module, unmerged: Unmerged, white: Mapping[ResLoRALinear
 
 
 @contextmanager
-def _merged(model: nn.Module, white: Mapping[ResLoRALinear, _White], batch: Any) -> Iterator[Tensor]:
+def _merged(model: nn.Module, white: Mapping[AdapterLayer, _White], batch: Any) -> Iterator[Tensor]:
     """The output for one batch; the updates stand in until the block ends, as checkpointed layers run in backward."""
     with replaced({layer: one.update() for layer, one in white.items()}):
         yield output_of(call_with(model, batch), batch)[0]

@@ -15,7 +15,7 @@ from ..adapt.record import adapted_layers, complete_layers, record_of, root_of
 from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
 from ..dtensors import is_sharded, refuse_fsdp
-from ..layers.linear import ResLoRALinear
+from ..layers.adapter import AdapterLayer
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
 from .closed_form import NEVER_RAN, LowRankUpdate, updates_of_chain
@@ -259,7 +259,7 @@ def _check_extra_rank(extra_rank: int, joint_steps: int) -> None:
         raise ValueError(f"extra_rank={extra_rank} needs joint_steps: only a joint fit makes updates wider")
 
 
-def _check_statistics(statistics: Statistics | None, layers: dict[str, ResLoRALinear]) -> None:
+def _check_statistics(statistics: Statistics | None, layers: dict[str, AdapterLayer]) -> None:
     if statistics is None:
         return
     if statistics.layers.keys() != layers.keys():
@@ -274,7 +274,7 @@ def _check_statistics(statistics: Statistics | None, layers: dict[str, ResLoRALi
         raise ValueError("statistics hold no batch: run the model inside collect_statistics")
 
 
-def _refuse_tied(root: nn.Module, layers: dict[str, ResLoRALinear]) -> None:
+def _refuse_tied(root: nn.Module, layers: dict[str, AdapterLayer]) -> None:
     owners: dict[int, str] = {}
     weights = {id(layer.weight): name for name, layer in layers.items()}
     for name, parameter in root.named_parameters(remove_duplicate=False):

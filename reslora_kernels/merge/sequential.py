@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.execution import call_with, undisturbed
+from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
-from ..layers.linear import ResLoRALinear
 from ..layers.shortcuts import hands_on
 from .batch_cache import Kept
 from .closed_form import LowRankUpdate, least_squares, plain_update, relative_error, updates_of_chain
@@ -26,14 +26,14 @@ Value = TypeVar("Value")
 
 
 def sequential_updates(
-    model: nn.Module, chains: Sequence[Chain[ResLoRALinear]], calibration: Iterable[Any], regularization: float
-) -> dict[ResLoRALinear, LowRankUpdate]:
+    model: nn.Module, chains: Sequence[Chain[AdapterLayer]], calibration: Iterable[Any], regularization: float
+) -> dict[AdapterLayer, LowRankUpdate]:
     """One update per layer, position by position, with all chains side by side.
 
     Raises:
         ValueError: a layer's moments cannot be solved for (see ``cholesky_factor``), or ``calibration`` runs once only.
     """
-    updates: dict[ResLoRALinear, LowRankUpdate] = {}
+    updates: dict[AdapterLayer, LowRankUpdate] = {}
     fitted = [chain for chain in chains if hands_on(chain.layers[0].config.shortcut, chain.layers[0].config.pre_num)]
     later = [layer for chain in fitted for layer in chain.layers[1:]]
     unmerged = Kept(calibration, lambda batch: _captured(lambda x, v: v, model, later, batch))
@@ -63,7 +63,7 @@ def sequential_updates(
     return updates
 
 
-def _fitted(layer: ResLoRALinear, seen: LayerStatistics, regularization: float, where: str) -> LowRankUpdate:
+def _fitted(layer: AdapterLayer, seen: LayerStatistics, regularization: float, where: str) -> LowRankUpdate:
     if not seen.calls:
         return plain_update(layer)
     wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
@@ -84,8 +84,8 @@ class _Captured(Generic[Value]):
 
 
 def _captured(
-    keep: Callable[[Tensor, Tensor | None], Value], model: nn.Module, layers: list[ResLoRALinear], batch: Any
-) -> dict[ResLoRALinear, list[Value]]:
+    keep: Callable[[Tensor, Tensor | None], Value], model: nn.Module, layers: list[AdapterLayer], batch: Any
+) -> dict[AdapterLayer, list[Value]]:
     observers = {layer: _Captured(keep) for layer in layers}
     with observed(observers):
         call_with(model, batch)
@@ -93,7 +93,7 @@ def _captured(
 
 
 @contextmanager
-def replaced(updates: Mapping[ResLoRALinear, tuple[Tensor, Tensor]]) -> Iterator[None]:
+def replaced(updates: Mapping[AdapterLayer, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Let plain updates (A [R, K], B [N, R]) stand in for their layers' shortcuts inside the ``with`` block."""
     try:
         for layer, update in updates.items():

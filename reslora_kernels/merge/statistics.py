@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapt.record import adapted_layers
 from ..config import ResLoRAConfig
-from ..layers.linear import Observer, ResLoRALinear
+from ..layers.adapter import AdapterLayer, Observer
 from ..layers.shortcuts import hands_on
 
 
@@ -168,7 +168,7 @@ def collect_statistics(model: nn.Module, *, second_moments: bool = True) -> Iter
 
 
 @contextmanager
-def observed(observers: Mapping[ResLoRALinear, Observer]) -> Iterator[None]:
+def observed(observers: Mapping[AdapterLayer, Observer]) -> Iterator[None]:
     """Tell each layer's observer of its calls inside the ``with`` block."""
     try:
         for layer, observer in observers.items():

@@ -11,7 +11,7 @@ from ..adapt.record import adapted_layers, record_of, refuse_beside, root_of
 from ..adapt.state_dicts import release
 from ..checks import check_bool
 from ..dtensors import refuse_fsdp
-from ..layers.linear import ResLoRALinear
+from ..layers.adapter import AdapterLayer
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..quantizers import quantizer_of
 from .merging import merge_reslora
@@ -49,7 +49,7 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def _unloadable(model: nn.Module) -> dict[str, ResLoRALinear]:
+def _unloadable(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapted layers, if they can be taken out now."""
     layers = adapted_layers(model)
     refuse_beside(model, "unloaded", "call unload or merge_and_unload of the PeftModel")

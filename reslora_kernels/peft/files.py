@@ -23,7 +23,7 @@ from ..files.adapter_format import (
     write_durably,
 )
 from ..files.peft_export import PREFIX
-from ..layers.linear import ADAPTER_PARAMETERS
+from ..layers.adapter import ADAPTER_PARAMETERS
 from ..layers.shortcuts import hands_on
 from .config import RESLORA, ResLoRAPeftConfig
 

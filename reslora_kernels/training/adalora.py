@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapt.record import adapted_layers
 from ..checks import check_int, check_number
-from ..layers.linear import ResLoRALinear
+from ..layers.adapter import AdapterLayer
 
 
 class RankAllocator:
@@ -112,7 +112,7 @@ class RankAllocator:
         """The ranks that are left, by layer."""
         return {name: int(keep.sum()) for name, keep in self.keep.items()}
 
-    def _observe(self, name: str, layer: ResLoRALinear) -> None:
+    def _observe(self, name: str, layer: AdapterLayer) -> None:
         for kind, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
             assert parameter.grad is not None
             sensitivity, key = (parameter * parameter.grad).abs(), (name, kind)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..checks import check_module, check_number
-from ..layers.linear import ResLoRALinear
+from ..layers.adapter import AdapterLayer
 
 
 def loraplus_groups(
@@ -28,13 +28,13 @@ def loraplus_groups(
 
     Raises:
         TypeError: ``model`` is not a module, or a number is none.
-        ValueError: a number is not finite or out of range, or ``model`` has no ResLoRALinear that trains.
+        ValueError: a number is not finite or out of range, or ``model`` has no adapted layer that trains.
     """
     check_module("model", model)
     for name, value in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio)):
         check_number(name, value, "a finite number above 0", lambda v: v > 0)
     check_number("weight_decay", weight_decay, "a finite number of 0 or more", lambda v: v >= 0)
-    layers = [module for module in model.modules() if isinstance(module, ResLoRALinear)]
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
     if not any(layer.lora_B.requires_grad for layer in layers):
         raise ValueError("model has no ResLoRALinear that trains: adapt it first, with apply_reslora or load_adapter")
     of_b = {id(layer.lora_B) for layer in layers}

@@ -14,7 +14,7 @@ from ..config import MergeMethod
 from ..dtensors import initialised, is_sharded
 from ..files.adapter_format import write_durably
 from ..files.save_load import load_adapter, save_adapter
-from ..layers.linear import ResLoRALinear
+from ..layers.adapter import AdapterLayer
 from ..merge.merging import merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics, collect_statistics
 
@@ -84,7 +84,7 @@ def _adapters_on_top(model: Any) -> Iterator[None]:
 
     While it is made, and for this it asks then and for nothing else, an adapted model says that it is not quantised.
     """
-    if not getattr(model, "is_quantized", False) or not any(isinstance(m, ResLoRALinear) for m in model.modules()):
+    if not getattr(model, "is_quantized", False) or not any(isinstance(m, AdapterLayer) for m in model.modules()):
         yield
         return
     model.is_quantized = False

@@ -1,0 +1,217 @@
+"""AdapterLayer: what an adapted layer is made of, whatever its frozen weight is and however that is multiplied by."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.select import BackendChoice
+from ..config import ResLoRAConfig
+from ..dtensors import is_dtensor
+from . import initialization
+from .chain import Chain, Neighbours
+from .shared_input import SharedInput
+
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "start_A", "start_B")
+
+
+class Observer(Protocol):
+    """Whoever gathers statistics: told of every call's input and of the shortcut's part of u."""
+
+    def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None: ...
+
+
+class AdapterLayer(nn.Module):
+    """A frozen weight with A [..., r, K] and B [..., N, r], and a place in a chain; its subclasses are kinds of it.
+
+    The rest of the package (chains, switching, merging, files, ``inspect``) knows a layer by what is declared here.
+    ``layers.kinds`` says which subclass serves which part of a model.
+    """
+
+    in_features: int
+    out_features: int
+    config: ResLoRAConfig
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
+    start_A: nn.Parameter | None
+    start_B: nn.Parameter | None
+    weight: Any
+    bias: Any
+    neighbours = Neighbours()
+    shares_projections: ClassVar[bool] = False  # whether one layer of a group may project x for this one
+
+    def base_in(self, root: nn.Module, name: str) -> Any:
+        """What ``leave`` left in ``root`` under the layer's name."""
+        return root.get_submodule(name)
+
+    def take_place_of(self, base: Any) -> None:
+        """Stand in for what ``leave`` gave."""
+        raise NotImplementedError
+
+    def leave(self) -> Any:
+        """The frozen part by itself, as it was before it was adapted."""
+        raise NotImplementedError
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where the layer computes, and its adapters are."""
+        raise NotImplementedError
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        """The dtype that a merged weight has."""
+        raise NotImplementedError
+
+    @property
+    def a_stack(self) -> tuple[Tensor, ...]:
+        """The A matrices, its own and others', that one forward of this layer multiplies by."""
+        raise NotImplementedError
+
+    def backend_choice(self, tokens: int) -> BackendChoice:
+        """Which backend serves a call of so many tokens, and why."""
+        raise NotImplementedError
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The values of W in ``dtype``, or in its own if that is wider."""
+        raise NotImplementedError
+
+    def with_update(self, delta: Tensor) -> Tensor:
+        """W* in float32 or better, for a plain update ΔW [..., N, K]."""
+        raise NotImplementedError
+
+    def original(self) -> Any:
+        """What ``restore`` needs after ``set_merged``, off the device."""
+        raise NotImplementedError
+
+    def set_merged(self, weight: Tensor) -> None:
+        """Take W* for W, and pass the adapters over."""
+        raise NotImplementedError
+
+    def restore(self, original: Any) -> None:
+        """The inverse of ``set_merged``."""
+        raise NotImplementedError
+
+    def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None, init_values: bool = True) -> None:
+        dtype = adapter_dtype or (torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
+        device = self.execution_device
+        self.config = config
+        for kind in "AB":
+            shape = self._shape_of(kind)
+            empty = torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(f"lora_{kind}", nn.Parameter(empty))
+            start = nn.Parameter(torch.empty_like(empty), requires_grad=False) if config.has_start else None
+            self.register_parameter(f"start_{kind}", start)
+        magnitude = (
+            nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if config.use_dora else None
+        )
+        self.register_parameter("lora_magnitude_vector", magnitude)
+        self.merged = self.disabled = False
+        self.chain: Chain[Any] | None = None
+        self.position = 0
+        self.shared: SharedInput | None = None
+        self.index = 0  # in ``shared``
+        self.observer: Observer | None = None
+        self.replacement: tuple[Tensor, Tensor] | None = None  # (A, B) of a plain update that stands in, while merging
+        if init_values:
+            self.reset_lora_parameters()
+
+    @property
+    def scaling(self) -> float:
+        """s of the equations."""
+        return self.config.scaling
+
+    @property
+    def chain_length(self) -> int:
+        return len(self.chain) if self.chain is not None else 1
+
+    @property
+    def a_parts(self) -> tuple[Tensor, ...]:
+        """What the A of the equations is made of: its rows, from top to bottom."""
+        held = self._parameters
+        if "lora_A" in held and not self.config.has_start:
+            return (held["lora_A"],)  # type: ignore[return-value]
+        return (self.lora_A,) if self.start_A is None else (self.lora_A, self.start_A)
+
+    @property
+    def b_parts(self) -> tuple[Tensor, ...]:
+        """What the B of the equations is made of: its columns, from left to right."""
+        held = self._parameters
+        if "lora_B" in held and not self.config.has_start:
+            return (held["lora_B"],)  # type: ignore[return-value]
+        return (self.lora_B,) if self.start_B is None else (self.lora_B, self.start_B)
+
+    @property
+    def whole_A(self) -> Tensor:
+        """The A of the equations [..., r or 2r, in_features]."""
+        return joined(self.a_parts, -2)
+
+    @property
+    def whole_B(self) -> Tensor:
+        """The B of the equations [..., out_features, r or 2r]."""
+        return joined(self.b_parts, -1)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What the adapter adds to the frozen layer's parameters, by name."""
+        return {name: value for name in ADAPTER_PARAMETERS if (value := self._parameters.get(name)) is not None}
+
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that ``adapter_parameters`` have while they are whole."""
+        return {name: self._shape_of(name[-1]) for name in self.adapter_parameters()}
+
+    def _shape_of(self, kind: str) -> tuple[int, ...]:
+        matrices = {"A": (self.config.r, self.in_features), "B": (self.out_features, self.config.r)}
+        return matrices.get(kind, (self.out_features,))
+
+    def reset_lora_parameters(self) -> None:
+        """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""
+        initialization.fill(self.config, self.lora_A, self.lora_B)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module, but not spread over processes: a plan would cut A, which it does not know, by its rows."""
+        if is_dtensor(param):
+            raise ValueError(
+                f"parameter {name!r} of an adapted layer cannot be spread by a tensor parallel plan: call "
+                "parallelize_module (or from_pretrained with a tp_plan) first, then apply_reslora or load_adapter"
+            )
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As for any module, but adapters are not held in 8 bits: a ValueError."""
+        dtype = fn(torch.empty(0, dtype=self.lora_A.dtype, device=self.lora_A.device)).dtype
+        if dtype.itemsize == 1:
+            raise ValueError(
+                f"adapters are not held in 8 bits, got {dtype}: leave adapted layers out, as diffusers' "
+                "enable_layerwise_casting(skip_modules_classes=(ResLoRALinear,)) does"
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the neighbours, whose chain introduces them again: a copy would recurse from layer to layer."""
+        return {name: value for name, value in self.__dict__.items() if name != "neighbours"}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Merged, the layer is a plain one to whoever saves it: a server would not know the adapter's names."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            for name in self.adapter_parameters():
+                del destination[prefix + name]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint without this layer's adapter is a base checkpoint: it leaves the adapter as it is."""
+        missing_keys: list[str] = args[2]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        own = {prefix + name for name in self.adapter_parameters()}
+        if own.issubset(missing_keys):
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def _describe(self) -> str:
+        """What ``extra_repr`` says of the adapter."""
+        place = f", position={self.position} of {self.chain_length}" if self.chain is not None else ""
+        return f"r={self.config.r}, shortcut={self.config.shortcut!r}{place}"
+
+
+def joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
