@@ -19,6 +19,7 @@ Bias = Literal["none", "all", "lora_only"]
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 256
+PARAMETER_ADAPTER = "_reslora"  # the adapter of a parameter is its module's child of the parameter's name and this
 _ALPHA: Any = ("a finite number above 0", lambda v: v > 0)
 _INITS = r"gaussian|pissa|pissa_niter_[1-9]\d{0,3}|olora"
 
@@ -33,6 +34,12 @@ class ResLoRAConfig:
         lora_dropout: probability in [0, 1) that an element of x is dropped before the projection.
         target_modules: which ``nn.Linear`` to adapt: names or name endings, one regular expression that must match the
             whole name, or ``"all-linear"`` (every linear layer but the output head).
+        target_parameters: parameters to adapt, by names or name endings, as in PEFT. Experts held as one tensor
+            ("mlp.experts.gate_up_proj") get an A and a B each; a matrix that its module multiplies by (a router,
+            "mlp.gate.weight") gets one. They are adapted beside ``target_modules``, of which ``[]`` adapts none;
+            ``exclude_modules`` and ``layers_to_transform`` are about modules.
+        split_expert_r: share ``r`` out among the experts of a parameter: each has max(1, r // E), which the scaling
+            divides by then.
         exclude_modules: names or name endings, or one regular expression, to leave out.
         rank_pattern: ranks that differ from ``r``, by name, name ending or regular expression for one, as in PEFT; the
             first entry that matches a module counts. A chain holds layers of one rank only.
@@ -65,6 +72,8 @@ class ResLoRAConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
+    target_parameters: Sequence[str] | None = None
+    split_expert_r: bool = False
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
@@ -87,7 +96,7 @@ class ResLoRAConfig:
         check_int("norm_window", self.norm_window, 1, None)
         check_number("lora_alpha", self.lora_alpha, *_ALPHA)
         check_number("lora_dropout", self.lora_dropout, "a number with 0 <= lora_dropout < 1", lambda v: 0 <= v < 1)
-        for name in ("use_rslora", "use_dora", "stack_projections"):
+        for name in ("use_rslora", "use_dora", "stack_projections", "split_expert_r"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.init_lora_weights is not True and not (
@@ -108,7 +117,14 @@ class ResLoRAConfig:
             check_int(f"rank_pattern[{key!r}]", rank, 1, MAX_RANK)
         for key, alpha in self.alpha_pattern.items():
             check_number(f"alpha_pattern[{key!r}]", alpha, *_ALPHA)
-        freeze(self, "target_modules", _names("target_modules", self.target_modules))
+        if self.target_parameters is not None:
+            if isinstance(self.target_parameters, str):
+                raise TypeError(f"target_parameters must be a list of names, got {self.target_parameters!r}")
+            freeze(self, "target_parameters", _names("target_parameters", self.target_parameters))
+            self._refuse_beside_parameters()
+        none = self.target_parameters is not None and not isinstance(self.target_modules, str)
+        if not (none and isinstance(self.target_modules, Sequence) and not self.target_modules):
+            freeze(self, "target_modules", _names("target_modules", self.target_modules))
         if self.exclude_modules is not None:
             freeze(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
         if self.modules_to_save is not None:
@@ -117,6 +133,19 @@ class ResLoRAConfig:
             freeze(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
         if self.layers_to_transform is not None:
             freeze(self, "layers_to_transform", _layer_indices(self.layers_to_transform))
+
+    def _refuse_beside_parameters(self) -> None:
+        """ValueError for what an adapter of a parameter has no equation for."""
+        for name, value, allowed, instead in (
+            ("lora_dropout", self.lora_dropout, self.lora_dropout == 0, "0"),
+            ("use_dora", self.use_dora, not self.use_dora, "False"),
+            ("init_lora_weights", self.init_lora_weights, not self.has_start, "True or 'gaussian'"),
+        ):
+            if not allowed:
+                raise ValueError(
+                    f"{name} must be {instead} with target_parameters, as in PEFT, got {value!r}: train the parameters "
+                    "without it, or leave them out"
+                )
 
     @property
     def scaling(self) -> float:
@@ -128,10 +157,14 @@ class ResLoRAConfig:
         """Whether A and B start from W, with a start that is taken off again (``ResLoRALinear.start_A``)."""
         return self.init_lora_weights not in (True, "gaussian")
 
-    def for_module(self, name: str) -> ResLoRAConfig:
-        """What the patterns make of this configuration for the module ``name``; it holds no patterns."""
+    def for_module(self, name: str, num_experts: int = 0) -> ResLoRAConfig:
+        """What the patterns make of this configuration for one module, or one parameter of experts; it holds none."""
+        if self.split_expert_r and num_experts:
+            own = self.for_module(name)
+            return dataclasses.replace(own, r=max(1, own.r // num_experts), split_expert_r=False)
         if not (self.rank_pattern or self.alpha_pattern):
             return self
+        name = name.removesuffix(PARAMETER_ADAPTER)
         r = next((r for key, r in self.rank_pattern.items() if pattern_matches(key, name)), self.r)
         alpha = next((a for key, a in self.alpha_pattern.items() if pattern_matches(key, name)), self.lora_alpha)
         return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})

@@ -13,17 +13,19 @@ from ..checks import check_bool, check_module
 from ..config import ResLoRAConfig, checked_config
 from ..dtensors import placements_of, refuse_fsdp, refuse_zero3
 from ..layers.adapter import AdapterLayer
-from ..layers.kinds import kind_of
+from ..layers.experts import ResLoRAExperts, TargetParameter
+from ..layers.kinds import config_of, kind_of
 from ..layers.shortcuts import hands_on
 from ..quantizers.bitsandbytes import keep_order
 from .base_checkpoint import undefined
 from .foreign_hooks import refuse_foreign_hooks
 from .given_chains import Chains, plan_chains
 from .linking import build_chains, confirm_order
+from .matching import matches
 from .record import Record, checked_name, without_compiled
 from .state_dicts import guard
 from .structure import ChainPlan, names_of_experts
-from .targets import find_targets, matches, with_heads_saved
+from .targets import find_targets, with_heads_saved
 
 
 def apply_reslora(
@@ -100,8 +102,8 @@ def adapt(
     _refuse_mixed_layouts(targets, plans, config)
     experts = names_of_experts(plans)
     configs = {
-        name: without_hand_over(config.for_module(name)) if name in experts else config.for_module(name)
-        for name in targets
+        name: without_hand_over(config_of(config, name, base)) if name in experts else config_of(config, name, base)
+        for name, base in targets.items()
     }
     keep_order(model)
     _swap(model, targets, config, configs, autocast_adapter_dtype, init_values)
@@ -148,7 +150,7 @@ def _swap(
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
         raise
-    replace_modules(model, new)
+    put_in_place(model, [(base, new[id(base)]) for base in targets.values()])
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if config.modules_to_save and matches(name, config.modules_to_save):
@@ -165,10 +167,18 @@ def _swap(
 
 
 def _adapted(module: Any, config: ResLoRAConfig, autocast_adapter_dtype: bool, init_values: bool) -> AdapterLayer:
-    kind = kind_of(module)
+    kind = ResLoRAExperts if isinstance(module, TargetParameter) else kind_of(module)
     assert kind is not None
     dtype = None if autocast_adapter_dtype or not module.weight.is_floating_point() else module.weight.dtype
     return kind.from_linear(module, config, dtype, init_values=init_values)
+
+
+def put_in_place(model: nn.Module, pairs: Sequence[tuple[Any, AdapterLayer]]) -> None:
+    """Let each layer take the place of the module that it adapts, or one beside the parameter that it adapts."""
+    replace_modules(model, {id(base): layer for base, layer in pairs if isinstance(base, nn.Module)})
+    for base, layer in pairs:
+        if isinstance(base, TargetParameter):
+            layer.take_place_of(base)
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 from ..config import ResLoRAConfig
 from ..layers.offloading import is_hooked, offloader
 from ..layers.tensor_parallel import is_parallelized
-from .targets import matches, with_parents
+from .matching import matches
+from .targets import with_parents
 
 
 def refuse_foreign_hooks(model: nn.Module, targets: Mapping[str, nn.Module], config: ResLoRAConfig) -> None:
@@ -35,7 +36,7 @@ def _faults(model: nn.Module, targets: Mapping[str, nn.Module], config: ResLoRAC
                 "starts from the old value: keep it on a device in device_map"
             )
     for name, linear in targets.items():
-        if _is_replaced(linear):
+        if isinstance(linear, nn.Module) and _is_replaced(linear):
             yield (
                 f"the forward of {name!r} is replaced on the instance by {_whose(linear)}, which an adapter would "
                 "lose: call apply_reslora first and replace it afterwards. For diffusers' layerwise casting that is "

@@ -97,12 +97,13 @@ def confirm_order(
     The run also tells which layers read one tensor. Where derived inputs fail, the record says so.
     """
     keep_order(model)
+    modules = {name: target for name, target in targets.items() if isinstance(target, nn.Module)}
     inputs = given if given is not None else derive_inputs(model)
     if inputs is None:
         return
     try:
         with undisturbed(model):
-            executed = record_order(targets, lambda: call_with(model, inputs))
+            executed = record_order(modules, lambda: call_with(model, inputs))
     except Exception as error:
         if given is not None:
             raise ValueError(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..config import ResLoRAConfig
-from ..layers.kinds import is_linear, kind_of, sizes_of
+from ..config import PARAMETER_ADAPTER, ResLoRAConfig
+from ..layers.kinds import config_of, is_linear, kind_of, sizes_of
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
 _ATTRIBUTE = re.compile(r"(layer|block|stage)s?_?(\d+)")  # layer1, layer2, .. are a list as well
@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 def structural_chains(
-    model: nn.Module, layers: Mapping[str, nn.Module], config: ResLoRAConfig, apart: Iterable[str] = ()
+    model: nn.Module, layers: Mapping[str, Any], config: ResLoRAConfig, apart: Iterable[str] = ()
 ) -> list[ChainPlan]:
     """The chains of ``layers``, which can be adapted and are in ``model`` by name, without those in ``apart``."""
     place, apart = places(model), set(apart)
@@ -51,7 +51,8 @@ def structural_chains(
     for name, layer in layers.items():
         if name not in apart:
             role, _, expert = place[name]
-            rank = config.for_module(name).r
+            rank = config_of(config, name, layer).r
+            role += f" ({experts} experts)" if (experts := getattr(layer, "num_experts", 0)) else ""
             groups.setdefault((role, *sizes_of(layer), rank, expert), []).append(name)
     return [
         ChainPlan(_title(key, list(groups)), sorted(names, key=lambda name: place[name].depth), key[-1])
@@ -68,7 +69,10 @@ def _title(key: tuple[str, int, int, int, bool], keys: Sequence[tuple[str, int, 
 
 
 def places(model: nn.Module) -> dict[str, Place]:
-    """The place of every layer that can be adapted of ``model``, by the name that ``named_modules`` gives it."""
+    """The place of every layer that can be adapted of ``model``, by the name that ``named_modules`` gives it.
+
+    Of parameters too, by the names of their adapters.
+    """
     found: dict[str, Place] = {}
     _descend(model, None, "", _Path(), found, set())
     return found
@@ -111,6 +115,9 @@ def _descend(
     seen.add(id(module))
     if isinstance(module, nn.Linear) or kind_of(module) is not None:
         found[name] = path.place
+    for own in module._parameters:
+        adapter = own + PARAMETER_ADAPTER
+        found[f"{name}.{adapter}" if name else adapter] = path.named(own, expert=True).place
     step = _Steps(module, owner, path)
     for part, child in module.named_children():
         if id(child) not in seen:

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import ResLoRAConfig, checked_config
 from ..dtensors import refuse_sharded
 from ..layers.adapter import AdapterLayer
-from .apply import apply_reslora, replace_modules
+from .apply import apply_reslora, put_in_place, replace_modules
 from .given_chains import Chains
 from .record import Record, SetAside, adapted_layers, checked_name, record_of, refuse_beside, root_of
 
@@ -182,14 +182,15 @@ def _set_aside(root: nn.Module) -> SetAside:
 
 def _put_back(root: nn.Module, adapter: SetAside, others: dict[str, SetAside]) -> None:
     """The inverse, on the base as it is now: it may have moved to another device since."""
-    new: dict[int, nn.Module] = {}
+    pairs: list[tuple[Any, AdapterLayer]] = []
     for name, layer in adapter.layers.items():
         base = layer.base_in(root, name)
-        layer.take_place_of(base)
+        if isinstance(base, nn.Module):
+            layer.take_place_of(base)
         for parameter in layer.adapter_parameters().values():
             parameter.data = parameter.data.to(layer.execution_device)
-        new[id(base)] = layer
-    replace_modules(root, new)
+        pairs.append((base, layer))
+    put_in_place(root, pairs)
     adapter.record.put_in_force(True)
     root.__dict__["_reslora"] = adapter.record
     adapter.record.others = others

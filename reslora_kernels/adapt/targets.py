@@ -7,14 +7,17 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from ..config import ALL_LINEAR, ResLoRAConfig, pattern_matches
+from ..config import ALL_LINEAR, PARAMETER_ADAPTER, ResLoRAConfig, pattern_matches
 from ..layers.adapter import AdapterLayer
 from ..layers.kinds import is_linear, kind_of
 from ..quantizers import quantizer_of
 from .base_checkpoint import output_head, task_heads
+from .matching import matches
+from .parameters import find_parameters
 from .weight_readers import read_past
 
 LORA_PARAMETERS = frozenset(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))  # as LoRA libraries name them
@@ -22,9 +25,9 @@ LORA_PARAMETERS = frozenset(("lora_A", "lora_B", "lora_embedding_A", "lora_embed
 
 @dataclass(frozen=True)
 class Targets:
-    """The layers to adapt by name, in registration order, and every other linear layer with the reason."""
+    """What to adapt by name, modules in their order, then parameters; every other linear layer with the reason."""
 
-    matched: Mapping[str, nn.Module]
+    matched: Mapping[str, Any]
     unmatched: tuple[tuple[str, str], ...]
 
 
@@ -48,7 +51,7 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     """
     _refuse_adapted(model)
     head = output_head(model)
-    matched: dict[str, nn.Module] = {}
+    matched: dict[str, Any] = {}
     unmatched: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         reason = _left_out(name, module, config, head) or passed_over(model, name, module, config)
@@ -56,6 +59,7 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
             matched[name] = adaptable(name, module, config, model)
         elif is_linear(module):
             unmatched.append((name, reason))
+    matched |= find_parameters(model, config, matched)
     if not matched:
         raise ValueError(_nothing_matched(model, config))
     for ending in config.modules_to_save or ():
@@ -63,7 +67,7 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
             raise ValueError(f"modules_to_save: {ending!r} matches no module of the model")
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
-            if not any(pattern_matches(key, name) for name in matched):
+            if not any(pattern_matches(key, name.removesuffix(PARAMETER_ADAPTER)) for name in matched):
                 raise ValueError(f"{field} key {key!r} matches no adapted layer; they are {', '.join(matched)}")
     _warn_of_unused(model, config)
     return Targets(matched, tuple(unmatched))
@@ -202,13 +206,6 @@ def _instead(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return ". An embedding can be trained whole: name it in modules_to_save"
     return ""
-
-
-def matches(name: str, wanted: str | Sequence[str]) -> bool:
-    """Whether a module is meant: by its whole name or the ending of it; a str is a regular expression for the whole."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == ending or name.endswith("." + ending) for ending in wanted)
 
 
 def endings_of(root: nn.Module, names: Sequence[str]) -> list[str] | str:

@@ -59,13 +59,18 @@ def refuse_rewritten(root: nn.Module, config: Mapping[str, Any], tensors: Mappin
     except ImportError as error:
         _refuse_fused_experts(root, error)
         return
-    read = LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], target_modules=config["target_modules"])
-    meant = read.target_modules
+    read = LoraConfig(
+        r=config["r"], lora_alpha=config["lora_alpha"], target_modules=config["target_modules"],
+        target_parameters=config.get("target_parameters"),
+    )  # fmt: skip
+    meant, parameters = read.target_modules, set(read.target_parameters or ())
     try:
         convert_peft_config_for_transformers(read, model=root, conversions=None)
     except ValueError as error:
         raise ValueError(f"{_rewritten(root, str(meant))} ({error})") from error
-    if getattr(read, "target_parameters", None) or read.target_modules != meant:
+    if set(getattr(read, "target_parameters", None) or ()) != parameters or _parts(read.target_modules) != _parts(
+        meant
+    ):
         lost = _parts(meant) - _parts(read.target_modules)
         raise ValueError(_rewritten(root, ", ".join(sorted(lost)) or str(meant)))
     found = convert_peft_adapter_state_dict_for_transformers(root, read, dict(tensors))

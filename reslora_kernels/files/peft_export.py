@@ -18,6 +18,7 @@ from ..checks import check_bool
 from ..config import MergeMethod
 from ..dtensors import class_of, gathered, mesh_of, one_writer, refuse_partitioned, reshard
 from ..layers.adapter import AdapterLayer
+from ..layers.experts import ResLoRAExperts
 from ..layers.transposed_linear import TransposedResLoRALinear
 from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
@@ -27,6 +28,14 @@ from .adapter_format import checked_folder, serialized, sync_folder, write_durab
 from .beside import Beside, beside
 from .model_card import CARD_NAME, Card, may_write_card, merges_of
 from .peft_compatibility import refuse_rewritten, refuse_twice_registered, task_of
+from .peft_parameters import (
+    endings_of_parameters,
+    flat,
+    one_by_one,
+    parameter_of,
+    refuse_no_expert_names,
+    wrapper_names,
+)
 
 Layout = Literal["peft", "diffusers"]
 
@@ -69,6 +78,7 @@ def export_peft(
     regularization: float = 1e-6,
     pattern: bool = False,
     layout: Layout = "peft",
+    per_expert: bool = False,
     component: str | None = None,
 ) -> ExportReport:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``: A and B per module, the scaling folded into B.
@@ -86,6 +96,10 @@ def export_peft(
         pattern: give every module its exact rank through ``rank_pattern`` and ``alpha_pattern`` instead.
         layout: "peft", or "diffusers": ``pytorch_lora_weights.safetensors``, which ``pipe.load_lora_weights`` takes. It
             holds LoRA matrices only, of one rank. Exports of the pipeline's parts to one folder share the file.
+        per_expert: write the adapters of experts that are held as one tensor as those of linear layers, one for each
+            expert, by the names in the model's checkpoint (``experts.0.gate_proj``): what vLLM loads for Mixtral,
+            Qwen2- and Qwen3-MoE, DeepSeek and OLMoE. It takes those of models whose checkpoints hold one tensor
+            (GPT-OSS, Qwen3.5-MoE, Gemma 4) as PEFT writes them.
         component: what the pipeline calls the model ("unet", "text_encoder_2"), for layout "diffusers"; None asks its
             class.
 
@@ -103,6 +117,8 @@ def export_peft(
     refuse_partitioned(model)
     folder = checked_folder(path)
     check_bool("pattern", pattern)
+    check_bool("per_expert", per_expert)
+    kind = refuse_no_expert_names(root_of(model)) if per_expert else None
     part = _part(root_of(model), layout, component, pattern)
     _refuse_whole_model(folder)
     refuse_twice_registered(root_of(model), layers)
@@ -127,31 +143,51 @@ def export_peft(
     if part is not None:
         diffusers_layout.refuse_beside(others)
     tensors: dict[str, Tensor] = {}
+    of_parameters = {parameter_of(name): name for name, layer in layers.items() if isinstance(layer, ResLoRAExperts)}
+    wrappers = wrapper_names(root_of(model), of_parameters)
+    apart: dict[str, tuple[Tensor, Tensor]] = {}
     for name, update in updates.items():
         dtype = layers[name].lora_A.dtype
         padding = 0 if pattern else rank - update.rank
         a = nn.functional.pad(update.a, (0, 0, 0, padding))
         b = nn.functional.pad(update.b * update.scaling, (0, padding))
-        tensors[f"{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
-        tensors[f"{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"layer {name!r}: the update holds NaN or Inf; nothing was written")
+        pairs = {name: (a, b)}
+        if isinstance(layers[name], ResLoRAExperts):
+            if kind is not None and a.dim() == 3:
+                apart |= (pairs := one_by_one(kind, parameter_of(name), a, b))
+            else:
+                pairs = {wrappers[parameter_of(name)]: flat(a, b)}
+        for module, (of_a, of_b) in pairs.items():
+            tensors[f"{module}.lora_A.weight"] = of_a.to("cpu", dtype).contiguous()
+            tensors[f"{module}.lora_B.weight"] = of_b.to("cpu", dtype).contiguous()
         if layers[name].lora_magnitude_vector is not None:  # PEFT divides by its own norm of W + ΔW
             layer = layers[name]
             weight = layer.with_update(update.delta()) if merged is None else layer.dense_weight(torch.float32)
             lengths = torch.linalg.vector_norm(weight, dim=1)
             tensors[f"{name}.lora_magnitude_vector"] = lengths.to("cpu", dtype)
-        if not (torch.isfinite(tensors[f"{name}.lora_A.weight"]).all() and torch.isfinite(b).all()):
-            raise ValueError(f"layer {name!r}: the update holds NaN or Inf; nothing was written")
     biases, modules = _trained_whole(root_of(model), layers, others)
     extra, _ = gathered(_under_pefts_names(others, layers, modules))
     for name, tensor in extra.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"parameter {name!r} holds NaN or Inf; nothing was written")
-    config = _peft_config(root_of(model), list(layers), rank, biases, modules)
+    linear = [name for name, layer in layers.items() if not isinstance(layer, ResLoRAExperts)]
+    config = _peft_config(root_of(model), linear, rank, biases, modules)
+    written_apart = {
+        parameter_of(name) for name, layer in layers.items() if kind is not None and layer.lora_A.dim() == 3
+    }
+    if parameters := [name for name in of_parameters if name not in written_apart]:
+        config["target_parameters"] = endings_of_parameters(root_of(model), parameters)
+    if apart:
+        of_experts = {name.rpartition(".")[2] for name in apart}
+        config["target_modules"] = [*_listed(config["target_modules"]), *sorted(of_experts)]
     config["use_dora"] = record_of(model).config.use_dora
     config["fan_in_fan_out"] = any(isinstance(layer, TransposedResLoRALinear) for layer in layers.values())
-    if part is None:
+    if part is None and not apart:
         refuse_rewritten(root_of(model), config, {PREFIX + name: tensor for name, tensor in tensors.items()})
     if pattern:
+        ranks = {parameter_of(name): r for name, r in ranks.items()}
         config["rank_pattern"] = {name: r for name, r in ranks.items() if r != rank}
         config["alpha_pattern"] = dict(config["rank_pattern"])
     with one_writer(mesh_of(model)) as writes:
@@ -219,7 +255,7 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
         "lora_dropout": 0.0,
         "use_rslora": False,
         "bias": "all" if biases else "none",
-        "target_modules": endings_of(root, names),
+        "target_modules": endings_of(root, names) if names else [],
         "modules_to_save": modules or None,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -238,6 +274,16 @@ def _trained_whole(root: nn.Module, layers: Mapping[str, AdapterLayer], others: 
     return any(not _is_in(name, modules) for name in others.trained), modules
 
 
+def _listed(target_modules: list[str] | str) -> list[str]:
+    """``target_modules`` as a list, for more to be added; a regular expression as a ValueError."""
+    if isinstance(target_modules, str):
+        raise ValueError(
+            f"per_expert=True needs target_modules as a list, and only a regular expression ({target_modules!r}) means "
+            "the adapted layers: export with per_expert=False"
+        )
+    return target_modules
+
+
 def _is_in(name: str, modules: list[str]) -> bool:
     owner = name.rpartition(".")[0]
     return any(owner == module or owner.startswith(module + ".") for module in modules)
@@ -248,7 +294,11 @@ def _under_pefts_names(
 ) -> dict[str, nn.Parameter]:
     """The parameters beside the adapters; PEFT holds those of an adapted layer in its ``base_layer``."""
     named: dict[str, nn.Parameter] = {}
+    wrapped = [
+        parameter_of(name).rpartition(".")[0] for name, layer in layers.items() if isinstance(layer, ResLoRAExperts)
+    ]
     for name, parameter in (others.trained | others.frozen).items():
         owner, _, leaf = name.rpartition(".")
-        named[f"{owner}.base_layer.{leaf}" if owner in layers and not _is_in(name, modules) else name] = parameter
+        depth = 0 if _is_in(name, modules) else (owner in layers) + wrapped.count(owner)
+        named[".".join((owner, *["base_layer"] * depth, leaf)) if depth else name] = parameter
     return named

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from ..adapt.apply import apply_reslora
 from ..adapt.base_checkpoint import named_parameters
 from ..adapt.record import adapted_layers, record_of
 from ..adapt.targets import endings_of
-from ..config import ResLoRAConfig, Shortcut, pattern_matches
-from ..layers.kinds import kind_of, sizes_of
+from ..config import PARAMETER_ADAPTER, ResLoRAConfig, Shortcut, pattern_matches
+from ..layers.kinds import kind_of, shapes_of, sizes_of
 from .adapter_format import checked_folder, parsed_json, parsed_tensors, regular
 from .beside import check_shared
 from .peft_export import PREFIX
+from .peft_parameters import parameter_of, targets_in, unflattened, wrapper_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model's weights
-_OTHER_METHODS = ("lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
+_OTHER_METHODS = ("lora_bias", "layer_replication", "trainable_token_indices")
 
 
 def load_peft_adapter(
@@ -57,6 +59,7 @@ def load_peft_adapter(
     folder = checked_folder(path)
     about = _read_config(folder)
     matrices, others = _read_weights(folder)
+    matrices = _of_parameters(model, about, matrices)
     config = _config_of(about, model, matrices, shortcut, pre_num)
     _check_fit(config, model, matrices, others)
     parameters = named_parameters(model)
@@ -105,21 +108,48 @@ def _read_weights(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str
         elif "lora_" in name:
             raise ValueError(f"{WEIGHTS}: tensor {key!r} is neither A, B nor magnitude of a linear layer")
         else:
-            others[name.replace(".base_layer.", ".")] = tensor
+            others[re.sub(r"(\.base_layer)+\.", ".", name)] = tensor
     return matrices, others
+
+
+def _of_parameters(
+    model: nn.Module, about: dict[str, Any], matrices: dict[tuple[str, str], Tensor]
+) -> dict[tuple[str, str], Tensor]:
+    """The same with those of ``target_parameters`` by the names and in the shapes that their adapters have here."""
+    wanted = about.get("target_parameters") or []
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise ValueError(f"{CONFIG}: target_parameters must be a list of names, got {wanted!r:.80}")
+    targets = targets_in(model, wanted)
+    found = dict(matrices)
+    for name, wrapper in wrapper_names(model, targets).items():
+        try:
+            a, b = found.pop((wrapper, "lora_A")), found.pop((wrapper, "lora_B"))
+            count = targets[name].num_experts
+            own = name + PARAMETER_ADAPTER
+            found[own, "lora_A"], found[own, "lora_B"] = unflattened(a, b, count)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"the adapter does not fit the model: A or B of {name!r} is not there as PEFT writes it"
+            ) from error
+    return found
 
 
 def _config_of(
     about: dict[str, Any], model: nn.Module, matrices: dict[tuple[str, str], Tensor], shortcut: Shortcut, pre_num: int
 ) -> ResLoRAConfig:
     names = sorted({name for name, _ in matrices})
-    known = {name for name, _ in model.named_modules()}
+    parameters = [name for name in names if name.endswith(PARAMETER_ADAPTER)]
+    known = {name for name, _ in model.named_modules()} | set(parameters)
     if not names or not set(names) <= known:
         raise ValueError(f"the adapter does not fit the model: it has no module {sorted(set(names) - known)[:5]}")
 
     def pattern(field: str) -> dict[str, Any]:
         entries = about.get(field) or {}
-        return {key: value for key, value in entries.items() if any(pattern_matches(key, name) for name in names)}
+        return {
+            key: value
+            for key, value in entries.items()
+            if any(pattern_matches(key, parameter_of(name)) for name in names)
+        }
 
     fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "modules_to_save")
     try:
@@ -127,7 +157,8 @@ def _config_of(
             **{field: about[field] for field in fields if field in about},
             rank_pattern=pattern("rank_pattern"),
             alpha_pattern=pattern("alpha_pattern"),
-            target_modules=endings_of(model, names),
+            target_modules=endings_of(model, modules) if (modules := [n for n in names if n not in parameters]) else [],
+            target_parameters=list(map(parameter_of, parameters)) or None,
             shortcut=shortcut,
             pre_num=pre_num,
         )
@@ -141,7 +172,13 @@ def _check_fit(
     shapes: dict[str, list[int]] = {}
     found = {f"{name}.{kind}": list(tensor.shape) for (name, kind), tensor in matrices.items()}
     for name in {name for name, _ in matrices}:
-        module, r = model.get_submodule(name), config.for_module(name).r
+        r = config.for_module(name).r
+        if name.endswith(PARAMETER_ADAPTER):
+            target = targets_in(model, [parameter_of(name)])[parameter_of(name)]
+            of_a, of_b = shapes_of(target, r)
+            shapes |= {f"{name}.lora_A": list(of_a), f"{name}.lora_B": list(of_b)}
+            continue
+        module = model.get_submodule(name)
         if kind_of(module) is not None:  # of other modules apply_reslora says what they are
             k, n = sizes_of(module)
             shapes |= {f"{name}.lora_A": [r, k], f"{name}.lora_B": [n, r]}

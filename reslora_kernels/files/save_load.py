@@ -29,14 +29,15 @@ from ..adapt.targets import find_targets
 from ..checks import check_bool, check_module
 from ..dtensors import fill, gathered, is_fsdp, one_writer, refuse_flat, refuse_partitioned, reshard
 from ..layers.adapter import AdapterLayer
-from ..layers.kinds import sizes_of
+from ..layers.kinds import config_of, shapes_of, sizes_of
 from ..layers.offloading import offloader
 from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, encoded, parsed, read, write
 from .beside import Beside, beside, check_shared
 from .saved_chains import settled_chains
 
 _MUST_AGREE = (
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "has_start", "shortcut", "pre_num",
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "split_expert_r", "use_rslora", "use_dora", "has_start",
+    "shortcut", "pre_num",
 )  # fmt: skip
 
 
@@ -213,13 +214,13 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) 
     shapes: dict[str, tuple[int, ...]] = {}
     sizes = {name: sizes_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
-        if layer.weight.is_meta and offloader(layer) is None:
+        if layer.weight.is_meta and (not isinstance(layer, nn.Module) or offloader(layer) is None):
             raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
-        r, (k, n) = saved.config.for_module(name).r, sizes[name]
+        of_a, of_b = shapes_of(layer, config_of(saved.config, name, layer).r)
         for kind in ("lora", "start") if saved.config.has_start else ("lora",):
             if saved.config.use_dora:
-                shapes[f"{name}.lora_magnitude_vector"] = (n,)
-            shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = (r, k), (n, r)
+                shapes[f"{name}.lora_magnitude_vector"] = (sizes[name][1],)
+            shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = of_a, of_b
     parameters = named_parameters(root)
     for name in saved.beside:
         if name not in parameters or name in shapes:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from ..forward_state import scope_pass
 from .adapter import AdapterLayer
 from .chain import Chain
+from .experts import ResLoRAExperts
 from .shortcuts import reach
 
 
@@ -55,6 +57,7 @@ def link(layers: Sequence[AdapterLayer], root: nn.Module | None = None, *, name:
     return chain
 
 
-def _signature(layer: AdapterLayer) -> tuple[int, int, int, str, int]:
+def _signature(layer: AdapterLayer) -> tuple[Any, ...]:
     config = layer.config
-    return layer.in_features, layer.out_features, config.r, config.shortcut, config.pre_num
+    sizes = layer.in_features, layer.out_features, config.r, config.shortcut, config.pre_num
+    return (*sizes, layer.num_experts) if isinstance(layer, ResLoRAExperts) else sizes

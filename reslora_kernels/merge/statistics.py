@@ -25,10 +25,10 @@ class LayerStatistics:
     """
 
     def __init__(self, config: ResLoRAConfig, lora_A: Tensor, second_moments: bool) -> None:
-        r, k = lora_A.shape
+        r, k = lora_A.shape[-2:]
         device, dtype = lora_A.device, torch.promote_types(lora_A.dtype, torch.float32)
         self._calls = torch.zeros((), dtype=torch.int64, device=device)  # a tensor: no graph of torch.compile per value
-        self.sizes = (r, k)
+        self.sizes = tuple(lora_A.shape)
         self._shortcut = config.shortcut
         self._x_norms = torch.zeros(config.norm_window, device=device, dtype=dtype)  # ring buffers
         self._h_norms = torch.zeros(config.norm_window, device=device, dtype=dtype)

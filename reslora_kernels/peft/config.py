@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftType
 from ..config import ALL_LINEAR, ResLoRAConfig
 
 RESLORA = "RESLORA"
+ABSENT = ("target_parameters", "split_expert_r")  # PEFT would wrap the parameters with its own LoRA
 
 
 def extend_peft_types() -> None:
@@ -33,7 +34,7 @@ class ResLoRAPeftConfig(PeftConfig):
     """Configuration of ResLoRA (arXiv 2402.18039) for ``get_peft_model``.
 
     ``task_type``, ``inference_mode`` and the like are PEFT's; every other field is that of ``ResLoRAConfig`` and means
-    the same, but for these:
+    the same, but for these. ``target_parameters`` is for ``apply_reslora`` alone.
 
     Args:
         target_modules: None takes PEFT's choice for LoRA in models that it knows.
@@ -82,7 +83,9 @@ class ResLoRAPeftConfig(PeftConfig):
 
     def native(self) -> ResLoRAConfig:
         """The same for ``apply_reslora``."""
-        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in dataclasses.fields(ResLoRAConfig)}
+        values: dict[str, Any] = {
+            each.name: getattr(self, each.name) for each in dataclasses.fields(ResLoRAConfig) if each.name not in ABSENT
+        }
         if self.target_modules is None:
             values["target_modules"] = ALL_LINEAR
         if self.init_lora_weights is False:

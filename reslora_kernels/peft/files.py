@@ -8,7 +8,8 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapt.targets import matches, with_parents
+from ..adapt.matching import matches
+from ..adapt.targets import with_parents
 from ..config import ResLoRAConfig
 from ..files.adapter_format import (
     CONFIG_NAME,
@@ -25,7 +26,7 @@ from ..files.adapter_format import (
 from ..files.peft_export import PREFIX
 from ..layers.adapter import ADAPTER_PARAMETERS
 from ..layers.shortcuts import hands_on
-from .config import RESLORA, ResLoRAPeftConfig
+from .config import ABSENT, RESLORA, ResLoRAPeftConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HELD = ".reslora_adapter."
@@ -98,7 +99,12 @@ def from_native(path: str | os.PathLike[str], out: str | os.PathLike[str], *, ta
     if saved.chains is not None and saved.chains_from != "structure":
         chains = {plan.title: plan.names for plan in saved.chains if not plan.experts}
     about = parsed_json((folder / CONFIG_NAME).read_bytes(), f"{CONFIG_NAME} is not valid JSON")
-    values: dict[str, Any] = config.to_dict()
+    if config.target_parameters:
+        raise ValueError(
+            f"{CONFIG_NAME}: target_parameters={list(config.target_parameters)} have no place in a PeftModel of this "
+            "method: export_peft(model, path) writes them as a LoRA adapter of PEFT"
+        )
+    values: dict[str, Any] = {name: value for name, value in config.to_dict().items() if name not in ABSENT}
     peft_config = ResLoRAPeftConfig(
         **values, chains=chains, task_type=task_type, inference_mode=True,
         base_model_name_or_path=about["base_model_name_or_path"],

@@ -52,6 +52,12 @@ class RankAllocator:
         beta2: float = 0.85,
     ) -> None:
         self.layers = adapted_layers(model)
+        of_experts = [name for name, layer in self.layers.items() if layer.lora_A.dim() != 2]
+        if of_experts:
+            raise ValueError(
+                f"{of_experts[0]!r} has an adapter for each expert, whose ranks are not moved one by one: leave it out "
+                "of target_parameters, or set ranks by hand (rank_pattern)"
+            )
         for name, number, least in (
             ("target_r", target_r, 1), ("total_step", total_step, 1), ("tinit", tinit, 0), ("tfinal", tfinal, 0),
             ("deltaT", deltaT, 1),

@@ -1,0 +1,119 @@
+"""The low-rank products of experts: every token's row meets A and B of the expert that it was sent to.
+
+    u = x A_eᵀ        y += s u B_eᵀ        du = s dy B_e        dx = du A_e        dA_e = duᵀ x        dB_e = s dyᵀ u
+
+with e the expert of a row. W_e + s B_e A_e is never made: what is read and written beside x and y is R values a row.
+Sums over the rows of an expert run in the order of the rows. This is the form of PyTorch's own operations, which the
+fused kernel (``kernels.grouped_matmul``) is held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Groups(NamedTuple):
+    """Which rows are whose: those of expert e end at ``offsets[e]``, int32 [E], and start where e - 1's end.
+
+    ``rows`` [S] says where the i-th row in that order is in x and y; None where they are in that order themselves.
+    """
+
+    offsets: Tensor
+    rows: Tensor | None = None
+
+    @classmethod
+    def of(cls, experts: Tensor, count: int) -> Groups:
+        """The groups of rows whose experts are ``experts`` [S], in any order."""
+        experts = experts.reshape(-1)
+        rows = torch.argsort(experts, stable=True)
+        return cls(torch.bincount(experts, minlength=count).cumsum(0).to(torch.int32), rows)
+
+    @classmethod
+    def equal(cls, count: int, length: int, device: torch.device) -> Groups:
+        """``count`` experts with ``length`` rows each."""
+        return cls(torch.arange(1, count + 1, dtype=torch.int32, device=device) * length)
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, groups: Groups, scaling: float) -> Tensor:
+    """y + s (x A_eᵀ) B_eᵀ, written over y; differentiable once.
+
+    Args:
+        y: [..., N], contiguous, S rows: what the frozen weights give for x.
+        x: [..., K], S rows.
+        a: [E, R, K]; b: [E, N, R], of any floating dtype; the products are in y's.
+        groups: the rows of each expert. Rows that are no expert's stay as they are.
+    """
+    with torch.autocast(y.device.type, enabled=False):
+        x = x.to(y.dtype)
+        sums: Tensor = _AddLowRank.apply(y, x, a, b, groups.offsets, groups.rows, scaling)  # type: ignore[no-untyped-call]
+        return sums
+
+
+class _AddLowRank(torch.autograd.Function):
+    """Saves x and u [S, R]; A and B as the tensors they are. The gradient of y goes through as it comes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, rows: Tensor | None, scaling: float
+    ) -> Tensor:
+        tokens, sums = _flat(x), y.view(-1, y.shape[-1])
+        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
+        u = x.new_empty(tokens.shape[0], a.shape[1])
+        for e, start, stop in _parts(offsets):
+            own = u[start:stop]
+            torch.mm(_taken(tokens, rows, start, stop), low_a[e].t(), out=own)
+            if rows is None:
+                sums[start:stop].addmm_(own, low_b[e].t(), alpha=scaling)
+            else:
+                sums.index_add_(0, rows[start:stop], own @ low_b[e].t(), alpha=scaling)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, a, b, u, offsets, rows)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, a, b, u, offsets, rows = ctx.saved_tensors
+        _, need_x, need_a, need_b, *_ = ctx.needs_input_grad
+        tokens, grads = _flat(x), _flat(dy)
+        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
+        dx = torch.zeros_like(tokens) if need_x else None
+        da, db = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (a, b))
+        for e, start, stop in _parts(offsets):
+            own_dy = _taken(grads, rows, start, stop)
+            du = (own_dy @ low_b[e]).mul_(ctx.scaling)
+            if need_a:
+                da[e] = du.t() @ _taken(tokens, rows, start, stop)
+            if need_b:
+                db[e] = (u[start:stop].t() @ own_dy).mul_(ctx.scaling).t()
+            if dx is not None and rows is None:
+                torch.mm(du, low_a[e], out=dx[start:stop])
+            elif dx is not None:
+                dx[rows[start:stop]] = du @ low_a[e]
+        return (
+            dy, None if dx is None else dx.view(x.shape), da if need_a else None, db if need_b else None,
+            None, None, None,
+        )  # fmt: skip
+
+
+def _parts(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Expert, first row and end, of each expert that has rows. Reads ``offsets`` back from its device, once."""
+    start = 0
+    for e, stop in enumerate(offsets.tolist()):
+        if stop > start:
+            yield e, start, stop
+        start = stop
+
+
+def _taken(tensor: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
+    return tensor[start:stop] if rows is None else tensor[rows[start:stop]]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
