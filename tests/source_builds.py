@@ -11,6 +11,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from . import processes
+
 ROOT = Path(__file__).parents[1]
 BUILD_VARIABLES = ("RESLORA_CUDA", "RESLORA_CUDA_ARCHS", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "CXX", "LD_LIBRARY_PATH")
 CXX = shutil.which("g++") or ""
@@ -60,9 +62,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def run(command: list[str], source: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=source, env=environment(**variables), capture_output=True, text=True, timeout=280
-    )
+    return processes.run(command, cwd=source, env=environment(**variables))
 
 
 def build(kind: str, source: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -112,5 +112,5 @@ def fake_driver(folder: Path, version: int = 13000, capability: int = 90, status
     code = FAKE_DRIVER.format(version=version, capability=capability, status=status)
     command = [CXX, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(folder / "libcuda.so.1")]
     path = os.pathsep.join((str(Path(CXX).parent), os.defpath))
-    subprocess.run(command, env=os.environ | {"PATH": path}, input=code, text=True, check=True, timeout=60)
+    processes.run(command, env=os.environ | {"PATH": path}, input=code, check=True)
     return folder / "libcuda.so.1"

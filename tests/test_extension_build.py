@@ -16,6 +16,7 @@ import pytest
 
 from reslora_kernels.cli.toolchain import Driver, find_nvcc
 
+from . import processes
 from .source_builds import (
     CXX,
     ROOT,
@@ -91,7 +92,7 @@ def test_extension_needs_system_libraries_alone(source: Path) -> None:
     (name,) = [name for name in names_in(wheel) if name.endswith(".so")]
     folder = source.parent / "unpacked"
     shutil.unpack_archive(wheel, folder, "zip")
-    libraries = subprocess.run(["ldd", folder / name], capture_output=True, text=True, check=True, timeout=60).stdout
+    libraries = processes.run(["ldd", folder / name], check=True).stdout
     wanted = {Path(line.split()[0]).name.split(".")[0] for line in libraries.splitlines()}
     system = {"linux-vdso", "ld-linux-x86-64", "ld-linux-aarch64", "libc", "libm", "libdl", "librt", "libpthread"}
     assert wanted <= system | {"libstdc++", "libgcc_s"}, libraries
@@ -337,8 +338,6 @@ def test_bad_value_stops_the_build(place: Place, variables: dict[str, str], mess
 )
 def test_make_compiles_only_for_a_gpu_or_on_request(asked: dict[str, str], passed_on: set[str]) -> None:
     command = ["make", "--dry-run", "--always-make", ".venv/.installed-dev"]
-    finished = subprocess.run(
-        command, cwd=ROOT, env=environment(**asked), capture_output=True, text=True, check=True, timeout=60
-    )
+    finished = processes.run(command, cwd=ROOT, env=environment(**asked), check=True)
     (line,) = [line for line in finished.stdout.splitlines() if "install" in line and line.startswith("RESLORA_CUDA=")]
     assert line.split()[0].removeprefix("RESLORA_CUDA=") in passed_on

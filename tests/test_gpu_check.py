@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,8 @@ from benchmarks.gpu_check.parts import Finished
 from reslora_kernels.backends import triton
 from reslora_kernels.bench import results
 from reslora_kernels.tuning import forms, gpus, measured, tiles
+
+from . import processes
 
 ROW = {"set": "standard", "case": "M=8192", "provider": "ours-triton", "method": "lora", "status": "timed"}
 ROW |= {"times_frozen": {"forward": 1.02, "backward": 1.04, "both": 1.03}, "noise": {"both": 0.01}, "reason": None}
@@ -300,9 +301,7 @@ def test_a_child_is_stopped_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check"], capture_output=True, text=True, timeout=120, cwd=parts.ROOT
-    )
+    finished = processes.run([sys.executable, "-m", "benchmarks.gpu_check"], cwd=parts.ROOT)
     assert finished.returncode == 1 and finished.stderr.startswith("gpu-check needs a CUDA GPU")
     assert finished.stderr.count("\n") == 1
 

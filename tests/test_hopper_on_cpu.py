@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from . import cuda_on_cpu
+from . import cuda_on_cpu, processes
 
 REASON = cuda_on_cpu.unavailable_reason()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -128,7 +128,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def run(program: Path, seeds: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program, str(seeds)], capture_output=True, text=True, timeout=120, check=False)
+    return processes.run([program, str(seeds)])
 
 
 def test_small_matmul_is_exact_whatever_the_schedule(tmp_path: Path, objects: list[Path]) -> None:

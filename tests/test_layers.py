@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import pytest
 
+from . import processes
+
 PACKAGE = Path(__file__).parents[1] / "reslora_kernels"
 FLOORS = (  # of the package's files and folders, ground floor first; one imports from the floors below it only
     ("_version", "_build_info", "checks", "reference", "dropout", "forward_state", "dtensors", "quantizers", "tuning"),
@@ -235,7 +237,7 @@ BLOCKED = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"  # im
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return processes.run([sys.executable, "-c", code])
 
 
 def test_import_needs_torch_alone() -> None:

@@ -129,7 +129,7 @@ class TestState:
     @staticmethod
     def in_threads(models: list[nn.Module], batches: list[dict[str, Any]]) -> list[Tensor]:
         """Forward and backward of each in its own thread; all wait for each other in the middle of the forward."""
-        barrier = threading.Barrier(len(models), timeout=60)
+        barrier = threading.Barrier(len(models), timeout=600)
         outputs: list[Tensor] = [torch.empty(0)] * len(models)
 
         def meet(*_: Any) -> None:

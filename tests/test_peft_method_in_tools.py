@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 
 from reslora_kernels.peft import ResLoRAPeftConfig  # noqa: E402
 
+from . import processes  # noqa: E402
 from .cli.conftest import make_tokenizer  # noqa: E402
 from .models import FAMILIES, llama, logits, randomize  # noqa: E402
 
@@ -217,11 +218,11 @@ def test_custom_models_of_peft(tests_of_peft: Path) -> None:
     wanted = " and ".join((LINEAR_CASES, *(f"not {word}" for word in (*NOT_OURS, *DIFFERENT))))
     repository = Path(__file__).parents[1]
     path = os.pathsep.join([str(repository), str(tests_of_peft), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "swapped", "tests/test_custom_models.py", "-k", wanted],
-        cwd=tests_of_peft, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=290,
-    )  # fmt: skip
+        cwd=tests_of_peft,
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+    )
     outcomes = Counter(line.split()[0] for line in done.stdout.splitlines() if "test_custom_models.py::" in line)
     failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     assert done.returncode == 0, "\n".join(failures[:20]) or done.stdout[-2000:] + done.stderr[-2000:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +13,8 @@ import pytest
 import yaml
 
 import reslora_kernels
+
+from . import processes
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["demo", "test", "test-fast", "test-versions", "bench", "bench-layers", "gpu-check", "tune", "readme-tables"]
@@ -133,14 +134,14 @@ def test_scheduled_workflow_runs_every_session_of_nox() -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_ci_script_refuses_another_part() -> None:
-    finished = subprocess.run(["bash", ".ci/run", "some"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    finished = processes.run(["bash", ".ci/run", "some"], cwd=ROOT)
     assert (finished.returncode, finished.stdout) == (2, "usage: .ci/run [full|quick], got 'some'\n")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("target", TARGETS)
 def test_make_target_exists(target: str) -> None:
-    finished = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    finished = processes.run(["make", "--dry-run", target], cwd=ROOT)
     assert finished.returncode == 0, finished.stderr
 
 
@@ -148,3 +149,42 @@ def test_version_stands_in_one_place() -> None:
     assert "version" in PROJECT["dynamic"]
     assert version("reslora_kernels") == reslora_kernels.__version__
     assert f"## [{version('reslora_kernels')}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [("time.sleep(60)", "stood still"), ("while True: pass", "of processor time")], ids=["", "spin"]
+)
+def test_child_that_hangs_is_ended(code: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"LOOK": 0.1, "STILL": 1.0, "SPENT": 0.5}.items():
+        monkeypatch.setattr(processes, name, seconds)
+    with pytest.raises(AssertionError, match=reason):
+        processes.run([sys.executable, "-c", f"import time\nprint('begun', flush=True)\n{code}"])
+
+
+def test_child_that_is_slow_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes three times as long as one may stand still, but a little of the processor all the while."""
+    for name, seconds in {"LOOK": 0.1, "STILL": 1.0, "WORK": 0.05}.items():
+        monkeypatch.setattr(processes, name, seconds)
+    code = (
+        "import time\n"
+        "for _ in range(10):\n"
+        "    time.sleep(0.3)\n"
+        "    end = time.process_time() + 0.06\n"
+        "    while time.process_time() < end: pass\n"
+        "print('done')"
+    )
+    assert processes.run([sys.executable, "-c", code], check=True).stdout == "done\n"
+
+
+def test_rank_that_hangs_keeps_what_it_had_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"LOOK": 0.1, "STILL": 1.0}.items():
+        monkeypatch.setattr(processes, name, seconds)
+    (tmp_path / "ranks.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "path = pathlib.Path(sys.argv[1]) / f'report.{os.environ[\"RANK\"]}.json'\n"
+        'path.write_text(\'{"first": {"equal": true}}\')\n'
+        "time.sleep(60)"
+    )
+    for report in processes.run_ranks("ranks", tmp_path, PYTHONPATH=str(tmp_path)):
+        assert report["first"] == {"equal": True}
+        assert "stood still" in report["second"]["traceback"]

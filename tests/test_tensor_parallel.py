@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from .distributed.launch import Report, run_processes
 from .distributed.residual import SHORTCUTS
+from .processes import Report, run_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,7 +31,7 @@ EXACT = [
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
-    return run_processes("tests.distributed.tensor_parallel", tmp_path_factory.mktemp("processes"), count=4)
+    return run_ranks("tests.distributed.tensor_parallel", tmp_path_factory.mktemp("processes"), count=4)
 
 
 def found(reports: list[Report], name: str) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ import reslora_kernels
 from reslora_kernels.cli import app, main
 from reslora_kernels.cli.output import check_replaceable, check_writable, whole_folder
 
+from .. import processes
+
 
 def install(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
     """Make ``function`` stand in for every command."""
@@ -31,14 +33,14 @@ def test_help_lists_every_command_and_imports_none() -> None:
         "heavy = {'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "print('LOADED', status, sorted(loaded), sorted(heavy))"
     )
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    finished = processes.run([sys.executable, "-c", code])
     assert "LOADED 0 ['reslora_kernels.cli.app'] []" in finished.stdout, finished.stdout + finished.stderr
     assert all(name in finished.stdout for name in app.COMMANDS)
 
 
 def test_module_runs_as_the_command() -> None:
     command = [sys.executable, "-m", "reslora_kernels", "--version"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finished = processes.run(command)
     assert (finished.returncode, finished.stdout) == (0, f"reslora_kernels {reslora_kernels.__version__}\n")
 
 

@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import statistics
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from reslora_kernels.bench.report import write_report
 from reslora_kernels.bench.results import FAILED, REFUSED, TIMED, Measurement, ModelMeasurement, Result, read
 from reslora_kernels.bench.suite import AGAIN, fill
 from reslora_kernels.cli import main
+
+from .. import processes
 
 CASE = Case(8192, 4096, 4096)
 MACHINE = {"gpu": None, "cpu": "test", "threads": 1, "torch": "2", "driver": None, "triton": None}
@@ -331,7 +332,7 @@ def open_in_browser(page: str, folder: Path, *options: str) -> dict[str, object]
     assert BROWSER is not None
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
     command += ["--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", *options, path.as_uri()]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finished = processes.run(command)
     assert "CONSOLE" not in finished.stderr, finished.stderr
     dumped = re.search(r'data-found="([^"]*)"', finished.stdout)
     assert dumped, finished.stdout[-2000:] + finished.stderr[-2000:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
@@ -21,6 +20,7 @@ from reslora_kernels.backends import cuda
 from reslora_kernels.cli import doctor, main, toolchain
 from reslora_kernels.cli.toolchain import Driver
 
+from .. import processes
 from ..source_builds import CXX, fake_driver, script
 
 
@@ -329,7 +329,7 @@ def test_no_driver(tmp_path: Path) -> None:
 def test_toolchain_is_standard_library_only() -> None:
     """setup.py runs it in an isolated build, where nothing is installed."""
     command = [sys.executable, "-S", toolchain.__file__]
-    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+    assert processes.run(command).returncode == 0
 
 
 @pytest.fixture

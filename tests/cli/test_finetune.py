@@ -24,7 +24,7 @@ from reslora_kernels.cli.finetune import command
 from reslora_kernels.cli.tokenization import PLAIN_CHAT_TEMPLATE
 from reslora_kernels.testing import max_error
 
-from ..distributed.launch import run_command
+from ..processes import run_command
 
 FAST = ["--max-steps", "6", "--save-steps", "3", "--per-device-train-batch-size", "2", "--learning-rate", "0.01"]
 Finetune = Callable[..., int]
@@ -384,7 +384,7 @@ def test_two_processes_train_what_one_does_with_the_same_batches(base: Path, sum
     one, two = (words(base, sums, tmp_path / name, *options) for name in ("one", "two"))
     assert main([*one, "--per-device-train-batch-size", "4"]) == 0
     two += ["--per-device-train-batch-size", "2"]
-    printed = run_command([*TORCHRUN, "-m", "reslora_kernels", *two], timeout=90)
+    printed = run_command([*TORCHRUN, "-m", "reslora_kernels", *two])
     assert printed.count("layers adapted in") == 1
 
     single, double = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")

@@ -6,7 +6,6 @@ checkpoint to its end. Then the same processes train once more from the start, u
 
 from __future__ import annotations
 
-import datetime
 import gc
 import json
 import os
@@ -95,7 +94,6 @@ def run_elastic(folder: Path) -> None:
         init_method=f"file://{folder / f'rendezvous-{attempt}'}",
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=datetime.timedelta(seconds=120),
     )
     report = compared(folder, attempt)
     (folder / f"report.{dist.get_rank()}.json").write_text(json.dumps(report))

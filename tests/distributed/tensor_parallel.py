@@ -5,7 +5,6 @@ Four processes run all scenarios: those of one dimension run twice, in each half
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import sys
@@ -349,7 +348,6 @@ def main(folder: Path) -> None:
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=datetime.timedelta(seconds=60),
     )
     MESH = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
     report = {}
@@ -363,7 +361,7 @@ def main(folder: Path) -> None:
             report[name] = {"traceback": traceback.format_exc()}
         report[name]["seconds"] = time.perf_counter() - start
         print(name, report[name], flush=True)
-    (folder / f"report.{rank}.json").write_text(json.dumps(report))
+        (folder / f"report.{rank}.json").write_text(json.dumps(report))
     dist.barrier()
     dist.destroy_process_group()
 

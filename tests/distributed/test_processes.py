@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from .launch import Report, run_command, run_processes
+from ..processes import Report, run_command, run_ranks
 from .residual import FORMS, SHORTCUTS, adapters, residual
 
 pytestmark = [
@@ -39,7 +39,7 @@ EXACT = [
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
-    return run_processes("tests.distributed.worker", tmp_path_factory.mktemp("processes"))
+    return run_ranks("tests.distributed.worker", tmp_path_factory.mktemp("processes"))
 
 
 def found(reports: list[Report], name: str) -> list[dict[str, Any]]:
@@ -48,6 +48,10 @@ def found(reports: list[Report], name: str) -> list[dict[str, Any]]:
     for result in results:
         assert "traceback" not in result, result["traceback"]
     return results
+
+
+def test_all_processes_end(reports: list[Report]) -> None:
+    assert not any(report.trouble for report in reports), reports[0].trouble
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -164,14 +168,14 @@ def test_trainer_evaluates_merged(reports: list[Report], shortcut: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_deepspeed_zero_2_equals_one_process(tmp_path: Path) -> None:
-    for report in run_processes("tests.distributed.deepspeed_zero", tmp_path, DS_ACCELERATOR="cpu"):
+    for report in run_ranks("tests.distributed.deepspeed_zero", tmp_path, DS_ACCELERATOR="cpu"):
         for name, result in report.items():
             assert result["difference"] < 1e-5, name
             assert result["equal"], name
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-TORCHRUN += ["--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=timeout=120,read_timeout=120"]  # a free port, patient
+TORCHRUN += ["--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=timeout=900,read_timeout=900"]  # a free port, patient
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2"]
 ACCELERATE += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 

@@ -5,7 +5,6 @@ Those of DDP, of two pipeline stages (chains end at the border) and of Transform
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import sys
@@ -186,7 +185,6 @@ def main(folder: Path) -> None:
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=datetime.timedelta(seconds=60),
     )
     chosen = os.environ.get("SCENARIOS", "")
     report = {}
@@ -199,7 +197,7 @@ def main(folder: Path) -> None:
         except Exception:
             report[name] = {"traceback": traceback.format_exc()}
         report[name]["seconds"] = time.perf_counter() - start
-    (folder / f"report.{rank}.json").write_text(json.dumps(report))
+        (folder / f"report.{rank}.json").write_text(json.dumps(report))
     dist.barrier()
     dist.destroy_process_group()
 

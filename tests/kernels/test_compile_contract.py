@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -24,6 +23,8 @@ from benchmarks.cuda_contract import Row as CudaRow
 from benchmarks.cuda_contract import check as check_cuda
 from benchmarks.cuda_contract import compile_source
 from reslora_kernels.cli.toolchain import find_nvcc
+
+from .. import processes
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -112,7 +113,7 @@ def compiled(wanted: list[tuple[str, str]]) -> dict[str, dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, __file__, json.dumps(wanted)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    result = processes.run(command, env=environment)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
     linker_missing = [row["launch"] for row in rows.values() if "linker" in "".join(row["violations"])]
