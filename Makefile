@@ -15,7 +15,7 @@ PARALLEL := --numprocesses auto --dist loadfile
 PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-versions sweep bench convergence bench-layers gpu-check tune readme-tables lint format typecheck docs clean
+.PHONY: help demo test test-fast test-versions mutants sweep bench convergence bench-layers gpu-check tune readme-tables lint format typecheck docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ $(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
 $(BIN)/nox: | $(BIN)/python
 	$(PIP) install --constraint $(CONSTRAINTS) nox
 
+$(BIN)/mutmut: | $(VENV)/.installed-dev
+	$(PIP) install --constraint $(CONSTRAINTS) mutmut
+
 demo: $(VENV)/.installed-demo ## Train, merge, export and compare all shortcuts on a small model; writes a report
 	$(BIN)/reslora demo $(ARGS)
 
@@ -45,6 +48,10 @@ test-fast: $(VENV)/.installed-dev ## The same without the tests marked slow
 
 test-versions: $(BIN)/nox ## Quick and compile tests on the oldest and newest versions; ARGS="--session newest-3.12" for one
 	$(BIN)/nox $(ARGS)
+
+mutants: $(BIN)/mutmut ## Change the core's lines one by one and count which changes no test notices; resumable
+	TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
 
 sweep: $(VENV)/.installed-dev ## Small models of many architectures against the equations; writes benchmarks/results/sweep.md
 	$(BIN)/python -m pytest tests/sweep -m sweep --sweep-table=benchmarks/results/sweep.md $(ARGS)

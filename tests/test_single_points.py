@@ -27,23 +27,29 @@ from reslora_kernels import (
     merge_reslora,
     save_adapter,
 )
-from reslora_kernels.adapt.targets import endings_of, find_targets, matches
+from reslora_kernels.adapt.targets import endings_of, find_targets, matches, role_of, with_parents
 from reslora_kernels.files.peft_export import _is_in
-from reslora_kernels.forward_state import Passes
+from reslora_kernels.forward_state import ForwardState, Passes, outside
 from reslora_kernels.layers.shared_input import MOST_ROWS
+from reslora_kernels.merge.sequential import sequential_updates
 from reslora_kernels.ops import lora_linear
 
 
-def layer(shortcut: str, k: int = 6, n: int = 5, **options: Any) -> ResLoRALinear:
-    made = ResLoRALinear(k, n, dtype=torch.float64, config=ResLoRAConfig(r=2, shortcut=shortcut, **options))
+def layer(shortcut: str, k: int = 6, n: int = 5, device: str = "cpu", **options: Any) -> ResLoRALinear:
+    config = ResLoRAConfig(r=2, shortcut=shortcut, **options)
+    made = ResLoRALinear(k, n, dtype=torch.float64, device=device, config=config)
     nn.init.normal_(made.lora_B)
     return made
 
 
+def linear() -> nn.Linear:
+    return nn.Linear(6, 6, dtype=torch.float64)
+
+
 class Stack(nn.Module):
-    def __init__(self, layers: int = 3, width: int = 6) -> None:
+    def __init__(self, layers: int = 3) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width, dtype=torch.float64) for _ in range(layers))
+        self.layers = nn.ModuleList(linear() for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for one in self.layers:
@@ -53,7 +59,11 @@ class Stack(nn.Module):
 
 def adapted(shortcut: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = apply_reslora(Stack(), ResLoRAConfig(r=2, shortcut=shortcut, target_modules=r"layers\.\d", **options))
+    config = ResLoRAConfig(r=2, shortcut=shortcut, target_modules=r"layers\.\d", **options)
+    return with_random_b(apply_reslora(Stack(), config))
+
+
+def with_random_b(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             nn.init.normal_(parameter)
@@ -260,3 +270,152 @@ def test_no_projection_is_wider_than_its_limit(rank: int, monkeypatch: pytest.Mo
     model = apply_reslora(Readers(), ResLoRAConfig(r=rank, shortcut="none"), example_inputs=torch.zeros(2, 512))
     model(torch.randn(64, 512))
     assert max(heights) == (3 * rank if 3 * rank <= MOST_ROWS else 2 * rank)
+
+
+def test_roles_are_the_last_words_of_names() -> None:
+    assert [role_of(name) for name in ("layers.0.q_proj", "mlp.0", "0.1")] == ["q_proj", "mlp", "0.1"]
+
+
+def test_parents_of_a_name_are_its_beginnings() -> None:
+    assert with_parents("a.b.c") == ["a", "a.b", "a.b.c"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        (["one.q", "two.q"], ["q"]),
+        (["one.k", "two.k"], ["one.k", "two.k"]),  # three.inner.k is not wanted
+        (["one.k"], ["one.k"]),
+        (["inner.k", "two.k"], r"inner\.k|two\.k"),  # inner.k is the ending of three.inner.k
+    ],
+)
+def test_endings_mean_what_was_named_and_no_more(wanted: list[str], chosen: list[str] | str) -> None:
+    model = nn.ModuleDict(
+        {name: nn.ModuleDict({"q": nn.Linear(2, 2), "k": nn.Linear(2, 2)}) for name in ("one", "two")}
+    )
+    model["inner"] = nn.ModuleDict({"k": linear()})
+    model["three"] = nn.ModuleDict({"inner": nn.ModuleDict({"k": linear()})})
+    assert endings_of(model, wanted) == chosen
+
+
+def test_nothing_matched_says_what_was_asked_and_what_there_is() -> None:
+    config = ResLoRAConfig(target_modules=["q"], exclude_modules=["k"], layers_to_transform=[1])
+    with pytest.raises(ValueError) as raised:
+        find_targets(Stack(2), config)
+    assert "target_modules=('q',), exclude_modules=('k',), layers_to_transform=(1,)" in str(raised.value)
+    assert str(raised.value).endswith("layers (2x, e.g. 'layers.0')")
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "devices", "runs"),
+    [("input", ["meta", "cpu"], 1), ("middle", ["cpu", "meta"], 2), ("block", ["cpu", "meta"], 2)],
+)
+def test_what_a_layer_gets_from_another_device_comes_to_its_own(shortcut: str, devices: list[str], runs: int) -> None:
+    """PyTorch refuses an operation on "meta" and another device as it does one on two GPUs."""
+    layers = [layer(shortcut, 6, 6, device=device) for device in devices]
+    x = torch.randn(2, 6, dtype=torch.float64)
+    with link(layers).forward_pass():
+        for one in layers[:runs]:
+            x = one(x.to(one.weight.device))
+            assert x.device == one.weight.device
+
+
+def test_statistics_keep_the_names_that_files_hold() -> None:
+    model = adapted("middle")
+    with collect_statistics(model, second_moments=True) as statistics:
+        model(torch.randn(2, 6, dtype=torch.float64))
+    assert list(statistics.layers["layers.1"].state_dict()) == [
+        "calls", "x_norms", "h_norms", "gram", "cross", "shortcut_gram",
+    ]  # fmt: skip
+
+
+class TwoStacks(nn.Module):
+    """A chain of three layers and one of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long, self.short = Stack(3), Stack(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.short(self.long(x))
+        return y
+
+
+class Routed(nn.Module):
+    """Three blocks of a linear layer and two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": linear(), "experts": nn.ModuleList([linear(), linear()])}) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block["up"](x))
+            x = x + sum(expert(x) for expert in block["experts"])
+        return x
+
+
+def test_layer_by_layer_of_chains_of_different_lengths() -> None:
+    torch.manual_seed(0)
+    model = with_random_b(apply_reslora(TwoStacks(), ResLoRAConfig(r=2, shortcut="middle", target_modules=r".*\.\d")))
+    batches = [torch.randn(40, 6, dtype=torch.float64)]
+    report = merge_reslora(model, "least_squares", calibration=batches, sequential=True)
+    for row in report.rows:
+        first = row.name.endswith("0")
+        assert row.relative_error is not None
+        assert (row.method, row.relative_error > 0) == (("exact", False) if first else ("least_squares", True))
+
+
+def test_layer_by_layer_experts_are_plain_lora() -> None:
+    torch.manual_seed(0)
+    model = apply_reslora(Routed(), ResLoRAConfig(r=2, shortcut="input", target_modules=r".*(up|experts\.\d)"))
+    experts = [one for block in with_random_b(model).blocks for one in block["experts"]]
+    expected = [one.weight + one.scaling * one.lora_B @ one.lora_A for one in experts]
+    batches = [torch.randn(40, 6, dtype=torch.float64)]
+    report = merge_reslora(model, "least_squares", calibration=batches, sequential=True)
+    for one, weight in zip(experts, expected, strict=True):
+        torch.testing.assert_close(one.weight.detach(), weight.detach(), rtol=1e-12, atol=1e-12)
+    assert {row.method for row in report.rows if "experts" in row.name} == {"exact"}
+
+
+def test_layer_by_layer_of_half_precision_is_fitted_in_single() -> None:
+    torch.manual_seed(0)
+    model, batches = adapted("middle").to(torch.bfloat16), [torch.randn(40, 6, dtype=torch.bfloat16)]
+    chain = model.layers[0].chain
+    updates = sequential_updates(model, [chain], batches, 1e-6)
+    assert {updates[one].a.dtype for one in chain.layers[1:]} == {torch.float32}
+
+
+def test_what_cannot_be_solved_for_is_named() -> None:
+    few = [torch.randn(2, 6, dtype=torch.float64)]
+    for sequential in (False, True):
+        with pytest.raises(ValueError, match=r"layer \d of chain 'layers\.\*'|chain 'layers\.\*'"):
+            merge_reslora(adapted("middle"), calibration=few, regularization=0.0, sequential=sequential)
+
+
+def test_a_sweep_goes_on_where_its_own_call_paused() -> None:
+    """Three sweeps that pause: the first behind the last layer, the others behind the first."""
+    zero, one = SimpleNamespace(position=0), SimpleNamespace(position=1)
+    state, shape = ForwardState(object()), torch.Size([2])
+    calls = [torch.full((2, 1), float(n)) for n in range(3)]
+
+    def gives(n: int) -> None:
+        state.enter(zero, [], shape)
+        state.hand_on((), calls[n])
+
+    gives(0)
+    assert state.enter(one, [zero], shape)[0] is calls[0]
+    state.hand_on((), calls[0])
+    for n in (1, 2):
+        state.leave()
+        gives(n)
+    for n in (1, 2):
+        state.leave()
+        assert state.enter(one, [zero], shape)[0] is calls[n]
+
+
+def test_who_runs_outside_a_pass_is_named() -> None:
+    assert outside("input", "q_proj", 1).startswith("layer 1 of chain 'q_proj' with shortcut 'input' ran outside")
+    assert outside("input", "", 1).startswith("layer 1 of a chain with shortcut 'input' ran outside")
