@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.convergence.bases import base_of
-from benchmarks.convergence.methods import adapted
+from benchmarks.convergence.methods import adapted, base_of
 from benchmarks.convergence.runs import read_all
 from benchmarks.convergence.settings import Sizes
-from benchmarks.convergence.tasks.given import given_task
-from benchmarks.convergence.tasks.given_language import final_answer
+from benchmarks.convergence.tasks import given_task
 from benchmarks.convergence.tasks.kinds import Task
+from benchmarks.convergence.tasks.language import final_answer
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("transformers")
@@ -181,7 +181,7 @@ def runs(task: Task, sizes: Sizes, folder: Path, methods: Iterable[str] = ("lora
             optimizer.step()
         assert task.figures(model, batch)["loss"] < task.figures(base, batch)["loss"]
         found = task.figures(model, held_out) | task.final_figures(model, held_out)
-        assert found.keys() == {"loss", *task.metrics} and all(0 <= found[name] <= 1 for name in task.metrics)
+        assert found.keys() == {"loss", *task.metrics} and all(-1 <= found[name] <= 1 for name in task.metrics)
     return found
 
 
@@ -206,6 +206,11 @@ def test_only_the_answer_counts(llama: str, written: Any) -> None:
                 meant = task._tokenizer.decode(labels[labels != -100])
                 assert meant.startswith(" ") and "####" in meant and meant.endswith("</s>")
                 assert torch.equal(ids[labels != -100], labels[labels != -100]) and mask[labels != -100].all()
+    model, held_out = task.base(SIZES).eval(), task.held_out(Sizes(sequence=64), 3)
+    with torch.no_grad():  # neither padding nor positions left out change the loss
+        logits = model(**task.inputs(held_out)).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, held_out["labels"][:, 1:].flatten()).item()
+    assert task.figures(model, held_out)["loss"] == pytest.approx(expected, rel=1e-5)
     assert final_answer("6*200 = 1200\n#### $1,200.") == final_answer(" 1200") != final_answer("120")
     assert final_answer("a tree") == "a tree"
 
@@ -225,25 +230,59 @@ def test_generation_that_copies_the_answer_is_right(llama: str, written: Any) ->
         assert task.final_figures(model, held_out) == {"exact_match": 1.0}
 
 
+def started(arguments: list[str], cache: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.convergence", "run", *arguments], cwd=Path(__file__).parents[1],
+        env=os.environ | {"HF_DATASETS_CACHE": str(cache)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def arguments(kind: str, model: str, data: str, out: Path, **more: object) -> list[str]:
+    options = {"sequence": 48, "held-out": 4, "seeds": 1, "device": "cpu", "batch": 2, "kind": kind, "model": model}
+    options |= {"data": data, "out": out} | more
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
 @pytest.mark.slow
 def test_two_runs_at_a_time_give_what_one_does(llama: str, written: Any, tmp_path: Path) -> None:
     """From the command line: processes that are started for runs find what they are to do by its module's name."""
     data, curves = written({"train.jsonl": GSM8K}), []
     for jobs in "12":
-        options = {
-            "model": llama, "data": data, "methods": "lora", "steps": 4, "batch": 2, "sequence": 48, "held-out": 4,
-            "rates": "1e-2,2e-2", "seeds": 2, "dtype": "float32", "device": "cpu", "jobs": jobs, "out": tmp_path / jobs,
-        }  # fmt: skip
-        command = [sys.executable, "-m", "benchmarks.convergence", "run"]
-        command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        done = subprocess.run(
-            command, cwd=Path(__file__).parents[1], env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        options = {"steps": 4, "rates": "1e-2,2e-2", "seeds": 2, "jobs": jobs, "methods": "lora"}
+        process = started(arguments("decoder", llama, data, tmp_path / jobs, **options), tmp_path / "cache")
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
         found = read_all(tmp_path / jobs).values()
         curves.append([point["loss"] for result in found for point in result["curve"]])
     assert len(curves[0]) == 2 * (1 + 1) + 2 * (1 + 4) and curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(roberta: str, written: Any, tmp_path: Path) -> None:
+    """With dropout, so that the random numbers must go on, too; a run is saved after each evaluation."""
+    data, outs = written({"train.jsonl": PAIRS["sst2"] * 3}), (tmp_path / "whole", tmp_path / "killed")
+    options = {"steps": 40, "evaluations": 40, "rates": "1e-2", "methods": "lora,block-1", "merged-seeds": 1}
+    calls = [arguments("encoder", roberta, data, out, **options) for out in outs]
+    whole = started(calls[0], tmp_path).communicate()[0]
+    assert "2 runs and 2 merges, about" in whole and "final runs: 1 of 2 done" in whole, whole
+    killed = started(calls[1], tmp_path)
+    while not any(outs[1].glob("unfinished/*.pt")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert not read_all(outs[1])
+    (left,) = outs[1].glob("unfinished/*.pt")
+    assert 0 < torch.load(left)["step"] < 40
+    assert "final runs: 2 of 2 done" in started(calls[1], tmp_path).communicate()[0]
+    expected, found = (read_all(out) for out in outs)
+    assert len(found) == 2 and not any(outs[1].glob("unfinished/*.pt"))
+    for spec, result in expected.items():
+        assert result["merges"]["served"]["loss"] == pytest.approx(result["final"]["loss"], rel=1e-4)
+        assert result["merges"]["served in bfloat16"]["loss"] == pytest.approx(result["final"]["loss"], rel=0.05)
+        for name in ("curve", "final", "merges", "gradient_norms"):
+            assert found[spec][name] == result[name]
+    assert str(tmp_path) not in (outs[1] / "runs.jsonl").read_text() + (outs[1] / "REPORT.md").read_text()
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -254,7 +293,11 @@ def test_encoder(name: str, roberta: str, written: Any, tmp_path: Path) -> None:
         "encoder", roberta, written({"train.jsonl": rows, "dev.jsonl": rows[:6], "test.jsonl": test})
     )
     runs(task, SIZES, tmp_path, ("lora", "block") if name == "sst2" else ("lora",))
-    assert task.metrics == ("accuracy", "f1") and task.trained_whole == ("classifier",)
+    assert task.metrics == (
+        "accuracy",
+        "f1" if name == "mnli" else "f1_positive",
+        "matthews",
+    ) and task.trained_whole == ("classifier",)
     assert task.classes == (3 if name == "mnli" else 2)
     assert len(task.targets) == 6 and "attention.self.query" in task.targets
 

@@ -7,22 +7,14 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.convergence.report import write_report
 from benchmarks.convergence.sets import time_steps, train_all
 from benchmarks.convergence.settings import SETS, Given, of_given
 from benchmarks.convergence.tasks import tasks_of
+from benchmarks.convergence.tasks.kinds import say
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-    TimeRemainingColumn(),
-)
 
 
 @app.command()
@@ -44,7 +36,12 @@ def run(
     held_out: Annotated[int, typer.Option(min=1, help="With --model: examples to measure on.")] = 256,
     rates: Annotated[str, typer.Option(help="With --model: learning rates to choose from.")] = "1e-4,3e-4,1e-3",
     seeds: Annotated[int, typer.Option(min=1, help="With --model.")] = 5,
-    dtype: Annotated[str, typer.Option(help="With --model: float32, bfloat16 or float16.")] = "bfloat16",
+    evaluations: Annotated[int, typer.Option(min=1, help="With --model: of a run, the last at its end.")] = 6,
+    generated: Annotated[int, typer.Option(min=1, help="With --model: held-out examples to generate for.")] = 64,
+    merged_seeds: Annotated[int | None, typer.Option(min=0, help="With --model: first seeds to merge; all.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --model: bfloat16, float16 or float32; by default the last on a CPU.")
+    ] = None,
 ) -> None:
     """Train every run of a set, or with a model and data of your own, that --out lacks, then write the report."""
     try:
@@ -52,10 +49,11 @@ def run(
             raise ValueError("--model and --data go together: give both, or neither for a --set")
         given = None
         if model is not None and data is not None:
-            given = Given(kind=kind, model=model, data=data, dtype=dtype)
+            usual = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+            given = Given(kind=kind, model=model, data=data, dtype=dtype or usual)
             experiments = of_given(
                 given, methods=methods, steps=steps, batch=batch, sequence=sequence, held_out=held_out, rates=rates,
-                seeds=seeds,
+                seeds=seeds, evaluations=evaluations, generated=generated, merged_seeds=merged_seeds,
             )  # fmt: skip
         elif name in SETS:
             experiments = SETS[name]
@@ -67,16 +65,15 @@ def run(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     out.mkdir(parents=True, exist_ok=True)
-    with Progress(*COLUMNS, console=Console()) as progress:
-        train_all(experiments, tasks, given, out, device, jobs, progress)
-        time_steps(experiments, tasks, given, out, device, progress)
-    Console().print(f"report: {write_report(out)}")
+    train_all(experiments, tasks, given, out, device, jobs)
+    time_steps(experiments, tasks, given, out, device)
+    say(f"report: {write_report(out)}")
 
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A folder of runs.")]) -> None:
     """Write the report of a folder's runs."""
-    Console().print(f"report: {write_report(folder)}")
+    say(f"report: {write_report(folder)}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""What is compared: ResLoRA with each shortcut, and PEFT's methods, each as a way to adapt a copy of the base model."""
+"""What is compared, ResLoRA with each shortcut and PEFT's methods, and the base models of which each adapts a copy."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.convergence.settings import BASELINE
+from benchmarks.convergence.settings import BASELINE, Sizes
 from benchmarks.convergence.tasks.kinds import Task
 from reslora_kernels import ResLoRAConfig, apply_reslora
 from reslora_kernels.config import Shortcut
@@ -20,11 +24,15 @@ R, ALPHA = 4, 8
 
 @dataclass(frozen=True)
 class Method:
-    """``adapt`` changes a model for a run of so many steps; ``after_step`` is called with what it returned."""
+    """``adapt`` changes a model for a run of so many steps; ``after_step``, if any, is called with what it returned.
+
+    ``merges`` says whether merges are measured: this package's.
+    """
 
     title: str
     adapt: Callable[[nn.Module, Task, int], nn.Module]
-    after_step: Callable[[Any, int], None] = lambda model, step: None
+    after_step: Callable[[Any, int], None] | None = None
+    merges: bool = False
 
 
 def _reslora(title: str, shortcut: Shortcut, pre_num: int = 2, r: int = R) -> Method:
@@ -35,7 +43,7 @@ def _reslora(title: str, shortcut: Shortcut, pre_num: int = 2, r: int = R) -> Me
         )  # fmt: skip
         return apply_reslora(model, config)
 
-    return Method(title, adapt)
+    return Method(title, adapt, merges=True)
 
 
 def _peft(title: str, config_of: Callable[[Any, int], Any], **more: Any) -> Method:
@@ -52,6 +60,7 @@ def _peft(title: str, config_of: Callable[[Any, int], Any], **more: Any) -> Meth
 
 METHODS = {
     BASELINE: _reslora("LoRA r=4", "none"),
+    "lora-8": _reslora("LoRA r=8", "none", r=8),
     "lora-16": _reslora("LoRA r=16", "none", r=16),
     "input": _reslora("ResLoRA input", "input"),
     "block": _reslora("ResLoRA block, 2", "block"),
@@ -70,6 +79,11 @@ METHODS = {
         ),
         after_step=lambda model, step: model.base_model.update_and_allocate(step),
     ),
+    "dora": _peft("DoRA", lambda peft, steps: peft.LoraConfig(r=R, lora_alpha=ALPHA, use_dora=True)),
+    "rslora": _peft("rsLoRA", lambda peft, steps: peft.LoraConfig(r=R, lora_alpha=ALPHA, use_rslora=True)),
+    "pissa": _peft(
+        "PiSSA", lambda peft, steps: peft.LoraConfig(r=R, lora_alpha=ALPHA, init_lora_weights="pissa_niter_4")
+    ),
     "loha": _peft("LoHa", lambda peft, steps: peft.LoHaConfig(r=R, alpha=ALPHA)),
     "lokr": _peft("LoKr", lambda peft, steps: peft.LoKrConfig(r=R, alpha=ALPHA)),
 }
@@ -79,3 +93,31 @@ def adapted(base: nn.Module, task: Task, method: str, steps: int, seed: int) -> 
     """A copy of ``base`` with fresh adapters; the seed draws them."""
     torch.manual_seed(seed)
     return METHODS[method].adapt(copy.deepcopy(base), task, steps)
+
+
+def base_of(task: Task, sizes: Sizes, folder: Path, device: torch.device) -> nn.Module:
+    """The task's base model, frozen; pre-trained now unless ``folder`` has the weights of these sizes."""
+    return task.prepared(pretrained(task, sizes, folder, device)).to(device).eval().requires_grad_(False)
+
+
+def pretrained(task: Task, sizes: Sizes, folder: Path, device: torch.device) -> nn.Module:
+    """The model before ``task.prepared``."""
+    from safetensors.torch import load_model, save_model
+
+    path, model = weights_file(task, sizes, folder), task.base(sizes)
+    if task.comes_trained:
+        return model
+    if path.exists():
+        load_model(model, path)
+        return model
+    task.pretrain(model.to(device), sizes)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_model(model.to("cpu"), str(temporary))
+    os.replace(temporary, path)
+    return model
+
+
+def weights_file(task: Task, sizes: Sizes, folder: Path) -> Path:
+    """Named after what the weights depend on."""
+    digest = hashlib.sha256(json.dumps(asdict(sizes), sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"{task.kind}-{digest}.safetensors"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import math
+import os
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
-from benchmarks.convergence import json_lines, measures
+from benchmarks.convergence import measures
 from benchmarks.convergence.methods import METHODS, adapted
-from benchmarks.convergence.settings import TUNING_SEED, Budget, Experiments
-from benchmarks.convergence.steps import training_steps
-from benchmarks.convergence.tasks.kinds import Batch, Task
+from benchmarks.convergence.settings import TUNING_SEED, Budget, Experiments, Sizes
+from benchmarks.convergence.tasks.kinds import Batch, Task, pieces, training_steps
 from reslora_kernels.bench.results import commit_of, machine_of
 
 CALIBRATION_SEED = 10_000  # added to a run's own
@@ -37,51 +42,148 @@ class Spec:
         """Whether it only helps to choose the learning rate."""
         return self.seed >= TUNING_SEED
 
+    @property
+    def digest(self) -> str:
+        """For file names."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
-def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec) -> dict[str, Any]:
-    """The run's result as plain values. A run that tunes is measured before and after, and no more."""
+    def __str__(self) -> str:
+        return f"{self.task}, {self.method}, rate {self.rate:g}, seed {self.seed}"
+
+
+def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec, folder: Path) -> dict[str, Any]:
+    """The run's result as plain values. A run that tunes is measured before and after, and no more.
+
+    What a killed process left of the run in ``folder`` is gone on with, bit for bit. A final run's adapters stay there.
+    """
     budget, sizes, method = experiments.budgets[spec.task], experiments.sizes[task.kind], METHODS[spec.method]
     device = next(base.parameters()).device
     batches = [on(batch, device) for batch in task.train(sizes, budget.steps, budget.batch, spec.seed)]
     held_out = on(task.held_out(sizes, budget.held_out), device)
     model = adapted(base, task, spec.method, budget.steps, spec.seed)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), spec.rate, weight_decay=0.0)
+    state = _State(folder / "unfinished" / f"{spec.digest}.pt", trained, optimizer, device)
+    resumable = method.after_step is None
+    if not (resumable and state.load()):
+        state.curve.append({"step": 0} | _untrained(base, task, sizes, budget.held_out))
     evaluations = 1 if spec.tunes else budget.evaluations
     marks = [round(budget.steps * i / evaluations) for i in range(1, evaluations + 1)]
-    curve: list[dict[str, Any]] = [{"step": 0} | task.figures(model, held_out)]
-    gradients: dict[int, dict[str, float]] = {}
-    samples: dict[int, list[Any]] = {}
-    optimizer = torch.optim.AdamW(trained, spec.rate, weight_decay=0.0)
-    for step, _ in enumerate(training_steps(model, optimizer, batches, budget.warmup_steps, task.loss), 1):
-        method.after_step(model, step)
-        if step in marks:
-            curve.append({"step": step} | task.figures(model, held_out))
-            if not spec.tunes and step in (marks[0], marks[-1]):
-                gradients[step] = measures.gradient_norms(model, task, held_out, budget.batch)
+    gradient_steps = () if spec.tunes else budget.gradient_steps or (marks[0], marks[-1])
+    steps = training_steps(model, optimizer, batches, budget.warmup_steps, task.loss, state.step)
+    for _ in steps:
+        state.step += 1
+        if method.after_step is not None:
+            method.after_step(model, state.step)
+        if state.step in marks:
+            state.curve.append({"step": state.step} | task.figures(model, held_out))
             if spec.seed == experiments.seeds[0] and (images := task.samples(model)) is not None:
-                samples[step] = images
+                state.samples[state.step] = images
+        if state.step in gradient_steps:
+            state.gradients[state.step] = measures.gradient_norms(model, task, held_out, budget.batch)
+        if resumable:
+            state.save(at_once=state.step in marks)
     result = {
         "spec": asdict(spec),
         "task": task.description(),
         "budget": budget.of_a_run(),
         "sizes": asdict(sizes),
         "measures": measures.settings(),
-        "trained_parameters": sum(parameter.numel() for parameter in trained),
-        "curve": curve,
+        "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "curve": state.curve,
         "machine": machine_of(device),
         "commit": commit_of(Path(__file__).parents[2]),
     }
-    if spec.tunes:
-        return result
+    if not spec.tunes:
+        generated = next(pieces(held_out, budget.generated))
+        result |= {
+            "final": state.curve[-1] | task.final_figures(model, generated),
+            "merges": {},
+            "adapter_norms": measures.adapter_norms(model),
+            "update_ranks": measures.update_ranks(model),
+            "gradient_norms": state.gradients,
+            "samples": state.samples,
+        }
+        state.keep(folder / "adapters" / f"{spec.digest}.pt")
+    return result
+
+
+@cache
+def _untrained(base: nn.Module, task: Task, sizes: Sizes, examples: int) -> dict[str, float]:
+    """The base model's figures, with which every method starts."""
+    return task.figures(base, on(task.held_out(sizes, examples), next(base.parameters()).device))
+
+
+def merge_one(
+    base: nn.Module, task: Task, experiments: Experiments, result: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """A final run's result, with what each merge of its adapters costs."""
+    spec, budget = Spec(**result["spec"]), experiments.budgets[result["spec"]["task"]]
+    sizes, device = experiments.sizes[task.kind], next(base.parameters()).device
+    model = adapted(base, task, spec.method, budget.steps, spec.seed)
+    with torch.no_grad():
+        for name, value in torch.load(folder / "adapters" / f"{spec.digest}.pt", map_location=device).items():
+            model.get_parameter(name).copy_(value)
     drawn = task.train(sizes, budget.calibration_batches, budget.calibration_batch, spec.seed + CALIBRATION_SEED)
-    calibration = [on(batch, device) for batch in drawn]
-    return result | {
-        "final": curve[-1] | task.final_figures(model, held_out),
-        "merges": measures.merges(model, task, calibration, held_out),
-        "adapter_norms": measures.adapter_norms(model),
-        "gradient_norms": gradients,
-        "samples": samples,
-    }
+    held_out = on(task.held_out(sizes, budget.held_out), device)
+    return result | {"merges": measures.merges(model, base, task, [on(batch, device) for batch in drawn], held_out)}
+
+
+class _State:
+    """Of a run that is not done: ``step`` steps are, with what was measured. On the disk it is always whole."""
+
+    EVERY = 60.0  # seconds, at least, between two that are saved
+    _PLAIN = ("step", "curve", "gradients", "samples")
+
+    def __init__(
+        self, path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self._path, self._trained, self._optimizer, self._device = path, trained, optimizer, device
+        self._saved = time.monotonic()
+        self.step = 0
+        self.curve: list[dict[str, Any]] = []
+        self.gradients: dict[int, dict[str, float]] = {}
+        self.samples: dict[int, list[Any]] = {}
+
+    def load(self) -> bool:
+        """Take over what was saved; False if nothing was."""
+        if not self._path.exists():
+            return False
+        saved = torch.load(self._path, map_location=self._device)
+        self._optimizer.load_state_dict(saved["optimizer"])
+        with torch.no_grad():
+            for name, value in saved["trained"].items():
+                self._trained[name].copy_(value)
+        torch.set_rng_state(saved["random"].cpu())
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(saved["random_of_device"].cpu(), self._device)
+        for name in self._PLAIN:
+            setattr(self, name, saved[name])
+        return True
+
+    def save(self, *, at_once: bool) -> None:
+        if not at_once and time.monotonic() - self._saved < self.EVERY:
+            return
+        state = {name: getattr(self, name) for name in self._PLAIN} | {
+            "trained": {name: parameter.detach() for name, parameter in self._trained.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self._device.type == "cuda":
+            state["random_of_device"] = torch.cuda.get_rng_state(self._device)
+        _save_whole(state, self._path)
+        self._saved = time.monotonic()
+
+    def keep(self, path: Path) -> None:
+        """The trained parameters; the rest is done with once the run's line is written."""
+        _save_whole({name: parameter.detach() for name, parameter in self._trained.items()}, path)
+
+
+def _save_whole(values: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(values, temporary)
+    os.replace(temporary, path)
 
 
 def on(batch: Batch, device: torch.device) -> Batch:
@@ -92,17 +194,20 @@ def on(batch: Batch, device: torch.device) -> Batch:
 def missing(experiments: Experiments, tasks: Mapping[str, Task], folder: Path, *, tuning: bool) -> list[Spec]:
     """The runs that the folder lacks: those that choose the learning rates, or, once those are done, the others.
 
+    Of the others every method's with the first seed come first: whatever is done is a comparison.
+
     Raises:
         ValueError: a run of this folder had other settings.
     """
     wanted, found = [], read_all(folder)
     for task, budget in experiments.budgets.items():
-        for method in budget.methods:
-            if not tuning:
-                rate = best_rate(experiments, found, task, method)
-                wanted += [Spec(task, method, rate, seed) for seed in experiments.seeds]
-            elif len(budget.rates) > 1 and budget.tuned_like(method) == method:
-                wanted += [spec for rate in budget.rates for spec in tuning_runs(budget, task, method, rate)]
+        if tuning:
+            tuned = [method for method in budget.methods if budget.tuned_like(method) == method]
+            tuned = tuned if len(budget.rates) > 1 else []
+            wanted += [spec for m in tuned for rate in budget.rates for spec in tuning_runs(budget, task, m, rate)]
+        else:
+            rates = {method: best_rate(experiments, found, task, method) for method in budget.methods}
+            wanted += [Spec(task, m, rate, seed) for seed in experiments.seeds for m, rate in rates.items()]
     for spec in wanted:
         if spec in found and (different := _other_settings(found[spec], experiments, tasks[spec.task])):
             raise ValueError(f"{folder / FILE} has {spec} with other settings ({different}): use another folder")
@@ -119,14 +224,25 @@ def _other_settings(result: dict[str, Any], experiments: Experiments, task: Task
     return ", ".join(sorted(key for key in found.keys() | own.keys() if found.get(key) != own.get(key)))
 
 
+def unmerged(experiments: Experiments, folder: Path) -> list[Spec]:
+    """The final runs whose adapters have not been merged yet; PEFT's are not."""
+    found, wanted = read_all(folder), []
+    for task, budget in experiments.budgets.items():
+        rates = {method: best_rate(experiments, found, task, method) for method in budget.methods}
+        for seed in experiments.seeds[: budget.merged_seeds]:
+            wanted += [Spec(task, m, rate, seed) for m, rate in rates.items() if METHODS[m].merges]
+    return [spec for spec in wanted if not found[spec]["merges"]]
+
+
 def add(result: dict[str, Any], folder: Path) -> None:
     """Keep a run that is done; other processes may do the same meanwhile."""
-    json_lines.append(result, folder / FILE)
+    append(result, folder / FILE)
+    (folder / "unfinished" / f"{Spec(**result['spec']).digest}.pt").unlink(missing_ok=True)
 
 
 def read_all(folder: Path) -> dict[Spec, dict[str, Any]]:
     """Every run of a folder, in the order of ``Spec``; of one that is there twice, the later."""
-    found = {Spec(**result["spec"]): result for result in json_lines.read(folder / FILE)}
+    found = {Spec(**result["spec"]): result for result in read_lines(folder / FILE)}
     return dict(sorted(found.items()))
 
 
@@ -147,3 +263,60 @@ def best_rate(experiments: Experiments, found: Mapping[Spec, dict[str, Any]], ta
 def tuning_runs(budget: Budget, task: str, method: str, rate: float) -> list[Spec]:
     """Those by which a rate is judged."""
     return [Spec(task, method, rate, TUNING_SEED + i) for i in range(budget.tuning_runs)]
+
+
+def append(value: dict[str, Any], path: Path) -> None:
+    """Add a line to a file of one JSON object a line, to which processes append at the same time.
+
+    It is on the disk when this returns. Who appends holds the file's lock: a piece of an object behind the last line
+    feed is of a process that died writing it, and is cut off.
+    """
+    line = json.dumps(value).encode() + b"\n"
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _end_the_last_line(file)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _end_the_last_line(file: BinaryIO) -> None:
+    file.seek(0)
+    content = file.read()
+    end = content.rfind(b"\n") + 1
+    if _is_a_piece(content[end:]):
+        file.truncate(end)
+    elif content[end:]:
+        file.write(b"\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every object, none if there is no file; not the piece that a crash left.
+
+    Raises:
+        ValueError: a line is no JSON object.
+    """
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    lines += [last] if last and not _is_a_piece(last) else []
+    return [_parsed(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+
+
+def _is_a_piece(last: bytes) -> bool:
+    """Whether what stands behind the last line feed lacks more than another."""
+    try:
+        json.loads(last or b"{}")
+    except ValueError:
+        return True
+    return False
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} must be a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object, got {value!r}")
+    return value

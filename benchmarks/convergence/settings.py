@@ -12,6 +12,7 @@ SHORTCUTS = ("input", "block", "middle")  # with the default pre_num
 SAME_RANK = (BASELINE, *SHORTCUTS)
 MAIN = (*SAME_RANK, "lora-16")
 PEERS = ("adalora", "loha", "lokr")
+GRADIENT_STEPS = (1, 10, 100)  # of runs on a given model
 PRE_NUM = ("block-1", "block-4", "block-all", "middle-1", "middle-4", "middle-all")
 
 
@@ -33,8 +34,9 @@ class Sizes:
 class Budget:
     """What every method gets alike on one task: ``steps`` of ``batch`` sequences, measured on ``held_out`` others.
 
-    ``tuning_runs`` is how many seeds each of ``rates`` is tried with. Merges see ``calibration_batches`` of
-    ``calibration_batch`` sequences.
+    ``tuning_runs`` is how many seeds each of ``rates`` is tried with. Merges, of the first ``merged_seeds`` seeds (None
+    is all), see ``calibration_batches`` of ``calibration_batch`` sequences. The first ``generated`` held-out ones are
+    generated for. Gradients are measured after ``gradient_steps``, or the first evaluation and the last.
     """
 
     methods: tuple[str, ...]
@@ -47,6 +49,10 @@ class Budget:
     calibration_batches: int = 16
     calibration_batch: int
     warmup_steps: int = 10
+    generated: int = 256
+    gradient_steps: tuple[int, ...] = ()
+    merged_seeds: int | None = None
+    step_times: tuple[int, int] = (5, 5)  # rounds over the methods, and steps of each timed in a round
 
     def tuned_like(self, method: str) -> str:
         """The method whose rate this one trains with: where only pre_num differs, that of the same shortcut."""
@@ -55,7 +61,9 @@ class Budget:
 
     def of_a_run(self) -> dict[str, Any]:
         """What one run's result depends on: neither the other methods nor how the rate was chosen."""
-        return {key: value for key, value in asdict(self).items() if key not in ("methods", "rates", "tuning_runs")}
+        others = ("methods", "rates", "tuning_runs", "merged_seeds", "step_times")
+        own = {key: value for key, value in asdict(self).items() if key not in others}
+        return own | {"gradient_steps": list(self.gradient_steps)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +168,16 @@ class Given:
 
     @property
     def task(self) -> str:
-        """Its name in file names."""
-        return f"given-{self.kind}"
+        """Its name in results."""
+        from benchmarks.convergence.tasks.sources import name_of
+
+        return name_of(self.data)
 
 
 def of_given(
-    given: Given, *, methods: str, steps: int, batch: int, sequence: int, held_out: int, rates: str, seeds: int
-) -> Experiments:
+    given: Given, *, methods: str, steps: int, batch: int, sequence: int, held_out: int, rates: str, seeds: int,
+    evaluations: int = 6, generated: int = 64, merged_seeds: int | None = None,
+) -> Experiments:  # fmt: skip
     """The set of runs of ``given``; ``methods`` and ``rates`` are separated by commas.
 
     Raises:
@@ -185,8 +196,10 @@ def of_given(
     if not numbers or min(numbers) <= 0:
         raise ValueError(f"--rates must be numbers above 0, as in 1e-4,3e-4, got {rates!r}")
     budget = Budget(
-        methods=names, steps=steps, evaluations=min(steps, 6), batch=batch, held_out=held_out, rates=numbers,
-        tuning_runs=1, calibration_batch=batch, warmup_steps=max(1, min(steps // 10, 100)),
+        methods=names, steps=steps, evaluations=min(steps, evaluations), batch=batch, held_out=held_out, rates=numbers,
+        tuning_runs=1, calibration_batch=batch, warmup_steps=max(1, min(steps // 10, 100)), generated=generated,
+        gradient_steps=tuple(step for step in GRADIENT_STEPS if step <= steps), merged_seeds=merged_seeds,
+        step_times=(3, 2),
     )  # fmt: skip
     sizes = {given.kind: Sizes(sequence=sequence, pretraining_steps=0)}
     return Experiments(name="given", sizes=sizes, budgets={given.task: budget}, seeds=tuple(range(seeds)))

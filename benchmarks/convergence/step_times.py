@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,42 +11,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.convergence import json_lines
 from benchmarks.convergence.methods import adapted
-from benchmarks.convergence.runs import on
+from benchmarks.convergence.runs import append, on, read_lines
 from benchmarks.convergence.settings import Experiments
-from benchmarks.convergence.steps import training_steps
-from benchmarks.convergence.tasks.kinds import Task
+from benchmarks.convergence.tasks.kinds import Task, told, training_steps
 from reslora_kernels.bench.results import commit_of, machine_of
 
-ROUNDS, WARM_UP, TIMED = 5, 1, 5  # rounds over the methods; steps of each that are not timed, and that are
+WARM_UP = 1  # steps of each stretch that are not timed
 FILE = "step-times.jsonl"  # of a folder, with a line for each task; of two the later holds
 
 
-def measure(
-    base: nn.Module, task: Task, name: str, experiments: Experiments, folder: Path, advance: Callable[[], None]
-) -> None:
-    """Add the task's times unless those of every method, of these settings, are there; ``advance`` after each round."""
+def measure(base: nn.Module, task: Task, name: str, experiments: Experiments, folder: Path) -> None:
+    """Add the task's times unless those of every method, of these settings, are there."""
     budget, sizes = experiments.budgets[name], experiments.sizes[task.kind]
+    rounds, timed = budget.step_times
     settings = {"batch": budget.batch, "sizes": asdict(sizes), "methods": list(budget.methods)}
-    settings |= {"rounds": ROUNDS, "warm_up": WARM_UP, "timed": TIMED}
+    settings |= {"rounds": rounds, "warm_up": WARM_UP, "timed": timed}
     if _latest(folder).get(name, {}).get("settings") == settings:
         return
     device = next(base.parameters()).device
-    batches = [on(batch, device) for batch in task.train(sizes, WARM_UP + TIMED, budget.batch, 0)]
+    batches = [on(batch, device) for batch in task.train(sizes, WARM_UP + timed, budget.batch, 0)]
     seconds: dict[str, list[float]] = {method: [] for method in budget.methods}
-    for _ in range(ROUNDS):
-        for method, times in seconds.items():
-            times.append(_one_stretch(adapted(base, task, method, len(batches), 0), task, batches, device))
-        advance()
+    for method in told([*budget.methods] * rounds, "stretch"):
+        seconds[method].append(one_stretch(adapted(base, task, method, len(batches), 0), task, batches, device))
     result = {
         "task": name, "settings": settings, "seconds": seconds, "machine": machine_of(device),
         "commit": commit_of(Path(__file__).parents[2]),
     }  # fmt: skip
-    json_lines.append(result, folder / FILE)
+    append(result, folder / FILE)
 
 
-def _one_stretch(model: nn.Module, task: Task, batches: list[dict[str, Any]], device: torch.device) -> float:
+def one_stretch(model: nn.Module, task: Task, batches: list[dict[str, Any]], device: torch.device) -> float:
     """Median seconds of a step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, weight_decay=0.0)
     times, start = [], time.perf_counter()
@@ -69,4 +63,4 @@ def read_all(folder: Path) -> dict[str, dict[str, float]]:
 
 def _latest(folder: Path) -> dict[str, dict[str, Any]]:
     """By task."""
-    return {result["task"]: result for result in json_lines.read(folder / FILE)}
+    return {result["task"]: result for result in read_lines(folder / FILE)}

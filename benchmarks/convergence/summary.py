@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.convergence.runs import Spec
-from benchmarks.convergence.settings import BASELINE
+from benchmarks.convergence.settings import BASELINE, SHORTCUTS
 
 Runs = dict[int, dict[str, Any]]  # results by seed
-WITHIN = 0.1  # of LoRA's number of parameters is "as many"
+HEADLINE = {"cola": "matthews"}  # GLUE's figure of a task where it is not the first of those beside the loss
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Row:
     ``steps`` is the median over the seeds of the step at which the final loss of LoRA with the same seed was reached;
     None if it never was by half of them; ``reached`` counts those by which it was. ``loss_at_loras_time`` is after as
     many seconds as all of LoRA's steps take. ``metrics`` are means, with the spread, of what is measured beside the
-    loss. ``gain`` is what training takes off the loss, the mean, with ``gain_spread``; in each of ``merges``, one for
-    each seed, ``added`` is what the merge puts back.
+    loss; ``paired`` is, for the loss and each of them, the mean difference to LoRA with the same seed, and its p.
+    ``gain`` is what training takes off the loss, the mean, with ``gain_spread``; in each of ``merges``, one for each
+    seed that was merged, ``added`` is what the merge puts back.
     """
 
     task: str
@@ -42,6 +44,7 @@ class Row:
     reached: int
     steps: float | None
     metrics: dict[str, tuple[float, float]]
+    paired: dict[str, tuple[float, float]]
     gain: float
     gain_spread: float
     merges: dict[str, list[dict[str, float]]]
@@ -140,12 +143,6 @@ def summarize(results: list[dict[str, Any]], step_seconds: dict[str, dict[str, f
     return rows
 
 
-def as_many_parameters(rows: list[Row]) -> list[Row]:
-    """Those of one task that train as many parameters as LoRA, within a tenth."""
-    lora = next(row for row in rows if row.method == BASELINE)
-    return [row for row in rows if abs(row.parameters / lora.parameters - 1) <= WITHIN]
-
-
 def _row(task: str, method: str, runs: Runs, lora: Runs, times: dict[str, float]) -> Row:
     from scipy.stats import ttest_rel
 
@@ -168,9 +165,19 @@ def _row(task: str, method: str, runs: Runs, lora: Runs, times: dict[str, float]
         statistics.mean(loss_at(c, as_long) for c in own),
         *_reached(steps),
         {name: mean_and_spread([runs[s]["final"][name] for s in seeds]) for name in names},
+        {name: _paired(runs, lora, name) for name in ("loss", *names)} if paired else {},
         *mean_and_spread([c[0]["loss"] - c[-1]["loss"] for c in own]),
-        {name: [_merged(runs[s], name) for s in seeds] for name in first["merges"]},
+        {name: [_merged(runs[s], name) for s in seeds if runs[s]["merges"]] for name in first["merges"]},
     )  # fmt: skip
+
+
+def _paired(runs: Runs, lora: Runs, name: str) -> tuple[float, float]:
+    """The mean difference of a final figure over the seeds, and p of a paired t-test: 1 where no seed differs."""
+    from scipy.stats import ttest_rel
+
+    own, theirs = ([of[seed]["final"][name] for seed in sorted(runs)] for of in (runs, lora))
+    p = 1.0 if own == theirs else float(ttest_rel(own, theirs).pvalue)
+    return statistics.mean(a - b for a, b in zip(own, theirs, strict=True)), p
 
 
 def _reached(steps: list[float | None]) -> tuple[int, float | None]:
@@ -187,3 +194,64 @@ def _merged(result: dict[str, Any], name: str) -> dict[str, float]:
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation, NaN if a value is; the latter is 0 for one value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def shortcuts_of(names: Iterable[str]) -> list[str]:
+    """Of each shortcut the methods to speak of: that with the default pre_num, or all where there is none."""
+    found: list[str] = []
+    for shortcut in SHORTCUTS:
+        own = [name for name in names if name.split("-")[0] == shortcut]
+        found += [shortcut] if shortcut in own else own
+    return found
+
+
+def headline(row: Row) -> str:
+    """The name of the figure that a task is judged by, beside the loss; "loss" if there is none."""
+    return HEADLINE.get(row.task, next(iter(row.metrics), "loss"))
+
+
+def holm(ps: list[float]) -> list[float]:
+    """Holm's adjusted p-values: the i-th smallest of n times n - i, none below a smaller one's, none above 1."""
+    found, least = [0.0] * len(ps), 0.0
+    for place, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        least = max(least, min(1.0, (len(ps) - place) * ps[i]))
+        found[i] = least
+    return found
+
+
+@dataclass(frozen=True)
+class OverTasks:
+    """A method on several tasks: what it takes off LoRA's final loss, as shares of what LoRA's training takes off.
+
+    ``low`` and ``high`` are a 95 % t-interval of the mean; ``p`` is that of a two-sided sign test of ``better`` in all.
+    """
+
+    method: str
+    shares: list[float]
+    mean: float
+    low: float
+    high: float
+    better: int
+    p: float
+
+
+def over_tasks(rows: list[Row]) -> list[OverTasks]:
+    """Of each shortcut that ran on two tasks or more."""
+    from scipy.stats import binomtest, t
+
+    gains = {row.task: row.gain for row in rows if row.method == BASELINE}
+    found = []
+    for method in shortcuts_of(dict.fromkeys(row.method for row in rows)):
+        shares = [-row.difference / gains[row.task] for row in rows if row.method == method]
+        if len(shares) < 2:
+            continue
+        mean, spread = mean_and_spread(shares)
+        reach = float(t.ppf(0.975, len(shares) - 1)) * spread / math.sqrt(len(shares))
+        better = sum(share > 0 for share in shares)
+        found.append(
+            OverTasks(
+                method, shares, mean, mean - reach, mean + reach, better,
+                float(binomtest(better, sum(share != 0 for share in shares)).pvalue) if any(shares) else 1.0,
+            )
+        )  # fmt: skip
+    return found

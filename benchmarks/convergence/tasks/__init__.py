@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
+import torch
+
 from benchmarks.convergence.settings import Given
-from benchmarks.convergence.tasks.classification import code_or_prose, package_of_docstring, sentence_order
-from benchmarks.convergence.tasks.images import Digits, inverted, slanted
+from benchmarks.convergence.tasks.classification import (
+    GivenClassification,
+    code_or_prose,
+    package_of_docstring,
+    sentence_order,
+)
+from benchmarks.convergence.tasks.images import Digits, GivenImages, inverted, slanted
 from benchmarks.convergence.tasks.kinds import Task
-from benchmarks.convergence.tasks.language import Arithmetic, PythonSource
+from benchmarks.convergence.tasks.language import Arithmetic, GivenLanguage, PythonSource
 
 TASKS: dict[str, Task] = {
     "python": PythonSource(),
@@ -20,6 +27,12 @@ TASKS: dict[str, Task] = {
     "inverted": Digits("Digits drawn in inverted colours", inverted),
     "slanted": Digits("Digits drawn slanted", slanted),
 }
+KINDS: dict[str, type[GivenLanguage] | type[GivenClassification] | type[GivenImages]] = {
+    "decoder": GivenLanguage,
+    "encoder": GivenClassification,
+    "unet": GivenImages,
+}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @cache
@@ -31,11 +44,25 @@ def tasks_of(given: Given | None) -> Mapping[str, Task]:
     """
     if given is None:
         return TASKS
-    import torch
-
-    from benchmarks.convergence.tasks.given import given_task
-
-    dtypes = ("float32", "bfloat16", "float16")
-    if given.dtype not in dtypes:
-        raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {given.dtype!r}")
+    if given.dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {given.dtype!r}")
     return {given.task: given_task(given.kind, given.model, given.data, dtype=getattr(torch, given.dtype))}
+
+
+def given_task(kind: str, model: str, data: str, *, dtype: torch.dtype = torch.float32) -> Task:
+    """The task of fine-tuning ``model`` on ``data``. Its ``targets`` are known once ``base`` has been called.
+
+    Args:
+        kind: "decoder" (a causal language model), "encoder" (a sequence classifier) or "unet" (Stable Diffusion).
+        model: a folder that ``save_pretrained`` wrote, or an id on the hub.
+        data: a file, a folder, or an id on the hub with the configuration after a colon ("nyu-mll/glue:sst2"); the
+            columns that each kind understands are in the README beside this package.
+        dtype: of the base model's weights.
+
+    Raises:
+        ValueError: an unknown kind, a path that does not exist, a model or data that cannot be read, columns that are
+            not understood, a part without rows, or fewer than two labels.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return KINDS[kind](model, data, dtype)

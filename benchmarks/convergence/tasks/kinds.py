@@ -1,17 +1,22 @@
-"""What a task is."""
+"""What a task is, and the loops that every task has: training steps, and pieces of held-out data, told as they go."""
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import datetime, timezone
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.convergence.settings import Sizes
 
+Item = TypeVar("Item")
 Batch = dict[str, Any]  # tensors by name, examples first
 AT_A_TIME = 8  # examples, where memory counts
 
@@ -79,7 +84,7 @@ class Task(ABC):
         return None
 
     def description(self) -> dict[str, Any]:
-        """What a report says of the task."""
+        """What a report says of the task, and what runs on it must have in common to be compared."""
         return {"title": self.title, "kind": self.kind, "unit": self.unit}
 
 
@@ -87,6 +92,15 @@ def pieces(batch: Batch, examples: int = AT_A_TIME) -> Iterator[Batch]:
     """A batch in parts of so many examples."""
     for start in range(0, len(next(iter(batch.values()))), examples):
         yield {name: tensor[start : start + examples] for name, tensor in batch.items()}
+
+
+def pieces_by_length(batch: Batch) -> Iterator[Batch]:
+    """A batch of texts, shortest first, in parts without the last columns that are padding in all of a part."""
+    order = batch["attention_mask"].sum(1).argsort(stable=True)
+    width = batch["attention_mask"].shape[1]
+    for piece in told(list(pieces({name: tensor[order] for name, tensor in batch.items()})), "measuring, part"):
+        used = int(piece["attention_mask"].sum(1).max())
+        yield {name: tensor[:, :used] if tensor.shape[1:] == (width,) else tensor for name, tensor in piece.items()}
 
 
 @contextmanager
@@ -99,3 +113,77 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def training_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], warmup_steps: int,
+    loss: Callable[[nn.Module, Batch], Tensor], done: int = 0,
+) -> Iterator[float]:  # fmt: skip
+    """A step per batch in training mode, and evaluation mode in the end; yields the losses.
+
+    Gradients are clipped at norm 1; the rate rises linearly over ``warmup_steps``, then falls as a cosine to 5 % of its
+    peak. Goes on behind ``done`` steps, with the optimizer in the state that it had then.
+    """
+    clipped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup_steps, 0.525 + 0.475 * math.cos(math.pi * step / len(batches))),
+        last_epoch=done - 1,
+    )
+    model.train()
+    for batch in told(batches, "step", done):
+        value = loss(model, batch)
+        optimizer.zero_grad()
+        torch.autograd.backward(value)
+        nn.utils.clip_grad_norm_(clipped, 1.0)
+        optimizer.step()
+        schedule.step()
+        yield value.item()
+    model.eval()
+
+
+class _Said:
+    """What the process is at, and when it last said so."""
+
+    doing: str = ""
+    at: float = 0.0
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Lines said inside the ``with`` block begin with this."""
+    before, _Said.doing = _Said.doing, what
+    try:
+        yield
+    finally:
+        _Said.doing = before
+
+
+def say(line: str) -> None:
+    """Print a line with the time in UTC, at once."""
+    _Said.at = time.monotonic()
+    print(f"{datetime.now(timezone.utc):%H:%M:%S} {_Said.doing}{': ' if _Said.doing else ''}{line}", flush=True)
+
+
+def say_at_times(line: str) -> None:
+    """Say it unless something was said in the last 20 seconds, or 5 on a terminal."""
+    if time.monotonic() - _Said.at > (5 if sys.stdout.isatty() else 20):
+        say(line)
+
+
+def told(items: Iterable[Item], what: str, done: int = 0) -> Iterator[Item]:
+    """The items behind the first ``done``; every so often a line says how many are done and how long the rest takes."""
+    start, todo = time.monotonic(), list(items)[done:]
+    for i, item in enumerate(todo):
+        if i:
+            left = (time.monotonic() - start) / i * (len(todo) - i)
+            say_at_times(f"{what} {done + i} of {done + len(todo)}, {spoken(left)} left")
+        yield item
+
+
+def spoken(seconds: float) -> str:
+    """As "40 s", "12 min" or "3 h 5 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

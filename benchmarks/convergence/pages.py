@@ -1,4 +1,4 @@
-"""The figures of a report, each with panels for every task. What a folder's runs do not hold is not drawn."""
+"""How a report looks: its sections as Markdown and as HTML, and its figures, each with panels for every task."""
 
 from __future__ import annotations
 
@@ -6,16 +6,87 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from benchmarks.convergence.methods import METHODS
-from benchmarks.convergence.settings import BASELINE, SHORTCUTS
-from benchmarks.convergence.summary import Row, Runs, description_of
+from benchmarks.convergence.settings import BASELINE
+from benchmarks.convergence.summary import Row, Runs, description_of, shortcuts_of
 
 PRE_NUM = {s: (BASELINE, f"{s}-1", s, f"{s}-4", f"{s}-all") for s in ("block", "middle")}  # 0, 1, 2, 4 and all
 Panel = Callable[[Any], None]  # draws on the axes that it is given
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what is said under it, a table, and figures by file name."""
+
+    title: str
+    level: int = 2
+    text: str = ""
+    header: tuple[str, ...] = ()
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    images: tuple[tuple[str, str], ...] = ()
+
+
+def table(section: Section) -> str:
+    """In Markdown."""
+    lines = [section.header, ("---",) * len(section.header), *section.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown(sections: list[Section]) -> str:
+    parts: list[str] = []
+    for section in sections:
+        parts += [f"{'#' * section.level} {section.title}", section.text]
+        if section.rows:
+            parts.append(table(section))
+        parts += [f"![{text}]({name})" for name, text in section.images]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def html(sections: list[Section]) -> str:
+    parts: list[str] = []
+    for section in sections:
+        parts.append(f"<h{section.level}>{escape(section.title)}</h{section.level}>\n<p>{escape(section.text)}</p>")
+        if section.rows:
+            lines = [_line("th", section.header), *(_line("td", row) for row in section.rows)]
+            parts.append(f'<div class="wide"><table>\n{"".join(lines)}</table></div>')
+        parts += [f'<img src="{escape(name)}" alt="{escape(text)}">' for name, text in section.images]
+    return PAGE.format(title=escape(sections[0].title), body="\n".join(parts))
+
+
+def _line(cell: str, texts: tuple[str, ...]) -> str:
+    return f"<tr>{''.join(f'<{cell}>{escape(text)}</{cell}>' for text in texts)}</tr>\n"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+body {{ margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 64rem;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }}
+h2 {{ margin-top: 2.5rem; border-top: 1px solid; padding-top: 1rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .35rem .6rem; text-align: right; border-bottom: 1px solid; white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; }}
+img {{ display: block; max-width: 100%; height: auto; margin: 1rem 0; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
 
 
 def draw_all(by_task: dict[str, dict[str, Runs]], rows: list[Row], folder: Path) -> list[tuple[str, str]]:
@@ -143,7 +214,7 @@ def _gradients(runs: dict[str, Runs], step: str, axes: Any) -> None:
 
 
 def _shortcuts(runs: dict[str, Runs]) -> list[str]:
-    return [method for method in SHORTCUTS if method in runs]
+    return shortcuts_of(runs)
 
 
 def _samples(every: list[dict[str, Runs]], path: Path) -> bool:
