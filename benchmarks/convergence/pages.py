@@ -179,9 +179,9 @@ def _layers(runs: dict[str, Runs]) -> list[Panel]:
     lora = next(iter(runs[BASELINE].values()))
     if not lora["adapter_norms"]:
         return []
-    steps = list(lora["gradient_norms"])  # after the first evaluation and the last, which may be one
+    steps = lora["gradient_norms"]
     norms: list[Panel] = [partial(_norms, runs, matrix) for matrix in "AB"]
-    return [*norms, *(partial(_gradients, runs, step) for step in (steps[0], steps[-1]))]
+    return [*norms, *(partial(_gradients, runs, step) for step in steps)]
 
 
 def _norms(runs: dict[str, Runs], matrix: str, axes: Any) -> None:

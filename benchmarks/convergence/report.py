@@ -224,6 +224,7 @@ def _task(rows: list[Row], runs: dict[str, Runs], tried: dict[tuple[str, float],
         ),
         *_learning_rates(tried),
         *_updates(rows, runs),
+        *_gradients(runs),
         *_merging(rows, metrics, budget),
     ]  # fmt: skip
 
@@ -267,6 +268,39 @@ def _updates(rows: list[Row], runs: dict[str, Runs]) -> list[Section]:
                     *(f"{mean(name, row.method):.2f}" for name in ("rank", "effective_rank")),
                 )
                 for row in own
+            ],
+        )
+    ]  # fmt: skip
+
+
+def _gradients(runs: dict[str, Runs]) -> list[Section]:
+    """Whether a shortcut lets more gradient through to the adapters, and to which."""
+    methods, lora = shortcuts_of(runs), runs[BASELINE]
+    if not methods or not all(result["gradient_norms"] for result in lora.values()):
+        return []
+
+    def ratio(method: str, step: str, part: slice) -> str:
+        """Geometric mean over layers and seeds."""
+        own = [
+            math.log(norm / lora[seed]["gradient_norms"][step][name])
+            for seed, result in runs[method].items()
+            for name, norm in list(result["gradient_norms"][step].items())[part]
+        ]
+        return f"{math.exp(statistics.mean(own)):.2f}"
+
+    steps = list(next(iter(lora.values()))["gradient_norms"])
+    third = len(next(iter(lora.values()))["gradient_norms"][steps[0]]) // 3
+    return [
+        Section(
+            "Gradients", 3, "The norm of the held-out loss's gradient by A and B of a layer, to that of LoRA with the "
+            "same seed after as many steps: in the first third of the layers / in the last.",
+            ("method", *(f"step {step}" for step in steps)),
+            [
+                (
+                    METHODS[method].title,
+                    *(f"{ratio(method, s, slice(third))} / {ratio(method, s, slice(-third, None))}" for s in steps),
+                )
+                for method in methods
             ],
         )
     ]  # fmt: skip
