@@ -9,7 +9,7 @@ import torch
 import typer
 
 from benchmarks.convergence.report import write_report
-from benchmarks.convergence.sets import time_steps, train_all
+from benchmarks.convergence.sets import train_all
 from benchmarks.convergence.settings import SETS, Given, of_given
 from benchmarks.convergence.tasks import tasks_of
 from benchmarks.convergence.tasks.kinds import say
@@ -66,7 +66,6 @@ def run(
         raise typer.BadParameter(str(error)) from None
     out.mkdir(parents=True, exist_ok=True)
     train_all(experiments, tasks, given, out, device, jobs)
-    time_steps(experiments, tasks, given, out, device)
     say(f"report: {write_report(out)}")
 
 

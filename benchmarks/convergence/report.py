@@ -74,13 +74,15 @@ def write_report(folder: Path) -> Path:
     """Write both reports beside the runs and return the path of the HTML one.
 
     Raises:
-        ValueError: the folder has no runs, or not all of a set (see ``summarize``).
+        ValueError: the folder has no runs that can be compared (see ``summarize``).
     """
     results = list(read_all(folder).values())
     if not results:
         raise ValueError(f"{str(folder)!r} has no runs: python -m benchmarks.convergence run --out {folder}")
     rows = summarize(results, step_times.read_all(folder))
     by_task, tried = final_runs(results), rates_tried(results)
+    if not by_task:
+        raise ValueError(f"{str(folder)!r} has no seed yet that every method has run with")
     sections = [Section("Convergence", 1, _provenance(results)), _headline(rows, by_task), _corrected(rows, by_task)]
     sections += [_over_tasks(rows), _merge_goal(rows)]
     for task, runs in by_task.items():

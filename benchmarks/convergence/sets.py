@@ -26,13 +26,17 @@ FORWARDS = 8  # passes over held-out data, about, of all the ways to merge
 def train_all(
     experiments: Experiments, tasks: Mapping[str, Task], given: Given | None, out: Path, device: str, jobs: int
 ) -> None:
-    """Pre-train the base models, choose the learning rates, train and measure the final runs, and merge them."""
+    """Pre-train the base models, time steps, choose the learning rates, train the final runs, and merge them."""
     threads = max(1, torch.get_num_threads() // jobs)
     of_kind = {tasks[name].kind: name for name in experiments.budgets}  # which share a pre-trained model
     for _ in _done(partial(_pretrain, experiments, given, out, device), list(of_kind.values()), jobs, threads):
         pass
     costs = {name: _cost_of(experiments, name, tasks[name], given, out, device) for name in experiments.budgets}
     _say_the_whole(experiments, tasks, costs, out, jobs)
+    for name in experiments.budgets:  # one after the other, with nothing else running
+        with doing(f"step times of {name}"):
+            base = _base(name, given, experiments.sizes[tasks[name].kind], out, device)
+            step_times.measure(base, tasks[name], name, experiments, out)
     stages: tuple[tuple[str, Callable[..., runs.Spec], Callable[[], list[runs.Spec]]], ...] = (
         ("learning rates", _one_run, partial(runs.missing, experiments, tasks, out, tuning=True)),
         ("final runs", _one_run, partial(runs.missing, experiments, tasks, out, tuning=False)),
@@ -151,13 +155,3 @@ def _one_merge(experiments: Experiments, given: Given | None, out: Path, device:
 def _base(name: str, given: Given | None, sizes: Sizes, out: Path, device: str) -> nn.Module:
     """A process's own copy; runs adapt copies of it."""
     return methods.base_of(tasks_of(given)[name], sizes, out, torch.device(device))
-
-
-def time_steps(
-    experiments: Experiments, tasks: Mapping[str, Task], given: Given | None, out: Path, device: str
-) -> None:
-    """See ``step_times``; of one task after the other, with nothing else running."""
-    for name in experiments.budgets:
-        with doing(f"step times of {name}"):
-            base = _base(name, given, experiments.sizes[tasks[name].kind], out, device)
-            step_times.measure(base, tasks[name], name, experiments, out)

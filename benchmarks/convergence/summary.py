@@ -94,7 +94,7 @@ def loss_at(curve: list[dict[str, Any]], step: float) -> float:
 
 
 def final_runs(results: list[dict[str, Any]]) -> dict[str, dict[str, Runs]]:
-    """By task, method and seed; runs that tuned a rate are left out.
+    """By task, method and seed; runs that tuned a rate are left out, and seeds that a method of the task lacks.
 
     Raises:
         ValueError: a method has final runs with two rates.
@@ -107,7 +107,10 @@ def final_runs(results: list[dict[str, Any]]) -> dict[str, dict[str, Runs]]:
             runs[spec.seed] = result
             if len(rates := sorted({run["spec"]["rate"] for run in runs.values()})) > 1:
                 raise ValueError(f"{spec.task}, {spec.method}: final runs with rates {rates}; keep those of one")
-    return found
+    for methods in found.values():
+        common = set[int].intersection(*(set(runs) for runs in methods.values()))
+        methods |= {method: {seed: runs[seed] for seed in sorted(common)} for method, runs in methods.items()}
+    return {task: methods for task, methods in found.items() if all(methods.values())}
 
 
 def description_of(runs: dict[str, Runs]) -> dict[str, Any]:
@@ -131,13 +134,15 @@ def summarize(results: list[dict[str, Any]], step_seconds: dict[str, dict[str, f
     """One row per task and method, LoRA first, then by loss; ``step_seconds`` by task and method.
 
     Raises:
-        ValueError: a method lacks seeds that LoRA has, or the other way round.
+        ValueError: a task has no final run of LoRA, or no step times.
     """
     rows: list[Row] = []
     for task, methods in final_runs(results).items():
         if BASELINE not in methods:
             raise ValueError(f"task {task!r} has no final run of {BASELINE!r} to compare with")
-        times = step_seconds[task]
+        times = step_seconds.get(task, {})
+        if missing := methods.keys() - times.keys():
+            raise ValueError(f"task {task!r} has no step times of {', '.join(sorted(missing))}: begin its set again")
         found = [_row(task, method, runs, methods[BASELINE], times) for method, runs in methods.items()]
         rows += sorted(found, key=lambda row: (row.method != BASELINE, row.loss))
     return rows
@@ -146,8 +151,6 @@ def summarize(results: list[dict[str, Any]], step_seconds: dict[str, dict[str, f
 def _row(task: str, method: str, runs: Runs, lora: Runs, times: dict[str, float]) -> Row:
     from scipy.stats import ttest_rel
 
-    if runs.keys() != lora.keys():
-        raise ValueError(f"{task}, {method}: seeds {sorted(runs)} are not LoRA's {sorted(lora)}; finish the set first")
     seeds = sorted(runs)
     own, theirs = [runs[s]["curve"] for s in seeds], [lora[s]["curve"] for s in seeds]
     losses, targets = [c[-1]["loss"] for c in own], [c[-1]["loss"] for c in theirs]
