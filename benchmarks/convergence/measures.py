@@ -79,13 +79,17 @@ def merges(
 
 
 def _served(model: nn.Module, base: nn.Module, task: Task, held_out: Batch) -> dict[str, dict[str, float]]:
-    """The figures of a merged model's export under PEFT, with the base as it is and in bfloat16."""
+    """The figures of a merged model's export under PEFT: with the base as it is, and in bfloat16 where it reads ids."""
     from peft import PeftModel
 
     found = {}
+    inputs = [value for value in task.inputs(held_out).values() if isinstance(value, Tensor)]
+    ways: dict[str, torch.dtype | None] = {"served": None}
+    if not any(value.is_floating_point() for value in inputs):
+        ways["served in bfloat16"] = torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
         export_peft(model, folder)
-        for name, dtype in (("served", None), ("served in bfloat16", torch.bfloat16)):
+        for name, dtype in ways.items():
             own = copy.deepcopy(base).to(dtype)
             found[name] = task.figures(PeftModel.from_pretrained(own, folder).to(dtype), held_out)
     return found
