@@ -156,7 +156,7 @@ def test_every_method_learns_and_starts_from_the_base_model(method: str, tmp_pat
     base, task = base_of(TASKS["python"], SIZES, tmp_path, CPU), TASKS["python"]
     steps = dataclasses.replace(BUDGET, steps=12, evaluations=1)
     experiments = dataclasses.replace(TINY, budgets={"python": steps})
-    spec = runs.Spec("python", method, 1e-2, settings.TUNING_SEED)
+    spec = runs.Spec("python", method, 1e-2 / (METHODS[method].ratio or 1), settings.TUNING_SEED)
     result = runs.train_one(base, task, experiments, spec, tmp_path)
     untrained = adapted(base, task, method, steps.steps, 0).eval()
     with torch.no_grad():

@@ -26,16 +26,17 @@ R, ALPHA = 4, 8
 class Method:
     """``adapt`` changes a model for a run of so many steps; ``after_step``, if any, is called with what it returned.
 
-    ``merges`` says whether merges are measured: this package's.
+    ``merges`` says whether merges are measured: this package's. B learns ``ratio`` times as fast as A, as in LoRA+.
     """
 
     title: str
     adapt: Callable[[nn.Module, Task, int], nn.Module]
     after_step: Callable[[Any, int], None] | None = None
     merges: bool = False
+    ratio: float | None = None
 
 
-def _reslora(title: str, shortcut: Shortcut, pre_num: int = 2, r: int = R) -> Method:
+def _reslora(title: str, shortcut: Shortcut, pre_num: int = 2, r: int = R, ratio: float | None = None) -> Method:
     def adapt(model: nn.Module, task: Task, steps: int) -> nn.Module:
         config = ResLoRAConfig(
             r=r, lora_alpha=2 * r, shortcut=shortcut, pre_num=pre_num,
@@ -43,7 +44,7 @@ def _reslora(title: str, shortcut: Shortcut, pre_num: int = 2, r: int = R) -> Me
         )  # fmt: skip
         return apply_reslora(model, config)
 
-    return Method(title, adapt, merges=True)
+    return Method(title, adapt, merges=True, ratio=ratio)
 
 
 def _peft(title: str, config_of: Callable[[Any, int], Any], **more: Any) -> Method:
@@ -79,6 +80,7 @@ METHODS = {
         ),
         after_step=lambda model, step: model.base_model.update_and_allocate(step),
     ),
+    "loraplus": _reslora("LoRA+, 16", "none", ratio=16.0),
     "dora": _peft("DoRA", lambda peft, steps: peft.LoraConfig(r=R, lora_alpha=ALPHA, use_dora=True)),
     "rslora": _peft("rsLoRA", lambda peft, steps: peft.LoraConfig(r=R, lora_alpha=ALPHA, use_rslora=True)),
     "pissa": _peft(

@@ -22,6 +22,7 @@ from benchmarks.convergence import measures
 from benchmarks.convergence.methods import METHODS, adapted
 from benchmarks.convergence.settings import TUNING_SEED, Budget, Experiments, Sizes
 from benchmarks.convergence.tasks.kinds import Batch, Task, pieces, training_steps
+from reslora_kernels import loraplus_groups
 from reslora_kernels.bench.results import commit_of, machine_of
 
 CALIBRATION_SEED = 10_000  # added to a run's own
@@ -62,7 +63,8 @@ def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec,
     held_out = on(task.held_out(sizes, budget.held_out), device)
     model = adapted(base, task, spec.method, budget.steps, spec.seed)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), spec.rate, weight_decay=0.0)
+    groups = loraplus_groups(model, lr=spec.rate, loraplus_lr_ratio=method.ratio) if method.ratio else trained.values()
+    optimizer = torch.optim.AdamW(groups, spec.rate, weight_decay=0.0)
     state = _State(folder / "unfinished" / f"{spec.digest}.pt", trained, optimizer, device)
     resumable = method.after_step is None
     if not (resumable and state.load()):
