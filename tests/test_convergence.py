@@ -245,7 +245,7 @@ def test_a_rate_is_judged_by_all_its_tuning_runs(tmp_path: Path) -> None:
     first = settings.TUNING_SEED
     found = [result("lora", first + i, loss, rate) for rate, own in losses.items() for i, loss in enumerate(own)]
     for one in found:
-        runs.add(one, tmp_path)
+        runs.append(one, tmp_path / runs.FILE)
     assert runs.best_rate(experiments, runs.read_all(tmp_path), "python", "lora") == 0.02
     tried = summary.rates_tried(found)["python"]
     assert tried["lora", 0.01][0] == 2.5 and math.isnan(tried["lora", 0.04][0])

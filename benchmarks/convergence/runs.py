@@ -43,11 +43,6 @@ class Spec:
         """Whether it only helps to choose the learning rate."""
         return self.seed >= TUNING_SEED
 
-    @property
-    def digest(self) -> str:
-        """For file names."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
     def __str__(self) -> str:
         return f"{self.task}, {self.method}, rate {self.rate:g}, seed {self.seed}"
 
@@ -65,7 +60,11 @@ def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec,
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = loraplus_groups(model, lr=spec.rate, loraplus_lr_ratio=method.ratio) if method.ratio else trained.values()
     optimizer = torch.optim.AdamW(groups, spec.rate, weight_decay=0.0)
-    state = _State(folder / "unfinished" / f"{spec.digest}.pt", trained, optimizer, device)
+    about = {
+        "spec": asdict(spec), "task": task.description(), "budget": budget.of_a_run(), "sizes": asdict(sizes),
+        "measures": measures.settings(),
+    }  # fmt: skip
+    state = _State(_place(folder, "unfinished", about), trained, optimizer, device)
     resumable = method.after_step is None
     if not (resumable and state.load()):
         state.curve.append({"step": 0} | _untrained(base, task, sizes, budget.held_out))
@@ -85,12 +84,7 @@ def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec,
             state.gradients[state.step] = measures.gradient_norms(model, task, held_out, budget.batch)
         if resumable:
             state.save(at_once=state.step in marks)
-    result = {
-        "spec": asdict(spec),
-        "task": task.description(),
-        "budget": budget.of_a_run(),
-        "sizes": asdict(sizes),
-        "measures": measures.settings(),
+    result = about | {
         "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
         "curve": state.curve,
         "machine": machine_of(device),
@@ -106,7 +100,7 @@ def train_one(base: nn.Module, task: Task, experiments: Experiments, spec: Spec,
             "gradient_norms": state.gradients,
             "samples": state.samples,
         }
-        state.keep(folder / "adapters" / f"{spec.digest}.pt")
+        state.keep(_place(folder, "adapters", about))
     return result
 
 
@@ -124,7 +118,7 @@ def merge_one(
     sizes, device = experiments.sizes[task.kind], next(base.parameters()).device
     model = adapted(base, task, spec.method, budget.steps, spec.seed)
     with torch.no_grad():
-        for name, value in torch.load(folder / "adapters" / f"{spec.digest}.pt", map_location=device).items():
+        for name, value in torch.load(_place(folder, "adapters", result), map_location=device).items():
             model.get_parameter(name).copy_(value)
     drawn = task.train(sizes, budget.calibration_batches, budget.calibration_batch, spec.seed + CALIBRATION_SEED)
     held_out = on(task.held_out(sizes, budget.held_out), device)
@@ -179,6 +173,12 @@ class _State:
     def keep(self, path: Path) -> None:
         """The trained parameters; the rest is done with once the run's line is written."""
         _save_whole({name: parameter.detach() for name, parameter in self._trained.items()}, path)
+
+
+def _place(folder: Path, kind: str, about: dict[str, Any]) -> Path:
+    """The file of a run, named after all that it depends on: another budget goes on with nothing of this one's."""
+    own = {name: about[name] for name in ("spec", "task", "budget", "sizes")}
+    return folder / kind / f"{hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]}.pt"
 
 
 def _save_whole(values: dict[str, Any], path: Path) -> None:
@@ -239,7 +239,7 @@ def unmerged(experiments: Experiments, folder: Path) -> list[Spec]:
 def add(result: dict[str, Any], folder: Path) -> None:
     """Keep a run that is done; other processes may do the same meanwhile."""
     append(result, folder / FILE)
-    (folder / "unfinished" / f"{Spec(**result['spec']).digest}.pt").unlink(missing_ok=True)
+    _place(folder, "unfinished", result).unlink(missing_ok=True)
 
 
 def read_all(folder: Path) -> dict[Spec, dict[str, Any]]:
