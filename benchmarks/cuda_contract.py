@@ -36,13 +36,23 @@ REMARK = re.compile(r"\((C75\d\d)\).* in function '(\S+?)'")  # of ptxas, on wgm
 ROLE = re.compile(r"\bUSETMAXREG\S* (?:UP\d, )?(0x[0-9a-f]+)")
 CONSUMER, PRODUCER = 232, 40  # registers of a thread of csrc/augmented_matmul*_sm90.cu, in 2 and 1 warpgroups
 KEPT = ("HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "UTMASTG", "UBLKCP", "ACQBULK", "PREEXIT", "LDL", "STL", *ATOMICS)
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)(.*)", re.MULTILINE)
+THREADS = re.compile(
+    r"^\.nv\.info\.(\S+)$(?:(?!^\.nv\.info).)*?EIATTR_MAX_THREADS.*?Value:\s*(0x[0-9a-f]+)", re.M | re.S
+)
+REGISTERS_AT_ONCE, REGISTERS = 8, 64 << 10  # of a thread together, of a multiprocessor
+# The portable matmul whose operands are copied as they are: blocks of a multiprocessor (its shared memory is checked in
+# the source), and instructions in a step of its main loop beside the multiplications, ldmatrix and the copies.
+AS_IS = re.compile(r"augmented_matmul_kernel<(?:Bf16|Fp16)Math, (Large|Small), [01], 0, 1>")
+BLOCKS = {"Large": 2, "Small": 3}
+MOST_BESIDE = 72
 
 
 @dataclass
 class Row:
     """One kernel on one architecture; ``stack_bytes`` a thread, and the instructions that matter.
 
+    ``loop`` counts those of its main loop, ``blocks`` how many blocks of it have their registers on a multiprocessor.
     ``role_registers`` are those of setmaxnreg, ``remarks`` the numbers of what ptxas said on wgmma and setmaxnreg.
     """
 
@@ -54,6 +64,8 @@ class Row:
     violations: list[str]
     role_registers: list[int] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    loop: dict[str, int] = field(default_factory=dict)
+    blocks: int = 0
 
 
 def compile_source(source: Path, arch: str) -> tuple[list[Row], float]:
@@ -72,18 +84,39 @@ def compile_source(source: Path, arch: str) -> tuple[list[Row], float]:
         seconds = time.perf_counter() - started
         usage = _output(*_tool("cuobjdump"), "--dump-resource-usage", str(cubin))
         code = _output(*_tool("cuobjdump"), "-sass", str(cubin))
+        threads = dict(THREADS.findall(_output(*_tool("cuobjdump"), "-elf", str(cubin))))
     names, texts = FUNCTION.findall(code), FUNCTION.split(code)[2::2]
     by_name = dict(zip(names, texts, strict=True))
     rows = []
     for name, registers, stack, _, local in USAGE.findall(usage):
-        count = Counter(INSTRUCTION.findall(by_name[name]))
+        instructions = [(int(at, 16), what, rest) for at, what, rest in INSTRUCTION.findall(by_name[name])]
+        count = Counter(what for _, what, _ in instructions)
         found = {key: count[key] for key in KEPT if count[key]}
         row = Row(arch, _readable(name), int(registers), int(stack) + int(local), found, [])
+        row.loop, row.blocks = main_loop(instructions), blocks_at_once(int(registers), int(threads[name], 16))
         row.role_registers = sorted({int(number, 16) for number in ROLE.findall(by_name[name])})
         row.remarks = sorted({code for code, function in REMARK.findall(said) if function == name})
         row.violations = check(row)
         rows.append(row)
     return sorted(rows, key=lambda row: row.kernel), seconds
+
+
+def main_loop(instructions: Sequence[tuple[int, str, str]]) -> dict[str, int]:
+    """All and the kept of (address, name, the rest) in the last loop that copies and multiplies; {} without one."""
+    for at, what, rest in reversed(instructions):
+        target = re.search(r"0x([0-9a-f]+)", rest) if what == "BRA" else None
+        if target is None or int(target[1], 16) >= at:
+            continue
+        inside = [name for address, name, _ in instructions if int(target[1], 16) <= address <= at]
+        count = Counter(name for name in inside if name != "NOP")  # which sm_120 has between its HMMA
+        if count["HMMA"] and count["LDGSTS"]:
+            return {"all": count.total()} | {key: count[key] for key in KEPT if count[key]}
+    return {}
+
+
+def blocks_at_once(registers: int, threads: int) -> int:
+    """How many blocks a multiprocessor has registers for."""
+    return REGISTERS // (threads * -(-registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE)
 
 
 def check(row: Row) -> list[str]:
@@ -105,6 +138,12 @@ def check(row: Row) -> list[str]:
         broken += [f"no {name}" for name in ("HGMMA", "UTMALDG", "UTMASTG") if not count.get(name)]
         if row.role_registers != [PRODUCER, CONSUMER]:
             broken.append(f"registers of the roles: {row.role_registers}, not {[PRODUCER, CONSUMER]}")
+    if matmul := AS_IS.fullmatch(row.kernel):
+        beside = 2 * row.loop["all"] - sum(row.loop.values()) if row.loop else MOST_BESIDE + 1
+        if beside > MOST_BESIDE:
+            broken.append(f"{beside} instructions beside {row.loop.get('HMMA', 0)} HMMA in a step of the main loop")
+        if row.blocks < BLOCKS[matmul[1]]:
+            broken.append(f"registers for {row.blocks} blocks, not {BLOCKS[matmul[1]]}")
     broken += [f"ptxas remarks {code}" for code in row.remarks]
     broken += [f"atomics: {count[name]} {name}" for name in ATOMICS if name in count]
     return broken

@@ -85,10 +85,11 @@ PYBIND11_MODULE(_cuda, m) {
         [](int math, Device device, bool large, Matrix x, Matrix w, std::optional<Matrix> t, Matrix b,
            std::optional<Matrix> a, std::optional<SideChannel> side, Address bias, Address keep,
            std::int64_t keep_words, float scale, Output y, std::optional<Sum> first, std::optional<Sum> second,
-           [[maybe_unused]] int hopper) {
+           Address partial, std::int64_t split, std::int64_t parts, [[maybe_unused]] int hopper) {
             const AugmentedMatmul p{x, w, t.value_or(Matrix{}), b, a.value_or(Matrix{}), side.value_or(SideChannel{}),
                                     at<const void>(bias), at<const std::uint32_t>(keep), keep_words, scale, y,
-                                    {first.value_or(Sum{}), second.value_or(Sum{})}};
+                                    {first.value_or(Sum{}), second.value_or(Sum{})},
+                                    at<float>(partial), partial ? split : x.columns, parts};
 #ifdef RESLORA_HAS_SM90
             if (hopper) return augmented_matmul_sm90(p, static_cast<Math>(math), static_cast<Hopper>(hopper), device);
 #endif
@@ -97,7 +98,8 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("math"), py::arg("device"), py::arg("large"), py::kw_only(), py::arg("x"), py::arg("w"),
         py::arg("t") = py::none(), py::arg("b"), py::arg("a") = py::none(), py::arg("side") = py::none(),
         py::arg("bias") = 0, py::arg("keep") = 0, py::arg("keep_words") = 0, py::arg("scale"), py::arg("y"),
-        py::arg("first") = py::none(), py::arg("second") = py::none(), py::arg("hopper") = 0);
+        py::arg("first") = py::none(), py::arg("second") = py::none(), py::arg("partial") = 0, py::arg("split") = 0,
+        py::arg("parts") = 1, py::arg("hopper") = 0);
     m.def(
         "low_rank_grads",
         [](int math, Device device, std::optional<OuterProduct> da, std::optional<OuterProduct> db, std::int64_t split,

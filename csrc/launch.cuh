@@ -96,8 +96,8 @@ template <class Element>
 Matrix as_read(Matrix m) {
     constexpr Type TYPE = SAME<Element, Bf16> ? BFLOAT16 : SAME<Element, Fp16> ? FLOAT16 : FLOAT32;
     const std::int64_t size = m.type == FLOAT32 ? 4 : 2;
-    const bool aligned =
-        m.column == 1 && m.row * size % 16 == 0 && reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0;
+    const bool aligned = m.column == 1 && m.row * size % 16 == 0 && m.columns * size % 16 == 0 &&
+                         reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0;
     if (aligned) m.access = m.type == TYPE ? COPIED : m.type == FLOAT32 ? CONVERTED : ELEMENTS;
     return m;
 }

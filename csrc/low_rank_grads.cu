@@ -12,7 +12,8 @@ constexpr int WIDTH = 128;  // columns of the stream in a block; a multiple of 3
 template <class Math, int BR>
 using Matmul = BlockMatmul<Math, BR, WIDTH, (BR < 64 ? 1 : 2), (BR < 64 ? 4 : 2), false, false, 4>;
 
-template <class Math, int BR>
+// AS_IS: the streams are copied as they are.
+template <class Math, int BR, bool AS_IS>
 __global__ void __launch_bounds__(128, 1) low_rank_grads_kernel(const LowRankGrads p) {
     using M = Matmul<Math, BR>;
     const std::int64_t first = (p.products[0].columns + WIDTH - 1) / WIDTH;
@@ -31,9 +32,20 @@ __global__ void __launch_bounds__(128, 1) low_rank_grads_kernel(const LowRankGra
             drop<M::THREADS>(typename M::TileB{nullptr}, product.dropout, m, column, keep);
         return;
     }
+    const int steps = M::steps_of(end - start);
+    typename M::template StreamA<false> left_factor(product.t, rank, start);
+    typename M::template StreamB<AS_IS> stream(product.stream, column, start);
+    const auto copy = [&](int step, int stage) {
+        if (step >= steps) return;
+        const int left = static_cast<int>(end - start - static_cast<std::int64_t>(step) * M::BK);
+        left_factor.copy(M::tile_a(stage), left);
+        stream.copy(M::tile_b(stage), left);
+    };
     M matmul;
-    matmul.add(product.t, product.stream, Matrix{}, rank, column, start, end, [&](int stage, std::int64_t m) {
+    matmul.begin(copy);
+    matmul.add(steps, copy, [&](int step, int stage) {
         if (product.dropout.seed == nullptr) return;
+        const std::int64_t m = start + static_cast<std::int64_t>(step) * M::BK;
         drop<M::THREADS>(M::tile_b(stage), product.dropout, m, column, keep);
         barrier();
     });
@@ -59,14 +71,16 @@ template <class Math, int BR>
 void launch_tile(LowRankGrads p, std::int64_t parts, Device device) {
     using M = Matmul<Math, BR>;
     std::int64_t columns = 0, rank = 1;
+    bool as_is = true;
     for (OuterProduct& product : p.products) {
         product.t = as_read<typename M::Element>(product.t);
         product.stream = as_read<typename M::Element>(product.stream);
+        as_is = as_is && (product.stream.data == nullptr || product.stream.access == COPIED);
         columns += blocks(product.columns, WIDTH);
         rank = product.rank > rank ? product.rank : rank;
     }
-    run("low_rank_grads", &low_rank_grads_kernel<Math, BR>, {columns, blocks(rank, BR), parts}, M::THREADS,
-        M::SHARED_BYTES, p, device);
+    run("low_rank_grads", as_is ? &low_rank_grads_kernel<Math, BR, true> : &low_rank_grads_kernel<Math, BR, false>,
+        {columns, blocks(rank, BR), parts}, M::THREADS, M::SHARED_BYTES, p, device);
 }
 
 }  // namespace

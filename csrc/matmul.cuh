@@ -38,8 +38,15 @@ struct BlockMatmul {
     static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
     static_assert(FM > 0 && FN > 0 && FN % 2 == 0 && (EXTRA == 0 || FE % 2 == 0), "ldmatrix takes 16 columns");
 
+    template <bool AS_IS>
+    using StreamA = Stream<THREADS, TileA, A_BY_K, AS_IS>;
+    template <bool AS_IS>
+    using StreamB = Stream<THREADS, TileB, B_BY_K, AS_IS>;
+    using StreamExtra = Stream<THREADS, TileExtra, true, false>;
+
     float acc[FM][FN][4] = {};
     float extra_acc[FM][FE][4] = {};
+    int stage = 0;  // of the next step
 
     RESLORA_DEVICE static TileA tile_a(int stage) { return {shared_memory() + stage * STAGE_BYTES}; }
     RESLORA_DEVICE static TileB tile_b(int stage) { return {tile_a(stage).base + TileA::BYTES}; }
@@ -48,38 +55,34 @@ struct BlockMatmul {
     RESLORA_DEVICE static int warp_row() { return thread_id() / 32 / WARPS_N * WARP_M; }
     RESLORA_DEVICE static int warp_column() { return thread_id() / 32 % WARPS_N * WARP_N; }
 
-    RESLORA_DEVICE static void load(int stage, const Matrix& a, const Matrix& b, const Matrix& extra, std::int64_t row,
-                                    std::int64_t column, std::int64_t k, std::int64_t stop) {
-        if constexpr (A_BY_K) load_tile<THREADS>(tile_a(stage), a, row, k, a.rows, stop);
-        else load_tile<THREADS>(tile_a(stage), a, k, row, stop, a.columns);
-        load_b(stage, b, column, k, stop);
-        if constexpr (EXTRA > 0) load_tile<THREADS>(tile_extra(stage), extra, 0, k, extra.rows, stop);
-    }
-    RESLORA_DEVICE static void load_b(int stage, const Matrix& b, std::int64_t column, std::int64_t k,
-                                      std::int64_t stop) {
-        if constexpr (B_BY_K) load_tile<THREADS>(tile_b(stage), b, column, k, b.rows, stop);
-        else load_tile<THREADS>(tile_b(stage), b, k, column, stop, b.columns);
-    }
+    // How many steps there are in ``size`` k.
+    RESLORA_DEVICE static int steps_of(std::int64_t size) { return static_cast<int>((size + BK - 1) / BK); }
 
-    // Adds the product over k in [start, stop). arrived(stage, k) is called by all threads once a stage is complete.
-    // On return the buffers are free.
-    template <class Arrived>
-    RESLORA_DEVICE void add(const Matrix& a, const Matrix& b, const Matrix& extra, std::int64_t row,
-                            std::int64_t column, std::int64_t start, std::int64_t stop, Arrived arrived) {
-        const std::int64_t steps = (stop - start + BK - 1) / BK;
-        for (int stage = 0; stage < STAGES - 1; ++stage) {
-            if (stage < steps) load(stage, a, b, extra, row, column, start + stage * BK, stop);
+    // copy(step, stage) starts the copies of a step, if there is such a step: here of all but one of the first STAGES.
+    template <class Copy>
+    RESLORA_DEVICE static void begin(Copy copy) {
+        for (int step = 0; step < STAGES - 1; ++step) {
+            copy(step, step);
             commit_copies();
         }
-        for (std::int64_t step = 0; step < steps; ++step) {
+    }
+    // Adds the products of ``count`` steps, while copy(step, stage) starts those that come STAGES - 1 later.
+    // arrived(step, stage) is called by all threads once a step is there.
+    template <bool WITH_EXTRA = EXTRA != 0, class Copy, class Arrived>
+    RESLORA_DEVICE void add(int count, Copy copy, Arrived arrived) {
+        RESLORA_KEEP_LOOP
+        for (int step = 0; step < count; ++step) {
             wait_copies<STAGES - 2>();
             barrier();
-            const std::int64_t next = step + STAGES - 1;
-            if (next < steps) load(next % STAGES, a, b, extra, row, column, start + next * BK, stop);
+            copy(step + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
             commit_copies();
-            arrived(static_cast<int>(step % STAGES), start + step * BK);
-            multiply_stage<EXTRA != 0>(static_cast<int>(step % STAGES));
+            arrived(step, stage);
+            multiply_stage<WITH_EXTRA>(stage);
+            stage = stage == STAGES - 1 ? 0 : stage + 1;
         }
+    }
+    // The buffers are free.
+    RESLORA_DEVICE static void end() {
         wait_copies<0>();
         barrier();
     }
@@ -96,7 +99,7 @@ struct BlockMatmul {
             for (int k = 0; k < BK; k += STEP) {
                 std::uint32_t left[FM][4];
                 RESLORA_UNROLL
-                for (int m = 0; m < FM; ++m) fragment_a(left[m], a, warp_row() + 16 * m, k);
+                for (int m = 0; m < FM; ++m) fragment<A_BY_K, true>(left[m], a, warp_row(), 16 * m, k);
                 multiply_by<B_BY_K>(acc, left, b, warp_column(), k);
                 if constexpr (WITH_EXTRA)
                     multiply_by<true>(extra_acc, left, tile_extra(stage), warp_column() / WARP_N * WARP_EXTRA, k);
@@ -110,7 +113,7 @@ struct BlockMatmul {
         RESLORA_UNROLL
         for (int n = 0; n < COUNT; n += 2) {
             std::uint32_t right[4];
-            fragment_b<BY_K>(right, tile, column + 8 * n, k);
+            fragment<BY_K, false>(right, tile, column, 8 * n, k);
             RESLORA_UNROLL
             for (int m = 0; m < FM; ++m) {
                 multiply(out[m][n], left[m], right[0], right[1], Element{});
@@ -119,35 +122,26 @@ struct BlockMatmul {
         }
     }
 
-    // Rows row..row + 15 of a: 16 values of k, or 8 for TF32.
-    RESLORA_DEVICE static void fragment_a(std::uint32_t (&r)[4], TileA tile, int row, int k) {
+    // 16 rows of a (IS_A) or columns of b from ``first`` + ``more`` on by the k of a multiplication, 16 or for TF32 8,
+    // in four matrices: of a, the next eight rows come before the other half of k.
+    template <bool BY_K, bool IS_A, class Tile>
+    RESLORA_DEVICE static void fragment(std::uint32_t (&r)[4], Tile tile, int first, int more, int k) {
         const int lane = thread_id() % 32;
-        if constexpr (sizeof(Element) == 2) {
-            const int outer = row + lane / 8 % 2 * 8, inner = k + lane / 16 * 8;
-            if constexpr (A_BY_K) load_matrices<false>(r, &tile.at(outer + lane % 8, inner));
-            else load_matrices<true>(r, &tile.at(inner + lane % 8, outer));
+        const auto others = [](int matrix) { return (IS_A ? matrix % 2 : matrix / 2) * 8; };
+        const auto half = [](int matrix) { return IS_A ? matrix / 2 : matrix % 2; };
+        if constexpr (BY_K) {  // four float32 are as wide as eight elements of 16 bits
+            const int row = first + others(lane / 8) + lane % 8, chunk = k / Tile::PER_CHUNK + half(lane / 8);
+            load_matrices<false>(r, tile.chunk(row, chunk) + Tile::below(more));
+            if constexpr (sizeof(Element) == 4)
+                for (std::uint32_t& value : r) value = round_to_tf32(value);
+        } else if constexpr (sizeof(Element) == 2) {
+            const int row = k + half(lane / 8) * 8 + lane % 8, chunk = (first + more + others(lane / 8)) / 8;
+            load_matrices<true>(r, tile.chunk(row, chunk));
         } else {
             RESLORA_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const int outer = row + lane / 4 + i % 2 * 8, inner = k + lane % 4 + i / 2 * 4;
-                r[i] = round_to_tf32(A_BY_K ? tile.at(outer, inner) : tile.at(inner, outer));
-            }
-        }
-    }
-    // Columns column..column + 15: r[0], r[1] for the first eight, r[2], r[3] for the others.
-    template <bool BY_K, class Tile>
-    RESLORA_DEVICE static void fragment_b(std::uint32_t (&r)[4], Tile tile, int column, int k) {
-        const int lane = thread_id() % 32;
-        if constexpr (sizeof(Element) == 2) {
-            const int outer = column + lane / 16 * 8, inner = k + lane / 8 % 2 * 8;
-            if constexpr (BY_K) load_matrices<false>(r, &tile.at(outer + lane % 8, inner));
-            else load_matrices<true>(r, &tile.at(inner + lane % 8, outer));
-        } else {
-            RESLORA_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const int outer = column + lane / 4 + i / 2 * 8, inner = k + lane % 4 + i % 2 * 4;
-                r[i] = round_to_tf32(BY_K ? tile.at(outer, inner) : tile.at(inner, outer));
-            }
+            for (int i = 0; i < 4; ++i)
+                r[i] = round_to_tf32(
+                    load_shared(&tile.at(k + half(i) * 4 + lane % 4, first + more + others(i) + lane / 4)));
         }
     }
 

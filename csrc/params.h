@@ -64,7 +64,8 @@ struct Project {
 };
 
 // y = x w + bias + keep * (scale t b) with x [M, K], w [K, N], t [M, R], b [R, N].
-// With ``a`` [R_a, K] in place of t: t = side.inner of p = x aᵀ, made in the same pass.
+// With ``a`` [R_a, K] in place of t: t = side.inner of p = x aᵀ, made in the same pass. With ``partial`` the portable
+// kernel takes K in ``parts`` of ``split`` columns; the launch behind it adds them in order.
 struct AugmentedMatmul {
     Matrix x, w, t, b, a;
     SideChannel side;
@@ -74,6 +75,8 @@ struct AugmentedMatmul {
     float scale;
     Output y;
     Sum sums[2];
+    float* partial;  // [parts, M, N], or none: then there is one part
+    std::int64_t split, parts;
 };
 
 // partial[part, r, c] = sum over the rows m of a part of t[m, r] D(stream)[m, c]; each part has strides (row, column).

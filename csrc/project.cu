@@ -10,15 +10,27 @@ namespace {
 template <class Math, int BR, bool A_BY_K>
 using Matmul = BlockMatmul<Math, 64, BR, (BR < 64 ? 4 : 2), (BR < 64 ? 1 : 2), true, A_BY_K, (BR < 64 ? 8 : 6)>;
 
-template <class Math, int BR, bool A_BY_K>
+// AS_IS: x is copied as it is.
+template <class Math, int BR, bool A_BY_K, bool AS_IS>
 __global__ void __launch_bounds__(128, 1) project_kernel(const Project p) {
     using M = Matmul<Math, BR, A_BY_K>;
     const std::int64_t row = block_id().x * M::BM, column = block_id().y * BR, part = block_id().z;
     const std::int64_t start = part * p.split, end = start + p.split < p.x.columns ? start + p.split : p.x.columns;
+    const int steps = M::steps_of(end - start);
+    typename M::template StreamA<AS_IS> x(p.x, row, start);
+    typename M::template StreamB<false> a(p.a, column, start);
+    const auto copy = [&](int step, int stage) {
+        if (step >= steps) return;
+        const int left = static_cast<int>(end - start - static_cast<std::int64_t>(step) * M::BK);
+        x.copy(M::tile_a(stage), left);
+        a.copy(M::tile_b(stage), left);
+    };
     M matmul;
-    matmul.add(p.x, p.a, Matrix{}, row, column, start, end, [&](int stage, std::int64_t k) {
+    matmul.begin(copy);
+    matmul.add(steps, copy, [&](int step, int stage) {
         if (p.dropout.seed == nullptr) return;
-        drop<M::THREADS>(M::tile_a(stage), p.dropout, row, k, [](std::int64_t, std::int64_t, std::uint32_t) {});
+        drop<M::THREADS>(M::tile_a(stage), p.dropout, row, start + static_cast<std::int64_t>(step) * M::BK,
+                         [](std::int64_t, std::int64_t, std::uint32_t) {});
         barrier();
     });
     const std::int64_t rank = A_BY_K ? p.a.rows : p.a.columns;
@@ -52,8 +64,10 @@ void launch_tile(Project p, Device device) {
     const std::int64_t rank = p.a.rows, width = rank > p.side.inner.columns ? rank : p.side.inner.columns;
     p.x = as_read<typename M::Element>(p.x);
     p.a = as_read<typename M::Element>(A_BY_K ? p.a : transposed(p.a));
-    run("project", &project_kernel<Math, BR, A_BY_K>, {blocks(p.x.rows, M::BM), blocks(width, BR), p.parts}, M::THREADS,
-        M::SHARED_BYTES, p, device);
+    const Grid grid{blocks(p.x.rows, M::BM), blocks(width, BR), p.parts};
+    const auto kernel = p.x.access == COPIED ? &project_kernel<Math, BR, A_BY_K, true>
+                                             : &project_kernel<Math, BR, A_BY_K, false>;
+    run("project", kernel, grid, M::THREADS, M::SHARED_BYTES, p, device);
 }
 
 template <class Math>

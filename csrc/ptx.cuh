@@ -31,6 +31,7 @@ RESLORA_DEVICE int thread_id() { return threadIdx.x; }
 RESLORA_DEVICE Place block_id() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
 RESLORA_DEVICE Place grid_size() { return {gridDim.x, gridDim.y, gridDim.z}; }
 RESLORA_DEVICE void barrier() { __syncthreads(); }
+RESLORA_DEVICE void warp_barrier() { __syncwarp(); }
 
 RESLORA_DEVICE unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char memory[];
@@ -41,10 +42,20 @@ RESLORA_DEVICE std::uint32_t shared_address(const void* pointer) {
     return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes to shared memory, of which the first ``bytes`` come from global memory and the others are zero.
-RESLORA_DEVICE void copy_async(void* shared, const void* global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
+// One access by each lane of a warp, of 4, 8 or 16 bytes.
+template <class Value>
+RESLORA_DEVICE void store_shared(Value* shared, Value value) {
+    *shared = value;
+}
+template <class Value>
+RESLORA_DEVICE Value load_shared(const Value* shared) {
+    return *shared;
+}
+
+// 16 bytes to shared memory, zeros where there are none.
+RESLORA_DEVICE void copy_async(void* shared, const void* global, bool there) {
+    asm volatile("{.reg .pred none; setp.eq.s32 none, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, none;}"
+                 ::"r"(shared_address(shared)), "l"(global), "r"(static_cast<int>(there)) : "memory");
 }
 RESLORA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT>
@@ -86,6 +97,7 @@ RESLORA_DEVICE std::uint32_t round_to_tf32(float value) {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
     return bits;
 }
+RESLORA_DEVICE std::uint32_t round_to_tf32(std::uint32_t bits) { return round_to_tf32(__uint_as_float(bits)); }
 RESLORA_DEVICE float to_float(Bf16 value) { return __uint_as_float(static_cast<std::uint32_t>(value.bits) << 16); }
 RESLORA_DEVICE float to_float(Fp16 value) {
     float result;

@@ -12,19 +12,39 @@ struct alignas(16) Chunk {  // what one copy moves
     Element elements[SIZE];
 };
 
-template <class Element, int ROWS_, int COLUMNS_>
+template <class Element_, int ROWS_, int COLUMNS_>
 struct SharedTile {
+    using Element = Element_;
     static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, PER_CHUNK = Chunk<Element>::SIZE;
     static constexpr int CHUNKS = COLUMNS / PER_CHUNK, BYTES = ROWS * CHUNKS * 16;
     unsigned char* base;
 
-    // Eight rows at one column lie in eight different groups of four banks.
-    RESLORA_DEVICE Chunk<Element>* chunk(int row, int chunk) const {
-        constexpr int LINE = CHUNKS < 8 ? CHUNKS : 8;
-        return reinterpret_cast<Chunk<Element>*>(base) + row * CHUNKS + (chunk ^ (row / (8 / LINE) % LINE));
+    // Of a chunk, in chunks from the base. Eight rows at one column lie in eight different groups of four banks, and
+    // four rows at two neighbours as well.
+    RESLORA_DEVICE static constexpr unsigned place(unsigned row, unsigned chunk) {
+        constexpr unsigned LINE = CHUNKS < 8 ? CHUNKS : 8;
+        const unsigned turn = row / (8 / LINE) % LINE * 2;
+        return row * CHUNKS + (chunk ^ (turn % LINE + turn / LINE));
     }
-    RESLORA_DEVICE Element& at(int row, int column) const {
+    RESLORA_DEVICE Chunk<Element>* chunk(unsigned row, unsigned chunk) const {
+        return reinterpret_cast<Chunk<Element>*>(base) + place(row, chunk);
+    }
+    // Of the chunk ``rows`` below one: eight rows on, all lies as before.
+    RESLORA_DEVICE static constexpr int below(int rows) { return rows * CHUNKS; }
+    RESLORA_DEVICE Element& at(unsigned row, unsigned column) const {
         return chunk(row, column / PER_CHUNK)->elements[column % PER_CHUNK];
+    }
+};
+
+// What a warp stores of a product, on its way out: pairs of neighbours in, as a multiplication leaves them, chunks out.
+template <class Element, int ROWS, int COLUMNS>
+struct StagedTile : SharedTile<Element, ROWS, COLUMNS> {
+    struct alignas(2 * sizeof(Element)) Pair {
+        Element first, second;
+    };
+
+    RESLORA_DEVICE Pair* pair(unsigned row, unsigned column) const {
+        return reinterpret_cast<Pair*>(&this->at(row, column));
     }
 };
 
@@ -47,10 +67,6 @@ RESLORA_DEVICE float load_as_float(const void* data, Type type, std::int64_t at)
     }
 }
 
-RESLORA_DEVICE float load_as_float(const Matrix& matrix, std::int64_t row, std::int64_t column) {
-    return load_as_float(matrix.data, matrix.type, row * matrix.row + column * matrix.column);
-}
-
 RESLORA_DEVICE void store_float(const Output& out, std::int64_t at, float value) {
     switch (out.type) {
         case FLOAT16: from_float(static_cast<Fp16*>(out.data)[at], value); break;
@@ -60,38 +76,73 @@ RESLORA_DEVICE void store_float(const Output& out, std::int64_t at, float value)
     }
 }
 
-// tile = matrix[row : , column : ], zero from row ``rows`` and column ``columns`` on. It is there after wait_copies and
-// a barrier. What is not copied as it is goes through registers and is converted there.
-template <int THREADS, class Element, int ROWS, int COLUMNS>
-RESLORA_DEVICE void load_tile(SharedTile<Element, ROWS, COLUMNS> tile, const Matrix& matrix, std::int64_t row,
-                              std::int64_t column, std::int64_t rows, std::int64_t columns) {
-    using Tile = SharedTile<Element, ROWS, COLUMNS>;
-    RESLORA_UNROLL
-    for (int first = 0; first < ROWS * Tile::CHUNKS; first += THREADS) {
-        const int i = first + thread_id();
-        if (ROWS * Tile::CHUNKS % THREADS != 0 && i >= ROWS * Tile::CHUNKS) break;
-        const int r = i / Tile::CHUNKS, c = i % Tile::CHUNKS;
-        const std::int64_t from = column + c * Tile::PER_CHUNK;
-        const std::int64_t left = row + r < rows ? columns - from : 0;
-        const int inside = left < 0 ? 0 : left < Tile::PER_CHUNK ? static_cast<int>(left) : Tile::PER_CHUNK;
-        if (matrix.access == COPIED) {
-            const Element* data = static_cast<const Element*>(matrix.data);
-            copy_async(tile.chunk(r, c), inside ? data + (row + r) * matrix.row + from : data,
-                       inside * static_cast<int>(sizeof(Element)));
-        } else if (sizeof(Element) == 2 && matrix.access == CONVERTED && inside == Tile::PER_CHUNK) {
-            const auto* data = static_cast<const Chunk<float>*>(matrix.data) + ((row + r) * matrix.row + from) / 4;
-            const Chunk<float> halves[2] = {data[0], data[1]};
+// Tiles of a matrix on their way to shared memory, the next one along k with each copy, zeros beyond the end. BY_K: k
+// runs along its rows. A thread copies EACH chunks of a tile, all at one column, ROWS_ON rows apart: in the loop that
+// leaves one addition for each. AS_IS: the matrix is known to be COPIED; else its access is asked each time, and what
+// must be converted goes through registers. A tile is there after wait_copies and a barrier.
+template <int THREADS, class Tile, bool BY_K, bool AS_IS>
+struct Stream {
+    using Element = typename Tile::Element;
+    static constexpr int ROWS_ON = THREADS / Tile::CHUNKS, EACH = (Tile::ROWS + ROWS_ON - 1) / ROWS_ON;
+    static_assert(THREADS % Tile::CHUNKS == 0 && (EACH == 1 || Tile::ROWS % ROWS_ON == 0), "the same chunks for all");
+
+    const Matrix& matrix;
+    const unsigned char* from;  // this thread's first chunk of the next tile
+    std::int64_t rows_on, step;  // in bytes
+    int others;                  // rows (BY_K) or columns that there are from this thread's first on
+
+    // ``other``: where the tiles begin in the dimension that is not k.
+    RESLORA_DEVICE Stream(const Matrix& matrix, std::int64_t other, std::int64_t k) : matrix(matrix) {
+        const std::int64_t row = (BY_K ? other : k) + first_row(), column = (BY_K ? k : other) + first_column();
+        const int size = matrix.type == FLOAT64 ? 8 : matrix.type == FLOAT32 ? 4 : 2;
+        const std::int64_t left = BY_K ? matrix.rows - row : matrix.columns - column;
+        others = static_cast<int>(left < Tile::ROWS + Tile::COLUMNS ? left : Tile::ROWS + Tile::COLUMNS);
+        from = static_cast<const unsigned char*>(matrix.data) + (row * matrix.row + column * matrix.column) * size;
+        rows_on = ROWS_ON * matrix.row * size;
+        step = (BY_K ? Tile::COLUMNS * matrix.column : Tile::ROWS * matrix.row) * size;
+        if (AS_IS && BY_K) step = 16 * Tile::CHUNKS;  // which the compiler knows
+    }
+
+    RESLORA_DEVICE static int first_row() { return static_cast<unsigned>(thread_id()) / Tile::CHUNKS; }
+    RESLORA_DEVICE static int first_column() {
+        return static_cast<unsigned>(thread_id()) % Tile::CHUNKS * Tile::PER_CHUNK;
+    }
+
+    // ``left``: the k that there are from this tile on.
+    RESLORA_DEVICE void copy(Tile tile, int left) {
+        const int row = first_row(), chunk = first_column() / Tile::PER_CHUNK;
+        const int rows = BY_K ? others : left - row, columns = BY_K ? left - first_column() : others;
+        const unsigned char* at = from;
+        if (Tile::ROWS % ROWS_ON == 0 || row < Tile::ROWS) {
+            Chunk<Element>* const to = tile.chunk(row, chunk);
+            RESLORA_UNROLL
+            for (int i = 0; i < EACH; ++i, at += rows_on) {
+                const int on = i * ROWS_ON;
+                Chunk<Element>* here = ROWS_ON % 8 ? tile.chunk(row + on, chunk) : to + Tile::below(on);
+                copy_chunk(here, at, on < rows ? columns : 0);
+            }
+        }
+        from += step;
+    }
+
+    // ``inside``: how many of its elements there are, at least; of a COPIED matrix all or none.
+    RESLORA_DEVICE void copy_chunk(Chunk<Element>* to, const unsigned char* at, int inside) {
+        if (AS_IS || matrix.access == COPIED) {
+            copy_async(to, at, inside > 0);
+        } else if (sizeof(Element) == 2 && matrix.access == CONVERTED && inside >= Tile::PER_CHUNK) {
+            const auto* halves = reinterpret_cast<const Chunk<float>*>(at);
+            const Chunk<float> read[2] = {halves[0], halves[1]};
             Chunk<Element> values;
             RESLORA_UNROLL
-            for (int e = 0; e < Tile::PER_CHUNK; ++e) from_float(values.elements[e], halves[e / 4].elements[e % 4]);
-            *tile.chunk(r, c) = values;
+            for (int e = 0; e < Tile::PER_CHUNK; ++e) from_float(values.elements[e], read[e / 4].elements[e % 4]);
+            *to = values;
         } else {
-            Element* elements = tile.chunk(r, c)->elements;
+            const int size = matrix.type == FLOAT64 ? 8 : matrix.type == FLOAT32 ? 4 : 2;
             RESLORA_KEEP_LOOP
-            for (int e = 0; e < Tile::PER_CHUNK; ++e)
-                from_float(elements[e], e < inside ? load_as_float(matrix, row + r, from + e) : 0.0f);
+            for (int e = 0; e < Tile::PER_CHUNK; ++e, at += matrix.column * size)
+                from_float(to->elements[e], e < inside ? load_as_float(at, matrix.type, 0) : 0.0f);
         }
     }
-}
+};
 
 }  // namespace reslora

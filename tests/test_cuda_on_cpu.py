@@ -44,7 +44,7 @@ FAULTS = [
     ),
     Fault(
         "one copy fewer waited for", "matmul.cuh",
-        "wait_copies<STAGES - 2>();", "wait_copies<STAGES - 1>();", "is wrong",
+        "wait_copies<STAGES - 2>();", "wait_copies<STAGES - 1>();", "is wrong|in flight",
     ),
     Fault(
         "buffers reused while they are read", "matmul.cuh",
@@ -52,7 +52,7 @@ FAULTS = [
     ),
     Fault(
         "copies of a stage in the next one's group", "matmul.cuh",
-        "            commit_copies();\n            arrived", "            arrived", "is wrong|never committed",
+        "            commit_copies();\n            arrived", "            arrived", "is wrong|in flight",
     ),
     Fault(
         "a tile multiplied before all of it is dropped", "project.cu",
@@ -64,15 +64,15 @@ FAULTS = [
         "deadlock|is wrong",
     ),
     Fault(
-        "no swizzle", "tile.cuh", "(row / (8 / LINE) % LINE)", "(row * 0 % LINE)", "bank conflicts",
+        "no swizzle", "tile.cuh", "turn % LINE + turn / LINE", "turn * 0", "bank conflicts",
     ),
     Fault(
         "copies to another swizzle than is read", "tile.cuh",
-        "copy_async(tile.chunk(r, c),", "copy_async(tile.chunk(r, c ^ 1),", "is wrong",
+        "const to = tile.chunk(row, chunk)", "const to = tile.chunk(row, chunk ^ 1)", "is wrong",
     ),
     Fault(
         "wide copies from odd addresses", "launch.cuh",
-        "m.row * size % 16 == 0", "m.row * size % 2 == 0",
+        "m.row * size % 16 == 0 && m.columns * size % 16 == 0", "size > 0",
         "misaligned global address",
     ),
     Fault(
@@ -81,12 +81,39 @@ FAULTS = [
     ),
     Fault(
         "a row too many is read", "tile.cuh",
-        "row + r < rows ? columns - from : 0", "row + r <= rows ? columns - from : 0",
+        "on < rows ? columns", "on <= rows ? columns",
         "AddressSanitizer: heap-buffer-overflow", sanitized=True,
     ),
     Fault(
         "a row too many is written", "augmented_matmul_sm80.cu",
-        "if (row >= p.x.rows ||", "if (row > p.x.rows ||", "AddressSanitizer: heap-buffer-overflow", sanitized=True,
+        "if (i >= p.x.rows || j >= p.y.columns) continue;\n            Element",
+        "if (i > p.x.rows || j >= p.y.columns) continue;\n            Element",
+        "AddressSanitizer: heap-buffer-overflow", sanitized=True,
+    ),
+    Fault(
+        "rows of y that leave before the warp has staged them", "augmented_matmul_sm80.cu",
+        "        warp_barrier();\n        RESLORA", "        RESLORA", "is wrong",
+    ),
+    Fault(
+        "the first stages of x counted with those of t", "augmented_matmul_sm80.cu",
+        "return copy(step - first, stage)", "return copy(step, stage)", "is wrong",
+    ),
+    Fault(
+        "t multiplied before all of it is written", "augmented_matmul_sm80.cu",
+        "        barrier();\n        matmul.template", "        matmul.template", "is wrong",
+    ),
+    Fault(
+        "y staged over t that is still read", "augmented_matmul_sm80.cu",
+        "(matmul.stage);\n        barrier();", "(matmul.stage);", "is wrong",
+    ),
+    Fault(
+        "the low-rank product in every part of K", "augmented_matmul_sm80.cu",
+        "part ? 0 : static_cast", "static_cast", "is wrong",
+    ),
+    Fault("the bias in every part of K", "augmented_matmul_sm80.cu", "p.bias && part == 0", "p.bias", "y is wrong"),
+    Fault(
+        "a part of K too long", "augmented_matmul_sm80.cu",
+        " < p.split ? p.x.columns - start : p.split", "", "is wrong",
     ),
     Fault(
         "consumers that take no turns", "augmented_matmul_sm90.cu",

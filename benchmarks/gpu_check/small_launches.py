@@ -21,15 +21,19 @@ from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.tuning import forms, gpus
 
 ABSENT = 4  # exit status: there is no such backend here
-Case = tuple[int, torch.dtype, float, bool, bool]
+Case = tuple[int, torch.dtype, float, bool, bool, int]
 
 
 def cases() -> Iterator[Case]:
-    """(M, dtype, p, handed on and residual, rows at odd addresses): small and large tiles, with nothing a multiple."""
+    """(M, dtype, p, handed on and residual, rows at odd addresses, K): small and large tiles, with nothing a multiple.
+
+    The last has K in parts.
+    """
     for m, dtype in itertools.product((17, 200), (torch.bfloat16, torch.float32)):
         for p, chained in ((0.0, False), (0.1, True)):
-            yield m, dtype, p, chained, False
-    yield 200, torch.bfloat16, 0.0, True, True
+            yield m, dtype, p, chained, False, 136
+    yield 200, torch.bfloat16, 0.0, True, True, 136
+    yield 17, torch.bfloat16, 0.1, True, False, 1160
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, odd: bool, device: str) -> Tensor:
@@ -40,8 +44,8 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, odd: bool, device: str) 
 
 def run(backend: Any, case: Case, device: str) -> None:
     """One forward and one backward pass; NaN or Inf in a result is a failure here already."""
-    m, dtype, p, chained, odd = case
-    k, n, rank, own = 136, 104, 32 if chained else 16, 16
+    m, dtype, p, chained, odd, k = case
+    n, rank, own = 104, 32 if chained else 16, 16
     x, weight, dy = (matrix(*size, dtype, odd, device) for size in ((m, k), (n, k), (m, n)))
     a, b = matrix(rank, k, torch.float32, False, device), matrix(n, own, torch.float32, False, device)
     residual = matrix(m, own, dtype, False, device) if chained else None

@@ -27,7 +27,8 @@ MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/params.h
 BF16, FP16, TF32, IEEE = range(4)
-LARGE_TILE = 128  # rows and columns of y in a block, where that leaves no processor without one; else half of it
+LARGE_TILE = 128  # rows and columns of y in a block, where that leaves no processor without one
+SMALL_TILE = 64
 ONE_PASS_RANK = 32  # of the portable kernel, which makes one pass of what is narrow only
 ROWS_PER_BLOCK, COLUMNS_PER_BLOCK = 64, 128  # of x in project, of a stream in low_rank_grads
 
@@ -102,7 +103,7 @@ def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     one_pass = passes.kernel != hopper.TWO_PASSES
     choice = passes if one_pass else hopper.matmul(extension, x, hopper.form_of(weight.T, None, False), n, rank)
     matmul = _kernel(choice, unsupported)
-    tile = LARGE_TILE if _large(x, n) else LARGE_TILE // 2
+    tile = LARGE_TILE if _large(x, n) else SMALL_TILE
     matmul += f", in tiles of {tile} x {tile}" if unsupported or choice.kernel is None else ""
     if one_pass:
         return f"one pass: both products from one read of x, {matmul}"
@@ -211,10 +212,21 @@ def _augmented_matmul(
         converted = {name: matrix.to(x.dtype) for name, matrix in matrices.items()}  # not by the copy engine on the way
         if hopper.unsupported_reason(_extension(), *converted.values(), columns=y.shape[1]) is None:
             options["hopper"], matrices = hopper.NUMBERS[kernel], converted
+    partial = None
+    if a is None and "hopper" not in options:
+        partial, split = _partial(x, y)
+        options |= {} if partial is None else {"partial": partial.data_ptr(), "split": split, "parts": len(partial)}
     _extension().augmented_matmul(
         _math(x.dtype), _device_of(x), _large(x, y.shape[1]), scale=scale, y=_output(y),
         **{name: _matrix(matrix) for name, matrix in matrices.items()}, **options,
     )  # fmt: skip
+
+
+def _partial(x: Tensor, y: Tensor) -> tuple[Tensor | None, int]:
+    """Room for y in parts, and how much of the reduction each takes, where its tiles leave processors without any."""
+    tiles = -(-y.shape[0] // SMALL_TILE) * -(-y.shape[1] // SMALL_TILE)
+    split, parts = _split(x.shape[1], _processors(x) // tiles, 512)
+    return (y.new_empty(parts, *y.shape, dtype=torch.float32) if parts > 1 else None), split
 
 
 def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, dropout: Dropout | None) -> None:

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -100,6 +101,7 @@ void prepare(Thread& thread, int index) {
     thread.state = State::READY;
     thread.open.clear();
     thread.groups.clear();
+    thread.accesses.clear();
     auto top = reinterpret_cast<std::uintptr_t>(thread.stack.data() + STACK_BYTES) & ~std::uintptr_t{15};
     void** frame = reinterpret_cast<void**>(top) - 2;  // start() sees the stack as after a call
     frame[1] = nullptr;
@@ -164,6 +166,33 @@ void one_event() {
     settle(*event);
 }
 
+// The banks that lanes need more than once of those that are served together, 128 bytes at a time.
+void count_conflicts(const Thread* lanes, std::size_t access) {
+    const int bytes = lanes->accesses[access].bytes, together = 128 / bytes;
+    for (int first = 0; first < WARP; first += together) {
+        std::array<std::set<std::uintptr_t>, 32> words;
+        std::size_t most = 1;
+        for (int lane = first; lane < first + together; ++lane)
+            for (int byte = 0; byte < bytes; byte += 4) {
+                const auto address = reinterpret_cast<std::uintptr_t>(lanes[lane].accesses[access].address) + byte;
+                words[address / 4 % 32].insert(address / 4);
+                most = std::max(most, words[address / 4 % 32].size());
+            }
+        statistics.bank_conflicts += most - 1;
+    }
+    ++statistics.shared_accesses;
+}
+
+void count_accesses() {
+    for (std::size_t warp = 0; warp < threads.size(); warp += WARP) {
+        const std::size_t count = threads[warp].accesses.size();
+        for (int lane = 0; lane < WARP; ++lane)
+            if (threads[warp + lane].accesses.size() != count) failure = "lanes of a warp with other shared accesses";
+        for (std::size_t access = 0; failure.empty() && access < count; ++access)
+            count_conflicts(&threads[warp], access);
+    }
+}
+
 std::string deadlock() {
     std::map<std::string, int> waiting;
     for (const Thread& thread : threads)
@@ -199,6 +228,7 @@ void run_cluster() {
         failure = deadlock();
     }
     if (failure.empty()) cluster_ends();
+    if (failure.empty()) count_accesses();
 }
 
 }  // namespace
@@ -212,7 +242,7 @@ void fail(const std::string& message) {
 
 void require_shared(const void* address, int bytes, const char* instruction) {
     const auto* from = static_cast<const unsigned char*>(address);
-    if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0) fail(std::string(instruction) + ": misaligned address");
+    if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) fail(std::string(instruction) + ": misaligned address");
     if (from < shared || from + bytes > shared + shared_size)
         fail(std::string(instruction) + ": address outside of shared memory");
 }

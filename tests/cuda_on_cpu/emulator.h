@@ -20,6 +20,11 @@ struct Copy {  // of cp.async
     int bytes;
 };
 
+struct Access {  // of store_shared or load_shared
+    const void* address;
+    int bytes;
+};
+
 enum class State { READY, BLOCKED, AT_BARRIER, AT_WARP, DONE };
 
 struct Thread {
@@ -33,6 +38,7 @@ struct Thread {
     std::function<std::string()> waits_for;    // for the message when it never may
     std::vector<Copy> open;                // issued, not yet in a group
     std::deque<std::vector<Copy>> groups;  // not yet waited for, oldest first
+    std::vector<Access> accesses;
     // What this thread brings to a warp-wide instruction, and where its result goes.
     const char* instruction = nullptr;
     const void* argument = nullptr;
@@ -44,7 +50,7 @@ using WarpInstruction = void (*)(Thread* lanes);
 
 struct Statistics {  // of everything since the last reset
     std::int64_t launches, copies, late_copies, matrix_loads, bank_conflicts, multiplications, barriers;
-    std::int64_t tensor_loads, tensor_stores, block_copies, group_multiplications;
+    std::int64_t tensor_loads, tensor_stores, block_copies, group_multiplications, shared_accesses;
 };
 
 struct Block {  // of the cluster that runs

@@ -19,14 +19,32 @@ inline int thread_id() { return emulator::current->id; }
 inline Place block_id() { return emulator::block; }
 inline Place grid_size() { return emulator::grid; }
 inline void barrier() { emulator::barrier(); }
+inline void warp_barrier() {
+    emulator::warp_wide("bar.warp.sync", nullptr, nullptr, [](emulator::Thread*) {});
+}
 inline unsigned char* shared_memory() { return emulator::shared; }
 
+// One access of each lane, at a time of its own; banks are counted when the block has ended.
+template <class Value>
+inline void store_shared(Value* shared, Value value) {
+    emulator::require_shared(shared, sizeof(Value), "st.shared");
+    emulator::current->accesses.push_back({shared, sizeof(Value)});
+    std::memcpy(shared, &value, sizeof(Value));
+}
+template <class Value>
+inline Value load_shared(const Value* shared) {
+    emulator::require_shared(shared, sizeof(Value), "ld.shared");
+    emulator::current->accesses.push_back({shared, sizeof(Value)});
+    Value value;
+    std::memcpy(&value, shared, sizeof(Value));
+    return value;
+}
+
 // Lands at once or when it is waited for, as chance has it; until then the destination holds nothing of use.
-inline void copy_async(void* to, const void* from, int bytes) {
+inline void copy_async(void* to, const void* from, bool there) {
     emulator::require_shared(to, 16, "cp.async");
     if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) emulator::fail("cp.async: misaligned global address");
-    if (bytes < 0 || bytes > 16) emulator::fail("cp.async: more than 16 bytes");
-    const emulator::Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes};
+    const emulator::Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), there ? 16 : 0};
     ++emulator::statistics.copies;
     if (emulator::chance() & 1) return emulator::land(copy);
     ++emulator::statistics.late_copies;
@@ -95,6 +113,7 @@ inline void from_float(Fp16& result, float value) {
 inline std::uint32_t round_to_tf32(float value) {  // to nearest, ties away from zero
     return std::isfinite(value) ? (as_bits(value) + 0x1000u) & 0xFFFFE000u : as_bits(value);
 }
+inline std::uint32_t round_to_tf32(std::uint32_t bits) { return round_to_tf32(as_float(bits)); }
 inline std::uint32_t high_product(std::uint32_t a, std::uint32_t b) {
     return static_cast<std::uint32_t>(static_cast<std::uint64_t>(a) * b >> 32);
 }

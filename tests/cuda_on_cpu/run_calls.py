@@ -25,6 +25,8 @@ CALLS = [
     Call("dropout", 70, 136, 264, 16, 16, BF16, BF16, p=0.5, hand=(0, 16), residual=True),
     Call("one element a time", 40, 257, 100, 24, 8, BF16, torch.float32, p=0.5, layout="sliced"),
     Call("parts of K", 3, 1032, 40, 16, 16, BF16, BF16),
+    Call("parts of K of y", 3, 1032, 40, 16, 16, BF16, BF16, p=0.5),
+    Call("parts of K of dx", 3, 40, 1032, 40, 16, BF16, BF16, p=0.5),
 ]
 HOPPER_CALLS = [
     Call("one tile row, several for a block", 64, 64, 520, 40, 40, BF16, BF16),
