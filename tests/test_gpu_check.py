@@ -136,7 +136,7 @@ def test_the_speed_part_asks_for_the_sets_most_important_first(tmp_path: Path) -
     outcome = parts.speed(stand_in, 300.0, tmp_path)
     (command,) = stand_in.commands
     sets = [command[n + 1] for n, part in enumerate(command) if part == "--set"]
-    assert sets[:4] == ["first", "standard", "lorafusion-coarse", "small-m"]
+    assert sets[:5] == ["first", "standard", "peers", "lorafusion-coarse", "small-m"]
     assert "--budget-seconds=270" in command and outcome.status == parts.PASSED
 
 

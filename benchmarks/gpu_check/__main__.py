@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,8 @@ def print_summary(report: dict[str, Any], path: Path) -> None:
     console.print(table)
     if report["speed"]:
         console.print(goals_table(report["speed"]))
+        for table in model_tables(report["speed"]):
+            console.print(table)
     console.print(f"Written: {path}", soft_wrap=True, highlight=False)
 
 
@@ -176,12 +179,21 @@ def goals_table(speed: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table("case", "provider", "forward", "backward", "both", title="Time relative to the frozen linears")
-    rows = [row for row in speed["measurements"] if row["set"] in ("first", "standard", "small-m", "quick")]
+    rows = [row for row in speed["measurements"] if row["set"] in ("first", "standard", "peers", "small-m", "quick")]
     for row in rows:
         if row["status"] == "timed" and row["times_frozen"] and row["method"] in ("lora", "block-1"):
             ratios = [f"{row['times_frozen'][phase]:.3f}" for phase in ("forward", "backward", "both")]
             table.add_row(row["case"], f"{row['provider']} {row['method']}", *ratios)
     return table
+
+
+def model_tables(speed: dict[str, Any]) -> list[Any]:
+    """A training step of each model, with what others publish for one like it."""
+    from reslora_kernels.bench.results import ModelMeasurement
+    from reslora_kernels.bench.tables import model_table
+
+    rows = [ModelMeasurement(**row) for row in speed["models"]]
+    return [model_table(name, list(group)) for name, group in groupby(rows, key=lambda row: row.key[0])]
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ WATCHED = (
 SETS = (
     "first",
     "standard",
+    "peers",
     "lorafusion-coarse",
     "small-m",
     "models",

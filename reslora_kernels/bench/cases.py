@@ -125,6 +125,12 @@ def _square(gpu: bool) -> Case:
     return Case(8192, 4096, 4096) if gpu else Case(512, 1024, 1024, dtype="float32")
 
 
+def peers(gpu: bool) -> list[Case]:
+    """Plain LoRA by everyone who has it, torch.compile too: without dropout, then with it, which LoRAFusion needs."""
+    case = _square(gpu).replace(methods=(LORA,), compiled=(LORA,))
+    return [case, case.replace(p=0.1)]
+
+
 def compiled(gpu: bool) -> list[Case]:
     """The first of standard once more, with torch.compile, which takes long to start."""
     methods = (LORA, Method("block", 1))
@@ -194,4 +200,5 @@ SETS: dict[str, Callable[[bool], list[Case]]] = {
     "dtypes": dtypes,
     "pre-num": pre_num,
     "compiled": compiled,
+    "peers": peers,
 }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from reslora_kernels.bench import timing
 from reslora_kernels.bench.cases import LORA, Method
 from reslora_kernels.bench.clocks import check_alive, one_line
+from reslora_kernels.bench.peers import SCALING, HandWritten
 from reslora_kernels.bench.results import FAILED, SKIPPED, TIMED, Measurement
 from reslora_kernels.bench.suite import Bench, fill
 from reslora_kernels.config import ResLoRAConfig
@@ -26,7 +27,6 @@ from reslora_kernels.layers.link import link
 
 FROZEN, FUNCTION, PEFT, OURS = "frozen", "hand-written", "peft", "ours"
 METHODS = (LORA, Method("block", 1), Method("middle", 2), Method("input", 1))
-SCALING = 2.0
 Mode = Literal["no grad", "training", "compiled"]
 
 
@@ -53,22 +53,6 @@ def host(gpu: bool, quick: bool) -> list[HostCase]:
 HOST_SETS: dict[str, Callable[[bool, bool], list[HostCase]]] = {"host": host}
 
 
-class _HandWritten(torch.autograd.Function):
-    """y = x Wᵀ + b + s x Aᵀ Bᵀ."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        u = x @ a.T
-        ctx.save_for_backward(x, weight, a, b, u)
-        return torch.addmm(bias, u, b.T, alpha=SCALING).addmm_(x, weight.T)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, u = ctx.saved_tensors
-        du = (dy @ b) * SCALING
-        return (du @ a).addmm_(dy, weight), None, None, du.T @ x, (dy.T @ u) * SCALING
-
-
 class _HandWrittenLoRA(nn.Module):
     def __init__(self, linear: nn.Linear, r: int) -> None:
         super().__init__()
@@ -77,7 +61,7 @@ class _HandWrittenLoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.randn(linear.out_features, r, device=linear.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _HandWritten.apply(x, self.weight, self.bias, self.lora_A, self.lora_B)  # type: ignore[no-untyped-call]
+        y: Tensor = HandWritten.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, SCALING)  # type: ignore[no-untyped-call]
         return y
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reslora_kernels.bench.cases import Method
 from reslora_kernels.config import Shortcut
 
+LLAMA_3_8B = (4096, 14336, 32, 8)  # hidden and intermediate size, heads, key-value heads
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ROBERTA_TARGETS = ("query", "key", "value", "dense")
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -85,7 +86,7 @@ class Family:
 def _llama(case: ModelCase) -> nn.Module:
     from transformers import LlamaConfig, LlamaModel
 
-    sizes = (128, 352, 4, 2) if case.tiny else (4096, 14336, 32, 8)
+    sizes = (128, 352, 4, 2) if case.tiny else LLAMA_3_8B
     hidden, intermediate, heads, key_value_heads = sizes
     config = LlamaConfig(
         vocab_size=64,  # inputs are embeddings
@@ -157,6 +158,25 @@ FAMILIES = {
     "roberta": Family("RoBERTa-large layers", "transformers", ROBERTA_TARGETS, "tokens", _roberta, _embeddings),
     "unet": Family("SD-1.x UNet", "diffusers", UNET_TARGETS, "samples", _unet, _latents),
 }
+
+
+# What others publish for one GPU, by family. Their operations are by their own count.
+PUBLISHED = {
+    "llama": "to beat, on one H100: 12,473 tokens/s, 402 TFLOP/s, LoRA of all 32 layers and the head at 4096 tokens"
+    " (NVIDIA NeMo AutoModel, performance summary of 2025-10-02)"
+}
+
+
+def frozen_products(settings: dict[str, Any]) -> float | None:
+    """FLOP a token in the adapted linears alone, forward and dx, of a case as a dict; None for another than the Llama.
+
+    Four for each weight; attention is not counted.
+    """
+    if settings.get("family") != "llama" or settings["tiny"]:
+        return None
+    hidden, intermediate, heads, key_value_heads = LLAMA_3_8B
+    attention = 2 * hidden * hidden * (1 + key_value_heads / heads)
+    return 4.0 * int(settings["layers"]) * (attention + 3 * hidden * intermediate)
 
 
 def missing(case: ModelCase) -> str | None:

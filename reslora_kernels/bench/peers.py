@@ -1,15 +1,17 @@
-"""Other libraries' LoRA layers. Each is imported when asked for, and left out with the reason where it is not there.
+"""LoRA as others have it: written by hand, and other libraries' layers.
 
-Their faults, worked around: Unsloth's fused forms write over x, so its plain form LoRA_W is timed; it takes 3-D inputs
-and knows no dropout. LoRAFusion takes 3-D inputs and needs p > 0; the seed comes from Python's ``random`` unless given,
-and its dropout, like its sums by atomics, is not reproducible bit for bit.
+Each library is imported when asked for, and left out with the reason where it is not there. Their faults, worked
+around: Unsloth's fused forms write over x, so its form of one projection, LoRA_W, is timed; it takes 3-D inputs, and
+dropout in newer versions only. LoRAFusion takes 3-D inputs and needs p > 0; the seed comes from Python's ``random``
+unless given, and its dropout, like its sums by atomics, is not reproducible bit for bit.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +20,56 @@ from torch import Tensor, nn
 
 from reslora_kernels.bench.cases import Case, Method
 from reslora_kernels.bench.workload import Layers, Workload
+
+SCALING = 2.0  # s, as lora_alpha = 2 r makes it
+
+
+class HandWritten(torch.autograd.Function):
+    """y = x Wᵀ + b + s x Aᵀ Bᵀ with three products forward, five backward, and no option at all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        u = x @ a.T
+        ctx.save_for_backward(x, weight, a, b, u)
+        ctx.scaling = scaling
+        y = (u * scaling) @ b.T if bias is None else torch.addmm(bias, u, b.T, alpha=scaling)
+        return y.addmm_(x, weight.T)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, u = ctx.saved_tensors
+        du = (dy @ b) * ctx.scaling
+        return (du @ a).addmm_(dy, weight), None, None, du.T @ x, (dy.T @ u) * ctx.scaling, None
+
+
+def hand_written(workload: Workload, method: Method) -> Layers:
+    def layer(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y: Tensor = HandWritten.apply(x, weight, None, a, b, SCALING)  # type: ignore[no-untyped-call]
+        return y
+
+    return _layer_by_layer(workload, layer)
+
+
+def hand_written_missing(case: Case, method: Method, device: torch.device) -> str | None:
+    return "it has no dropout" if case.p else None
+
+
+def addmm(workload: Workload, method: Method) -> Layers:
+    """One ``torch.addmm`` on the frozen linear's result; autograd does the backward."""
+    p = workload.case.p
+
+    def layer(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        dropped = nn.functional.dropout(x, p) if p else x
+        return torch.addmm(nn.functional.linear(x, weight), dropped @ a.T, b.T, alpha=SCALING)
+
+    return _layer_by_layer(workload, layer)
+
+
+def _layer_by_layer(workload: Workload, layer: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Layers:
+    a, b = _copies(workload.a), _copies(workload.b)
+    return Layers(lambda xs: list(map(layer, xs, workload.weights, a, b)), [*a, *b])
 
 
 def peft(workload: Workload, method: Method, autocast_adapter_dtype: bool) -> Layers:
@@ -48,19 +100,20 @@ def peft_missing(case: Case, method: Method, device: torch.device, half_only: bo
 
 
 def unsloth(workload: Workload, method: Method) -> Layers:
-    function = _unsloth().LoRA_W.apply
-    a, b, scaling = _copies(workload.a), _copies(workload.b), 2.0
+    function, dropout = _unsloth().LoRA_W.apply, (workload.case.p,) if workload.case.p else ()
 
-    def run(xs: Sequence[Tensor]) -> list[Tensor]:
-        stacks = zip(xs, workload.weights, a, b, strict=True)
-        return [function(x.unsqueeze(0), weight, None, m, n, scaling).squeeze(0) for x, weight, m, n in stacks]
+    def layer(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y: Tensor = function(x.unsqueeze(0), weight, None, a, b, SCALING, *dropout)
+        return y.squeeze(0)
 
-    return Layers(run, [*a, *b])
+    return _layer_by_layer(workload, layer)
 
 
 def unsloth_missing(case: Case, method: Method, device: torch.device) -> str | None:
-    has_none = "it has no dropout" if case.p else None
-    return _gpu_library_missing("unsloth", _unsloth, device) or has_none
+    if (reason := _gpu_library_missing("unsloth", _unsloth, device)) or not case.p:
+        return reason
+    takes_it = "dropout_p" in inspect.signature(_unsloth().LoRA_W.forward).parameters
+    return None if takes_it else "this version of it has no dropout"
 
 
 @cache
@@ -69,17 +122,13 @@ def _unsloth() -> Any:
 
 
 def lorafusion(workload: Workload, method: Method) -> Layers:
-    function = _lorafusion().fused_linear_lora
-    a, b, p = _copies(workload.a), _copies(workload.b), workload.case.p
+    function, p = _lorafusion().fused_linear_lora, workload.case.p
 
-    def run(xs: Sequence[Tensor]) -> list[Tensor]:
-        stacks = zip(xs, workload.weights, a, b, strict=True)
-        return [
-            function(x.unsqueeze(0), weight, m, n, alpha=2.0, seed=1, dropout_p=p).squeeze(0)
-            for x, weight, m, n in stacks
-        ]
+    def layer(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y: Tensor = function(x.unsqueeze(0), weight, a, b, alpha=SCALING, seed=1, dropout_p=p)
+        return y.squeeze(0)
 
-    return Layers(run, [*a, *b])
+    return _layer_by_layer(workload, layer)
 
 
 def lorafusion_missing(case: Case, method: Method, device: torch.device) -> str | None:

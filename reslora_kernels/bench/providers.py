@@ -182,6 +182,19 @@ PROVIDERS = {
         Provider("plain", "the paper's layers written plainly in PyTorch; autograd does the backward", plain),
         Provider("plain-compiled", "the same under torch.compile", compiled, compiles=True),
         Provider(
+            "hand-written",
+            "LoRA as one autograd.Function written by hand, of library calls",
+            peers.hand_written,
+            peers.hand_written_missing,
+            lora_only=True,
+        ),
+        Provider(
+            "addmm",
+            "torch.addmm on the frozen linear's result; autograd does the backward",
+            peers.addmm,
+            lora_only=True,
+        ),
+        Provider(
             "peft",
             "PEFT LoRA, autocast_adapter_dtype=False: adapters in the weights' dtype",
             partial(peers.peft, autocast_adapter_dtype=False),

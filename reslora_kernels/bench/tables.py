@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from reslora_kernels.bench.model_cases import PUBLISHED, frozen_products
 from reslora_kernels.bench.results import SKIPPED, TIMED, Measurement, ModelMeasurement, Result
 
 Row = TypeVar("Row", Measurement, ModelMeasurement)
@@ -60,7 +61,7 @@ def plain_table(title: str, headings: Sequence[str]) -> Table:
 
 def _close(table: Table, silent: dict[str, list[str]]) -> Table:
     if silent:
-        table.caption = escape("\n".join(f"{', '.join(names)} {reason}" for reason, names in silent.items()))
+        table.caption = escape("\n".join(f"{', '.join(names)} {reason}".strip() for reason, names in silent.items()))
         table.caption_justify = "left"
     return table
 
@@ -107,17 +108,23 @@ def host_table(title: str, rows: Sequence[Measurement]) -> Table:
 
 
 def model_table(title: str, rows: Sequence[ModelMeasurement]) -> Table:
-    """A training step; relative to the frozen model's forward and backward."""
-    table = plain_table(title, ("provider", "step", "per second", "/frozen", "noise", "peak MiB", "error"))
+    """A training step; relative to the frozen model's forward and backward; what others publish for such a model."""
+    table = plain_table(title, ("provider", "step", "per second", "TFLOP/s", "/frozen", "noise", "peak MiB", "error"))
     silent: dict[str, list[str]] = {}
+    counted = False
     for name, row in _timed(rows, silent):
+        products = frozen_products(row.settings)
+        counted = counted or products is not None
         table.add_row(
             name,
             duration(row.seconds[1]),
             f"{row.per_second or 0:,.0f} {row.unit}",
+            f"{products * (row.per_second or 0) / 1e12:.0f}" if products is not None else "",
             f"{row.times_frozen:.3f}" if row.times_frozen is not None else "",
             f"{row.noise:.1%}" if row.noise is not None else "",
             size(row.peak_bytes),
             f"{row.error:.1e}" if row.error is not None else "",
         )
+    if counted:
+        silent[f"TFLOP/s of the frozen products alone; {PUBLISHED['llama']}"] = []
     return _close(table, silent)
