@@ -51,6 +51,8 @@ def shard_reslora(model: nn.Module, blocks: Iterable[nn.Module], **fully_shard_k
     adapters = [p for layer in adapted_layers(model).values() for p in layer.adapter_parameters().values()]
     if any(isinstance(layer, QuantizedResLoRALinear) for layer in adapted_layers(model).values()):
         raise ValueError("model has quantised weights, which shard_reslora does not spread: use DDP")
+    if record_of(model).tables:
+        raise ValueError("trained tokens (trainable_token_indices) are read beside their shards: use DDP")
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) before sharding it")
     blocks = _checked_blocks(model, blocks)

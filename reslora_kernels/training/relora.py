@@ -43,6 +43,10 @@ def restart_reslora(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     refuse_beside(model, "restarted", "its save_pretrained would leave the merged weights out; use apply_reslora")
     if record.others:
         raise ValueError(f"the adapters {[record.name, *record.others]} share the weights: delete the others first")
+    if record.tables:
+        raise ValueError(
+            "trained tokens (trainable_token_indices) are values, not updates that add up: train without them"
+        )
     if record.config.use_dora:
         raise ValueError("magnitudes (use_dora=True) are not low-rank updates that add up: train without them")
     report = merge_reslora(model, keep_original=False, **merge)
