@@ -263,7 +263,7 @@ def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, al
     held = 32 if small else 64 if dtype.itemsize == 4 else 256 if gpu.shared_operands else 128
     if block_r > (64 if gpu.shared_operands else 32):
         held //= 2
-    block_m = min(held if aligned else 64, next_power_of_two(m))
+    block_m = _few_heights(m, held if aligned else min(held, 64))
     block_c = 32 if small or dtype.itemsize == 4 or not aligned else 64
     row_chunks = ceil(m / block_m) * ceil(rank / block_r)
     chunks = max(1, min(16, gpu.processors // max(1, row_chunks), ceil(columns / block_c)))
@@ -273,13 +273,18 @@ def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, al
     return with_stages_that_fit(tile, gpu, dtype)
 
 
+def _few_heights(m: int, most: int) -> int:
+    """Rows of a block for m of them: one of two, so that few kernels are compiled however m varies."""
+    return min(64, most) if m <= 64 else most
+
+
 def outer_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, aligned: bool = True) -> OuterTile:
     """128 columns a program, ``columns`` those of x and dy together; rows in as many parts as fill the processors."""
     small = gpu.generation == "interpreter" or not aligned or dtype.itemsize == 4
     widest = 256 if gpu.shared_operands and not small else 128
     block_r = rank_block(rank, 64 if rank % 8 or gpu.shared_bytes < 70_000 else widest)
     block_c = 32 if small else 128 if block_r <= 64 and gpu.shared_operands else 64
-    block_m = min(32 if small else 64 if gpu.shared_bytes < 110_000 else 128, next_power_of_two(m))
+    block_m = _few_heights(m, 32 if small else 64 if gpu.shared_bytes < 110_000 else 128)
     splits = max(1, gpu.processors // max(1, ceil(columns / block_c)))
     warps = 8 if block_r >= 128 or block_c >= 128 else 4
     stages = 2 if gpu.generation == "gfx942" else 3
