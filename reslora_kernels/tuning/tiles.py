@@ -75,37 +75,8 @@ class ProjectTile:
 
 
 @dataclass(frozen=True)
-class GradsTile:
-    """Blocks of the gradient passes: ``block_m`` rows stay with a program, blocks of ``block_c`` columns stream by."""
-
-    block_m: int
-    block_c: int
-    block_r: int
-    chunks: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False
-    stream_first: bool = False
-
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    def shared_bytes(self, itemsize: int) -> int:
-        """Stages of the stream and of B, and what stays."""
-        stream = self.num_stages * (self.block_m + self.block_r) * self.block_c
-        return (stream + 2 * self.block_m * self.block_r) * itemsize
-
-    def chunk(self, columns: int) -> int:
-        """Columns of a program, a multiple of ``block_c``."""
-        return max(1, ceil(columns / (self.chunks * self.block_c))) * self.block_c
-
-    def parts(self, columns: int) -> int:
-        return max(1, ceil(columns / self.chunk(columns)))
-
-
-@dataclass(frozen=True)
-class OuterTile:
-    """Blocks of the outer products: ``block_c`` columns stay with a program, the rows come in ``splits`` parts."""
+class StreamTile:
+    """Blocks of a reduction over rows: ``block_m`` of them, ``block_c`` columns of the stream, in ``splits`` parts."""
 
     block_m: int
     block_c: int
@@ -119,6 +90,31 @@ class OuterTile:
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    def _part(self, size: int, block: int) -> int:
+        return max(1, ceil(size / (self.splits * block))) * block
+
+
+@dataclass(frozen=True)
+class GradsTile(StreamTile):
+    """Of the gradient passes: the rows stay with a program, blocks of columns stream by, in parts of columns."""
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Stages of the stream and of B, and what stays."""
+        stream = self.num_stages * (self.block_m + self.block_r) * self.block_c
+        return (stream + 2 * self.block_m * self.block_r) * itemsize
+
+    def chunk(self, columns: int) -> int:
+        """Columns of a program, a multiple of ``block_c``."""
+        return self._part(columns, self.block_c)
+
+    def parts(self, columns: int) -> int:
+        return max(1, ceil(columns / self.chunk(columns)))
+
+
+@dataclass(frozen=True)
+class OuterTile(StreamTile):
+    """Of the outer products: the columns stay with a program, the rows come in parts."""
+
     def shared_bytes(self, itemsize: int) -> int:
         """Operand stages, and one more of the stream where it is masked."""
         stages = self.num_stages * (self.block_c + self.block_r) + self.block_c
@@ -126,7 +122,7 @@ class OuterTile:
 
     def rows(self, m: int) -> int:
         """Rows of a part, a multiple of ``block_m``."""
-        return max(1, ceil(m / (self.splits * self.block_m))) * self.block_m
+        return self._part(m, self.block_m)
 
     def parts(self, m: int) -> int:
         return max(1, ceil(m / self.rows(m)))
