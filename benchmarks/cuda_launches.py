@@ -15,7 +15,7 @@ import torch
 
 from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.side_channel import Needs, SideChannel
-from reslora_kernels.tuning.launch import Sum
+from reslora_kernels.tuning.launch import Sum, recording
 
 from .shipped_launches import Call
 
@@ -56,7 +56,7 @@ def _counting() -> Iterator[list[Counted]]:
     patches: dict[str, Any] = {"_matrix": size_of, "_output": size_of, "_side": side, "_sum": left}
     patches |= {"_extension": lambda: extension, "_processors": lambda _: PROCESSORS}
     extension = _Extension(launched)
-    with mock.patch.multiple(cuda, **patches):
+    with mock.patch.multiple(cuda, **patches), recording(execute=False):  # watched: nothing is prepared
         yield launched
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import reduce
-from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -105,14 +103,20 @@ def _is_watched() -> bool:
 
 def kind_of(operands: Operands, *settings: object) -> tuple[tuple[object, ...], list[int]]:
     """The kind of a pass on these operands, and their addresses, 0 for one that is not there."""
-    addresses = [0 if operand is None else operand.data_ptr() for operand in operands]
-    odd = reduce(or_, addresses) % ALIGNMENT
-    return (
-        settings,
-        odd and tuple([address % ALIGNMENT for address in addresses]),
-        operands[0].device,  # type: ignore[union-attr]
-        *[None if operand is None else (operand.shape, operand.stride(), operand.dtype) for operand in operands],
-    ), addresses
+    kind: list[object] = [settings, operands[0].device]  # type: ignore[union-attr]
+    addresses, odd = [], 0
+    for operand in operands:
+        if operand is None:
+            kind.append(None)
+            addresses.append(0)
+        else:
+            address = operand.data_ptr()
+            kind += (operand.shape, operand.stride(), operand.dtype)
+            addresses.append(address)
+            odd |= address
+    if odd % ALIGNMENT:
+        kind.append(tuple([address % ALIGNMENT for address in addresses]))
+    return tuple(kind), addresses
 
 
 def prepare(
