@@ -47,7 +47,7 @@ CALLS = [
 ]
 SHORTCUTS = {"none": 0, "input": 1, "middle": 2, "block": 1}
 LAUNCHES = {"forward": 1, "backward": 3}  # of a layer, with either backend and whatever the shortcut
-HOST_CALLS = {"triton": (32, 40), "cuda": (27, 28)}  # Python functions that prepared passes of a backend call
+HOST_CALLS = {"triton": (26, 38), "cuda": (25, 26)}  # Python functions that prepared passes of a backend call
 COMPILE_KEYS = 21  # of both passes of a layer over 300 numbers of tokens up to 4096
 
 
