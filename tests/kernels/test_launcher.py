@@ -105,7 +105,7 @@ def _compare(library: str) -> dict[str, Any]:
     driver.set_active(Driver())
     passes = {}
     with mock.patch.dict(gpus.GENERATIONS, interpreter=gpus.GENERATIONS["sm_90"]):
-        for call in CALLS[:6]:
+        for call in CALLS[:7]:
             for name, once in _passes(triton, call).items():
                 passes[f"{call.why}, {name}"] = [_launches_of(once, launches) for _ in range(2)]
     return {"passes": passes, "prepared": [known is not None for known in triton._kinds._known.values()]}
