@@ -15,10 +15,8 @@ from .merge.combination import add_weighted_adapter
 from .merge.merging import merge_reslora, unmerge_reslora
 from .merge.statistics import collect_statistics
 from .merge.unloading import merge_and_unload, unload
-from .training.adalora import RankAllocator
 from .training.fsdp2 import shard_reslora
-from .training.loraplus import loraplus_groups
-from .training.relora import restart_reslora
+from .training.methods import RankAllocator, loraplus_groups, restart_reslora
 
 __all__ = [
     "RankAllocator",

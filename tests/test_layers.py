@@ -69,7 +69,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("switching",),
     ),
     "merge": (
-        ("statistics", "batch_cache"),
+        ("statistics",),
         ("closed_form",),
         ("sequential",),
         ("joint_fit",),
@@ -78,13 +78,13 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
     ),
     "files": (
         ("adapter_format", "model_card", "peft_compatibility"),
-        ("beside", "saved_chains"),
-        ("save_load", "diffusers_layout", "peft_parameters"),
+        ("beside",),
+        ("save_load", "peft_parameters"),
         ("peft_export",),
         ("peft_import",),
     ),
     "peft": (("config", "adapters"), ("layer", "files"), ("model",)),
-    "training": (("trainer", "loraplus", "adalora", "relora", "fsdp2"),),
+    "training": (("trainer", "methods", "fsdp2"),),
 }
 FREE = ("bench", "cli", "peft", "__main__")  # may import what they like; all else imports with torch alone
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import lcm
@@ -25,8 +26,7 @@ from ..layers.transposed_linear import TransposedResLoRALinear
 from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
 from ..merge.statistics import Statistics
-from . import diffusers_layout
-from .adapter_format import checked_folder, serialized, sync_folder, write_durably
+from .adapter_format import checked_folder, parsed_tensors, regular, serialized, sync_folder, write_durably
 from .beside import Beside, beside
 from .model_card import CARD_NAME, Card, may_write_card, merges_of
 from .peft_compatibility import refuse_rewritten, refuse_twice_registered, task_of
@@ -43,6 +43,8 @@ Layout = Literal["peft", "diffusers"]
 
 PREFIX = "base_model.model."
 PEFT_TOKENS = "token_adapter.trainable_tokens_delta"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+_COMPONENTS = {r".*UNet.*": "unet", r".*Transformer\d*D?Model": "transformer", "CLIPTextModel": "text_encoder"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def export_peft(
     reshard(model)
     others = beside(model)
     if part is not None:
-        diffusers_layout.refuse_beside(others)
+        _refuse_more_than_lora(others)
     tensors: dict[str, Tensor] = {}
     of_parameters = {parameter_of(name): name for name, layer in layers.items() if isinstance(layer, ResLoRAExperts)}
     wrappers = wrapper_names(root_of(model), of_parameters)
@@ -212,7 +214,7 @@ def export_peft(
                     "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
                 }
             else:
-                files = {diffusers_layout.LORA_NAME: diffusers_layout.content(folder, part, tensors)}
+                files = {LORA_NAME: _content_beside(folder, part, tensors)}
             if may_write_card(folder):
                 base, others_said = config["base_model_name_or_path"], {} if part is None else merges_of(folder)
                 card = Card(base, record_of(model).config, updates, rank, part, others_said)
@@ -238,7 +240,7 @@ def _part(root: nn.Module, layout: str, component: str | None, pattern: bool) ->
     if layout == "diffusers":
         if pattern:
             raise ValueError("layout='diffusers' has no place for patterns: pattern must be False, got True")
-        return diffusers_layout.component_of(root, component)
+        return _component_of(root, component)
     if component is not None:
         raise ValueError(f"component is for layout='diffusers', got {component!r} with layout='peft'")
     return None
@@ -328,3 +330,35 @@ def _under_pefts_names(
         depth = 0 if _is_in(name, modules) else (owner in layers) + wrapped.count(owner)
         named[".".join((owner, *["base_layer"] * depth, leaf)) if depth else name] = parameter
     return named
+
+
+def _component_of(root: nn.Module, component: str | None) -> str:
+    """What the pipeline calls the model; ValueError where its class does not say it and ``component`` is None."""
+    if component is not None:
+        if not isinstance(component, str) or not component.isidentifier():
+            raise ValueError(f"component must be the name of a part of the pipeline, such as 'unet', got {component!r}")
+        return component
+    name = type(root).__name__
+    for pattern, part in _COMPONENTS.items():
+        if re.fullmatch(pattern, name):
+            return part
+    raise ValueError(
+        f"component must say which part of its pipeline the {name} is ('text_encoder_2', say): its class does not"
+    )
+
+
+def _refuse_more_than_lora(others: Beside) -> None:
+    """ValueError if there is more to save than LoRA matrices, which are all that the file can hold."""
+    for name in (*others.trained, *others.frozen):
+        raise ValueError(
+            f"layout='diffusers' holds LoRA matrices only, and the model has other parameters to save: {name!r}; "
+            "freeze it, or use layout='peft'"
+        )
+
+
+def _content_beside(folder: Path, component: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """The file with the tensors of this part of the pipeline; those of others that are in ``folder`` stay."""
+    path = folder / LORA_NAME
+    others = parsed_tensors(regular(path).read_bytes(), LORA_NAME) if path.exists() else {}
+    kept = {key: tensor for key, tensor in others.items() if not key.startswith(f"{component}.")}
+    return serialized(kept | {f"{component}.{key}": tensor for key, tensor in tensors.items()})

@@ -1,18 +1,25 @@
-"""Every kernel launch that the Triton backend can choose on a GPU generation, built without that GPU and not run."""
+"""Launches built and counted without a GPU: all that Triton's backend can choose, and those of CUDA's with their bytes.
+
+Nothing is run. A CUDA launch counts every matrix that it is given once, read or written. Adapters are in the type of
+x, as the floor has them: float32 ones are converted by a launch of PyTorch's before, at 6 bytes an element.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 
-from reslora_kernels.backends import triton
+from reslora_kernels.backends import cuda, hopper, triton
 from reslora_kernels.dropout import Dropout
 from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.tuning import gpus, launch, tiles
 from reslora_kernels.tuning.forms import assume
-from reslora_kernels.tuning.launch import Launch
+from reslora_kernels.tuning.launch import Launch, Sum, recording
 
 
 @dataclass(frozen=True)
@@ -86,3 +93,74 @@ def _calls(quick: bool) -> Iterator[Call]:
     yield Call(8192, 4096, 4096, 16, torch.float16)
     yield Call(8192, 4096, 4096, 16, aligned=False)
     yield Call(2048, 1024, 1024, 16, torch.float32)
+
+
+Counted = tuple[str, int]  # of a launch, its name and bytes
+OPERANDS = ("x", "w", "t", "b", "a", "side", "y", "first", "second", "da", "db")
+PROCESSORS = 132
+
+
+def record_cuda(call: Call, setting: str) -> tuple[list[Counted], list[Counted]]:
+    """The launches of the forward and of the backward pass with all gradients, under a ``RESLORA_CUDA_HOPPER``."""
+    x, weight, dy, a, b = (
+        torch.empty(*size, dtype=call.dtype)
+        for size in ((call.m, call.k), (call.n, call.k), (call.m, call.n), (call.rank, call.k), (call.n, call.rank))
+    )
+    side = SideChannel(1.0, 1.0)
+    with hopper.requested(setting), _counting() as launched:
+        y, _, u = cuda.forward(x, weight, None, (a,), (b,), None, side, None)
+        forward = launched.copy()
+        cuda.backward(dy, None, x, weight, (a,), (b,), u, side, None, Needs())
+    assert y.shape == dy.shape
+    return forward, launched[len(forward) :]
+
+
+@contextmanager
+def _counting() -> Iterator[list[Counted]]:
+    """Inside, operands are their sizes, and the list takes each launch."""
+    launched: list[Counted] = []
+
+    def size_of(*tensors: torch.Tensor | None) -> int:
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def side(extra: Any, start: int, inner: Any, raw: Any, *scalars: float) -> int:
+        return size_of(extra, inner, raw)
+
+    def left(entry: Sum) -> int:
+        return size_of(entry.partial, entry.out)
+
+    patches: dict[str, Any] = {"_matrix": size_of, "_output": size_of, "_side": side, "_sum": left}
+    patches |= {"_extension": lambda: extension, "_processors": lambda _: PROCESSORS}
+    extension = _Extension(launched)
+    with mock.patch.multiple(cuda, **patches), recording(execute=False):  # watched: nothing is prepared
+        yield launched
+
+
+class _Extension:
+    """Takes the place of the compiled module."""
+
+    HAS_SM90 = EMULATED = True
+
+    def __init__(self, launched: list[Counted]) -> None:
+        self.launched = launched
+
+    def Device(self, stream: int, processors: int) -> None:
+        """Where a launch runs: of no size."""
+
+    def OuterProduct(self, t: int | None, stream: int | None, rank: int, columns: int, **_: Any) -> int:
+        return (t or 0) + (stream or 0) + 4 * rank * columns  # one part at least is written
+
+    def project(self, *_: Any, **operands: Any) -> None:
+        self._launch("project", **operands)
+
+    def augmented_matmul(self, *_: Any, **operands: Any) -> None:
+        self._launch("augmented_matmul", **operands)
+
+    def low_rank_grads(self, *_: Any, **operands: Any) -> None:
+        self._launch("low_rank_grads", **operands)
+
+    def finish(self, _: Any, first: int | None, second: int | None) -> None:
+        self._launch("finish", first=first, second=second)
+
+    def _launch(self, name: str, **operands: Any) -> None:
+        self.launched.append((name, sum(operands.get(operand) or 0 for operand in OPERANDS)))

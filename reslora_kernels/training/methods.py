@@ -1,18 +1,62 @@
-"""AdaLoRA's schedule (Zhang et al., arXiv 2303.10512): ranks move to the layers where they matter, within a budget.
+"""LoRA+, AdaLoRA's schedule and ReLoRA's restarts, for layers with shortcuts.
 
-The k-th row of A and the k-th column of B are one triplet; the singular value of the paper is part of B here. Its
-importance is its entries' mean sensitivity |w ∂L/∂w|, smoothed over steps (Eqs. 8 to 11). Pruning it sets the column
-of B to zero; B's gradient goes on, so that it may come back until the budget is final.
+- LoRA+ (Hayou et al., arXiv 2402.12354): B learns faster than A by a fixed ratio.
+- AdaLoRA (Zhang et al., arXiv 2303.10512): ranks move to the layers where they matter, within a budget. The k-th row
+  of A and the k-th column of B are one triplet; the singular value of the paper is part of B here. Its importance is
+  its entries' mean sensitivity |w ∂L/∂w|, smoothed over steps (Eqs. 8 to 11). Pruning it sets the column of B to zero;
+  B's gradient goes on, so that it may come back until the budget is final.
+- ReLoRA (Lialin et al., arXiv 2307.05695): merge what was learnt, start the adapters afresh, train on.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..adapt.record import adapted_layers
-from ..checks import check_int, check_number
+from ..adapt.record import adapted_layers, record_of, refuse_beside
+from ..checks import check_int, check_module, check_number
 from ..layers.adapter import AdapterLayer
+from ..merge.merging import MergeReport, merge_reslora
+
+
+def loraplus_groups(
+    model: nn.Module, *, lr: float, loraplus_lr_ratio: float, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for any optimizer, grouped as PEFT's ``create_loraplus_optimizer`` groups them.
+
+        optimizer = torch.optim.AdamW(loraplus_groups(model, lr=1e-4, loraplus_lr_ratio=16, weight_decay=0.01))
+
+    Args:
+        model: adapted; what does not train is left out.
+        lr: of every lora_A and of other matrices that train.
+        loraplus_lr_ratio: lora_B and all biases learn at ``lr`` times this, which LoRA+ wants well above 1.
+        weight_decay: of all but the biases.
+
+    Returns:
+        Groups with ``params``, ``lr`` and ``weight_decay``; none of them is empty.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a number is none.
+        ValueError: a number is not finite or out of range, or ``model`` has no adapted layer that trains.
+    """
+    check_module("model", model)
+    for name, value in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio)):
+        check_number(name, value, "a finite number above 0", lambda v: v > 0)
+    check_number("weight_decay", weight_decay, "a finite number of 0 or more", lambda v: v >= 0)
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    if not any(layer.lora_B.requires_grad for layer in layers):
+        raise ValueError("model has no ResLoRALinear that trains: adapt it first, with apply_reslora or load_adapter")
+    of_b = {id(layer.lora_B) for layer in layers}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fast = lr * loraplus_lr_ratio
+    groups = [
+        {"params": [p for p in trained if p.dim() != 1 and id(p) not in of_b], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in of_b], "lr": fast, "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() == 1], "lr": fast, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class RankAllocator:
@@ -139,3 +183,54 @@ class RankAllocator:
 
     def _score(self, name: str, kind: str, axis: int) -> Tensor:
         return (self._mean[name, kind] * self._uncertainty[name, kind]).float().mean(axis)
+
+
+def restart_reslora(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **merge: Any) -> MergeReport:
+    """Merge the adapters into the frozen weights for good and start them again, so that the updates' ranks add up.
+
+        for step, batch in enumerate(batches):
+            if step and step % 1000 == 0:
+                restart_reslora(model, optimizer, calibration=batches[:16])
+            ...
+
+    From then on the weights are not those of the base model: save the whole model (``state_dict``); ``save_adapter``
+    and ``export_peft`` refuse.
+
+    Args:
+        model: an adapted model; changed in place.
+        optimizer: what trains it; it forgets its state of the adapters, which belongs to the old ones. The learning
+            rate is the caller's: ReLoRA warms it up again.
+        merge: arguments of ``merge_reslora`` other than ``keep_original`` and ``dequantize``.
+
+    Returns:
+        what ``merge_reslora`` returns.
+
+    Raises:
+        TypeError, ValueError: as ``merge_reslora``, or the model has several adapters, which share the weights, or
+            magnitudes (``use_dora``). The model and the optimizer are unchanged then.
+    """
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    if unknown := merge.keys() & {"keep_original", "dequantize"}:
+        raise TypeError(f"a restart merges for good, into plain weights: it takes no {', '.join(sorted(unknown))}")
+    layers, record = adapted_layers(model), record_of(model)
+    refuse_beside(model, "restarted", "its save_pretrained would leave the merged weights out; use apply_reslora")
+    if record.others:
+        raise ValueError(f"the adapters {[record.name, *record.others]} share the weights: delete the others first")
+    if record.tables:
+        raise ValueError(
+            "trained tokens (trainable_token_indices) are values, not updates that add up: train without them"
+        )
+    if record.config.use_dora:
+        raise ValueError("magnitudes (use_dora=True) are not low-rank updates that add up: train without them")
+    report = merge_reslora(model, keep_original=False, **merge)
+    record.merged = None
+    record.restarts += 1
+    for layer in layers.values():
+        layer.merged = False
+        layer.reset_lora_parameters()
+        for parameter in layer.adapter_parameters().values():
+            parameter.grad = None
+            if optimizer is not None:
+                optimizer.state.pop(parameter, None)
+    return report
