@@ -12,8 +12,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-SHOWN = ("benchmarks/results/*.json", "benchmarks/results/**/*.png", "benchmarks/results/*/REPORT.md")
-SHOWN += ("examples/*.py", "examples/README.md", "CHANGELOG.md")
+SHOWN = ("benchmarks/results/*.json", "benchmarks/results/**/*.png", "benchmarks/results/*/REPORT.md", "examples/*.py")
 OUTSIDE = re.compile(r"\]\(\.\./((?:\.\./)*(?:benchmarks|examples)/)")
 
 

@@ -428,3 +428,29 @@ class TestCalls:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert max_error(compiled(x, 3), model(x, 3)) < 1e-13
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
+def test_nothing_crosses_packed_samples(shortcut: str, pre_num: int) -> None:
+    """A padding-free batch of three samples in one row gives each the gradients and outputs that it has by itself.
+
+    LLaMA's norms compute in float32.
+    """
+    from transformers import DataCollatorWithFlattening
+
+    from .models import VOCABULARY, llama
+
+    model = adapted(llama(), shortcut, pre_num).train()
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randint(2, VOCABULARY, (length,), generator=generator) for length in (5, 9, 4)]
+    packed = DataCollatorWithFlattening()([{"input_ids": sample.tolist()} for sample in samples])
+    assert packed["position_ids"].tolist() == [[*range(5), *range(9), *range(4)]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    together = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits
+    alone = torch.cat([model(input_ids=sample[None], use_cache=False).logits for sample in samples], 1)
+    assert relative_error(together, alone) < 1e-6
+    direction = torch.randn(alone.shape, generator=generator, dtype=alone.dtype)
+    for got, want in zip(
+        *(torch.autograd.grad((y * direction).sum(), trained) for y in (together, alone)), strict=True
+    ):
+        assert relative_error(got, want) < 1e-5

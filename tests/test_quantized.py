@@ -219,8 +219,8 @@ def test_refused() -> None:
         QuantizedResLoRALinear.from_linear(nn.Linear(8, 8), ResLoRAConfig())
     with pytest.raises(TypeError, match=r"must be an nn\.Linear with a plain weight, got Linear4bit"):
         ResLoRALinear.from_linear(bitsandbytes.nn.Linear4bit(64, 64), ResLoRAConfig())
-    with pytest.raises(ValueError, match="quantised weights"):
-        shard_reslora(adapted("nf4"), [])
+    with pytest.raises(ValueError, match="is quantised by bitsandbytes and cannot be cut"):
+        shard_reslora(adapted("llm.int8"), [])
     with pytest.raises(RuntimeError, match="not quantised yet: move the model to its device"):
         quantizer.dequantize(bitsandbytes.nn.Linear4bit(64, 64))
 

@@ -1,4 +1,4 @@
-"""Tensor parallel plans: two processes equal one, and so do two times two with FSDP2 across them.
+"""Tensor parallel plans: two processes equal one, and so do two times two with FSDP2 across them; quantised bases.
 
 All scenarios run in one group of four processes; each test reads what its scenario found.
 """
@@ -26,6 +26,10 @@ EXACT = [
     "tp start",
     "tp x fsdp dora",
     "merged dora",
+    *(f"nf4 {kind} {shortcut}" for kind in ("ddp", "fsdp") for shortcut in SHORTCUTS),
+    "nf4 in bfloat16 fsdp",
+    "torchao ddp",
+    "offloaded",
 ]
 
 
@@ -66,6 +70,12 @@ def test_adapters_go_from_any_layout_to_any_other(reports: list[Report]) -> None
         assert result["outputs"] < 1e-12
 
 
+def test_sharded_checkpoints_go_on_elsewhere(reports: list[Report]) -> None:
+    """Adapters and AdamW's moments, by torch.distributed.checkpoint in the background, from four processes."""
+    for result in found(reports, "checkpointed"):
+        assert [result[layout] for layout in ("one", "two", "two by two")] == [True, True, True]
+
+
 def test_dropout_is_one_function_of_its_parameters(reports: list[Report]) -> None:
     for result in found(reports, "dropped"):
         assert result["alike"]
@@ -94,6 +104,8 @@ def test_plan_of_transformers_goes_on_after_unloading(reports: list[Report]) -> 
         ("no mesh", "give mesh="),
         ("sequential", "load and merge it in one process"),
         ("switched", "cannot be switched"),
+        ("torchao", "quantised by torchao and cannot be cut"),
+        ("cast", "bnb_4bit_quant_storage=torch.float16"),
         ("sharded", "load and merge it in one process"),
         ("unchanged", ""),
     ],

@@ -14,10 +14,9 @@ from ..config import ResLoRAConfig, checked_config
 from ..dtensors import placements_of, refuse_fsdp, refuse_zero3
 from ..layers.adapter import AdapterLayer
 from ..layers.experts import ResLoRAExperts, TargetParameter
-from ..layers.kinds import config_of, kind_of, weight_of
+from ..layers.kinds import config_of, kind_of
 from ..layers.shortcuts import hands_on
 from ..quantizers.bitsandbytes import keep_order
-from . import trained_tokens
 from .base_checkpoint import undefined
 from .foreign_hooks import refuse_foreign_hooks
 from .given_chains import Chains, plan_chains
@@ -100,8 +99,7 @@ def adapt(
 ) -> None:
     """Swap ``targets``, freeze the rest, and link the chains."""
     config = record.config
-    _refuse_mixed_layouts(targets, plans, config)
-    found = trained_tokens.tables(model, config, targets)
+    _refuse_layouts(targets, plans, config)
     experts = names_of_experts(plans)
     configs = {
         name: without_hand_over(config_of(config, name, base)) if name in experts else config_of(config, name, base)
@@ -109,7 +107,6 @@ def adapt(
     }
     keep_order(model)
     _swap(model, targets, config, configs, autocast_adapter_dtype, init_values)
-    trained_tokens.attach(model, record, found, autocast_adapter_dtype)
     record.layer_names = [without_compiled(name) for name in targets]
     record.kept |= undefined(model)
     model.__dict__["_reslora"] = record
@@ -117,8 +114,14 @@ def adapt(
     build_chains(model, plans)
 
 
-def _refuse_mixed_layouts(targets: Mapping[str, nn.Module], plans: Sequence[ChainPlan], config: ResLoRAConfig) -> None:
-    """ValueError where a tensor parallel plan spreads the layers of one chain in different ways."""
+def _refuse_layouts(targets: Mapping[str, nn.Module], plans: Sequence[ChainPlan], config: ResLoRAConfig) -> None:
+    """ValueError where a tensor parallel plan spreads another target than an nn.Linear, or parts of a chain unlike."""
+    for name, base in targets.items():
+        if not isinstance(base, nn.Linear) and placements_of(getattr(base, "weight", None)) != "whole":
+            raise ValueError(
+                f"{name!r} is spread by a tensor parallel plan and is no nn.Linear: leave it out of the plan, or out "
+                "of target_modules and target_parameters"
+            )
     if config.shortcut == "none":
         return
     for plan in plans:
@@ -172,8 +175,7 @@ def _swap(
 def _adapted(module: Any, config: ResLoRAConfig, autocast_adapter_dtype: bool, init_values: bool) -> AdapterLayer:
     kind = ResLoRAExperts if isinstance(module, TargetParameter) else kind_of(module)
     assert kind is not None
-    weight = weight_of(module)
-    dtype = None if autocast_adapter_dtype or not weight.is_floating_point() else weight.dtype
+    dtype = None if autocast_adapter_dtype or not module.weight.is_floating_point() else module.weight.dtype
     return kind.from_linear(module, config, dtype, init_values=init_values)
 
 

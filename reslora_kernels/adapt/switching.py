@@ -105,15 +105,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) first")
-    parts = (*adapted_layers(model).values(), *record_of(model).tables.values())
-    before = {part: part.disabled for part in parts}
+    before = {layer: layer.disabled for layer in adapted_layers(model).values()}
     try:
-        for part in before:
-            part.disabled = True
+        for layer in before:
+            layer.disabled = True
         yield
     finally:
-        for part, disabled in before.items():
-            part.disabled = disabled
+        for layer, disabled in before.items():
+            layer.disabled = disabled
 
 
 @contextmanager
@@ -165,11 +164,10 @@ def _known(record: Record, adapter_name: str) -> None:
 
 
 def _refuse_shared(config: ResLoRAConfig) -> None:
-    if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
+    if config.bias != "none" or config.modules_to_save:
         raise ValueError(
-            "several adapters need bias='none', modules_to_save=None and trainable_token_indices=None, as they share "
-            f"the base model: got bias={config.bias!r}, modules_to_save={config.modules_to_save!r}, "
-            f"trainable_token_indices={config.trainable_token_indices!r}"
+            "several adapters need bias='none' and modules_to_save=None, as they share the base model: got "
+            f"bias={config.bias!r}, modules_to_save={config.modules_to_save!r}"
         )
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "Measure speed, memory and accuracy against other libraries; compare runs; draw a report.",
     "demo": "Train, merge, export and compare all shortcuts on a small language model; write a report.",
     "finetune": "Fine-tune a Transformers model on your data.",
+    "plan": "Say what each of N GPUs would hold and send while a model trains, by layout.",
     "inspect": "Show which layers of a model are adapted, their chains and backends, and which are not.",
     "merge": "Merge an adapter into its base model and save the model.",
     "export": "Export an adapter as a PEFT LoRA adapter.",

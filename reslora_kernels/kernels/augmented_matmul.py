@@ -72,7 +72,7 @@ def first_ranks(
     return t_block, b_block.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["m", "da_parts", "db_parts"])
+@triton.jit
 def augmented_matmul_kernel(
     x,
     w,

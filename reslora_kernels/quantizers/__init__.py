@@ -5,6 +5,7 @@ A quantiser is one module of this folder with
     LIBRARY                     what it is called in messages
     recognises(linear) -> bool  whether the module's weight is held by it; asked of every ``nn.Linear``, so it must not
                                 import the library
+    shards(linear) -> bool      whether FSDP2 can cut the weight as it is held, and ``dequantize`` read it put together
     dtype(linear)               the floating dtype that the weight was quantised from, or is computed in
     dequantize(linear)          the weight [N, K] in floating point, a new tensor on the weight's device
 

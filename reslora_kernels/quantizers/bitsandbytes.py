@@ -14,8 +14,13 @@ def recognises(linear: nn.Linear) -> bool:
     return type(linear).__module__.startswith("bitsandbytes.")
 
 
+def shards(linear: nn.Linear) -> bool:
+    """4 bits are cut as packed; the scales, an eighth of them, stay whole. LLM.int8 hangs its scales on the weight."""
+    return _state(linear) is not None
+
+
 def dtype(linear: nn.Linear) -> torch.dtype:
-    state = getattr(linear.weight, "quant_state", None)
+    state = _state(linear)
     return torch.float16 if state is None else state.dtype  # LLM.int8 computes in float16
 
 
@@ -24,7 +29,7 @@ def dequantize(linear: nn.Linear) -> Tensor:
     from bitsandbytes import functional
 
     weight: Any = linear.weight
-    state = getattr(weight, "quant_state", None)
+    state = _state(linear)
     if getattr(state, "packing_format_for_cpu", False):  # another order, since an evaluation on a CPU with AVX512-BF16
         return _read_by_multiplying(weight.data, state)
     if state is not None:
@@ -36,6 +41,11 @@ def dequantize(linear: nn.Linear) -> Tensor:
         kind = type(linear).__name__
         raise RuntimeError(f"a {kind}'s weight is not quantised yet: move the model to its device first")
     return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales))
+
+
+def _state(linear: nn.Linear) -> Any:
+    """What 4 bits are read with. FSDP2 takes another parameter for the weight, without it; the module has it too."""
+    return getattr(linear.weight, "quant_state", None) or getattr(linear, "quant_state", None)
 
 
 def keep_order(model: nn.Module) -> None:

@@ -14,6 +14,10 @@ def recognises(linear: nn.Linear) -> bool:
     return type(linear) is nn.Linear and type(linear.weight).__module__.startswith("torchao.")
 
 
+def shards(linear: nn.Linear) -> bool:
+    return False
+
+
 def dtype(linear: nn.Linear) -> torch.dtype:
     return linear.weight.dtype
 

@@ -13,6 +13,7 @@ from ..adapt.record import adapted_layers, record_of
 from ..checks import check_module
 from ..dtensors import initialised, is_sharded, refuse_fsdp
 from ..layers.quantized_linear import QuantizedResLoRALinear
+from ..quantizers import quantizer_of
 
 _LENT = "_lent_adapters"
 
@@ -44,15 +45,13 @@ def shard_reslora(model: nn.Module, blocks: Iterable[nn.Module], **fully_shard_k
 
     Raises:
         TypeError: ``model`` or a block is not a module.
-        ValueError: ``model`` is not adapted, quantised, merged or sharded already; no block, or one that is not inside
-            the model; trained parameters outside the blocks differ in dtype from the adapters.
+        ValueError: ``model`` is not adapted, merged or sharded already, or quantised in a form that cannot be cut; no
+            block, or one that is not inside the model; trained parameters outside the blocks differ in dtype from the
+            adapters.
         RuntimeError: no process group, or a PyTorch before 2.7.
     """
     adapters = [p for layer in adapted_layers(model).values() for p in layer.adapter_parameters().values()]
-    if any(isinstance(layer, QuantizedResLoRALinear) for layer in adapted_layers(model).values()):
-        raise ValueError("model has quantised weights, which shard_reslora does not spread: use DDP")
-    if record_of(model).tables:
-        raise ValueError("trained tokens (trainable_token_indices) are read beside their shards: use DDP")
+    _check_quantized(model, fully_shard_kwargs.get("mp_policy"))
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) before sharding it")
     blocks = _checked_blocks(model, blocks)
@@ -99,6 +98,26 @@ def _checked_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Mo
     if len({id(block) for block in chosen}) != len(chosen):
         raise ValueError("blocks must not hold the same module twice")
     return chosen
+
+
+def _check_quantized(model: nn.Module, policy: Any) -> None:
+    """Packed weights are cut as they are; a policy that casts them to another dtype would change their bits."""
+    for name, layer in adapted_layers(model).items():
+        if not isinstance(layer, QuantizedResLoRALinear):
+            continue
+        quantizer = quantizer_of(layer.base_layer)
+        if quantizer is None or not quantizer.shards(layer.base_layer):
+            held = "merged" if quantizer is None else f"quantised by {quantizer.LIBRARY}"
+            raise ValueError(
+                f"the weight of {name!r} is {held} and cannot be cut by shard_reslora: use DDP, or a base in "
+                "bitsandbytes' 4 bits"
+            )
+        dtype, cast = layer.base_layer.weight.dtype, getattr(policy, "param_dtype", None)
+        if dtype.is_floating_point and cast not in (None, dtype):
+            raise ValueError(
+                f"the weight of {name!r} holds 4 bits packed as {dtype}, which mp_policy would cast to {cast}: "
+                f"quantise with bnb_4bit_quant_storage={cast}, or give a policy of param_dtype={dtype}"
+            )
 
 
 def _check_dtypes(

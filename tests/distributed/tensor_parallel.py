@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -47,7 +50,7 @@ from reslora_kernels.dtensors import fill, whole
 
 from ..models import randomize
 from .fsdp import refused
-from .residual import SHORTCUTS, Residual, adapters, batch, in_one_process, residual, train
+from .residual import SHORTCUTS, Residual, adapters, batch, difference, in_one_process, residual, shared_data, train
 
 Scenario = Callable[[Path], dict[str, Any]]
 MESH: Any = None  # (2, 2), dimensions "dp" and "tp"
@@ -302,6 +305,10 @@ def transformers_plan(folder: Path) -> dict[str, Any]:
     return report
 
 
+def shard(model: Any, **kwargs: Any) -> Any:
+    return shard_reslora(model, model.blocks, mesh=MESH["dp"], **kwargs)
+
+
 def refusals(folder: Path) -> dict[str, Any]:
     model = parallel("input")
     half_a_plan = parallelize_module(base(), MESH["tp"], {"blocks.0.up": ColwiseParallel()})
@@ -313,6 +320,10 @@ def refusals(folder: Path) -> dict[str, Any]:
         "no mesh": refused(lambda: shard_reslora(model, model.blocks)),
         "sequential": refused(lambda: merge_reslora(model, calibration=[batch(0)[0]], sequential=True)),
         "switched": refused(lambda: add_adapter(model, "other", hidden)),
+        "torchao": refused(lambda: shard(quantized("block", None))),
+        "cast": refused(
+            lambda: shard(quantized("block", torch.bfloat16), mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16))
+        ),
         "sharded": refused(lambda: merge_reslora(shard_reslora(model, model.blocks, mesh=MESH["dp"]))),
     }
     unchanged = before == [type(module) for module in half_a_plan.modules()]
@@ -320,7 +331,103 @@ def refusals(folder: Path) -> dict[str, Any]:
     return report
 
 
+def quantized(shortcut: str, storage: Any = torch.uint8) -> Any:
+    """In float64, with the layers of the blocks in NF4 (bitsandbytes), or int8 (torchao) where ``storage`` is None."""
+    import bitsandbytes
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # it repacks weights to what layers this small have not
+    torch.manual_seed(0)
+    model = Residual(blocks=3, width=32, inner=64).double()
+    for block in model.blocks:
+        for name in ("up", "down"):
+            linear, bias = getattr(block, name), getattr(block, name).bias
+            if storage is None:
+                quantize_(linear.float(), Int8WeightOnlyConfig())
+            else:
+                packed = bitsandbytes.nn.Linear4bit(
+                    linear.in_features, linear.out_features, quant_type="nf4", quant_storage=storage
+                )
+                packed.load_state_dict(linear.float().state_dict())
+                setattr(block, name, packed.to("cpu"))
+            getattr(block, name).bias = nn.Parameter(bias.detach().double())
+    example = torch.zeros(1, 2, 6, dtype=torch.float64)
+    apply_reslora(model, settings(shortcut, target_modules=("up", "down")), example_inputs=example)
+    for layer in adapted_layers(model).values():
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.double(), layer.lora_B.data.double()
+    return randomize(model)
+
+
+def quantized_base(shortcut: str, kind: str, folder: Path, storage: Any = torch.uint8) -> dict[str, Any]:
+    """QLoRA: four processes with rows of their own are one with all."""
+    alone = quantized(shortcut, storage)
+    expected = train(alone, batch), adapters(alone)
+    model = quantized(shortcut, storage)
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, init_sync=storage is not None)  # torchao's know no broadcast
+    else:
+        shard_reslora(model, model.blocks, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    losses = train(model, shared_data)
+    return {"difference": difference(losses, model, expected)}
+
+
+def offloaded(folder: Path) -> dict[str, Any]:
+    """FSDP2 with its offload policy: parameters and moments in main memory."""
+    model = residual("input")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shard_reslora(model, model.blocks, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    return {"difference": difference(train(model, shared_data), model, in_one_process("input"))}
+
+
+def checkpointed(folder: Path) -> dict[str, Any]:
+    """Adapters and moments saved by four processes go on in two, and in two times two with a plan, bit for bit."""
+    model = residual("middle")
+    shard_reslora(model, model.blocks, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(2):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(batch(step)[0]), batch(step)[1]).backward()
+        optimizer.step()
+    options = StateDictOptions(ignore_frozen_params=True)
+    dcp.async_save(
+        dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True)),
+        checkpoint_id=folder / "dcp",
+    ).result()
+    dist.barrier()
+    own, moments = adapters(model), moments_of(model, optimizer)
+    report: dict[str, Any] = {}
+    pair = residual("middle")
+    shard_reslora(pair, pair.blocks, mesh=MESH["dp"])
+    both = parallel("middle")
+    shard_reslora(both, both.blocks, mesh=MESH["dp"])
+    for name, other in (("two", pair), ("two by two", both), ("one", residual("middle"))):
+        its = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-2)
+        state = dict(zip(("model", "optimizer"), get_state_dict(other, its, options=options), strict=True))
+        dcp.load(state, checkpoint_id=folder / "dcp")
+        set_state_dict(
+            other, its, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )  # fmt: skip
+        report[name] = same(adapters(other), own) and same(moments_of(other, its), moments)
+    return report
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": whole(value)
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
 SCENARIOS: dict[str, Scenario] = {
+    **{f"nf4 ddp {shortcut}": partial(quantized_base, shortcut, "ddp") for shortcut in SHORTCUTS},
+    **{f"nf4 fsdp {shortcut}": partial(quantized_base, shortcut, "fsdp") for shortcut in SHORTCUTS},
+    "nf4 in bfloat16 fsdp": partial(quantized_base, "input", "fsdp", storage=torch.bfloat16),
+    "torchao ddp": partial(quantized_base, "middle", "ddp", storage=None),
+    "offloaded": offloaded,
+    "checkpointed": checkpointed,
     **{f"tp {shortcut}": partial(equals_one_process, shortcut) for shortcut in SHORTCUTS},
     **{f"tp sequence {shortcut}": partial(equals_one_process, shortcut, sequence=True) for shortcut in SHORTCUTS},
     "tp biases": partial(equals_one_process, "input", bias="lora_only"),
@@ -352,7 +459,7 @@ def main(folder: Path) -> None:
     MESH = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
     report = {}
     for name, scenario in SCENARIOS.items():
-        if os.environ.get("SCENARIOS", "") not in name:
+        if not any(part in name for part in os.environ.get("SCENARIOS", "").split("|")):
             continue
         start = time.perf_counter()
         try:

@@ -22,9 +22,9 @@ def interpreted(triton_interpreter: bool, monkeypatch: pytest.MonkeyPatch) -> It
     """Whether this test's kernels run in the interpreter; its programs run in the same order each time it is run."""
     if triton_interpreter:
         monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
-    select.forget()
+    select.unavailable_reason.cache_clear()
     yield triton_interpreter
-    select.forget()
+    select.unavailable_reason.cache_clear()
 
 
 @pytest.fixture
