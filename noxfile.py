@@ -1,7 +1,7 @@
 """The quick tests and those of torch.compile, on the oldest versions that are claimed and on the newest that pip finds.
 
 `make test-versions` runs it, each session in an environment of its own; ARGS="--session newest-3.12" picks one. A
-session of a Python that this machine lacks is left out. What was run so far stands in docs/versions.md.
+session of a Python that this machine lacks is left out. What was run so far stands in docs/limits.md.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cuda_launches
-from benchmarks.shipped_launches import STANDARD, Call, record
+from benchmarks.launches import STANDARD, Call, record, record_cuda
 from reslora_kernels.tuning import gpus
 from reslora_kernels.tuning.launch import Launch
 
@@ -58,7 +57,7 @@ def floors(call: Call) -> tuple[int, int]:
 
 def cuda_traffic(call: Call, setting: str = "one-pass-pair") -> tuple[Traffic, Traffic]:
     """Forward and backward pass of the CUDA backend under a ``RESLORA_CUDA_HOPPER``, all in one pass."""
-    forward, backward = cuda_launches.record(call, setting)
+    forward, backward = record_cuda(call, setting)
     again = (0, 2 * call.m * call.n)
     rows = [
         Traffic(f"{call}, CUDA, {setting}", direction, len(made), sum(size for _, size in made), floor, read_again)

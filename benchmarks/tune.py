@@ -33,8 +33,7 @@ from benchmarks.gpu_check.steps import write as write_whole
 from reslora_kernels.backends import cuda, hopper, select, triton
 from reslora_kernels.bench import results
 from reslora_kernels.bench.capture import warmed_up
-from reslora_kernels.bench.clocks import check_alive, clock_of
-from reslora_kernels.bench.roofline import measure_rates
+from reslora_kernels.bench.clocks import check_alive, clock_of, measure_rates
 from reslora_kernels.bench.timing import Plan, Subject, measure, percentiles
 from reslora_kernels.bench.workload import cache_bytes, sets_of
 from reslora_kernels.side_channel import Needs, SideChannel

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "params.h"
+#include "pass.h"
 
 namespace py = pybind11;
 using namespace reslora;
@@ -68,15 +68,21 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<Device>(m, "Device").def(py::init([](Address stream, int processors) {
         return Device{stream, processors};
     }));
+    py::class_<Pass>(m, "Pass")
+        .def(py::init<>())
+        .def("begin", &Pass::begin)
+        .def("end", [](const Pass&) { Pass::end(); })
+        .def("settle", &Pass::settle)
+        .def("__len__", &Pass::size)
+        .def("run", [](const Pass& pass, Address stream, int processors, const Pass::Addresses& addresses) {
+            pass.run({stream, processors}, addresses);
+        });
     m.def(
         "project",
         [](int math, Device device, Matrix x, Matrix a, const SideChannel& side, Address seed, std::uint32_t threshold,
-           Address partial, std::int64_t split, std::int64_t parts, [[maybe_unused]] bool hopper) {
+           Address partial, std::int64_t split, std::int64_t parts, bool hopper) {
             const Project p{x, a, {at<const std::int64_t>(seed), threshold}, side, at<float>(partial), split, parts};
-#ifdef RESLORA_HAS_SM90
-            if (hopper) return project_sm90(p, static_cast<Math>(math), device);
-#endif
-            project(p, static_cast<Math>(math), device);
+            Pass::make(ProjectCall{p, static_cast<Math>(math), hopper}, device);
         },
         py::arg("math"), py::arg("device"), py::kw_only(), py::arg("x"), py::arg("a"), py::arg("side"), py::arg("seed"),
         py::arg("threshold"), py::arg("partial"), py::arg("split"), py::arg("parts"), py::arg("hopper") = false);
@@ -85,15 +91,12 @@ PYBIND11_MODULE(_cuda, m) {
         [](int math, Device device, bool large, Matrix x, Matrix w, std::optional<Matrix> t, Matrix b,
            std::optional<Matrix> a, std::optional<SideChannel> side, Address bias, Address keep,
            std::int64_t keep_words, float scale, Output y, std::optional<Sum> first, std::optional<Sum> second,
-           Address partial, std::int64_t split, std::int64_t parts, [[maybe_unused]] int hopper) {
+           Address partial, std::int64_t split, std::int64_t parts, int hopper) {
             const AugmentedMatmul p{x, w, t.value_or(Matrix{}), b, a.value_or(Matrix{}), side.value_or(SideChannel{}),
                                     at<const void>(bias), at<const std::uint32_t>(keep), keep_words, scale, y,
                                     {first.value_or(Sum{}), second.value_or(Sum{})},
                                     at<float>(partial), partial ? split : x.columns, parts};
-#ifdef RESLORA_HAS_SM90
-            if (hopper) return augmented_matmul_sm90(p, static_cast<Math>(math), static_cast<Hopper>(hopper), device);
-#endif
-            augmented_matmul(p, static_cast<Math>(math), large, device);
+            Pass::make(MatmulCall{p, static_cast<Math>(math), large, hopper}, device);
         },
         py::arg("math"), py::arg("device"), py::arg("large"), py::kw_only(), py::arg("x"), py::arg("w"),
         py::arg("t") = py::none(), py::arg("b"), py::arg("a") = py::none(), py::arg("side") = py::none(),
@@ -104,15 +107,15 @@ PYBIND11_MODULE(_cuda, m) {
         "low_rank_grads",
         [](int math, Device device, std::optional<OuterProduct> da, std::optional<OuterProduct> db, std::int64_t split,
            std::int64_t parts) {
-            low_rank_grads({{da.value_or(OuterProduct{}), db.value_or(OuterProduct{})}, split}, static_cast<Math>(math),
-                           parts, device);
+            const LowRankGrads p{{da.value_or(OuterProduct{}), db.value_or(OuterProduct{})}, split};
+            Pass::make(GradsCall{p, static_cast<Math>(math), parts}, device);
         },
         py::arg("math"), py::arg("device"), py::kw_only(), py::arg("da"), py::arg("db"), py::arg("split"),
         py::arg("parts"));
     m.def(
         "finish",
         [](Device device, std::optional<Sum> first, std::optional<Sum> second) {
-            finish(first.value_or(Sum{}), second.value_or(Sum{}), device);
+            Pass::make(FinishCall{first.value_or(Sum{}), second.value_or(Sum{})}, device);
         },
         py::arg("device"), py::arg("first"), py::arg("second"));
 }

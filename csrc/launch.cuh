@@ -1,5 +1,6 @@
 // Launching, and choosing the instantiation for a type.
 #pragma once
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -34,11 +35,24 @@ inline int clusters_at_a_time(const void* kernel, int threads, int shared, int c
     return known ? count : 0;
 }
 
+// More than 48 KiB of shared memory must be allowed: once for a kernel and a GPU, as far as this thread knows.
+inline cudaError_t allow_shared(const void* kernel, int shared) {
+    thread_local std::map<std::pair<const void*, int>, int> allowed;
+    int gpu = 0;
+    cudaError_t error = cudaGetDevice(&gpu);
+    if (error != cudaSuccess) return error;
+    int& most = allowed[{kernel, gpu}];
+    if (shared <= most) return cudaSuccess;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error == cudaSuccess) most = shared;
+    return error;
+}
+
 template <class Params>
 void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device device,
          int cluster = 1, bool programmatic = false) {
     cudaError_t error = cudaSuccess;
-    if (shared > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (shared > 48 * 1024) error = allow_shared(reinterpret_cast<const void*>(kernel), shared);
     if (error == cudaSuccess) {
         cudaLaunchAttribute attributes[2]{};
         unsigned count = 0;

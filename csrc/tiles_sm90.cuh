@@ -1,5 +1,7 @@
 // What the kernels of sm_90a that multiply to y share: a block's tiles, their way out, the maps of the operands.
 #pragma once
+#include <tuple>
+
 #include "launch.cuh"
 #include "pipeline_sm90.cuh"
 
@@ -94,11 +96,19 @@ void run_tiles(const char* name, void (*kernel)(Params), const Params& p, Device
         P::CLUSTER, true);
 }
 
-// Of the matrix as its memory is ordered.
+// Of the matrix as its memory is ordered. A weight's is the same in every call, and those of activations come round.
 inline TensorMap map_of(const Matrix& m, int box_rows) {
+    constexpr std::size_t MOST = 4096;
+    using Form = std::tuple<const void*, Type, std::int64_t, std::int64_t, std::int64_t, int>;
+    thread_local std::map<Form, TensorMap> known;
     const bool by_rows = m.column == 1;
-    return encode_tensor_map(m.data, m.type, by_rows ? m.rows : m.columns, by_rows ? m.columns : m.rows,
-                             by_rows ? m.row : m.column, box_rows, DEPTH);
+    const std::int64_t rows = by_rows ? m.rows : m.columns, columns = by_rows ? m.columns : m.rows;
+    const std::int64_t stride = by_rows ? m.row : m.column;
+    const Form form{m.data, m.type, rows, columns, stride, box_rows};
+    const auto found = known.find(form);
+    if (found != known.end()) return found->second;
+    if (known.size() >= MOST) known.clear();
+    return known.emplace(form, encode_tensor_map(m.data, m.type, rows, columns, stride, box_rows, DEPTH)).first->second;
 }
 
 }  // namespace reslora

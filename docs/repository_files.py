@@ -12,7 +12,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-SHOWN = ("benchmarks/results/*.json", "benchmarks/results/**/*.png", "benchmarks/results/*/REPORT.md", "examples/*.py")
+SHOWN = ("benchmarks/results/*.json", "benchmarks/results/**/*.png", "benchmarks/results/*/REPORT.md")
+SHOWN += ("examples/*.py", "examples/README.md", "CHANGELOG.md")
 OUTSIDE = re.compile(r"\]\(\.\./((?:\.\./)*(?:benchmarks|examples)/)")
 
 

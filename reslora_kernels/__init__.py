@@ -11,13 +11,12 @@ from .files.save_load import load_adapter, save_adapter
 from .layers.checkpointing import checkpoint_context
 from .layers.linear import ResLoRALinear
 from .layers.link import link
+from .merge.combination import add_weighted_adapter
 from .merge.merging import merge_reslora, unmerge_reslora
 from .merge.statistics import collect_statistics
 from .merge.unloading import merge_and_unload, unload
-from .training.adalora import RankAllocator
 from .training.fsdp2 import shard_reslora
-from .training.loraplus import loraplus_groups
-from .training.relora import restart_reslora
+from .training.methods import RankAllocator, loraplus_groups, restart_reslora
 
 __all__ = [
     "RankAllocator",
@@ -26,6 +25,7 @@ __all__ = [
     "__version__",
     "adapter_names",
     "add_adapter",
+    "add_weighted_adapter",
     "apply_reslora",
     "checkpoint_context",
     "collect_statistics",

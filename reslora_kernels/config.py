@@ -46,6 +46,8 @@ class ResLoRAConfig:
         alpha_pattern: the same for ``lora_alpha``.
         modules_to_save: names or name endings of other modules to train whole (a classification head, say);
             ``save_adapter`` saves them with the adapter.
+        trainable_token_indices: tokens whose rows of the input embedding train whole, and those of a head that shares
+            them; or a dict of such lists by names or name endings of embeddings.
         layers_to_transform: only modules whose first numbered name component is one of these.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         use_dora: learn the length of every row of W + ΔW apart (DoRA, arXiv 2402.09353), with ΔW the layer's own update
@@ -76,6 +78,7 @@ class ResLoRAConfig:
     split_expert_r: bool = False
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = field(default=None, hash=False)
     layers_to_transform: int | Sequence[int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -131,6 +134,8 @@ class ResLoRAConfig:
             if isinstance(self.modules_to_save, str):
                 raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
             freeze(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
+        if self.trainable_token_indices is not None:
+            freeze(self, "trainable_token_indices", _token_indices(self.trainable_token_indices))
         if self.layers_to_transform is not None:
             freeze(self, "layers_to_transform", _layer_indices(self.layers_to_transform))
 
@@ -257,6 +262,23 @@ def _names(name: str, value: Any) -> str | tuple[str, ...]:
     if not names or not all(isinstance(item, str) and item for item in names):
         raise ValueError(f"{name} must be a list of at least one non-empty str, got {value!r}")
     return tuple(sorted(names)) if isinstance(value, (set, frozenset)) else names
+
+
+def _token_indices(value: Any) -> tuple[int, ...] | dict[str, list[int]]:
+    if isinstance(value, Mapping):
+        if not value or not all(isinstance(name, str) and name for name in value):
+            raise TypeError(f"trainable_token_indices must map names of embeddings to lists of int, got {value!r}")
+        return {name: list(_tokens(indices)) for name, indices in value.items()}
+    return _tokens(value)
+
+
+def _tokens(value: Any) -> tuple[int, ...]:
+    indices = tuple(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else ()
+    if not indices or any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
+        raise TypeError(f"trainable_token_indices must hold lists of at least one int, got {value!r}")
+    if min(indices) < 0 or len(set(indices)) < len(indices):
+        raise ValueError(f"trainable_token_indices must be 0 or more and each there once, got {value!r}")
+    return indices
 
 
 def _layer_indices(value: Any) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,29 +46,36 @@ class GoldenCase:
 
 @cache
 def golden_cases() -> tuple[GoldenCase, ...]:
-    """Every golden case, by name."""
+    """Every golden case, by name; none where the installation lacks their file, ``golden.safetensors``.
+
+    A tensor of it is called ``case/tensor``, and its metadata say of each case in JSON what was computed.
+    """
     from safetensors.torch import load
 
-    folder = resources.files(__package__) / "golden"
-    cases = []
-    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if not file.name.endswith(".safetensors"):
-            continue
-        content = file.read_bytes()
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        about = {key: json.loads(value) for key, value in header["__metadata__"].items()}
-        config = ResLoRAConfig(
-            r=about["r"],
-            lora_alpha=about["lora_alpha"],
-            shortcut=about["shortcut"],
-            pre_num=-1 if about["pre_num"] == "all" else about["pre_num"],
-            merge="input",
-        )
-        alpha = tuple(about["merge_alpha"]) if "merge_alpha" in about else None
-        cases.append(
-            GoldenCase(file.name.removesuffix(".safetensors"), config, about["num_layers"], alpha, load(content))
-        )
-    return tuple(cases)
+    file = resources.files(__package__) / "golden.safetensors"
+    if not file.is_file():
+        return ()
+    content = file.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in header["__metadata__"]}
+    for key, tensor in load(content).items():
+        name, _, of_case = key.partition("/")
+        tensors[name][of_case] = tensor
+    return tuple(
+        _golden_case(name, json.loads(header["__metadata__"][name]), tensors[name]) for name in sorted(tensors)
+    )
+
+
+def _golden_case(name: str, about: dict[str, Any], tensors: dict[str, Tensor]) -> GoldenCase:
+    config = ResLoRAConfig(
+        r=about["r"],
+        lora_alpha=about["lora_alpha"],
+        shortcut=about["shortcut"],
+        pre_num=-1 if about["pre_num"] == "all" else about["pre_num"],
+        merge="input",
+    )
+    alpha = tuple(about["merge_alpha"]) if "merge_alpha" in about else None
+    return GoldenCase(name, config, about["num_layers"], alpha, tensors)
 
 
 def max_error(actual: Tensor, truth: Tensor) -> float:

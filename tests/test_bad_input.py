@@ -160,13 +160,13 @@ class TestApply:
         )
 
     def test_unsuitable_models(self) -> None:
-        convolution = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(2, 2))
+        normalisation = nn.Sequential(nn.BatchNorm2d(1), nn.Linear(2, 2))
         raises(ValueError, "no torch.nn.Linear", lambda: apply_reslora(nn.Sequential(nn.ReLU()), ResLoRAConfig()))
         raises(
             ValueError,
-            "matches '0', a Conv2d",
-            lambda: apply_reslora(convolution, ResLoRAConfig(target_modules=["0"])),
-            convolution,
+            "matches '0', a BatchNorm2d",
+            lambda: apply_reslora(normalisation, ResLoRAConfig(target_modules=["0"])),
+            normalisation,
         )
         raises(ValueError, "no parent", lambda: apply_reslora(nn.Linear(2, 2), ResLoRAConfig()))
         model = adapted()

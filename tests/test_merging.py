@@ -20,10 +20,10 @@ from reslora_kernels import (
     merge_reslora,
     reference,
 )
-from reslora_kernels.merge import batch_cache as kept
 from reslora_kernels.merge import joint_fit as joint
-from reslora_kernels.merge.batch_cache import Kept
+from reslora_kernels.merge import sequential as kept
 from reslora_kernels.merge.closed_form import LowRankUpdate
+from reslora_kernels.merge.sequential import Kept
 from reslora_kernels.testing import max_error, relative_error
 
 from .models import randomize

@@ -306,8 +306,8 @@ def test_what_cannot_be_right_is_refused_by_name() -> None:
         model.merge_adapter(["other"], calibration=[LLAMA.batch(1)])
     with pytest.raises(ValueError, match="modules_to_save"):
         model.add_adapter("third", ResLoRAPeftConfig(**wanted(target_modules=["k_proj"], modules_to_save=["q_proj"])))
-    with pytest.raises(ValueError, match="Embedding"):
-        model.add_adapter("fourth", ResLoRAPeftConfig(target_modules=["q_proj", "embed_tokens"]))
+    with pytest.raises(ValueError, match="LlamaRMSNorm"):
+        model.add_adapter("fourth", ResLoRAPeftConfig(target_modules=["q_proj", "norm"]))
     with pytest.raises(ValueError, match="held by PEFT"):
         save_adapter(model, "never")
     with pytest.raises(ValueError, match="held by PEFT"):

@@ -85,7 +85,7 @@ def test_minimums_are_the_oldest_versions_that_are_tested() -> None:
 
 
 def test_table_of_versions_names_the_oldest() -> None:
-    table = (ROOT / "docs/versions.md").read_text()
+    table = (ROOT / "docs/limits.md").read_text()
     for name, oldest in pins("constraints-oldest.txt").items():
         assert re.search(rf"\| {name} \| {re.escape(oldest)} \|", table), name
 

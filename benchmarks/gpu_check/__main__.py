@@ -189,8 +189,8 @@ def goals_table(speed: dict[str, Any]) -> Any:
 
 def model_tables(speed: dict[str, Any]) -> list[Any]:
     """A training step of each model, with what others publish for one like it."""
+    from reslora_kernels.bench.comparison import model_table
     from reslora_kernels.bench.results import ModelMeasurement
-    from reslora_kernels.bench.tables import model_table
 
     rows = [ModelMeasurement(**row) for row in speed["models"]]
     return [model_table(name, list(group)) for name, group in groupby(rows, key=lambda row: row.key[0])]

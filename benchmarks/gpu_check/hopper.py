@@ -36,8 +36,7 @@ from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.bench import cases
 from reslora_kernels.bench.cases import LORA, Case
-from reslora_kernels.bench.clocks import check_alive, clock_of, one_line
-from reslora_kernels.bench.roofline import measure_rates
+from reslora_kernels.bench.clocks import check_alive, clock_of, measure_rates, one_line
 from reslora_kernels.bench.timing import Plan
 
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -14,9 +14,10 @@ from ..config import ResLoRAConfig, checked_config
 from ..dtensors import placements_of, refuse_fsdp, refuse_zero3
 from ..layers.adapter import AdapterLayer
 from ..layers.experts import ResLoRAExperts, TargetParameter
-from ..layers.kinds import config_of, kind_of
+from ..layers.kinds import config_of, kind_of, weight_of
 from ..layers.shortcuts import hands_on
 from ..quantizers.bitsandbytes import keep_order
+from . import trained_tokens
 from .base_checkpoint import undefined
 from .foreign_hooks import refuse_foreign_hooks
 from .given_chains import Chains, plan_chains
@@ -100,6 +101,7 @@ def adapt(
     """Swap ``targets``, freeze the rest, and link the chains."""
     config = record.config
     _refuse_layouts(targets, plans, config)
+    found = trained_tokens.tables(model, config, targets)
     experts = names_of_experts(plans)
     configs = {
         name: without_hand_over(config_of(config, name, base)) if name in experts else config_of(config, name, base)
@@ -107,6 +109,7 @@ def adapt(
     }
     keep_order(model)
     _swap(model, targets, config, configs, autocast_adapter_dtype, init_values)
+    trained_tokens.attach(model, record, found, autocast_adapter_dtype)
     record.layer_names = [without_compiled(name) for name in targets]
     record.kept |= undefined(model)
     model.__dict__["_reslora"] = record
@@ -175,7 +178,8 @@ def _swap(
 def _adapted(module: Any, config: ResLoRAConfig, autocast_adapter_dtype: bool, init_values: bool) -> AdapterLayer:
     kind = ResLoRAExperts if isinstance(module, TargetParameter) else kind_of(module)
     assert kind is not None
-    dtype = None if autocast_adapter_dtype or not module.weight.is_floating_point() else module.weight.dtype
+    weight = weight_of(module)
+    dtype = None if autocast_adapter_dtype or not weight.is_floating_point() else weight.dtype
     return kind.from_linear(module, config, dtype, init_values=init_values)
 
 

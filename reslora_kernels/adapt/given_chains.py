@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import ResLoRAConfig
-from ..layers.kinds import config_of, sizes_of
+from ..layers.kinds import config_of, signature_of
 from .structure import ChainPlan, structural_chains
 
 Chains = Mapping[str, Sequence[str]] | Sequence[Sequence[str]]
@@ -46,7 +46,7 @@ def _checked(chains: Any, targets: Mapping[str, nn.Module], config: ResLoRAConfi
             if name in taken:
                 raise ValueError(f"chains: {name!r} is in chain {taken[name]!r} and again in chain {title!r}")
             taken[name] = title
-        sizes = {name: (*sizes_of(targets[name]), config_of(config, name, targets[name]).r) for name in names}
+        sizes = {name: (*signature_of(targets[name]), config_of(config, name, targets[name]).r) for name in names}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"chains: the layers of chain {title!r} differ in (in_features, out_features, r): {sizes}")
     return plans

@@ -14,6 +14,7 @@ from ..forward_state import scope_pass
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.checkpointing import CarryThroughCheckpoints
+from ..layers.kinds import is_linear
 from ..layers.link import link
 from ..layers.shared_input import SharedInput
 from ..layers.shortcuts import hands_on
@@ -112,7 +113,7 @@ def confirm_order(
             ) from error
         record.note = f"a run with derived inputs failed ({type(error).__name__}: {error})"
         return
-    record.same_input = same_input(executed)
+    record.same_input = same_input([execution for execution in executed if is_linear(targets[execution.name])])
     turn = {execution.name: number for number, execution in enumerate(executed)}
     for plan in plans:
         ran = [name for name in plan.names if name in turn]

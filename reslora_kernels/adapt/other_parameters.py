@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..layers.adapter import AdapterLayer
 from ..layers.kinds import is_linear
 
 
@@ -28,7 +29,8 @@ def other_parameters(model: nn.Module) -> tuple[OtherRow, ...]:
 
     With the linear layers' own weights and biases, and the adapters, the rows add up to the model.
     """
-    seen: set[Tensor] = {p for module in model.modules() if is_linear(module) for p in module.parameters()}
+    layers = (module for module in model.modules() if is_linear(module) or isinstance(module, AdapterLayer))
+    seen: set[Tensor] = {p for layer in layers for p in layer.parameters()}
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for name, module in model.named_modules():
         own = {parameter for parameter in module._parameters.values() if parameter is not None} - seen

@@ -15,6 +15,8 @@ from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.shared_input import SharedInput
 
+TOKENS = "trained_tokens"  # the parameter of an embedding that holds the rows which train whole
+
 
 @dataclass
 class Record:
@@ -32,6 +34,7 @@ class Record:
     groups: list[SharedInput] = field(default_factory=list)  # the same, as layers, where they share their projection
     layer_names: list[str] = field(default_factory=list)  # of the adapted layers, as they were found
     kept: set[str] = field(default_factory=set)  # other parameters that are saved though frozen: the base lacks them
+    tables: dict[str, Any] = field(default_factory=dict)  # embeddings of which some rows train whole, by name
     restarts: int = 0  # how often restart_reslora has changed the weights for good
     merged: Any = None  # what merge_reslora did, while it is in force
     hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.adapter import AdapterLayer
+from .record import TOKENS
 
 _HANDLES = "_reslora_state_dict_hooks"
 
@@ -37,12 +38,14 @@ class _Watch:
 
     def __init__(self) -> None:
         self.absent: list[str] = []
+        self.is_base = False
 
     def before(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
         layers = {name: child for name, child in module.named_modules() if isinstance(child, AdapterLayer)}
         adapters = [[f"{prefix}{name}.{own}" for own in layer.adapter_parameters()] for name, layer in layers.items()]
         known = any(key in state for keys in adapters for key in keys)
         self.absent = [key for keys in adapters if not state.keys() & set(keys) for key in keys] if known else []
+        self.is_base = not known
         if not known and not all(layer.merged for layer in layers.values()):
             warnings.warn(
                 "the state dict holds no adapters, as that of a base model: the model's own stay as they are. To "
@@ -51,5 +54,8 @@ class _Watch:
             )
 
     def after(self, module: nn.Module, incompatible: Any) -> None:
+        if self.is_base:  # which has no rows of its own for tokens that train
+            missing = [key for key in incompatible.missing_keys if not key.endswith(f".{TOKENS}")]
+            incompatible.missing_keys[:] = missing
         incompatible.missing_keys.extend(self.absent)
         self.absent = []

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..config import PARAMETER_ADAPTER, ResLoRAConfig
-from ..layers.kinds import config_of, is_linear, kind_of, sizes_of
+from ..layers.kinds import config_of, is_linear, kind_of, signature_of
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
 _ATTRIBUTE = re.compile(r"(layer|block|stage)s?_?(\d+)")  # layer1, layer2, .. are a list as well
@@ -47,25 +47,38 @@ def structural_chains(
 ) -> list[ChainPlan]:
     """The chains of ``layers``, which can be adapted and are in ``model`` by name, without those in ``apart``."""
     place, apart = places(model), set(apart)
-    groups: dict[tuple[str, int, int, int, bool], list[str]] = {}
+    groups: dict[_Alike, list[str]] = {}
     for name, layer in layers.items():
         if name not in apart:
             role, _, expert = place[name]
             rank = config_of(config, name, layer).r
             role += f" ({experts} experts)" if (experts := getattr(layer, "num_experts", 0)) else ""
-            groups.setdefault((role, *sizes_of(layer), rank, expert), []).append(name)
+            groups.setdefault(_Alike(role, signature_of(layer), rank, expert), []).append(name)
     return [
-        ChainPlan(_title(key, list(groups)), sorted(names, key=lambda name: place[name].depth), key[-1])
+        ChainPlan(_title(key, list(groups)), sorted(names, key=lambda name: place[name].depth), key.expert)
         for key, names in groups.items()
     ]
 
 
-def _title(key: tuple[str, int, int, int, bool], keys: Sequence[tuple[str, int, int, int, bool]]) -> str:
-    """The role, with the sizes and the rank where they tell chains apart."""
-    role, k, n, r, _ = key
-    of_role = [other for other in keys if other[0] == role]
-    sizes = f" {k}->{n}" if len({other[1:3] for other in of_role}) > 1 else ""
-    return role + sizes + (f" r={r}" if len({other[3] for other in of_role}) > 1 else "")
+class _Alike(NamedTuple):
+    """What the layers of a chain have in common."""
+
+    role: str
+    signature: tuple[Any, ...]
+    rank: int
+    expert: bool
+
+
+def _title(key: _Alike, keys: Sequence[_Alike]) -> str:
+    """The role, with the sizes, the form and the rank where they tell chains apart."""
+    of_role = [other for other in keys if other.role == key.role]
+    k, n, *form = key.signature
+    title = key.role
+    if len({other.signature[:2] for other in of_role}) > 1:
+        title += f" {k}->{n}"
+    if len({other.signature[2:] for other in of_role if other.signature[:2] == (k, n)}) > 1:
+        title += f" {form}"
+    return title + (f" r={key.rank}" if len({other.rank for other in of_role}) > 1 else "")
 
 
 def places(model: nn.Module) -> dict[str, Place]:
@@ -133,9 +146,9 @@ class _Steps:
         self.numbers = _numbers(module, inside=bool(path.depth))
         listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
         elements = [child for part, child in module.named_children() if part in self.numbers]
-        self.elements = [element for element in elements if _linear_names(element)]
-        self.alike = len({(type(element), _linear_names(element)) for element in self.elements}) == 1
-        self.blocks = self.alike and not is_linear(self.elements[0])
+        self.elements = [element for element in elements if _layer_names(element)]
+        self.alike = len({(type(element), _layer_names(element)) for element in self.elements}) == 1
+        self.blocks = self.alike and kind_of(self.elements[0]) is None and _layer_names(self.elements[0]) != _ONE
         self.normed = any("norm" in type(part).__name__.lower() for one in self.elements[:1] for part in one.modules())
         self.choice = listed and self.alike and len(self.elements) > 1 and not self.normed and bool(path.depth)
         named = listed and "expert" in self.called.lower() and "shared" not in self.called.lower()
@@ -168,8 +181,17 @@ def _numbers(module: nn.Module, inside: bool) -> dict[str, int]:
     return numbers
 
 
-def _linear_names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, part in module.named_modules() if is_linear(part))
+_ONE = ("convolution",)  # with its norm and activation, it is a layer of a block and no block
+
+
+def _layer_names(module: nn.Module) -> tuple[str, ...]:
+    """The linear layers in a module. Of one without, only whether it holds other layers that can be adapted.
+
+    The first block of a stage of convolutions has another one in its shortcut, and is like the others all the same.
+    """
+    layers = [(name, part) for name, part in module.named_modules() if kind_of(part) is not None]
+    linear = tuple(name for name, part in layers if is_linear(part))
+    return linear or ((_ONE if len(layers) == 1 else ("convolutions",)) if layers else ())
 
 
 def _routed(container: nn.Module, owner: nn.Module | None, count: int) -> bool:

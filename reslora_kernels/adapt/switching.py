@@ -105,14 +105,15 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) first")
-    before = {layer: layer.disabled for layer in adapted_layers(model).values()}
+    parts = (*adapted_layers(model).values(), *record_of(model).tables.values())
+    before = {part: part.disabled for part in parts}
     try:
-        for layer in before:
-            layer.disabled = True
+        for part in before:
+            part.disabled = True
         yield
     finally:
-        for layer, disabled in before.items():
-            layer.disabled = disabled
+        for part, disabled in before.items():
+            part.disabled = disabled
 
 
 @contextmanager
@@ -164,10 +165,11 @@ def _known(record: Record, adapter_name: str) -> None:
 
 
 def _refuse_shared(config: ResLoRAConfig) -> None:
-    if config.bias != "none" or config.modules_to_save:
+    if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
         raise ValueError(
-            "several adapters need bias='none' and modules_to_save=None, as they share the base model: got "
-            f"bias={config.bias!r}, modules_to_save={config.modules_to_save!r}"
+            "several adapters need bias='none', modules_to_save=None and trainable_token_indices=None, as they share "
+            f"the base model: got bias={config.bias!r}, modules_to_save={config.modules_to_save!r}, "
+            f"trainable_token_indices={config.trainable_token_indices!r}"
         )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import ALL_LINEAR, PARAMETER_ADAPTER, ResLoRAConfig, pattern_matches
 from ..layers.adapter import AdapterLayer
-from ..layers.kinds import is_linear, kind_of
+from ..layers.kinds import is_linear, kind_of, known_kind_of
 from ..quantizers import quantizer_of
 from .base_checkpoint import output_head, task_heads
 from .matching import matches
@@ -54,9 +54,12 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     matched: dict[str, Any] = {}
     unmatched: list[tuple[str, str]] = []
     for name, module in model.named_modules():
+        if name in matched:
+            continue
         reason = _left_out(name, module, config, head) or passed_over(model, name, module, config)
         if reason is None:
             matched[name] = adaptable(name, module, config, model)
+            matched |= {f"{name}.{part}": inner for part, inner in known_kind_of(module).parts(module).items()}
         elif is_linear(module):
             unmatched.append((name, reason))
     matched |= find_parameters(model, config, matched)
@@ -128,10 +131,13 @@ def adaptable(name: str, module: nn.Module, config: ResLoRAConfig, model: nn.Mod
     kind = kind_of(module)
     if kind is None:
         raise ValueError(
-            f"{asked}, a {type(module).__name__}; only torch.nn.Linear and Conv1D can be adapted{_instead(module)}"
+            f"{asked}, a {type(module).__name__}; only linear layers, convolutions, embeddings and "
+            "nn.MultiheadAttention can be adapted. Another module can be trained whole: name it in modules_to_save"
         )
     if fault := kind.why_not(module):
         raise ValueError(f"{asked}, {fault}")
+    if fault := kind.refuses(module, config.for_module(name)):
+        raise ValueError(f"{asked}, a {type(module).__name__}, but {fault}")
     if fault := _incompatible(model, name):
         raise ValueError(f"{asked}, {fault}: leave it out of target_modules")
     if fault := _without_effect(model, name):
@@ -199,13 +205,6 @@ def with_parents(name: str) -> list[str]:
     """The names of the modules down to ``name``, itself included."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-
-
-def _instead(module: nn.Module) -> str:
-    """What to do about a module of a kind that is known and not adapted."""
-    if isinstance(module, nn.Embedding):
-        return ". An embedding can be trained whole: name it in modules_to_save"
-    return ""
 
 
 def endings_of(root: nn.Module, names: Sequence[str]) -> list[str] | str:

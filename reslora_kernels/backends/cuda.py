@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from contextlib import nullcontext
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,20 +17,21 @@ from torch import Tensor
 from .. import dropout as masks
 from ..dropout import Dropout
 from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, rows
-from ..tuning.launch import Sum, precision
-from ..tuning.tiles import MAX_RANK
-from . import hopper
+from ..tuning.launch import Sum, collected, precision, workspace
+from . import hopper, kinds
 from . import torch as library
 
 EXTENSION = "reslora_kernels._cuda"
 MIN_CAPABILITY = (8, 0)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/params.h
 BF16, FP16, TF32, IEEE = range(4)
 LARGE_TILE = 128  # rows and columns of y in a block, where that leaves no processor without one
 SMALL_TILE = 64
 ONE_PASS_RANK = 32  # of the portable kernel, which makes one pass of what is narrow only
 ROWS_PER_BLOCK, COLUMNS_PER_BLOCK = 64, 128  # of x in project, of a stream in low_rank_grads
+_FORWARD_FORMS = (hopper.ONE_PASS, hopper.FORWARD)
+_BACKWARD_FORMS = (hopper.DX_AND_DH, hopper.DX, hopper.DX_MASKED)
+_kinds = kinds.Kinds()
 
 
 def describe() -> str:
@@ -83,14 +84,7 @@ def _launch_failure() -> str | None:
 
 
 def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
-    device = "cpu" if getattr(_extension(), "EMULATED", False) else "cuda"
-    if x.device.type != device:
-        return f"x must be on a {device} device, got {x.device}"
-    if x.dtype not in DTYPES:
-        return f"x must be float32, float16 or bfloat16, got {x.dtype}"
-    if rank > MAX_RANK:
-        return f"a_stack's total rank must be at most {MAX_RANK}, got {rank}"
-    return None
+    return kinds.unsupported_reason(x, rank, "cpu" if getattr(_extension(), "EMULATED", False) else "cuda")
 
 
 def explain(x: Tensor, weight: Tensor, rank: int) -> str:
@@ -133,26 +127,54 @@ def forward(
     dropout: Dropout | None,
 ) -> Outputs:
     """See ``backends.torch.forward``; products are accumulated in float32 and rounded once, at the store."""
-    b = columns(b_stack)
-    y, scaling = x.new_empty(x.shape[0], weight.shape[0]), side.scaling
+    a, b, setting = rows(a_stack) if a_stack else None, columns(b_stack), hopper.setting()
     residual = None if residual is None else residual.to(x.dtype)
+    bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+    if a is None and residual is not None:
+        residual = residual.contiguous()
+    if a is not None:
+        a, b = _as_copied(setting, x, weight.shape[0], a, b, _FORWARD_FORMS, hopper.H)
+    operands = (x, weight, bias, a, b, residual, None if dropout is None else dropout.seed)
+    p = None if dropout is None else dropout.p
+    kind, addresses = kinds.kind_of(operands, "forward", side, p, precision(x.dtype), setting)
+    with kinds.on_device(x):
+        prepared = _kinds.find(kind)
+        y, handed, u = (
+            _run_first(kind, operands, lambda: _forward(x, weight, bias, a, b, residual, side, dropout))
+            if prepared is None
+            else prepared.run(x, addresses)
+        )
+    assert y is not None
+    return Outputs(y, handed, u)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor,
+    residual: Tensor | None,
+    side: SideChannel,
+    dropout: Dropout | None,
+) -> list[Tensor | None]:
+    """y, what is handed on, and u."""
+    y, scaling = x.new_empty(x.shape[0], weight.shape[0]), side.scaling
     bias_address = 0 if bias is None else bias.data_ptr()
-    if not a_stack:
+    if a is None:
         assert residual is not None
-        with _guard(x):
-            _augmented_matmul(x, weight.T, residual.contiguous(), b.T, y, scaling, bias=bias_address)
-        return Outputs(y, None, None)
-    a, u = rows(a_stack), x.new_empty(x.shape[0], b.shape[1])
+        _augmented_matmul(x, weight.T, residual, b.T, y, scaling, bias=bias_address)
+        return [y, None, None]
+    u = x.new_empty(x.shape[0], b.shape[1])
     handed = x.new_empty(x.shape[0], side.hand_stop - side.hand_start) if side.hands_on else None
     keep_scale = 1.0 if dropout is None else dropout.keep_scale
     channel = _side(residual, 0, u, handed, side.hand_start, side.c * keep_scale, keep_scale)
-    with _guard(x):
-        if dropout is None and (stacks := _in_one_pass(x, weight.T, a, b.T, hopper.ONE_PASS, scaling)):
-            _augmented_matmul(x, weight.T, None, stacks[1], y, scaling, a=stacks[0], side=channel, bias=bias_address)
-        else:
-            _project(x, a, channel, u.shape[1], dropout)
-            _augmented_matmul(x, weight.T, u, b.T, y, scaling, bias=bias_address)
-    return Outputs(y, handed, u)
+    if dropout is None and (stacks := _in_one_pass(x, weight.T, a, b.T, hopper.ONE_PASS, scaling)):
+        _augmented_matmul(x, weight.T, None, stacks[1], y, scaling, a=stacks[0], side=channel, bias=bias_address)
+    else:
+        _project(x, a, channel, u.shape[1], dropout)
+        _augmented_matmul(x, weight.T, u, b.T, y, scaling, bias=bias_address)
+    return [y, handed, u]
 
 
 def backward(
@@ -170,34 +192,107 @@ def backward(
     """See ``backends.torch.backward``."""
     if not a_stack:  # nothing to fuse with the frozen matmul
         return library.backward(dy, dhanded, x, weight, a_stack, b_stack, u, side, dropout, needs)
-    a, b = rows(a_stack), columns(b_stack)
+    a, b, setting = rows(a_stack), columns(b_stack), hopper.setting()
+    dhanded = None if dhanded is None else dhanded.to(dy.dtype)
+    x, u = x if needs.da else None, u if needs.db else None
+    types = (a.dtype, b.dtype)  # of their gradients
+    a, b = _as_copied(setting, dy, weight.shape[1], a, b, _BACKWARD_FORMS, hopper.DH)
+    dropout = dropout if needs.dx or needs.da else None
+    operands = (dy, dhanded, x, weight, a, b, u, None if dropout is None else dropout.seed)
+    p = None if dropout is None else dropout.p
+    kind, addresses = kinds.kind_of(operands, "backward", side, p, needs, types, precision(dy.dtype), setting)
+    with kinds.on_device(dy):
+        prepared = _kinds.find(kind)
+        return Gradients(
+            *(
+                _run_first(
+                    kind, operands, lambda: _backward(dy, dhanded, x, weight, a, b, u, side, dropout, needs, types)
+                )
+                if prepared is None
+                else prepared.run(dy, addresses)
+            )
+        )
+
+
+def _backward(
+    dy: Tensor,
+    dhanded: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor | None,
+    side: SideChannel,
+    dropout: Dropout | None,
+    needs: Needs,
+    types: tuple[torch.dtype, torch.dtype],
+) -> list[Tensor | None]:
+    """dx, da, db and dresidual."""
     m, k, rank = dy.shape[0], weight.shape[1], a.shape[0]
     dx = dy.new_empty(m, k) if needs.dx else None
-    da = torch.empty_like(a, memory_format=torch.contiguous_format) if needs.da else None
-    db = torch.empty_like(b, memory_format=torch.contiguous_format) if needs.db else None
-    dh = dy.new_empty(m, rank) if needs.dx or needs.da else None
+    da = a.new_empty(a.shape, dtype=types[0]) if needs.da else None
+    db = b.new_empty(b.shape, dtype=types[1]) if needs.db else None
+    dh = workspace(dy, m, rank) if needs.dx or needs.da else None
     dresidual = dy.new_empty(m, b.shape[1]) if needs.dresidual else None
-    bits = dy.new_empty(m, -(-k // 32), dtype=torch.int32) if needs.dx and dropout is not None else None
+    bits = workspace(dy, m, -(-k // 32), dtype=torch.int32) if needs.dx and dropout is not None else None
     keep_scale = 1.0 if dropout is None else dropout.keep_scale
-    dhanded = None if dhanded is None else dhanded.to(dy.dtype)
     channel = _side(dhanded, side.hand_start, dh, dresidual, 0, side.c * side.scaling, side.scaling)
-    with _guard(dy):
-        stacks = _in_one_pass(dy, weight, b.T, a, hopper.DX_AND_DH, 1.0) if dx is not None and dropout is None else None
-        if dx is not None and stacks:
-            _augmented_matmul(dy, weight, None, stacks[1], dx, 1.0, a=stacks[0], side=channel)
-        elif dh is not None or dresidual is not None:
-            _project(dy, b.T, channel, 0 if dh is None else rank, None)
-        left = _outer_products(dh, x, da, u, dy, db, dropout, bits, k, side.scaling)
-        sums = [None if entry is None else _sum(entry) for entry in left]
-        if dx is not None and not stacks:
-            assert dh is not None
-            keep, words = (0, 0) if bits is None else (bits.data_ptr(), bits.shape[1])
-            _augmented_matmul(
-                dy, weight, dh, a, dx, keep_scale, keep=keep, keep_words=words, first=sums[0], second=sums[1]
-            )
-        elif any(sums):
-            _extension().finish(_device_of(dy), *sums)
-    return Gradients(dx, da, db, dresidual)
+    stacks = _in_one_pass(dy, weight, b.T, a, hopper.DX_AND_DH, 1.0) if dx is not None and dropout is None else None
+    if dx is not None and stacks:
+        _augmented_matmul(dy, weight, None, stacks[1], dx, 1.0, a=stacks[0], side=channel)
+    elif dh is not None or dresidual is not None:
+        _project(dy, b.T, channel, 0 if dh is None else rank, None)
+    left = _outer_products(dh, x, da, u, dy, db, dropout, bits, k, side.scaling)
+    sums = [None if entry is None else _sum(entry) for entry in left]
+    if dx is not None and not stacks:
+        assert dh is not None
+        keep, words = (0, 0) if bits is None else (bits.data_ptr(), bits.shape[1])
+        _augmented_matmul(dy, weight, dh, a, dx, keep_scale, keep=keep, keep_words=words, first=sums[0], second=sums[1])
+    elif any(sums):
+        _extension().finish(_device_of(dy), *sums)
+    return [dx, da, db, dresidual]
+
+
+def _as_copied(
+    setting: str, x: Tensor, n: int, a: Tensor, b: Tensor, forms: tuple[str, ...], projected: str
+) -> tuple[Tensor, Tensor]:
+    """a and b as a kernel takes them that makes ``n`` columns of y: a Hopper kernel copies them, the others convert."""
+    rank = max(a.shape[0], b.shape[1])
+    if a.dtype == b.dtype == x.dtype or not hopper.copies(
+        setting, _extension(), x.device, x.dtype, x.shape, n, rank, forms, projected
+    ):
+        return a, b
+    return a.to(x.dtype), b.to(x.dtype)
+
+
+def _run_first(
+    kind: tuple[object, ...], operands: kinds.Operands, run: Callable[[], list[Tensor | None]]
+) -> list[Tensor | None]:
+    """What ``run`` returns; of a new kind, its launches are kept."""
+    if not _kinds.is_new(kind):
+        return run()
+    extension = _extension()
+    made = extension.Pass()
+    made.begin()
+    try:
+        with collected() as allocated:
+            results = run()
+    finally:
+        made.end()
+    x = operands[0]
+    assert x is not None
+    processors, stream_of = _processors(x), _stream_of(x.device)
+
+    def launching(place: dict[int, int]) -> Callable[[list[int]], None] | None:
+        addresses = [0] * (len(operands) + len(results) + len(allocated.workspaces))
+        for address, at in place.items():
+            addresses[at] = address
+        if not made.settle(addresses):
+            return None
+        return lambda addresses: made.run(stream_of(), processors, addresses)
+
+    _kinds.keep(kind, kinds.prepare(operands, tuple(results), allocated.workspaces, launching))
+    return results
 
 
 def _augmented_matmul(
@@ -226,7 +321,7 @@ def _partial(x: Tensor, y: Tensor) -> tuple[Tensor | None, int]:
     """Room for y in parts, and how much of the reduction each takes, where its tiles leave processors without any."""
     tiles = -(-y.shape[0] // SMALL_TILE) * -(-y.shape[1] // SMALL_TILE)
     split, parts = _split(x.shape[1], _processors(x) // tiles, 512)
-    return (y.new_empty(parts, *y.shape, dtype=torch.float32) if parts > 1 else None), split
+    return (workspace(y, parts, *y.shape, dtype=torch.float32) if parts > 1 else None), split
 
 
 def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, dropout: Dropout | None) -> None:
@@ -240,7 +335,7 @@ def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, dropout: Dropo
         a = converted if streamed else a
     wanted = _processors(x) // max(1, -(-m // ROWS_PER_BLOCK) * (1 if streamed else -(-width // ROWS_PER_BLOCK)))
     split, parts = _split(k, wanted, 256)
-    partial = x.new_empty(parts, m, rank, dtype=torch.float32) if parts > 1 else None
+    partial = workspace(x, parts, m, rank, dtype=torch.float32) if parts > 1 else None
     _extension().project(
         _math(x.dtype), _device_of(x), x=_matrix(x), a=_matrix(a), side=side,
         **_drawn(dropout), partial=0 if partial is None else partial.data_ptr(), split=split, parts=parts,
@@ -270,7 +365,7 @@ def _outer_products(
         matrices: dict[str, Any] = {"t": None, "stream": None, "partial": 0, "rank": 1}
         if da is not None and dh is not None and x is not None:
             keep_scale = 1.0 if dropout is None else dropout.keep_scale
-            first = Sum(da.new_empty(parts, *da.shape, dtype=torch.float32), da, keep_scale)
+            first = Sum(workspace(da, parts, *da.shape, dtype=torch.float32), da, keep_scale)
             matrices = {
                 "t": _matrix(dh), "stream": _matrix(x), "rank": da.shape[0],
                 "partial": first.partial.data_ptr(),
@@ -281,7 +376,7 @@ def _outer_products(
         )  # fmt: skip
     if db is not None:
         assert u is not None
-        second = Sum(db.new_empty(parts, *db.shape, dtype=torch.float32), db, scaling)
+        second = Sum(workspace(db, parts, *db.shape, dtype=torch.float32), db, scaling)
         of_b = _extension().OuterProduct(
             t=_matrix(u), stream=_matrix(dy), rank=db.shape[1], rows=m, columns=n,
             partial=second.partial.data_ptr(), row=1, column=db.shape[1],
@@ -376,8 +471,14 @@ def _side(
 
 def _device_of(tensor: Tensor) -> Any:
     """The current stream of the tensor's GPU, and how many multiprocessors it has."""
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
-    return _extension().Device(stream, _processors(tensor))
+    return _extension().Device(_stream_of(tensor.device)(), _processors(tensor))
+
+
+def _stream_of(device: torch.device) -> Callable[[], int]:
+    """What tells the address of the device's current stream."""
+    if device.type != "cuda":
+        return lambda: 0
+    return partial(torch._C._cuda_getCurrentRawStream, device.index)
 
 
 @cache
@@ -388,8 +489,3 @@ def _processors_of(index: int) -> int:
 
 def _processors(tensor: Tensor) -> int:
     return _processors_of(tensor.device.index) if tensor.is_cuda else 4
-
-
-def _guard(tensor: Tensor) -> Any:
-    """Kernels run on the tensor's GPU, whichever is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..tuning import measured
+from . import kinds
 
 VARIABLE = "RESLORA_CUDA_HOPPER"
 AUTO, OFF = "auto", "off"
@@ -140,10 +141,30 @@ def _choice(
     return KernelChoice(fastest, f"{said} fastest near this shape ({times[fastest]:.0f} us)")
 
 
+@lru_cache(maxsize=4096)
+def copies(
+    asked: str, extension: Any, device: torch.device, dtype: torch.dtype, shape: torch.Size, n: int, rank: int,
+    forms: tuple[str, ...], projected: str,
+) -> bool:  # fmt: skip
+    """Whether a Hopper kernel may serve x of this form: then it copies a and b as they are, which must have x's dtype.
+
+    Args:
+        forms: what the matmul to ``n`` columns may be, and ``projected`` what the projection to ``rank`` columns is.
+    """
+    m, k = shape
+    possible = [form for form in forms if rank <= ONE_PASS_RANK or form not in (ONE_PASS, DX_AND_DH)]
+    chosen = [_choice(asked, extension, device, dtype, "cuda_matmuls", form, m, n, k, rank) for form in possible]
+    if rank <= PROJECTED:
+        chosen.append(_choice(asked, extension, device, dtype, "cuda_projections", projected, m, rank, k, None))
+    return any(kernel not in (None, TWO_PASSES) for kernel, _ in chosen)
+
+
 def admit(rows: dict[str, list[dict[str, Any]]]) -> None:
     """In this process, put rows of "cuda_matmuls" and "cuda_projections" in the place of those in use."""
     measured.table().setdefault(GENERATION, {}).update(rows)
     _choice.cache_clear()
+    copies.cache_clear()
+    kinds.forget()
 
 
 def unavailable_reason(extension: Any, device: torch.device) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..tuning.gpus import gpu_of
 from ..tuning.measured import nearest
+from . import kinds
 
 PREFERENCE = ("triton", "cuda", "torch")  # "auto": the first that can serve the call, "cuda" only where it was measured
 OVERRIDE = "RESLORA_BACKEND"
@@ -138,6 +139,13 @@ def remember(kind: tuple[object, ...], decided: Any) -> None:
     if len(_chosen) >= MOST_KINDS:
         _chosen.clear()
     _chosen[(os.environ.get(OVERRIDE), kind)] = decided
+
+
+def forget() -> None:
+    """Decide anew from here on: which backends can run, or how fast, has changed."""
+    kinds.forget()
+    _chosen.clear()
+    unavailable_reason.cache_clear()
 
 
 def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import dropout as masks
 from ..dropout import Dropout
 from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, height, rows
+from . import kinds, select
 
 FEW_VALUES = 1 << 18  # up to here another read of x costs less than another operator
 FEW_ROWS = 32  # up to here dB [N, R] is written as it is; with more rows its transpose is so much faster to compute
@@ -63,7 +64,7 @@ def forward(
     if not a:
         assert residual is not None
         return Outputs(product_then_matmul(residual, low_b.t(), side.scaling, bias, x, weight.t()), None, None)
-    dropped = x if dropout is None else masks.drop(x, dropout)
+    dropped = x if dropout is None else _dropped(x, dropout)
     u, handed = _projected(dropped, a, low_b.shape[1], residual, side)
     return Outputs(product_then_matmul(u, low_b.t(), side.scaling, bias, x, weight.t()), handed, u)
 
@@ -127,7 +128,7 @@ def backward(
     assert du is not None
     whole_a = rows(a)
     dh = _gradient_of_h(du, dhanded, whole_a.shape[0], side)
-    mask = None if dropout is None else masks.keep_mask(dropout.seed, dy.shape[0], whole_a.shape[1], dropout.p)
+    mask = None if dropout is None else _keep_mask(dropout, dy.shape[0], whole_a.shape[1])
     if needs.da:
         assert x is not None
         da = _in(torch.mm(dh.t(), _masked(x, mask, dropout)), whole_a.dtype)
@@ -159,7 +160,7 @@ def composed(
     if not a:
         assert residual is not None
         return y.addmm_(residual, low_b, alpha=scaling), None
-    x, handed = x if dropout is None else masks.drop(x, dropout), None
+    x, handed = x if dropout is None else _dropped(x, dropout), None
     if own < len(a):
         handed, stop = linear(x, _in(rows(a[own:]), dtype)), 0
         a = a[:own]
@@ -197,6 +198,28 @@ def scaled_product(t: Tensor, b: Tensor, scale: float, like: Tensor | None = Non
     if like is None:
         return t.new_empty(t.shape[0], b.shape[1]).addmm_(t, b, beta=0, alpha=scale)
     return torch.addmm(like, t, b, beta=0, alpha=scale)
+
+
+def _keep_mask(dropout: Dropout, rows: int, columns: int) -> Tensor:
+    """``dropout.keep_mask``, by one kernel where there is one."""
+    if _kernel_draws(dropout.seed):
+        from ..kernels.keep_mask import keep_mask
+
+        with kinds.on_device(dropout.seed):
+            return keep_mask(dropout.seed, rows, columns, dropout.p)
+    return masks.keep_mask(dropout.seed, rows, columns, dropout.p)
+
+
+def _kernel_draws(seed: Tensor) -> bool:
+    """Whether Triton serves the seed's device, and no one is to see the mask's operations, to trace or change them."""
+    seen = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
+    if seen or torch._C._are_functorch_transforms_active() or not seed.is_cuda:
+        return False
+    return select.unavailable_reason("triton") is None
+
+
+def _dropped(x: Tensor, dropout: Dropout) -> Tensor:
+    return masks.apply_mask(x, _keep_mask(dropout, *x.shape), dropout.p)
 
 
 def _masked(x: Tensor, mask: Tensor | None, dropout: Dropout | None) -> Tensor:

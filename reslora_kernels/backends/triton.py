@@ -6,11 +6,10 @@ Importing this module does not import Triton; the kernels are loaded by the firs
 from __future__ import annotations
 
 import os
-import threading
-from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,22 +17,25 @@ from torch import Tensor
 from .. import dropout as masks
 from ..dropout import Dropout
 from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, rows
+from ..tuning.launch import collected, fits_tma, precision, workspace
+from . import kinds
 from . import torch as library
 
 if TYPE_CHECKING:
     from ..tuning.forms import FormChoice
     from ..tuning.gpus import Gpu
-    from ..tuning.launch import Sum
+    from ..tuning.launch import Collected, Sum
 
 MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (8, 0)
 ONE_PASS_RANK = 64
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_thread = threading.local()  # ``bound``: the devices whose context it has
+_kinds = kinds.Kinds()
 
 
 def describe() -> str:
-    return f"Triton {version('triton')} kernels"
+    reason = _direct().unknown_reason()
+    how = "launched directly once a kind of call is known" if reason is None else f"launched by JITFunction: {reason}"
+    return f"Triton {version('triton')} kernels, {how}"
 
 
 @cache
@@ -73,21 +75,12 @@ def _compile_failure() -> str | None:
 
 
 def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
-    from ..tuning.tiles import MAX_RANK
-
-    device = "cpu" if _interpreted() else "cuda"
-    if x.device.type != device:
-        return f"x must be on a {device} device, got {x.device}"
-    if x.dtype not in DTYPES:
-        return f"x must be float32, float16 or bfloat16, got {x.dtype}"
-    if rank > MAX_RANK:
-        return f"a_stack's total rank must be at most {MAX_RANK}, got {rank}"
-    return None
+    return kinds.unsupported_reason(x, rank, "cpu" if _interpreted() else "cuda")
 
 
 def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     """How a forward pass without dropout would be computed, and why."""
-    return _forward_choice(x, weight, rank, None, 1.0).reason
+    return _forward_choice(x, weight, rank, False, False, 1.0).reason
 
 
 def forward(
@@ -101,38 +94,68 @@ def forward(
     dropout: Dropout | None,
 ) -> Outputs:
     """See ``backends.torch.forward``; products are accumulated in float32 and rounded once, at the store."""
+    a, b = rows(a_stack) if a_stack else None, columns(b_stack)
+    bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+    if a is None and residual is not None:
+        residual = residual.to(x.dtype).contiguous()
+    draw = _Draw.of(dropout)
+    operands = (x, weight, bias, a, b, residual, draw.seed)
+    kind, addresses = kinds.kind_of(operands, "forward", side, draw[1:], precision(x.dtype))
+    with kinds.on_device(x):
+        prepared = _kinds.find(kind)
+        if prepared is not None and not _direct().hooked():
+            y, handed, u = prepared.run(x, addresses)
+        elif _kinds.is_new(kind):
+            with collected() as pass_made:
+                y, handed, u = outputs = _forward(x, weight, bias, a, b, residual, side, draw)
+            _kinds.keep(kind, _prepare(operands, outputs, pass_made, x))
+        else:
+            y, handed, u = _forward(x, weight, bias, a, b, residual, side, draw)
+        if y is None:
+            t = u if residual is None or u is not None else residual
+            assert t is not None
+            y = library.product_then_matmul(t, b.T.to(x.dtype), side.scaling, bias, x, weight.T)
+        return Outputs(y, handed, u)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor,
+    residual: Tensor | None,
+    side: SideChannel,
+    draw: _Draw,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """y, what is handed on, and u; no y where the library's matmul is to follow."""
     from ..kernels.augmented_matmul import OnePass, augmented_matmul
     from ..kernels.project import project
     from ..tuning.gpus import gpu_of
     from ..tuning.tiles import project_tile
 
-    a, b = rows(a_stack) if a_stack else weight[:0], columns(b_stack)
-    gpu, (m, k), n, rank = gpu_of(x.device), x.shape, weight.shape[0], a.shape[0]
-    choice = _forward_choice(x, weight, rank, dropout, side.scaling) if rank else _given_choice(x, weight, b.shape[1])
-    u = x.new_empty(m, b.shape[1]) if rank else None
+    gpu, (m, k), n = gpu_of(x.device), x.shape, weight.shape[0]
+    rank = b.shape[1] if a is None else a.shape[0]
+    choice = _forward_choice(x, weight, rank, a is None, draw.seed is not None, side.scaling)
+    u = None if a is None else x.new_empty(m, b.shape[1])
     handed = x.new_empty(m, side.hand_stop - side.hand_start) if side.hands_on else None
-    with _device(x):
-        t: Tensor | OnePass
-        if u is None:
-            assert residual is not None
-            t = residual.to(x.dtype).contiguous()
-        elif choice.form == "one_pass":
+    t: Tensor | OnePass | None = residual
+    if a is not None and u is not None:
+        if choice.form == "one_pass":
             t = OnePass(a, side.c, residual, u, handed, side.hand_start)
         else:
             t = u
-            draw = _Draw.of(dropout)
             for launch in project(
                 x, a, residual, draw.seed, u, handed, side.hand_start, c=side.c, threshold=draw.threshold,
                 keep_scale=draw.scale, tile=project_tile(gpu, m, k, rank, x.dtype),
             ):  # fmt: skip
                 launch.run()
-        if choice.tile is None:
-            assert isinstance(t, Tensor)
-            y = library.product_then_matmul(t, b.T.to(x.dtype), side.scaling, bias, x, weight.T)
-        else:
-            y = x.new_empty(m, n)
-            augmented_matmul(x, weight.T, bias, t, b.T, y, scale=side.scaling, gpu=gpu, tile=choice.tile).run()
-        return Outputs(y, handed, u)
+    if choice.tile is None:
+        return None, handed, u
+    assert t is not None
+    y = x.new_empty(m, n)
+    augmented_matmul(x, weight.T, bias, t, b.T, y, scale=side.scaling, gpu=gpu, tile=choice.tile).run()
+    return y, handed, u
 
 
 def backward(
@@ -151,45 +174,89 @@ def backward(
     if not a_stack:  # nothing to fuse with the frozen matmul
         return library.backward(dy, dhanded, x, weight, a_stack, b_stack, u, side, dropout, needs)
     a, b = rows(a_stack), columns(b_stack)
-    (m, n), k, (rank, rank_b) = dy.shape, weight.shape[1], (a.shape[0], b.shape[1])
+    draw = _Draw.of(dropout if needs.dx or needs.da else None)
+    x, u = x if needs.da else None, u if needs.db else None
+    operands = (dy, dhanded, x, weight, a, b, u, draw.seed)
+    kind, addresses = kinds.kind_of(operands, "backward", side, draw[1:], needs, precision(dy.dtype))
+    with kinds.on_device(dy):
+        prepared = _kinds.find(kind)
+        if prepared is not None and not _direct().hooked():
+            results = prepared.run(dy, addresses)
+        elif _kinds.is_new(kind):
+            with collected() as pass_made:
+                results = _backward(dy, dhanded, x, weight, a, b, u, side, draw, needs)
+            _kinds.keep(kind, _prepare(operands, tuple(results), pass_made, dy))
+        else:
+            results = _backward(dy, dhanded, x, weight, a, b, u, side, draw, needs)
+        dx, da, db, dresidual, dh = results
+        if needs.dx and dx is None:
+            assert dh is not None
+            dx = library.product_then_matmul(dh, a.to(dy.dtype), 1.0, None, dy, weight)
+    return Gradients(dx, da, db, dresidual)
+
+
+def _backward(
+    dy: Tensor,
+    dhanded: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor | None,
+    side: SideChannel,
+    draw: _Draw,
+    needs: Needs,
+) -> list[Tensor | None]:
+    """dx, da, db, dresidual, and dh where the library's matmul is to follow and make dx of it."""
     from ..kernels.augmented_matmul import augmented_matmul
     from ..kernels.low_rank_grads import finish
     from ..tuning.forms import choose, reads_dy_once
     from ..tuning.gpus import gpu_of
-    from ..tuning.launch import precision
 
-    gpu = gpu_of(dy.device)
+    (m, n), k, (rank, rank_b) = dy.shape, weight.shape[1], (a.shape[0], b.shape[1])
+    gpu, masked = gpu_of(dy.device), needs.dx and draw.seed is not None
+    forms = ("two_pass",) if masked else ("two_pass", "library")
+    choice = choose(gpu, m, k, n, rank, dy.dtype, precision(dy.dtype), forms, _aligned(dy, weight))
+    by_library = needs.dx and choice.tile is None
+    dh = dy.new_empty(m, rank) if by_library else workspace(dy, m, rank) if needs.dx or needs.da else None
     wanted = _Wanted(
         da=torch.empty_like(a, memory_format=torch.contiguous_format) if needs.da else None,
         db=torch.empty_like(b, memory_format=torch.contiguous_format) if needs.db else None,
-        dh=dy.new_empty(m, rank) if needs.dx or needs.da else None,
+        dh=dh,
         dresidual=dy.new_empty(m, rank_b) if needs.dresidual else None,
-        bits=dy.new_empty(m, -(-k // 32), dtype=torch.int32) if needs.dx and dropout is not None else None,
+        bits=workspace(dy, m, -(-k // 32), dtype=torch.int32) if masked else None,
     )
-    draw = _Draw.of(dropout if needs.dx or needs.da else None)
     x = dy.new_empty(0) if x is None else x
     u = dy.new_empty(0) if u is None else u
+    once = not wanted.can_split() or reads_dy_once(gpu, m, n, k, rank, rank_b, dy.dtype)
+    gradients = _one_read if once else _two_reads
+    left = gradients(gpu, wanted, dy, dhanded, x, k, b, u, draw, side)
     dx = None
-    with _device(dy):
-        gradients = (
-            _two_reads if wanted.can_split() and not reads_dy_once(gpu, m, n, k, rank, rank_b, dy.dtype) else _one_read
-        )
-        left = gradients(gpu, wanted, dy, dhanded, x, k, b, u, draw, side)
-        if needs.dx and wanted.dh is not None:
-            forms = ("two_pass", "library") if wanted.bits is None else ("two_pass",)
-            choice = choose(gpu, m, k, n, rank, dy.dtype, precision(dy.dtype), forms, _aligned(dy, weight))
-            if choice.tile is None:
-                dx = library.product_then_matmul(wanted.dh, a.to(dy.dtype), 1.0, None, dy, weight)
-            else:
-                dx = dy.new_empty(m, k)
-                augmented_matmul(
-                    dy, weight, None, wanted.dh, a, dx, scale=draw.scale, gpu=gpu, tile=choice.tile,
-                    bits=wanted.bits, sums=left,
-                ).run()  # fmt: skip
-                left = (None, None)
-        if any(left):
-            finish(*left, processors=gpu.processors).run()
-    return Gradients(dx, wanted.da, wanted.db, wanted.dresidual)
+    if needs.dx and choice.tile is not None:
+        assert dh is not None
+        dx = dy.new_empty(m, k)
+        augmented_matmul(
+            dy, weight, None, dh, a, dx, scale=draw.scale, gpu=gpu, tile=choice.tile, bits=wanted.bits, sums=left
+        ).run()
+    elif any(left):
+        finish(*left, processors=gpu.processors).run()
+    return [dx, wanted.da, wanted.db, wanted.dresidual, dh if by_library else None]
+
+
+def _prepare(operands: kinds.Operands, results: kinds.Operands, ran: Collected, like: Tensor) -> kinds.Prepared | None:
+    """The pass that was just run, for other addresses; None in the interpreter, and where no launcher is known."""
+    count = len(operands) + len(results) + len(ran.workspaces)
+    device = like.device.index or 0
+    return kinds.prepare(
+        operands, results, ran.workspaces, lambda place: _direct().launches(ran.launches, place, count, device)
+    )
+
+
+@cache
+def _direct() -> ModuleType:
+    from ..kernels import direct
+
+    return direct
 
 
 class _Wanted(NamedTuple):
@@ -294,13 +361,13 @@ def _two_reads(
     return da_left, db_left
 
 
-def _forward_choice(x: Tensor, weight: Tensor, rank: int, dropout: Dropout | None, scaling: float) -> FormChoice:
+def _forward_choice(x: Tensor, weight: Tensor, rank: int, given: bool, masked: bool, scaling: float) -> FormChoice:
+    """``given``: u is known. ``masked``: there is dropout."""
     from ..tuning.forms import choose
     from ..tuning.gpus import gpu_of
-    from ..tuning.launch import precision
 
     (m, k), n, products = x.shape, weight.shape[0], precision(x.dtype)
-    one_pass = dropout is None and rank <= ONE_PASS_RANK
+    one_pass = not given and not masked and rank <= ONE_PASS_RANK
     if x.dtype == torch.float16 and abs(scaling) > 1:
         one_pass = False  # it rounds s u to x's dtype before its product, which float16 may not hold
     if x.dtype == torch.float32 and products == "ieee":
@@ -309,37 +376,6 @@ def _forward_choice(x: Tensor, weight: Tensor, rank: int, dropout: Dropout | Non
     return choose(gpu_of(x.device), m, n, k, rank, x.dtype, products, forms, _aligned(x, weight))
 
 
-def _given_choice(x: Tensor, weight: Tensor, rank: int) -> FormChoice:
-    """As ``_forward_choice``, for u that is known."""
-    from ..tuning.forms import choose
-    from ..tuning.gpus import gpu_of
-    from ..tuning.launch import precision
-
-    (m, k), n, forms = x.shape, weight.shape[0], ("two_pass", "library")
-    return choose(gpu_of(x.device), m, n, k, rank, x.dtype, precision(x.dtype), forms, _aligned(x, weight))
-
-
 def _aligned(*operands: Tensor) -> bool:
     """Whether 16 bytes at a time can be loaded from every operand, along its rows or its columns."""
-    from ..tuning.launch import fits_tma
-
     return all(fits_tma(operand) or fits_tma(operand.T) for operand in operands)
-
-
-def _device(tensor: Tensor) -> Any:
-    """Kernels run on the tensor's GPU, whichever is current, in a thread that has a context."""
-    if not tensor.is_cuda:
-        return nullcontext()
-    if tensor.device not in getattr(_thread, "bound", ()):
-        _bind(tensor.device)
-    return torch.cuda.device(tensor.device)
-
-
-def _bind(device: torch.device) -> None:
-    """Give this thread the device's context, which the driver needs to encode tensor maps.
-
-    A thread that autograd has started has none before its first call of the CUDA runtime; an event is such a call.
-    """
-    with torch.cuda.device(device):
-        torch.cuda.current_stream(device).record_event()
-    _thread.bound = {*getattr(_thread, "bound", ()), device}

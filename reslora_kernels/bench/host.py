@@ -1,6 +1,7 @@
 """What a layer call costs before any arithmetic: layers so small that only Python and the dispatcher are timed.
 
 A stack of equal linears is called as a model is, through ``nn.Module``, without gradients, in training, and compiled.
+On a CPU the backends for GPUs are there too, eager, with launches that are counted instead of made: see ``stubs``.
 Beside PEFT stands the plainest ``autograd.Function`` that one would write by hand for LoRA: three products forward,
 five backward, no option at all.
 """
@@ -8,14 +9,15 @@ five backward, no option at all.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from reslora_kernels.bench import timing
+from reslora_kernels.bench import stubs, timing
 from reslora_kernels.bench.cases import LORA, Method
 from reslora_kernels.bench.clocks import check_alive, one_line
 from reslora_kernels.bench.peers import SCALING, HandWritten
@@ -65,8 +67,13 @@ class _HandWrittenLoRA(nn.Module):
         return y
 
 
-def subjects(case: HostCase, device: torch.device) -> Iterator[tuple[str, str, nn.Module | None]]:
-    """(provider, method, model) of everyone; no model where the provider's library is not there."""
+def subjects(
+    case: HostCase, device: torch.device, stubbed: Sequence[Literal["triton", "cuda"]] = ()
+) -> Iterator[tuple[str, str, nn.Module | None]]:
+    """(provider, method, model) of everyone; no model where the provider's library is not there.
+
+    Ours comes once as it chooses itself, and once for each backend that is stood in for.
+    """
 
     def linears() -> list[nn.Linear]:
         torch.manual_seed(0)
@@ -76,14 +83,17 @@ def subjects(case: HostCase, device: torch.device) -> Iterator[tuple[str, str, n
     yield FROZEN, "", nn.Sequential(*linears())
     yield FUNCTION, str(LORA), nn.Sequential(*(_HandWrittenLoRA(linear, case.r) for linear in linears()))
     yield PEFT, str(LORA), _peft(nn.Sequential(*linears()), case.r) if importlib.util.find_spec("peft") else None
-    for method in METHODS:
-        config = ResLoRAConfig(
-            r=case.r, lora_alpha=SCALING * case.r, shortcut=method.shortcut, pre_num=method.pre_num, lora_dropout=0.0
-        )
-        layers = [ResLoRALinear.from_linear(linear, config) for linear in linears()]
-        stack = nn.Sequential(*layers)
-        link(layers, root=stack)
-        yield OURS, str(method), stack
+    backends: list[Literal["auto", "torch", "triton", "cuda"]] = ["auto", *stubbed]
+    for backend in backends:
+        for method in METHODS:
+            config = ResLoRAConfig(
+                r=case.r, lora_alpha=SCALING * case.r, shortcut=method.shortcut, pre_num=method.pre_num,
+                lora_dropout=0.0, backend=backend,
+            )  # fmt: skip
+            layers = [ResLoRALinear.from_linear(linear, config) for linear in linears()]
+            stack = nn.Sequential(*layers)
+            link(layers, root=stack)
+            yield OURS if backend == "auto" else f"{OURS}, {backend} without launches", str(method), stack
 
 
 def _peft(stack: nn.Sequential, r: int) -> nn.Module:
@@ -97,11 +107,19 @@ def _peft(stack: nn.Sequential, r: int) -> nn.Module:
 
 def run_host(bench: Bench, case: HostCase, note: Callable[[str], None] = lambda _: None) -> list[Measurement]:
     """Every provider in interleaved rounds; seconds are of all layers of the case together."""
+    eager_on_cpu = bench.device.type == "cpu" and case.mode != "compiled"
+    with stubs.stubbed() if eager_on_cpu else nullcontext(()) as stubbed:
+        return _run_host(bench, case, note, stubbed)
+
+
+def _run_host(
+    bench: Bench, case: HostCase, note: Callable[[str], None], stubbed: Sequence[Literal["triton", "cuda"]]
+) -> list[Measurement]:
     rows: list[Measurement] = []
     running: list[timing.Subject] = []
     if case.mode == "compiled":
         torch.compiler.reset()
-    for provider, method, model in subjects(case, bench.device):
+    for provider, method, model in subjects(case, bench.device, stubbed):
         status, reason = (SKIPPED, "peft is not installed") if model is None else (TIMED, None)
         row = Measurement("host", str(case), provider, method, status, reason, shape=asdict(case))
         rows.append(row)

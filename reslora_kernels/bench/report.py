@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from reslora_kernels.bench import series
+from reslora_kernels.bench.comparison import duration, share
 from reslora_kernels.bench.figures import draw_all
 from reslora_kernels.bench.results import FAILED, REFUSED, TIMED, Measurement, Result
-from reslora_kernels.bench.tables import duration, share
 
 HTML_NAME = "report.html"
 LONGEST_BAR = 2.0  # doublings that fill half the width; beyond them a bar is cut, its number is not

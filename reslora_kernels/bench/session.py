@@ -1,4 +1,4 @@
-"""One run of the command: sets in order, results written after every case, whatever ends the run."""
+"""One run of the command: sets in order, one bar over all cases, results written after each, whatever ends the run."""
 
 from __future__ import annotations
 
@@ -6,25 +6,61 @@ import faulthandler
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from reslora_kernels.bench import results, timing
 from reslora_kernels.bench.cases import SETS, Case
-from reslora_kernels.bench.clocks import DeviceLostError, clock_of, one_line
+from reslora_kernels.bench.clocks import DeviceLostError, clock_of, measure_rates, one_line
+from reslora_kernels.bench.comparison import show_result
 from reslora_kernels.bench.host import HOST_SETS, HostCase, run_host
 from reslora_kernels.bench.model_cases import MODEL_SETS, ModelCase
 from reslora_kernels.bench.models import run_model
-from reslora_kernels.bench.progress import show_bar
 from reslora_kernels.bench.providers import Provider
-from reslora_kernels.bench.roofline import measure_rates
 from reslora_kernels.bench.suite import Bench, run_case
-from reslora_kernels.bench.tables import show_result
+
+
+class Bar:
+    """Advances by one case at a time; ``note`` says what the current one is at."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("cases", total=total, note="")
+        self._case = ""
+
+    def begin(self, case: str) -> None:
+        self._case = case
+        self.note("")
+
+    def note(self, text: str) -> None:
+        self._progress.update(self._task, note=escape(": ".join(part for part in (self._case, text) if part)))
+
+    def advance(self) -> None:
+        self._progress.update(self._task, advance=1)
+
+
+@contextmanager
+def show_bar(total: int, console: Console) -> Iterator[Bar]:
+    """A bar that lives as long as the ``with`` block."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=600, transient=True) as progress:
+        yield Bar(progress, total)
+
 
 QUICK_SECONDS, QUICK_ROUNDS = 2.5, 25
 Task = Case | ModelCase | HostCase

@@ -12,12 +12,11 @@ import torch
 
 from reslora_kernels.bench import capture, timing
 from reslora_kernels.bench.accuracy import Judge
+from reslora_kernels.bench.capture import peak_bytes, saved_bytes
 from reslora_kernels.bench.cases import Case, Method
-from reslora_kernels.bench.clocks import Clock, DeviceLostError, check_alive, clock_of, one_line
-from reslora_kernels.bench.memory import peak_bytes, saved_bytes
+from reslora_kernels.bench.clocks import Clock, DeviceLostError, Rates, check_alive, clock_of, floor_seconds, one_line
 from reslora_kernels.bench.providers import FROZEN, Provider
 from reslora_kernels.bench.results import FAILED, REFUSED, SKIPPED, TIMED, Measurement
-from reslora_kernels.bench.roofline import Rates, floor_seconds
 from reslora_kernels.bench.workload import Workload, cache_bytes, draw, input_sets
 
 AGAIN = "frozen, a second time"

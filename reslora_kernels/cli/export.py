@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from reslora_kernels.cli.merging import MergeOptions, with_merge_options
+from reslora_kernels.cli.merge import MergeOptions, with_merge_options
 from reslora_kernels.cli.output import whole_folder
 from reslora_kernels.files.peft_export import export_peft
 

@@ -51,7 +51,7 @@ def cases() -> tuple[GoldenCase, ...]:
     """The golden cases; an installation without any is an error, not a pass."""
     found = golden_cases()
     if not found:
-        raise FileNotFoundError("reslora_kernels/golden holds no golden vectors; reinstall reslora_kernels")
+        raise FileNotFoundError("reslora_kernels/golden.safetensors holds no golden vectors; reinstall reslora_kernels")
     return found
 
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..adapt.record import complete_layers, record_of, refuse_restarted, root_of
+from ..adapt.record import TOKENS, complete_layers, record_of, refuse_restarted, root_of
 from ..adapt.targets import endings_of
 from ..checks import check_bool
 from ..config import MergeMethod
 from ..dtensors import class_of, gathered, mesh_of, one_writer, refuse_partitioned, reshard
 from ..layers.adapter import AdapterLayer
 from ..layers.experts import ResLoRAExperts
+from ..layers.linear import ResLoRALinear
 from ..layers.transposed_linear import TransposedResLoRALinear
 from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
 from ..merge.statistics import Statistics
-from . import diffusers_layout
-from .adapter_format import checked_folder, serialized, sync_folder, write_durably
+from .adapter_format import checked_folder, parsed_tensors, regular, serialized, sync_folder, write_durably
 from .beside import Beside, beside
 from .model_card import CARD_NAME, Card, may_write_card, merges_of
 from .peft_compatibility import refuse_rewritten, refuse_twice_registered, task_of
@@ -40,6 +42,9 @@ from .peft_parameters import (
 Layout = Literal["peft", "diffusers"]
 
 PREFIX = "base_model.model."
+PEFT_TOKENS = "token_adapter.trainable_tokens_delta"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+_COMPONENTS = {r".*UNet.*": "unet", r".*Transformer\d*D?Model": "transformer", "CLIPTextModel": "text_encoder"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,9 @@ def export_peft(
     part = _part(root_of(model), layout, component, pattern)
     _refuse_whole_model(folder)
     refuse_twice_registered(root_of(model), layers)
+    for name, layer in layers.items():
+        if layer.exports is not None:
+            raise ValueError(f"layer {name!r} cannot be exported: {layer.exports}; merge the model and save it whole")
     merged = record_of(model).merged
     if merged is not None:
         if any((method, statistics is not None, calibration is not None, sequential, joint_steps, extra_rank)):
@@ -138,41 +146,45 @@ def export_peft(
         )  # fmt: skip
     ranks = {name: update.rank for name, update in updates.items()}
     rank = max(ranks.values())
+    rank += -rank % lcm(*(layer.kernel_groups for layer in layers.values()))
     reshard(model)
     others = beside(model)
     if part is not None:
-        diffusers_layout.refuse_beside(others)
+        _refuse_more_than_lora(others)
     tensors: dict[str, Tensor] = {}
     of_parameters = {parameter_of(name): name for name, layer in layers.items() if isinstance(layer, ResLoRAExperts)}
     wrappers = wrapper_names(root_of(model), of_parameters)
     apart: dict[str, tuple[Tensor, Tensor]] = {}
     for name, update in updates.items():
-        dtype = layers[name].lora_A.dtype
-        padding = 0 if pattern else rank - update.rank
-        a = nn.functional.pad(update.a, (0, 0, 0, padding))
-        b = nn.functional.pad(update.b * update.scaling, (0, padding))
+        layer, width = layers[name], update.rank if pattern else rank
+        a, b = update.a, update.b * update.scaling
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"layer {name!r}: the update holds NaN or Inf; nothing was written")
-        pairs = {name: (a, b)}
-        if isinstance(layers[name], ResLoRAExperts):
+        if isinstance(layer, ResLoRALinear):
+            matrices = {f"{name}.{own}": matrix for own, matrix in _for_peft(name, layer, a, b, width).items()}
+        else:
+            padding = width - update.rank
+            a, b = nn.functional.pad(a, (0, 0, 0, padding)), nn.functional.pad(b, (0, padding))
             if kind is not None and a.dim() == 3:
                 apart |= (pairs := one_by_one(kind, parameter_of(name), a, b))
             else:
                 pairs = {wrappers[parameter_of(name)]: flat(a, b)}
-        for module, (of_a, of_b) in pairs.items():
-            tensors[f"{module}.lora_A.weight"] = of_a.to("cpu", dtype).contiguous()
-            tensors[f"{module}.lora_B.weight"] = of_b.to("cpu", dtype).contiguous()
-        if layers[name].lora_magnitude_vector is not None:  # PEFT divides by its own norm of W + ΔW
-            layer = layers[name]
+            matrices = {
+                f"{module}.lora_{which}.weight": matrix
+                for module, pair in pairs.items()
+                for which, matrix in zip("AB", pair, strict=True)
+            }
+        tensors |= {own: matrix.to("cpu", layer.lora_A.dtype).contiguous() for own, matrix in matrices.items()}
+        if layer.lora_magnitude_vector is not None:  # PEFT divides by its own norm of W + ΔW
             weight = layer.with_update(update.delta()) if merged is None else layer.dense_weight(torch.float32)
             lengths = torch.linalg.vector_norm(weight, dim=1)
-            tensors[f"{name}.lora_magnitude_vector"] = lengths.to("cpu", dtype)
+            tensors[f"{name}.lora_magnitude_vector"] = lengths.to("cpu", layer.lora_A.dtype)
     biases, modules = _trained_whole(root_of(model), layers, others)
     extra, _ = gathered(_under_pefts_names(others, layers, modules))
     for name, tensor in extra.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"parameter {name!r} holds NaN or Inf; nothing was written")
-    linear = [name for name, layer in layers.items() if not isinstance(layer, ResLoRAExperts)]
+    linear = [name for name, layer in layers.items() if isinstance(layer, ResLoRALinear)]
     config = _peft_config(root_of(model), linear, rank, biases, modules)
     written_apart = {
         parameter_of(name) for name, layer in layers.items() if kind is not None and layer.lora_A.dim() == 3
@@ -183,6 +195,9 @@ def export_peft(
         of_experts = {name.rpartition(".")[2] for name in apart}
         config["target_modules"] = [*_listed(config["target_modules"]), *sorted(of_experts)]
     config["use_dora"] = record_of(model).config.use_dora
+    config["trainable_token_indices"] = {
+        name: list(table.indices) for name, table in record_of(model).tables.items()
+    } or None
     config["fan_in_fan_out"] = any(isinstance(layer, TransposedResLoRALinear) for layer in layers.values())
     if part is None and not apart:
         refuse_rewritten(root_of(model), config, {PREFIX + name: tensor for name, tensor in tensors.items()})
@@ -199,7 +214,7 @@ def export_peft(
                     "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
                 }
             else:
-                files = {diffusers_layout.LORA_NAME: diffusers_layout.content(folder, part, tensors)}
+                files = {LORA_NAME: _content_beside(folder, part, tensors)}
             if may_write_card(folder):
                 base, others_said = config["base_model_name_or_path"], {} if part is None else merges_of(folder)
                 card = Card(base, record_of(model).config, updates, rank, part, others_said)
@@ -210,6 +225,14 @@ def export_peft(
     return ExportReport(folder, ranks, rank, max(errors, default=None), never_ran)
 
 
+def _for_peft(name: str, layer: ResLoRALinear, a: Tensor, b: Tensor, rank: int) -> dict[str, Tensor]:
+    """The layer's update as PEFT holds it; ValueError, which names it, where it cannot."""
+    try:
+        return layer.for_peft(a, b, rank)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}; nothing was written") from None
+
+
 def _part(root: nn.Module, layout: str, component: str | None, pattern: bool) -> str | None:
     """What the pipeline calls the model; None for PEFT's layout."""
     if layout not in get_args(Layout):
@@ -217,7 +240,7 @@ def _part(root: nn.Module, layout: str, component: str | None, pattern: bool) ->
     if layout == "diffusers":
         if pattern:
             raise ValueError("layout='diffusers' has no place for patterns: pattern must be False, got True")
-        return diffusers_layout.component_of(root, component)
+        return _component_of(root, component)
     if component is not None:
         raise ValueError(f"component is for layout='diffusers', got {component!r} with layout='peft'")
     return None
@@ -264,14 +287,16 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
 
 def _trained_whole(root: nn.Module, layers: Mapping[str, AdapterLayer], others: Beside) -> tuple[bool, list[str]]:
     """Whether biases were trained by themselves, and the modules that were trained whole."""
-    modules = sorted({name.rpartition(".")[0] for name in others.trained if not name.endswith("bias")})
+    whole = [name for name in others.trained if not name.endswith(("bias", f".{TOKENS}"))]
+    modules = sorted({name.rpartition(".")[0] for name in whole})
     for module in modules:
         frozen = [
             name for name, parameter in root.get_submodule(module).named_parameters() if not parameter.requires_grad
         ]
         if frozen or module in layers:
             raise ValueError(f"a PEFT adapter saves whole modules, but of trained {module!r} {frozen[:3]} is frozen")
-    return any(not _is_in(name, modules) for name in others.trained), modules
+    biases = [name for name in others.trained if name.endswith("bias")]
+    return any(not _is_in(name, modules) for name in biases), modules
 
 
 def _listed(target_modules: list[str] | str) -> list[str]:
@@ -299,6 +324,41 @@ def _under_pefts_names(
     ]
     for name, parameter in (others.trained | others.frozen).items():
         owner, _, leaf = name.rpartition(".")
+        if leaf == TOKENS:
+            named[f"{owner}.{PEFT_TOKENS}"] = parameter
+            continue
         depth = 0 if _is_in(name, modules) else (owner in layers) + wrapped.count(owner)
         named[".".join((owner, *["base_layer"] * depth, leaf)) if depth else name] = parameter
     return named
+
+
+def _component_of(root: nn.Module, component: str | None) -> str:
+    """What the pipeline calls the model; ValueError where its class does not say it and ``component`` is None."""
+    if component is not None:
+        if not isinstance(component, str) or not component.isidentifier():
+            raise ValueError(f"component must be the name of a part of the pipeline, such as 'unet', got {component!r}")
+        return component
+    name = type(root).__name__
+    for pattern, part in _COMPONENTS.items():
+        if re.fullmatch(pattern, name):
+            return part
+    raise ValueError(
+        f"component must say which part of its pipeline the {name} is ('text_encoder_2', say): its class does not"
+    )
+
+
+def _refuse_more_than_lora(others: Beside) -> None:
+    """ValueError if there is more to save than LoRA matrices, which are all that the file can hold."""
+    for name in (*others.trained, *others.frozen):
+        raise ValueError(
+            f"layout='diffusers' holds LoRA matrices only, and the model has other parameters to save: {name!r}; "
+            "freeze it, or use layout='peft'"
+        )
+
+
+def _content_beside(folder: Path, component: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """The file with the tensors of this part of the pipeline; those of others that are in ``folder`` stay."""
+    path = folder / LORA_NAME
+    others = parsed_tensors(regular(path).read_bytes(), LORA_NAME) if path.exists() else {}
+    kept = {key: tensor for key, tensor in others.items() if not key.startswith(f"{component}.")}
+    return serialized(kept | {f"{component}.{key}": tensor for key, tensor in tensors.items()})

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from ..adapt.apply import apply_reslora
 from ..adapt.base_checkpoint import named_parameters
-from ..adapt.record import adapted_layers, record_of
+from ..adapt.record import TOKENS, adapted_layers, record_of
 from ..adapt.targets import endings_of
+from ..adapt.trained_tokens import token_shapes
 from ..config import PARAMETER_ADAPTER, ResLoRAConfig, Shortcut, pattern_matches
-from ..layers.kinds import kind_of, shapes_of, sizes_of
+from ..layers.kinds import kind_of, shapes_of
 from .adapter_format import checked_folder, parsed_json, parsed_tensors, regular
 from .beside import check_shared
-from .peft_export import PREFIX
+from .peft_export import PEFT_TOKENS, PREFIX
 from .peft_parameters import parameter_of, targets_in, unflattened, wrapper_names
 
+_MATRIX = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model's weights
-_OTHER_METHODS = ("lora_bias", "layer_replication", "trainable_token_indices")
+_OTHER_METHODS = ("lora_bias", "layer_replication")
 
 
 def load_peft_adapter(
@@ -60,18 +62,24 @@ def load_peft_adapter(
     about = _read_config(folder)
     matrices, others = _read_weights(folder)
     matrices = _of_parameters(model, about, matrices)
+    _refuse_attention(model, {name for name, _ in matrices})
+    others = _without_base_weights(model, {name for name, _ in matrices}, others)
     config = _config_of(about, model, matrices, shortcut, pre_num)
     _check_fit(config, model, matrices, others)
-    parameters = named_parameters(model)
     apply_reslora(model, config, example_inputs=example_inputs, autocast_adapter_dtype=autocast_adapter_dtype)
-    layers = adapted_layers(model)
+    layers, parameters = adapted_layers(model), named_parameters(model)
     record_of(model).kept |= others.keys()
     with torch.no_grad():
         for (name, kind), tensor in matrices.items():
-            getattr(layers[name], kind).copy_(tensor)
+            own: Tensor = getattr(layers[name], _own_name(kind))
+            own.copy_(tensor.view(own.shape))
         for name, tensor in others.items():
             parameters[name].copy_(tensor)
     return model
+
+
+def _own_name(kind: str) -> str:
+    return kind.removesuffix(".weight").replace("_embedding", "")
 
 
 def _content(folder: Path, name: str) -> bytes:
@@ -97,18 +105,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, Tensor]]:
-    """A, B and magnitudes by (module, name of the parameter), and what else was trained by the base model's names."""
+    """A, B and magnitudes by (module, PEFT's name in it), and what else was trained by the base model's names."""
     matrices: dict[tuple[str, str], Tensor] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in parsed_tensors(_content(folder, WEIGHTS), WEIGHTS).items():
         name = key.removeprefix(PREFIX)
-        module, _, kind = name.removesuffix(".weight").rpartition(".")
-        if kind in (("lora_A", "lora_B") if name.endswith(".weight") else ("lora_magnitude_vector",)):
-            matrices[module, kind] = tensor
+        found = _MATRIX.fullmatch(name)
+        if found is not None:
+            matrices[found[1], found[2]] = tensor
         elif "lora_" in name:
-            raise ValueError(f"{WEIGHTS}: tensor {key!r} is neither A, B nor magnitude of a linear layer")
+            raise ValueError(f"{WEIGHTS}: tensor {key!r} is neither A, B nor magnitude of a layer")
         else:
-            others[re.sub(r"(\.base_layer)+\.", ".", name)] = tensor
+            others[re.sub(r"(\.base_layer)+\.", ".", name).replace(PEFT_TOKENS, TOKENS)] = tensor
     return matrices, others
 
 
@@ -123,7 +131,7 @@ def _of_parameters(
     found = dict(matrices)
     for name, wrapper in wrapper_names(model, targets).items():
         try:
-            a, b = found.pop((wrapper, "lora_A")), found.pop((wrapper, "lora_B"))
+            a, b = found.pop((wrapper, "lora_A.weight")), found.pop((wrapper, "lora_B.weight"))
             count = targets[name].num_experts
             own = name + PARAMETER_ADAPTER
             found[own, "lora_A"], found[own, "lora_B"] = unflattened(a, b, count)
@@ -132,6 +140,27 @@ def _of_parameters(
                 f"the adapter does not fit the model: A or B of {name!r} is not there as PEFT writes it"
             ) from error
     return found
+
+
+def _refuse_attention(model: nn.Module, adapted: set[str]) -> None:
+    """ValueError, which names it, for an attention that PEFT adapts as a whole."""
+    for name, module in model.named_modules():
+        if name in adapted and isinstance(module, nn.MultiheadAttention):
+            raise ValueError(
+                f"{name!r} is an nn.MultiheadAttention, whose out_proj has its update twice in PEFT (as of 0.21): let "
+                "PEFT merge it into the base model (merge_and_unload), and call apply_reslora"
+            )
+
+
+def _without_base_weights(model: nn.Module, adapted: set[str], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``others`` without the weights of adapted embeddings, which PEFT saves along, where the model has the same."""
+    parameters = named_parameters(model)
+    same = {
+        name
+        for name, tensor in others.items()
+        if name.rpartition(".")[0] in adapted and name in parameters and torch.equal(parameters[name].cpu(), tensor)
+    }
+    return {name: tensor for name, tensor in others.items() if name not in same}
 
 
 def _config_of(
@@ -151,7 +180,8 @@ def _config_of(
             if any(pattern_matches(key, parameter_of(name)) for name in names)
         }
 
-    fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "modules_to_save")
+    fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "modules_to_save",
+              "trainable_token_indices")  # fmt: skip
     try:
         return ResLoRAConfig(
             **{field: about[field] for field in fields if field in about},
@@ -179,12 +209,14 @@ def _check_fit(
             shapes |= {f"{name}.lora_A": list(of_a), f"{name}.lora_B": list(of_b)}
             continue
         module = model.get_submodule(name)
-        if kind_of(module) is not None:  # of other modules apply_reslora says what they are
-            k, n = sizes_of(module)
-            shapes |= {f"{name}.lora_A": [r, k], f"{name}.lora_B": [n, r]}
+        if (kind := kind_of(module)) is not None:  # of other modules apply_reslora says what they are
+            shapes |= {f"{name}.{key}": list(shape) for key, shape in kind.peft_matrices(module, r).items()}
             if config.use_dora:
-                shapes[f"{name}.lora_magnitude_vector"] = [n]
+                shapes[f"{name}.lora_magnitude_vector"] = [kind.sizes(module)[1]]
     parameters = {name: list(parameter.shape) for name, parameter in named_parameters(model).items()}
+    tokens = {name: list(shape) for name, shape in token_shapes(model, config).items()}
+    parameters |= tokens
+    shapes |= tokens
     for name, tensor in others.items():
         found[name] = list(tensor.shape)
         shapes[name] = parameters.get(name, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,55 @@ from ..adapt.record import (
     refuse_restarted,
     root_of,
 )
+from ..adapt.structure import ChainPlan, names_of_experts, structural_chains
 from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
+from ..adapt.trained_tokens import token_shapes
 from ..checks import check_bool, check_module
 from ..dtensors import fill, gathered, is_fsdp, one_writer, refuse_flat, refuse_partitioned, reshard
 from ..layers.adapter import AdapterLayer
-from ..layers.kinds import config_of, shapes_of, sizes_of
+from ..layers.kinds import config_of, shapes_of, signature_of, weight_of
 from ..layers.offloading import offloader
+from ..layers.shortcuts import hands_on
 from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, encoded, parsed, read, write
 from .beside import Beside, beside, check_shared
-from .saved_chains import settled_chains
+
+
+def settled_chains(saved: SavedAdapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[ChainPlan]:
+    """The chains to link in ``model``: those of the file, which the adapter was trained in.
+
+    Earlier versions read chains off a run, by the last part of a name and the shapes of the tokens. Where the structure
+    gives others, a warning says so.
+
+    Raises:
+        ValueError: in the file of an earlier version, layers of experts were handed the rows of other tokens, or took
+            their own input twice, which is not computed any more.
+    """
+    structural = structural_chains(model, layers, saved.config)
+    if saved.chains is None or saved.chains_from == "given":
+        return saved.chains or structural
+    experts = names_of_experts(structural)
+    if saved.chains_from is None and experts and hands_on(saved.config.shortcut, saved.config.pre_num):
+        raise ValueError(
+            f"{CONFIG_NAME}: an earlier version trained this adapter with {saved.config.shortcut!r} along layers of "
+            f"experts ({experts[0]!r} and {len(experts) - 1} more), which see a choice of the tokens and hand nothing "
+            "on any more. Train it again, or leave those layers out with exclude_modules"
+        )
+    same = sorted(plan.names for plan in saved.chains) == sorted(plan.names for plan in structural)
+    if not same:
+        known = [plan.names for plan in structural]
+        other = [f"{plan.title!r} ({', '.join(plan.names)})" for plan in saved.chains if plan.names not in known]
+        warnings.warn(
+            f"the adapter was trained in other chains than the model's structure gives: {'; '.join(other)}. They are "
+            "used as stored; train a new adapter to use those of the structure",
+            stacklevel=3,
+        )
+    return structural if same else saved.chains
+
 
 _MUST_AGREE = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "split_expert_r", "use_rslora", "use_dora", "has_start",
-    "shortcut", "pre_num",
+    "shortcut", "pre_num", "trainable_token_indices",
 )  # fmt: skip
 
 
@@ -212,20 +248,21 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) 
             f"the adapter does not fit the model: layers missing {missing[:5]}, unexpected {unexpected[:5]}"
         )
     shapes: dict[str, tuple[int, ...]] = {}
-    sizes = {name: sizes_of(layer) for name, layer in layers.items()}
+    signatures = {name: signature_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
-        if layer.weight.is_meta and (not isinstance(layer, nn.Module) or offloader(layer) is None):
+        if weight_of(layer).is_meta and (not isinstance(layer, nn.Module) or offloader(layer) is None):
             raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
         of_a, of_b = shapes_of(layer, config_of(saved.config, name, layer).r)
         for kind in ("lora", "start") if saved.config.has_start else ("lora",):
             if saved.config.use_dora:
-                shapes[f"{name}.lora_magnitude_vector"] = (sizes[name][1],)
+                shapes[f"{name}.lora_magnitude_vector"] = (signatures[name][1],)
             shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = of_a, of_b
-    parameters = named_parameters(root)
-    for name in saved.beside:
-        if name not in parameters or name in shapes:
+    others = {name: tuple(parameter.shape) for name, parameter in named_parameters(root).items()}
+    tokens = token_shapes(root, saved.config)
+    for name in (*saved.beside, *(tokens.keys() - set(saved.trained))):
+        if name not in others | tokens or name in shapes or name not in saved.tensors:
             raise ValueError(f"the adapter does not fit the model: there is no parameter {name!r}")
-        shapes[name] = tuple(parameters[name].shape)
+        shapes[name] = (others | tokens)[name]
     if shapes.keys() != saved.tensors.keys():
         absent, extra = sorted(shapes.keys() - saved.tensors.keys()), sorted(saved.tensors.keys() - shapes.keys())
         raise ValueError(f"{WEIGHTS_NAME}: tensors missing {absent[:5]}, unexpected {extra[:5]}")
@@ -241,11 +278,9 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) 
         if len(set(grouped)) != len(grouped) or not set(grouped) <= layers.keys():
             raise ValueError(f"{CONFIG_NAME}: same_input must hold adapted layers, each once at most")
         for names in saved.same_input:
-            if len({sizes[name][0] for name in names}) != 1:
+            if len({signatures[name][0] for name in names}) != 1:
                 raise ValueError(f"{CONFIG_NAME}: same_input {names} have inputs of different sizes")
         for title, names, _ in saved.chains:
-            shapes_there = {tuple(saved.tensors[f"{name}.lora_{kind}"].shape for kind in "AB") for name in names}
-            if len(shapes_there) != 1:
-                raise ValueError(
-                    f"{CONFIG_NAME}: chain {title!r} links layers of different sizes {sorted(shapes_there)}"
-                )
+            sizes = {(*signatures[name], config_of(saved.config, name, layers[name]).r) for name in names}
+            if len(sizes) != 1:
+                raise ValueError(f"{CONFIG_NAME}: chain {title!r} links layers of different sizes {sizes}")

@@ -72,7 +72,7 @@ def first_ranks(
     return t_block, b_block.to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "da_parts", "db_parts"])
 def augmented_matmul_kernel(
     x,
     w,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.launch import Launch, Sum, fits_tma, precision
+from ..tuning.launch import Launch, Sum, fits_tma, precision, workspace
 from ..tuning.tiles import GradsTile
 from .device import (
     TRITON_DTYPE,
@@ -30,7 +30,7 @@ from .device import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "chunk_blocks"])
 def pass_over_dy_kernel(
     dy,
     b,
@@ -45,7 +45,7 @@ def pass_over_dy_kernel(
     b_row,
     b_column,
     u_row,
-    chunk,
+    chunk_blocks,
     db_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -56,11 +56,12 @@ def pass_over_dy_kernel(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """BLOCK_M rows of dy [m, n] over ``chunk`` columns: du_partial [parts, m, rank] = dy b, b [n, rank], and
-    db_partial [row blocks, n, rank] = db_scale dyᵀ u, u [m, rank].
+    """BLOCK_M rows of dy [m, n] over ``chunk_blocks`` blocks of columns: du_partial [parts, m, rank] = dy b for b
+    [n, rank], and db_partial [row blocks, n, rank] = db_scale dyᵀ u for u [m, rank].
     """
     row = tl.program_id(0) * BLOCK_M
     part = tl.program_id(1)
+    chunk = chunk_blocks * BLOCK_C
     column = tl.program_id(2) * BLOCK_R
     j = column + tl.arange(0, BLOCK_R)
     du = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -82,7 +83,7 @@ def pass_over_dy_kernel(
         tl.store(at, du, mask=(i < m)[:, None] & (j < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "du_parts", "chunk_blocks"])
 def pass_over_x_kernel(
     x,
     seed,
@@ -107,7 +108,7 @@ def pass_over_x_kernel(
     scaling,
     threshold,
     bits_row,
-    chunk,
+    chunk_blocks,
     da_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -118,11 +119,13 @@ def pass_over_x_kernel(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """BLOCK_M rows of x [m, k] over ``chunk`` columns: dh [m, rank] from du_partial [du_parts, m, du_rank] and dhanded,
-    dresidual [m, du_rank], bits [m, bits_row] of the mask, and da_partial [row blocks, rank, k] = da_scale dhᵀ D(x).
+    """BLOCK_M rows of x [m, k] over ``chunk_blocks`` blocks of columns: dh [m, rank] from dhanded and du_partial
+    [du_parts, m, du_rank], dresidual [m, du_rank], bits [m, bits_row] of the mask, and da_partial
+    [row blocks, rank, k] = da_scale dhᵀ D(x).
     """
     row = tl.program_id(0) * BLOCK_M
     part = tl.program_id(1)
+    chunk = chunk_blocks * BLOCK_C
     column = tl.program_id(2) * BLOCK_R
     i = row + tl.arange(0, BLOCK_M)
     j = column + tl.arange(0, BLOCK_R)
@@ -155,7 +158,7 @@ def pass_over_x_kernel(
                 store_product(da_rows, da, c, j, k, rank, 1, k, STREAM_FIRST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["da_parts", "db_parts"])
 def finish_kernel(da_partial, da, db_partial, db, da_parts, da_size, da_scale, db_parts, db_size, db_scale):
     """da [da_size] = da_scale times the sum of da_partial [da_parts, da_size], float32; db likewise."""
     if da_partial is not None:
@@ -178,8 +181,10 @@ def pass_over_dy(
     """
     (m, n), rank = dy.shape, b.shape[1]
     grid = (triton.cdiv(m, tile.block_m), tile.parts(n), triton.cdiv(rank, tile.block_r))
-    du_partial = dy.new_empty(grid[1], m, rank, dtype=torch.float32) if need_du else None
-    left = None if db is None or grid[0] == 1 else Sum(db.new_empty(grid[0], n, rank, dtype=torch.float32), db, scaling)
+    du_partial = workspace(dy, grid[1], m, rank, dtype=torch.float32) if need_du else None
+    left = None
+    if db is not None and grid[0] > 1:
+        left = Sum(workspace(db, grid[0], n, rank, dtype=torch.float32), db, scaling)
     tma = tile.tma and fits_tma(dy)
     launch = Launch(
         "pass_over_dy",
@@ -199,7 +204,7 @@ def pass_over_dy(
             "b_row": b.stride(0),
             "b_column": b.stride(1),
             "u_row": 0 if u is None else u.stride(0),
-            "chunk": tile.chunk(n),
+            "chunk_blocks": tile.chunk(n) // tile.block_c,
             "db_scale": 1.0 if left else scaling,
             "BLOCK_M": tile.block_m,
             "BLOCK_C": tile.block_c,
@@ -250,7 +255,7 @@ def pass_over_x(
     grid = (triton.cdiv(m, tile.block_m), tile.parts(k) if streams else 1, triton.cdiv(rank, tile.block_r))
     left = None
     if da is not None and grid[0] > 1:
-        left = Sum(da.new_empty(grid[0], rank, k, dtype=torch.float32), da, keep_scale)
+        left = Sum(workspace(da, grid[0], rank, k, dtype=torch.float32), da, keep_scale)
     tma = tile.tma and da is not None and fits_tma(x)
     launch = Launch(
         "pass_over_x",
@@ -280,7 +285,7 @@ def pass_over_x(
             "scaling": scaling,
             "threshold": threshold,
             "bits_row": 0 if bits is None else bits.shape[1],
-            "chunk": tile.chunk(k),
+            "chunk_blocks": tile.chunk(k) // tile.block_c,
             "da_scale": 1.0 if left else keep_scale,
             "BLOCK_M": tile.block_m,
             "BLOCK_C": tile.block_c,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.launch import Launch, Sum, fits_tma, precision
+from ..tuning.launch import Launch, Sum, fits_tma, precision, workspace
 from ..tuning.tiles import OuterTile
 from .device import descriptor, keep_bytes, load_block, outer_product, store_product, unpack_bits
 
@@ -70,7 +70,7 @@ def reduce_rows(
     store_product(out, total * scale, c, j, columns, rank, column_stride, rank_stride, STREAM_FIRST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "row_blocks", "da_programs"])
 def outer_products_kernel(
     x,
     dh,
@@ -91,7 +91,7 @@ def outer_products_kernel(
     dy_column,
     threshold,
     bits_row,
-    rows,
+    row_blocks,
     da_programs,
     da_scale,
     db_scale,
@@ -109,6 +109,7 @@ def outer_products_kernel(
     [m, bits_row] of the mask; the others: db [parts, n, b_rank] = db_scale dyᵀ u for dy [m, n], u [m, b_rank].
     """
     program = tl.program_id(0)
+    rows = row_blocks * BLOCK_M
     if program < da_programs:
         if da is not None:
             reduce_rows(
@@ -152,7 +153,7 @@ def outer_products(
         parts = tile.parts(m)
         left = None
         if out is not None and parts > 1:
-            left = Sum(out.new_empty(parts, *out.shape, dtype=torch.float32), out, scale)
+            left = Sum(workspace(out, parts, *out.shape, dtype=torch.float32), out, scale)
         tma = tile.tma and out is not None and fits_tma(stream)
         sides.append((columns, parts * triton.cdiv(columns, tile.block_c), left, tma))
     (k, da_programs, da_left, x_tma), (n, db_programs, db_left, dy_tma) = sides
@@ -181,7 +182,7 @@ def outer_products(
             "dy_column": 0 if db is None else dy.stride(1),
             "threshold": threshold,
             "bits_row": 0 if bits is None else bits.shape[1],
-            "rows": tile.rows(m),
+            "row_blocks": tile.rows(m) // tile.block_m,
             "da_programs": da_programs,
             "da_scale": 1.0 if da_left else keep_scale,
             "db_scale": 1.0 if db_left else scaling,

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.launch import Launch, fits_tma, precision
+from ..tuning.launch import Launch, fits_tma, precision, workspace
 from ..tuning.tiles import ProjectTile
 from .device import descriptor, keep_bytes, load_block, side_channel, sum_products, unpack_bits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "split_blocks"])
 def project_kernel(
     x,
     a,
@@ -44,7 +44,7 @@ def project_kernel(
     threshold,
     factor,
     keep_scale,
-    split_k,
+    split_blocks,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -52,7 +52,7 @@ def project_kernel(
     WHOLE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block [BLOCK_M, BLOCK_R] of h = D(x) aᵀ, x [m, k], a [rank, k], over ``split_k`` columns of x.
+    """A block [BLOCK_M, BLOCK_R] of h = D(x) aᵀ, x [m, k], a [rank, k], over ``split_blocks`` blocks of columns of x.
 
     The whole sum goes to u [m, u_rank] (float32 factor, residual [m, .] added) and handed [m, hand_stop - hand_start];
     a part of it to partial [parts, m, rank], float32.
@@ -60,6 +60,7 @@ def project_kernel(
     row = tl.program_id(0) * BLOCK_M
     column = tl.program_id(1) * BLOCK_R
     part = tl.program_id(2)
+    split_k = split_blocks * BLOCK_K
     if seed is not None:
         seed_value = tl.load(seed)
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -83,7 +84,7 @@ def project_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "parts"])
 def finish_projection_kernel(
     partial,
     residual,
@@ -145,7 +146,7 @@ def project(
     (m, k), rank = x.shape, a.shape[0]
     x_tma = tile.tma and fits_tma(x)
     parts = tile.parts(k)
-    partial = x.new_empty(parts, m, rank, dtype=torch.float32) if parts > 1 else None
+    partial = workspace(x, parts, m, rank, dtype=torch.float32) if parts > 1 else None
     epilogue = {
         "residual": residual,
         "u": u,
@@ -179,7 +180,7 @@ def project(
             "a_row": a.stride(0),
             "a_column": a.stride(1),
             "threshold": threshold,
-            "split_k": tile.split_k(k),
+            "split_blocks": tile.split_k(k) // tile.block_k,
             "BLOCK_M": tile.block_m,
             "BLOCK_K": tile.block_k,
             "BLOCK_R": tile.block_r,

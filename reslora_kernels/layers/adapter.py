@@ -119,6 +119,16 @@ class AdapterLayer(nn.Module):
             self.reset_lora_parameters()
 
     @property
+    def kernel_groups(self) -> int:
+        """Into how many parts of its own channels each the layer's map falls, as that of a grouped convolution."""
+        return 1
+
+    @property
+    def exports(self) -> str | None:
+        """Why PEFT would make another function of the layer's A and B; None where it does not."""
+        return None
+
+    @property
     def scaling(self) -> float:
         """s of the equations."""
         return self.config.scaling

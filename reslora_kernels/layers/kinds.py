@@ -7,19 +7,19 @@ from typing import Any
 from torch import nn
 
 from ..config import ResLoRAConfig
-from .adapter import AdapterLayer
+from .convolution import ResLoRAConvolution
+from .embedding import ResLoRAEmbedding
 from .experts import ResLoRAExperts, TargetParameter, shapes
 from .linear import ResLoRALinear
+from .multihead_attention import AttentionOutput, ResLoRAMultiheadAttention
 from .quantized_linear import QuantizedResLoRALinear
 from .tensor_parallel import TensorParallelResLoRALinear
 from .transposed_linear import TransposedResLoRALinear
 
 KINDS: tuple[type[ResLoRALinear], ...] = (
-    QuantizedResLoRALinear,
-    TensorParallelResLoRALinear,
-    ResLoRALinear,
-    TransposedResLoRALinear,
-)
+    QuantizedResLoRALinear, TensorParallelResLoRALinear, AttentionOutput, ResLoRALinear, TransposedResLoRALinear,
+    ResLoRAConvolution, ResLoRAEmbedding, ResLoRAMultiheadAttention,
+)  # fmt: skip
 
 
 def kind_of(module: nn.Module) -> type[ResLoRALinear] | None:
@@ -44,17 +44,25 @@ def _is_parameter(base: Any) -> bool:
 
 def shapes_of(base: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B with that rank, for what is to be adapted or an adapted layer."""
-    if _is_parameter(base):
-        of_parameter = shapes(base, r)
-        return of_parameter["A"], of_parameter["B"]
-    k, n = sizes_of(base)
-    return (r, k), (n, r)
+    of_base = shapes(base, r) if _is_parameter(base) else known_kind_of(base).matrices(base, r)
+    return of_base["A"], of_base["B"]
 
 
-def sizes_of(module: Any) -> tuple[int, int]:
-    """K and N of what is to be adapted, or of an adapted layer."""
-    if isinstance(module, (AdapterLayer, TargetParameter)):
-        return module.in_features, module.out_features
-    kind = kind_of(module)
+def weight_of(base: Any) -> Any:
+    """The frozen weight of what is to be adapted, or of an adapted layer."""
+    return base.weight if _is_parameter(base) else known_kind_of(base).weight_of(base)
+
+
+def known_kind_of(module: nn.Module) -> type[ResLoRALinear]:
+    """The kind of an adapted layer, or of one for a module that can be adapted."""
+    kind = type(module) if isinstance(module, ResLoRALinear) else kind_of(module)
     assert kind is not None
-    return kind.sizes(module)
+    return kind
+
+
+def signature_of(base: Any) -> tuple[Any, ...]:
+    """What the layers of a chain agree in: K, N, the number of experts, and how a convolution runs over its input."""
+    if _is_parameter(base):
+        return base.in_features, base.out_features, base.num_experts
+    kind = known_kind_of(base)
+    return (*kind.sizes(base), *kind.form(base))

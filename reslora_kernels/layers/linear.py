@@ -17,7 +17,7 @@ from ..ops import fused_linear
 from ..quantizers import quantizer_of
 from ..side_channel import SideChannel
 from . import initialization
-from .adapter import AdapterLayer
+from .adapter import ADAPTER_PARAMETERS, AdapterLayer
 from .dora import row_norms
 from .linear_map import why_not_linear
 from .offloading import device_of, held, hold, hook_like, unhooked
@@ -58,6 +58,8 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     is_linear: ClassVar[bool] = True  # a map that "all-linear" means
     shares_projections: ClassVar[bool] = True  # whether one layer of a group may project x for this one
+    fused: ClassVar[bool] = True  # a kernel may serve it
+    zero_at_start: ClassVar[str] = "lora_B"  # so that the layer begins as the frozen one
     _base: tuple[type[nn.Module], dict[str, Any]]  # class and own attributes of the frozen layer
 
     def __init__(
@@ -115,7 +117,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         """Stand in for what ``leave`` gave: take over its weight, bias, hooks and training mode."""
         self.share_base(linear)
         if "_hf_hook" not in vars(linear):
-            linear.weight = linear.bias = None  # type: ignore[assignment]
+            linear._parameters.update(dict.fromkeys(linear._parameters))
             self.__dict__["_displaced"] = linear
 
     def leave(self) -> Any:
@@ -143,9 +145,48 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         return why_not_linear(module)
 
     @staticmethod
+    def weight_of(module: Any) -> Any:
+        """The weight of the module to adapt, or of an adapted layer."""
+        return module.weight
+
+    @staticmethod
     def sizes(module: Any) -> tuple[int, int]:
         """K and N of the module to adapt."""
         return module.in_features, module.out_features
+
+    @staticmethod
+    def refuses(module: Any, config: ResLoRAConfig) -> str | None:
+        """Why a module that can be adapted cannot be so with ``config``; None where it can."""
+        return None
+
+    @staticmethod
+    def parts(module: Any) -> dict[str, nn.Module]:
+        """Layers inside the module, by their name in it, that are adapted with it."""
+        return {}
+
+    @staticmethod
+    def form(module: Any) -> tuple[Any, ...]:
+        """What the layers of one chain agree in beside their sizes; of a module to adapt, or of an adapted layer."""
+        return ()
+
+    @classmethod
+    def matrices(cls, module: Any, r: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of A and B at rank r, as the layer holds them."""
+        k, n = cls.sizes(module)
+        return {"A": (r, k), "B": (n, r)}
+
+    @classmethod
+    def peft_matrices(cls, module: Any, r: int) -> dict[str, tuple[int, ...]]:
+        """The names and shapes that they have in a PEFT adapter, A first."""
+        k, n = cls.sizes(module)
+        return {"lora_A.weight": (r, k), "lora_B.weight": (n, r)}
+
+    def for_peft(self, a: Tensor, b: Tensor, rank: int) -> dict[str, Tensor]:
+        """A plain update b a, a [R, K] and b [N, R], as tensors of a PEFT adapter of ``rank``, padded with zeros."""
+        padding = rank - len(a)
+        padded = nn.functional.pad(a, (0, 0, 0, padding)), nn.functional.pad(b, (0, padding))
+        shapes = self.peft_matrices(self.holds_weight, rank).items()
+        return {name: tensor.reshape(shape) for (name, shape), tensor in zip(shapes, padded, strict=True)}
 
     @classmethod
     def check_base(cls, linear: Any) -> None:
@@ -157,13 +198,13 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def share_base(self, linear: nn.Linear) -> None:
         """Take sizes, weight, bias, hooks and training mode from ``linear``, which stays as it is."""
+        self.__dict__.update(self._base[1])
         self.in_features, self.out_features = self.sizes(linear)
         _share_base(self, linear)
         hook_like(linear, self, self._share_weights)
 
     def _share_weights(self, linear: nn.Module) -> None:
-        for name in ("weight", "bias"):
-            self._parameters[name] = linear._parameters[name]
+        self._parameters.update(linear._parameters)
 
     @property
     def holds_weight(self) -> nn.Linear:
@@ -207,6 +248,8 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def backend_choice(self, tokens: int) -> select.BackendChoice:
         """Which backend serves a call of so many tokens, and why."""
+        if not self.fused:
+            return select.BackendChoice("torch", "library calls: there is no fused kernel for this kind of layer")
         weight = self.frozen_weight
         if not isinstance(weight, Tensor):  # unpacked to the dtype of x, which is half precision as a rule
             weight = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
@@ -255,7 +298,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         if self.merged or self.disabled:
             return self.frozen_forward(x)
         state = self._open_pass()
-        received = () if state is None else state.enter(self, self.neighbours.earlier, x.shape[:-1])
+        received = () if state is None else state.enter(self, self.neighbours.earlier, self.leading(x))
         call = self._call(received)
         residual, bias = call.residual, self.frozen_bias
         scale = self._dora_scale(call) if self.config.use_dora else None
@@ -274,6 +317,10 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         if handed is not None and state is not None:
             state.hand_on(*carried(self.config.shortcut, self.config.pre_num, received, handed))
         return y
+
+    def leading(self, x: Tensor) -> torch.Size:
+        """The shape of the tokens in x, before their K values."""
+        return x.shape[:-1]
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
         """``lora_linear`` of the layer: y, and the rows of h = x A_stackᵀ that ``call.hand`` asks for."""
@@ -331,7 +378,10 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
 
 def _share_base(layer: nn.Linear, other: nn.Linear) -> None:
-    layer.weight, layer.bias = other.weight, other.bias
+    frozen = other._parameters.keys() - set(ADAPTER_PARAMETERS)
+    layer._parameters.update({name: value for name, value in other._parameters.items() if name in frozen})
+    for name, buffer in other._buffers.items():
+        layer.register_buffer(name, buffer, persistent=name not in other._non_persistent_buffers_set)
     share_hooks(other, layer)
     layer.training = other.training
 

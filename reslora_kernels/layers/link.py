@@ -11,6 +11,7 @@ from ..forward_state import scope_pass
 from .adapter import AdapterLayer
 from .chain import Chain
 from .experts import ResLoRAExperts
+from .linear import ResLoRALinear
 from .shortcuts import reach
 
 
@@ -60,4 +61,6 @@ def link(layers: Sequence[AdapterLayer], root: nn.Module | None = None, *, name:
 def _signature(layer: AdapterLayer) -> tuple[Any, ...]:
     config = layer.config
     sizes = layer.in_features, layer.out_features, config.r, config.shortcut, config.pre_num
+    if isinstance(layer, ResLoRALinear):
+        return (*sizes, *layer.form(layer.holds_weight))
     return (*sizes, layer.num_experts) if isinstance(layer, ResLoRAExperts) else sizes

@@ -30,9 +30,8 @@ from torch.utils import _pytree as pytree
 
 from ..adapt.execution import call_with, undisturbed
 from ..layers.adapter import AdapterLayer
-from .batch_cache import Kept
 from .closed_form import LowRankUpdate, cholesky_factor, relative_error
-from .sequential import replaced
+from .sequential import Kept, replaced
 from .statistics import LayerStatistics
 
 DAMPING = 1e-4  # λ as a share of the mean diagonal of G_n

@@ -124,6 +124,12 @@ def merge_reslora(
             f"layer {quantized!r} has a quantised weight, which cannot hold an update: export_peft(model, path) keeps "
             "the adapter apart from it, merge_reslora(..., dequantize=True) merges into dequantised weights"
         )
+    grouped = next((name for name, layer in layers.items() if layer.kernel_groups > 1), None)
+    if grouped:
+        raise ValueError(
+            f"layer {grouped!r} has groups={layers[grouped].kernel_groups} and an A that sees all channels: "
+            "no weight in groups can hold its update. export_peft(model, path) keeps the adapter apart"
+        )
     updates = compute_updates(
         model, method,
         statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
@@ -138,6 +144,8 @@ def merge_reslora(
     originals = {name: layer.original() for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.set_merged(merged_weights.pop(name))
+    for rows in record.tables.values():
+        rows.merge(keep_original)
     record.merged = Merged(updates, originals if keep_original else None)
     return MergeReport(
         tuple(MergeRow(name, update.method, update.rank, update.relative_error) for name, update in updates.items())
@@ -159,6 +167,8 @@ def unmerge_reslora(model: nn.Module) -> nn.Module:
         raise ValueError("model was merged with keep_original=False: its weights can only be loaded from a checkpoint")
     for name, layer in layers.items():
         layer.restore(record.merged.originals[name])
+    for rows in record.tables.values():
+        rows.unmerge()
     record.merged = None
     return model
 

@@ -37,6 +37,8 @@ def unload(model: nn.Module) -> nn.Module:
     for adapter in (record, *(other.record for other in record.others.values())):
         for hook in adapter.hooks:
             hook.remove()
+    for rows in record.tables.values():
+        rows.remove()
     plain = {id(layer): layer.leave() for layer in layers.values()}
     replace_modules(root, plain)
     dense = [

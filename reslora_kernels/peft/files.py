@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapt.matching import matches
+from ..adapt.record import TOKENS
 from ..adapt.targets import with_parents
 from ..config import ResLoRAConfig
 from ..files.adapter_format import (
@@ -23,7 +24,7 @@ from ..files.adapter_format import (
     write,
     write_durably,
 )
-from ..files.peft_export import PREFIX
+from ..files.peft_export import PEFT_TOKENS, PREFIX
 from ..layers.adapter import ADAPTER_PARAMETERS
 from ..layers.shortcuts import hands_on
 from .config import ABSENT, RESLORA, ResLoRAPeftConfig
@@ -47,7 +48,10 @@ def to_native(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
     tensors = parsed_tensors(_content(folder, WEIGHTS), WEIGHTS)
     own = {key: _native_name(key) for key in tensors if _HELD in key}
     layers = sorted({name.rpartition(".")[0] for name in own.values()})
-    others = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tensors if key not in own}
+    others = {
+        key: key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(PEFT_TOKENS, TOKENS)
+        for key in tensors if key not in own
+    }  # fmt: skip
     native = dataclasses.replace(
         config.native(),
         target_modules=layers if config.layers_pattern else config.native().target_modules,
@@ -142,6 +146,8 @@ def _peft_name(name: str, layers: set[str], beside: Iterable[str]) -> str:
     owner, _, parameter = name.rpartition(".")
     if name not in beside:
         return f"{PREFIX}{owner}{_HELD}{parameter}"
+    if parameter == TOKENS:
+        return f"{PREFIX}{owner}.{PEFT_TOKENS}"
     return f"{PREFIX}{owner}.base_layer.{parameter}" if owner in layers else PREFIX + name
 
 
@@ -169,4 +175,4 @@ def _trains(config: ResLoRAConfig, name: str, layers: Container[str]) -> bool:
     """Whether the configuration has the parameter trained beside the adapters of ``layers``."""
     owner, _, parameter = name.rpartition(".")
     is_bias = parameter == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in layers))
-    return is_bias or _inside(name, config.modules_to_save or ())
+    return is_bias or parameter == TOKENS or _inside(name, config.modules_to_save or ())

@@ -47,7 +47,7 @@ class _BesideItsBase:
 
     @property
     def bias(self) -> Any:
-        return self.base_layer.bias
+        return getattr(self.base_layer, "bias", None)  # an embedding has none
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """A checkpoint without it lacks it: beside its base, an adapter is never part of a base checkpoint."""
@@ -84,6 +84,11 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.kind = kind_of(base_layer) or ResLoRALinear
         self.kind.check_base(base_layer)
+        if self.kind.parts(base_layer):
+            raise ValueError(
+                f"a {type(base_layer).__name__} is adapted with layers inside it, which have no place in a PeftModel: "
+                "call apply_reslora on the model instead"
+            )
         self.in_features, self.out_features = self.kind.sizes(base_layer)
         self.base_layer = base_layer
         self.reslora_adapter = nn.ModuleDict()
@@ -98,7 +103,7 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
         holder: Any = self
         adapter = ADAPTERS[self.kind].from_linear(holder, config, dtype if dtype.is_floating_point else None)
         if random_b:
-            nn.init.kaiming_uniform_(adapter.lora_B, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(getattr(adapter, adapter.zero_at_start), a=math.sqrt(5))
         self.reslora_adapter[adapter_name] = adapter
 
     @property

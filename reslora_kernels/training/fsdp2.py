@@ -52,6 +52,8 @@ def shard_reslora(model: nn.Module, blocks: Iterable[nn.Module], **fully_shard_k
     """
     adapters = [p for layer in adapted_layers(model).values() for p in layer.adapter_parameters().values()]
     _check_quantized(model, fully_shard_kwargs.get("mp_policy"))
+    if record_of(model).tables:
+        raise ValueError("trained tokens (trainable_token_indices) are read beside their shards: use DDP")
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) before sharding it")
     blocks = _checked_blocks(model, blocks)

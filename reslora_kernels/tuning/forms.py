@@ -18,6 +18,11 @@ _assumed: list[tuple[tuple[str, ...], MatmulTile | None]] = []
 LAUNCH_SECONDS = 3e-6  # from one kernel to a dependent next one, its ramp-up included
 
 
+def is_assumed() -> bool:
+    """Whether someone has said what is to be chosen."""
+    return bool(_assumed)
+
+
 @contextmanager
 def assume(gpu: Gpu, forms: tuple[str, ...] = (), tile: MatmulTile | None = None) -> Iterator[None]:
     """Choose for ``gpu``, the first of ``forms`` that is possible, and this tile, whatever is known of speeds.

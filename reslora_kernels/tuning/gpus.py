@@ -52,6 +52,11 @@ _SIMILAR = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "s
 _assumed: list[Gpu] = []
 
 
+def is_assumed() -> bool:
+    """Whether choices are made for a GPU that was named, whatever this machine has."""
+    return bool(_assumed)
+
+
 @contextmanager
 def assume_gpu(gpu: Gpu) -> Iterator[None]:
     """Choose for ``gpu``, whatever this machine has."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _recordings: list[Recording] = []
+_thread = threading.local()  # ``collected``: what a pass of this thread is made of, while that is being noted
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,12 @@ class Launch:
         if any(not recording.execute for recording in _recordings):
             return
         try:
-            self.kernel[self.grid](**self.arguments, **self.options)
+            compiled = self.kernel[self.grid](**self.arguments, **self.options)
         except Exception as error:
             raise RuntimeError(f"Triton kernel {self} failed: {error}") from error
+        collected = getattr(_thread, "collected", None)
+        if collected is not None:
+            collected.launches.append((self, compiled))
 
     def __str__(self) -> str:
         constants = {name: value for name, value in self.arguments.items() if name.isupper()}
@@ -66,6 +71,38 @@ def recording(*, execute: bool = True) -> Iterator[list[Launch]]:
         yield entry.launches
     finally:
         _recordings.remove(entry)
+
+
+def is_recording() -> bool:
+    """Whether launches are wanted as values, so that none may go unseen."""
+    return bool(_recordings)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a pass of one thread is made of: its launches, each with its compiled kernel, and its workspaces."""
+
+    launches: list[tuple[Launch, Any]] = field(default_factory=list)
+    workspaces: list[Tensor] = field(default_factory=list)  # kept, so that no two of them have one address
+
+
+@contextmanager
+def collected() -> Iterator[Collected]:
+    """What this thread launches and allocates by ``workspace`` inside, to do the same again for other addresses."""
+    _thread.collected = Collected()
+    try:
+        yield _thread.collected
+    finally:
+        del _thread.collected
+
+
+def workspace(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised memory that is of no use after the pass, in ``like``'s dtype where none is given."""
+    made = like.new_empty(shape, dtype=dtype or like.dtype)
+    noted = getattr(_thread, "collected", None)
+    if noted is not None:
+        noted.workspaces.append(made)
+    return made
 
 
 @dataclass(frozen=True)

@@ -75,37 +75,8 @@ class ProjectTile:
 
 
 @dataclass(frozen=True)
-class GradsTile:
-    """Blocks of the gradient passes: ``block_m`` rows stay with a program, blocks of ``block_c`` columns stream by."""
-
-    block_m: int
-    block_c: int
-    block_r: int
-    chunks: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False
-    stream_first: bool = False
-
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    def shared_bytes(self, itemsize: int) -> int:
-        """Stages of the stream and of B, and what stays."""
-        stream = self.num_stages * (self.block_m + self.block_r) * self.block_c
-        return (stream + 2 * self.block_m * self.block_r) * itemsize
-
-    def chunk(self, columns: int) -> int:
-        """Columns of a program, a multiple of ``block_c``."""
-        return max(1, ceil(columns / (self.chunks * self.block_c))) * self.block_c
-
-    def parts(self, columns: int) -> int:
-        return max(1, ceil(columns / self.chunk(columns)))
-
-
-@dataclass(frozen=True)
-class OuterTile:
-    """Blocks of the outer products: ``block_c`` columns stay with a program, the rows come in ``splits`` parts."""
+class StreamTile:
+    """Blocks of a reduction over rows: ``block_m`` of them, ``block_c`` columns of the stream, in ``splits`` parts."""
 
     block_m: int
     block_c: int
@@ -119,6 +90,31 @@ class OuterTile:
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    def _part(self, size: int, block: int) -> int:
+        return max(1, ceil(size / (self.splits * block))) * block
+
+
+@dataclass(frozen=True)
+class GradsTile(StreamTile):
+    """Of the gradient passes: the rows stay with a program, blocks of columns stream by, in parts of columns."""
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Stages of the stream and of B, and what stays."""
+        stream = self.num_stages * (self.block_m + self.block_r) * self.block_c
+        return (stream + 2 * self.block_m * self.block_r) * itemsize
+
+    def chunk(self, columns: int) -> int:
+        """Columns of a program, a multiple of ``block_c``."""
+        return self._part(columns, self.block_c)
+
+    def parts(self, columns: int) -> int:
+        return max(1, ceil(columns / self.chunk(columns)))
+
+
+@dataclass(frozen=True)
+class OuterTile(StreamTile):
+    """Of the outer products: the columns stay with a program, the rows come in parts."""
+
     def shared_bytes(self, itemsize: int) -> int:
         """Operand stages, and one more of the stream where it is masked."""
         stages = self.num_stages * (self.block_c + self.block_r) + self.block_c
@@ -126,7 +122,7 @@ class OuterTile:
 
     def rows(self, m: int) -> int:
         """Rows of a part, a multiple of ``block_m``."""
-        return max(1, ceil(m / (self.splits * self.block_m))) * self.block_m
+        return self._part(m, self.block_m)
 
     def parts(self, m: int) -> int:
         return max(1, ceil(m / self.rows(m)))
@@ -263,7 +259,7 @@ def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, al
     held = 32 if small else 64 if dtype.itemsize == 4 else 256 if gpu.shared_operands else 128
     if block_r > (64 if gpu.shared_operands else 32):
         held //= 2
-    block_m = min(held if aligned else 64, next_power_of_two(m))
+    block_m = _few_heights(m, held if aligned else min(held, 64))
     block_c = 32 if small or dtype.itemsize == 4 or not aligned else 64
     row_chunks = ceil(m / block_m) * ceil(rank / block_r)
     chunks = max(1, min(16, gpu.processors // max(1, row_chunks), ceil(columns / block_c)))
@@ -273,13 +269,18 @@ def grads_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, al
     return with_stages_that_fit(tile, gpu, dtype)
 
 
+def _few_heights(m: int, most: int) -> int:
+    """Rows of a block for m of them: one of two, so that few kernels are compiled however m varies."""
+    return min(64, most) if m <= 64 else most
+
+
 def outer_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, aligned: bool = True) -> OuterTile:
     """128 columns a program, ``columns`` those of x and dy together; rows in as many parts as fill the processors."""
     small = gpu.generation == "interpreter" or not aligned or dtype.itemsize == 4
     widest = 256 if gpu.shared_operands and not small else 128
     block_r = rank_block(rank, 64 if rank % 8 or gpu.shared_bytes < 70_000 else widest)
     block_c = 32 if small else 128 if block_r <= 64 and gpu.shared_operands else 64
-    block_m = min(32 if small else 64 if gpu.shared_bytes < 110_000 else 128, next_power_of_two(m))
+    block_m = _few_heights(m, 32 if small else 64 if gpu.shared_bytes < 110_000 else 128)
     splits = max(1, gpu.processors // max(1, ceil(columns / block_c)))
     warps = 8 if block_r >= 128 or block_c >= 128 else 4
     stages = 2 if gpu.generation == "gfx942" else 3

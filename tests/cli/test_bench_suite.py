@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from reslora_kernels.backends import select
 from reslora_kernels.bench import capture, cases, clocks, model_cases, providers, session, suite, timing
+from reslora_kernels.bench.capture import highest, peak_bytes, saved_bytes
 from reslora_kernels.bench.cases import LORA, Case, Method
-from reslora_kernels.bench.memory import highest, peak_bytes, saved_bytes
+from reslora_kernels.bench.clocks import Rates, floor_seconds, stacked_ranks
 from reslora_kernels.bench.model_cases import ModelCase
 from reslora_kernels.bench.models import run_model
 from reslora_kernels.bench.providers import PROVIDERS, Provider
 from reslora_kernels.bench.results import FAILED, REFUSED, SKIPPED, TIMED, read
-from reslora_kernels.bench.roofline import Rates, floor_seconds, stacked_ranks
 from reslora_kernels.bench.workload import Layers, Workload, draw, input_sets
 from reslora_kernels.cli import main
 

@@ -22,9 +22,9 @@ def interpreted(triton_interpreter: bool, monkeypatch: pytest.MonkeyPatch) -> It
     """Whether this test's kernels run in the interpreter; its programs run in the same order each time it is run."""
     if triton_interpreter:
         monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
-    select.unavailable_reason.cache_clear()
+    select.forget()
     yield triton_interpreter
-    select.unavailable_reason.cache_clear()
+    select.forget()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.bytes_moved import cuda_traffic, floors, split, traffic
-from benchmarks.shipped_launches import STANDARD, Call, record
+from benchmarks.launches import STANDARD, Call, record
 from reslora_kernels.backends import hopper, select, triton
 from reslora_kernels.side_channel import SideChannel
 from reslora_kernels.tuning import forms, gpus, launch, measured, tiles

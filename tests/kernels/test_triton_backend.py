@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reslora_kernels import ResLoRAConfig, ResLoRALinear, link
+from reslora_kernels import dropout as masks
 from reslora_kernels.backends import select, triton
 from reslora_kernels.backends import torch as plain
 from reslora_kernels.cli.verify import check_case
@@ -107,6 +108,27 @@ def test_same_bits_in_any_order_of_programs(call: Call, device: torch.device, in
             set_program_order(attempt)
         again = run(call, values, triton)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize(("rows", "columns", "p"), [(9, 1030, 0.1), (3, 5, 0.5), (0, 8, 0.5)])
+def test_the_mask_by_itself_is_every_backends(rows: int, columns: int, p: float, device: torch.device) -> None:
+    from reslora_kernels.kernels.keep_mask import keep_mask
+
+    seed = torch.tensor(SEED, device=device)
+    assert torch.equal(keep_mask(seed, rows, columns, p), masks.keep_mask(seed, rows, columns, p))
+
+
+def test_library_calls_take_their_mask_from_one_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call("", 9, 72, 40, 8, 8, FP32, FP32, p=0.5)
+    values = draw(call, device, integers=True)
+    monkeypatch.setattr(plain, "_kernel_draws", lambda seed: False)
+    expected = run(call, values)
+    monkeypatch.setattr(plain, "_kernel_draws", lambda seed: True)
+    with launch.recording() as launches:
+        results = run(call, values)
+    assert [entry.name for entry in launches] == ["keep_mask", "keep_mask"]  # in forward and in backward
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
 
 
 @pytest.mark.parametrize("form", ["one_pass", "two_pass"])

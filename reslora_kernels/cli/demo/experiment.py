@@ -1,43 +1,178 @@
-"""The demo's work from beginning to end, and everything it measured."""
+"""The demo's work from beginning to end, with bars of its progress, and everything it measured.
+
+After training come every merge of a model and what it costs, and the exported adapter as PEFT sees it.
+"""
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
+import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from reslora_kernels.adapt.coverage import inspect
+from reslora_kernels.adapt.record import record_of
 from reslora_kernels.cli.demo import data
 from reslora_kernels.cli.demo.fine_tuning import (
     EVALUATION_BATCH,
     Curve,
+    StepTime,
     adapted,
     evaluate,
     finetune,
+    generate,
+    inputs,
     new_model,
     pretrain,
     steps_to_reach,
+    time_steps,
 )
-from reslora_kernels.cli.demo.merges import (
-    Merge,
-    PeftComparison,
-    compare_with_peft,
-    gather_statistics,
-    measure_merge,
-    methods_of,
-)
-from reslora_kernels.cli.demo.progress import Bars, Stage, show_bars
-from reslora_kernels.cli.demo.samples import generate
 from reslora_kernels.cli.demo.settings import BASELINE, TITLES, Settings
-from reslora_kernels.cli.demo.timing import StepTime, time_steps
-from reslora_kernels.config import Shortcut
+from reslora_kernels.config import MergeMethod, Shortcut
+from reslora_kernels.files.peft_export import export_peft
 from reslora_kernels.files.save_load import save_adapter
+from reslora_kernels.layers.shortcuts import hands_on
+from reslora_kernels.merge.merging import merge_reslora, unmerge_reslora
+from reslora_kernels.merge.statistics import Statistics, collect_statistics
+
+
+class Stage(NamedTuple):
+    """``weight``: about how long one of its ``steps`` takes, in steps of pre-training."""
+
+    name: str
+    steps: int
+    weight: float
+
+
+class Bars:
+    """The bars of all stages, shown from the start."""
+
+    def __init__(self, progress: Progress, stages: Sequence[Stage]) -> None:
+        self._progress = progress
+        self._weights = {stage.name: stage.weight for stage in stages}
+        self._tasks = {
+            stage.name: progress.add_task(stage.name, total=stage.steps, start=False, note="") for stage in stages
+        }
+        self._work = sum(stage.steps * stage.weight for stage in stages)
+        self._everything = progress.add_task("[bold]everything", total=self._work, note="")
+
+    def start(self, name: str) -> None:
+        """Start a stage's clock."""
+        self._progress.start_task(self._tasks[name])
+
+    def finish(self) -> None:
+        """Everything is done, whatever the weights' rounding leaves."""
+        self._progress.update(self._everything, completed=self._work)
+
+    def advance(self, name: str, note: str = "") -> None:
+        """One step of a stage is done; ``note`` stands beside its bar."""
+        self._progress.update(self._tasks[name], advance=1, note=note)
+        self._progress.update(self._everything, advance=self._weights[name])
+
+
+@contextmanager
+def show_bars(stages: Sequence[Stage], console: Console) -> Iterator[Bars]:
+    """Bars that live as long as the ``with`` block."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=20) as progress:
+        bars = Bars(progress, stages)
+        yield bars
+        bars.finish()
+
+
+EXACT = (None,)  # in place of a list of methods
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge. ``loss_added`` is against the unmerged model; ``worst_layer`` the largest error of a layer's term."""
+
+    method: str
+    loss: float
+    loss_added: float
+    worst_layer: float | None
+
+
+@dataclass(frozen=True)
+class PeftComparison:
+    """The exported adapter, loaded by PEFT, against the model that was merged here by the same method."""
+
+    method: str
+    max_lora_rank: int
+    logit_difference: float
+    largest_logit: float
+    loss: float
+    merged_loss: float
+
+
+def methods_of(model: nn.Module) -> tuple[MergeMethod | None, ...]:
+    """Every merge method of a model; None alone where the merge is exact and there is nothing to choose."""
+    config = record_of(model).config
+    return get_args(MergeMethod) if hands_on(config.shortcut, config.pre_num) else EXACT
+
+
+def gather_statistics(model: nn.Module, batches: Tensor) -> Statistics | None:
+    """Statistics of ``batches`` [count, sequences, bytes] in evaluation mode; None where merging needs none."""
+    if methods_of(model) == EXACT:
+        return None
+    with torch.no_grad(), collect_statistics(model) as statistics:
+        for batch in batches:
+            model(**inputs(batch))
+    return statistics
+
+
+def measure_merge(
+    model: nn.Module, method: MergeMethod | None, statistics: Statistics | None, evaluation: Tensor, loss: float
+) -> Merge:
+    """Merge, evaluate, and restore the model. ``loss`` is the unmerged model's."""
+    report = merge_reslora(model, method, statistics=statistics)
+    merged_loss = evaluate(model, evaluation)
+    unmerge_reslora(model)
+    return Merge(method or "exact", merged_loss, merged_loss - loss, report.worst())
+
+
+def compare_with_peft(
+    model: nn.Module, base: nn.Module, folder: Path, statistics: Statistics | None, evaluation: Tensor
+) -> PeftComparison:
+    """Export to ``folder`` with the configured merge, load that onto a copy of ``base`` with PEFT, and compare."""
+    from peft import PeftModel
+
+    exported = export_peft(model, folder, statistics=statistics)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that Transformers has renamed
+        served = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    merge_reslora(model, statistics=statistics)
+    with torch.no_grad():
+        ours, theirs = model(**inputs(evaluation)).logits, served(**inputs(evaluation)).logits
+    merged_loss = evaluate(model, evaluation)
+    unmerge_reslora(model)
+    method = methods_of(model)[0] and record_of(model).config.merge
+    return PeftComparison(
+        method or "exact",
+        exported.max_lora_rank,
+        (ours - theirs).abs().max().item(),
+        ours.abs().max().item(),
+        evaluate(served, evaluation),
+        merged_loss,
+    )
+
 
 PRETRAINING, MEASURING, MERGING, SAMPLING = "pre-training", "step times", "merging, PEFT", "generating"
 

@@ -1,16 +1,20 @@
-"""Pre-training the base model, fine-tuning adapters on it, and the losses of both."""
+"""Pre-training the base model, fine-tuning adapters on it: the losses of both, a step's time, a few generated lines."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from reslora_kernels.adapt.apply import apply_reslora
+from reslora_kernels.bench.clocks import CpuClock
+from reslora_kernels.bench.timing import Plan, Subject, measure, relative
 from reslora_kernels.cli.demo.settings import Settings
 from reslora_kernels.config import Shortcut
 
@@ -139,3 +143,76 @@ def steps_to_reach(curve: Curve, target: float) -> float | None:
             before, share = curve.losses[i - 1], curve.steps[i] - curve.steps[i - 1]
             return curve.steps[i - 1] + share * (before - target) / (before - loss)
     return None
+
+
+FROZEN = "frozen"
+
+DEFINITION = (
+    "A step is forward and backward of one batch, down to the output of the embeddings, and for adapters AdamW's "
+    "update. The frozen model is the pre-trained one without adapters or any weight gradient. Models take turns; the "
+    "figures are medians over the rounds, the relative time that of the quotients within a round."
+)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Medians: milliseconds, and the quotient with the frozen model's time in the same round."""
+
+    milliseconds: float
+    relative: float
+
+
+def time_steps(
+    frozen: nn.Module, models: Mapping[Shortcut, nn.Module], batch: Tensor, rounds: int, each_round: Callable[[], None]
+) -> tuple[float, dict[Shortcut, StepTime]]:
+    """Median milliseconds of a frozen model's step, and the step times of ``models``, which are left as they are.
+
+    One round more runs beforehand, to warm up.
+    """
+    subjects = [Subject(name, _step(model, batch)) for name, model in ({FROZEN: frozen} | dict(models)).items()]
+    plan = Plan(most=rounds, least=rounds, warmup=1)
+    samples = measure(subjects, CpuClock(), plan, _fail, on_round=each_round)
+    floor = samples[FROZEN].forward
+    return 1e3 * statistics.median(floor), {
+        name: StepTime(1e3 * statistics.median(own), relative(own, floor).median)
+        for name, own in ((name, samples[name].forward) for name in models)
+    }
+
+
+def _fail() -> None:
+    raise RuntimeError("a step that was to be timed failed")
+
+
+def _step(model: nn.Module, batch: Tensor) -> Callable[[int], None]:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0) if trainable else None  # moves nothing
+    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+
+    def step(_: int) -> None:
+        embedded = embeddings(batch).detach().requires_grad_()
+        model(inputs_embeds=embedded, labels=batch, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+PROMPTS = (b"import s", b"def get_", b"class Re")  # of one length: they are one batch
+
+
+def generate(model: nn.Module, count: int, temperature: float, seed: int) -> list[str]:
+    """Each prompt continued by ``count`` sampled bytes, as text. The same seed draws the same random numbers."""
+    prompts = torch.tensor([list(prompt) for prompt in PROMPTS])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sequences: Tensor = model.generate(  # type: ignore[operator]
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            min_new_tokens=count,
+            max_new_tokens=count,
+        )
+    return [bytes(sequence.tolist()).decode("utf-8", errors="replace") for sequence in sequences]

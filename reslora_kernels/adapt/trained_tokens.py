@@ -1,0 +1,164 @@
+"""Rows of an embedding that train whole (``trainable_token_indices``), and with them those of a head that shares them.
+
+The table stays frozen and as it is. Its trained rows are a parameter ``trained_tokens`` [n, N] of the embedding, which
+a forward hook puts in the place of what was looked up; a head on the same table gets the difference to its logits. As
+in PEFT the rows are values, not differences, so that an adapter fits a model whose new rows started at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import ResLoRAConfig
+from ..layers.embedding import ResLoRAEmbedding, scaled
+from ..layers.kinds import is_linear, kind_of
+from ..layers.linear import ResLoRALinear
+from .matching import matches
+from .record import TOKENS, Record
+from .targets import with_parents
+
+
+def tables(model: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """The tokens to train of each embedding, or head on a weight of its own, by its name in ``model``.
+
+    Raises:
+        ValueError: no embedding, or one that cannot be trained in rows, is meant; one is adapted or trained whole as
+            well; an index is not in its table.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    owners: dict[int, str] = {}
+    for ending, indices in _wanted(model, config).items():
+        names = [name for name, module in model.named_modules() if f".{name}".endswith(f".{ending}") and _is(module)]
+        if not names:
+            raise ValueError(f"trainable_token_indices: {ending!r} is no embedding and no linear head of the model")
+        for name in names:
+            _check(name, model.get_submodule(name), indices, config, targets)
+            owner = owners.setdefault(id(model.get_submodule(name).weight), name)
+            if owner == name:
+                found[name] = indices
+            elif found[owner] != indices:
+                raise ValueError(
+                    f"trainable_token_indices: {owner!r} and {name!r} share a weight and train other tokens"
+                )
+    return found
+
+
+def _check(
+    name: str, table: Any, indices: Sequence[int], config: ResLoRAConfig, targets: Mapping[str, nn.Module]
+) -> None:
+    """ValueError unless these rows of the table can train, and are not trained in another way as well."""
+    kind = kind_of(table)
+    assert kind is not None
+    if TOKENS not in table._parameters and (fault := kind.why_not(table)):
+        raise ValueError(f"trainable_token_indices: {name!r} is {fault}")
+    if name in targets:
+        raise ValueError(f"trainable_token_indices: {name!r} is in target_modules too: take one of both")
+    if any(matches(each, config.modules_to_save) for each in with_parents(name) if config.modules_to_save):
+        raise ValueError(f"trainable_token_indices: {name!r} is trained whole by modules_to_save")
+    outside = [index for index in indices if index >= len(table.weight)]
+    if outside:
+        raise ValueError(
+            f"trainable_token_indices: {outside[0]} is not in {name!r}, which has {len(table.weight)} rows"
+        )
+
+
+def token_shapes(model: nn.Module, config: ResLoRAConfig) -> dict[str, tuple[int, int]]:
+    """The names and shapes of the parameters that ``attach`` makes; ValueError as for ``tables``."""
+    found = {} if config.trainable_token_indices is None else tables(model, config, {})
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, rows in found.items():
+        table: Any = model.get_submodule(name)
+        shapes[f"{name}.{TOKENS}"] = len(rows), table.weight.shape[1]
+    return shapes
+
+
+def _wanted(model: nn.Module, config: ResLoRAConfig) -> dict[str, tuple[int, ...]]:
+    """The indices by name or name ending; a list of them is for the model's input embedding."""
+    wanted = config.trainable_token_indices
+    if wanted is None or isinstance(wanted, Mapping):
+        return {ending: tuple(indices) for ending, indices in (wanted or {}).items()}
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    names = [name for name, module in model.named_modules() if module is embedding]
+    if not names:
+        raise ValueError("trainable_token_indices must say of which embedding: {'name': [...]}; the model does not")
+    return {names[0]: tuple(wanted)}
+
+
+def _is(module: nn.Module) -> bool:
+    return kind_of(module) in (ResLoRAEmbedding, ResLoRALinear)
+
+
+def attach(model: nn.Module, record: Record, found: Mapping[str, Sequence[int]], autocast: bool) -> None:
+    """Give the tables their trained rows, and let them and the heads on the same weights use them."""
+    for name, indices in found.items():
+        table: Any = model.get_submodule(name)
+        rows = table.weight.detach()[list(indices)].clone()
+        rows = rows.float() if autocast and rows.dtype.itemsize < 4 else rows
+        table.register_parameter(TOKENS, nn.Parameter(rows))
+        swap = _Rows(table, indices)
+        record.tables[name] = swap
+        if isinstance(table, nn.Embedding):
+            record.hooks.append(table.register_forward_hook(swap.looked_up, with_kwargs=True))
+        for module in model.modules():
+            if is_linear(module) and getattr(module, "weight", None) is table.weight:
+                record.hooks.append(module.register_forward_hook(swap.projected, with_kwargs=True))
+
+
+class _Rows:
+    """Hooks that put an embedding's trained rows in the place of the table's."""
+
+    def __init__(self, table: Any, indices: Sequence[int]) -> None:
+        self.table = table
+        self.indices = tuple(indices)
+        self.original: Tensor | None = None  # while they are in the table itself, what was there
+        self.merged = self.disabled = False
+        self._index: Tensor | None = None
+
+    @property
+    def index(self) -> Tensor:
+        """The tokens, on the table's device."""
+        if self._index is None or self._index.device != self.table.weight.device:
+            self._index = torch.tensor(self.indices, device=self.table.weight.device)
+        return self._index
+
+    def looked_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        """What the embedding gives for its ids, with rows of the trained tokens."""
+        if self.merged or self.disabled:
+            return None
+        same = _first(args, kwargs)[..., None] == self.index
+        rows = F.embedding(same.int().argmax(-1), self.table.trained_tokens.to(y.dtype))
+        return torch.where(same.any(-1, keepdim=True), scaled(self.table, rows), y)
+
+    def projected(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        """The logits of a head on the same table."""
+        if self.merged or self.disabled:
+            return None
+        change = self.table.trained_tokens.to(y.dtype) - self.table.weight[self.index].to(y.dtype)
+        return y.index_add(-1, self.index, F.linear(_first(args, kwargs).to(y.dtype), change))
+
+    @torch.no_grad()
+    def merge(self, keep_original: bool) -> None:
+        """Write the rows to the table, which a head that shares it reads too."""
+        self.original = self.table.weight[self.index].to("cpu", copy=True) if keep_original else None
+        self.table.weight[self.index] = self.table.trained_tokens.to(self.table.weight.dtype)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        assert self.original is not None
+        self.table.weight[self.index] = self.original.to(self.table.weight.device)
+        self.original, self.merged = None, False
+
+    def remove(self) -> None:
+        del self.table._parameters[TOKENS]
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
