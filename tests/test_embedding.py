@@ -354,3 +354,12 @@ def test_tokens_that_cannot_train_are_refused(changes: dict[str, Any], error: An
         apply_reslora(model, ResLoRAConfig(**{"r": 2, "target_modules": ["c_attn"]} | changes))
     assert model.state_dict().keys() == gpt2().state_dict().keys()
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_adapter_that_peft_ties_to_the_head_is_refused(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["wte", "c_attn"], ensure_weight_tying=True)
+    disturbed(get_peft_model(gpt2(), config)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"ensure_weight_tying gives the output head the adapter of 'transformer\.wte'"
+    ):
+        load_peft_adapter(gpt2(), tmp_path)

@@ -198,7 +198,10 @@ def test_all_linear_leaves_modules_to_save_alone() -> None:
         ({"rank_pattern": {"qproj": 4}}, "rank_pattern key 'qproj' matches no adapted layer"),
         ({"alpha_pattern": {"lm_head": 4}}, "alpha_pattern key 'lm_head' matches no adapted layer"),
         ({"modules_to_save": ["score"]}, "modules_to_save: 'score' matches no module"),
-        ({"target_modules": ["embed_tokens"]}, "An embedding can be trained whole: name it in modules_to_save"),
+        (
+            {"target_modules": ["norm"]},
+            "a LlamaRMSNorm; .* Another module can be trained whole: name it in modules_to_save",
+        ),
         ({"init_lora_weights": "olora", "r": 64}, "needs r of at most"),
     ],
 )

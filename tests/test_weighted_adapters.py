@@ -1,4 +1,4 @@
-"""add_weighted_adapter: against PEFT's, and against the sum of what each adapter merges to."""
+"""Several adapters: weighted sums against PEFT's, and values that are swapped under compiled code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from reslora_kernels import (
     ResLoRAConfig,
@@ -110,3 +111,20 @@ def test_shortcuts_need_data_and_leave_the_adapter_in_force() -> None:
     with pytest.raises(ValueError, match="needs data"):
         add_weighted_adapter(model, ["b", "a"], [1, 1], "sum")
     assert adapter_names(model) == ["a", "b"]
+
+
+@pytest.mark.parametrize("shortcut", ["block", "middle"])
+def test_a_hot_swap_keeps_compiled_code(shortcut: Any, tmp_path: Path) -> None:
+    """``load_adapter`` into the adapter in force changes values only: nothing is compiled again."""
+    for name, seed in (("one", 3), ("other", 4)):
+        save_adapter(randomize(ours(shortcut=shortcut), seed), tmp_path / name)
+    expected = logits(load_adapter(llama(), tmp_path / "other"))
+    model = load_adapter(llama(), tmp_path / "one")
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    assert relative_error(logits(compiled), expected) > 1e-3
+    frames = counter.frame_count
+    load_adapter(model, tmp_path / "other")
+    assert relative_error(logits(compiled), expected) < 1e-5
+    assert counter.frame_count == frames > 0

@@ -62,7 +62,7 @@ def load_peft_adapter(
     about = _read_config(folder)
     matrices, others = _read_weights(folder)
     matrices = _of_parameters(model, about, matrices)
-    _refuse_attention(model, {name for name, _ in matrices})
+    _refuse_unequal(model, about, {name for name, _ in matrices})
     others = _without_base_weights(model, {name for name, _ in matrices}, others)
     config = _config_of(about, model, matrices, shortcut, pre_num)
     _check_fit(config, model, matrices, others)
@@ -142,9 +142,14 @@ def _of_parameters(
     return found
 
 
-def _refuse_attention(model: nn.Module, adapted: set[str]) -> None:
-    """ValueError, which names it, for an attention that PEFT adapts as a whole."""
+def _refuse_unequal(model: nn.Module, about: dict[str, Any], adapted: set[str]) -> None:
+    """ValueError, which names it, for a module that PEFT adapts to another function than is computed here."""
     for name, module in model.named_modules():
+        if name in adapted and isinstance(module, nn.Embedding) and about.get("ensure_weight_tying"):
+            raise ValueError(
+                f"{CONFIG}: ensure_weight_tying gives the output head the adapter of {name!r} too, which is not done "
+                "here: let PEFT merge it into the base model (merge_and_unload), and call apply_reslora"
+            )
         if name in adapted and isinstance(module, nn.MultiheadAttention):
             raise ValueError(
                 f"{name!r} is an nn.MultiheadAttention, whose out_proj has its update twice in PEFT (as of 0.21): let "

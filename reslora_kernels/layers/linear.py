@@ -298,7 +298,10 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         if self.merged or self.disabled:
             return self.frozen_forward(x)
         state = self._open_pass()
-        received = () if state is None else state.enter(self, self.neighbours.earlier, self.leading(x))
+        received: tuple[Tensor, ...] = ()
+        if state is not None:
+            leading = x.shape[:-1] if self.fused else self.leading(x)  # of most layers without a call
+            received = state.enter(self, self.neighbours.earlier, leading)
         call = self._call(received)
         residual, bias = call.residual, self.frozen_bias
         scale = self._dora_scale(call) if self.config.use_dora else None
@@ -319,7 +322,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         return y
 
     def leading(self, x: Tensor) -> torch.Size:
-        """The shape of the tokens in x, before their K values."""
+        """The shape of the tokens in x, for kinds of layers where that is not x without its last dimension."""
         return x.shape[:-1]
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
