@@ -70,7 +70,7 @@ def reduce_rows(
     store_product(out, total * scale, c, j, columns, rank, column_stride, rank_stride, STREAM_FIRST)
 
 
-@triton.jit(do_not_specialize=["m", "row_blocks", "da_programs"])
+@triton.jit(do_not_specialize=["m", "rows", "da_programs"])
 def outer_products_kernel(
     x,
     dh,
@@ -91,7 +91,7 @@ def outer_products_kernel(
     dy_column,
     threshold,
     bits_row,
-    row_blocks,
+    rows,
     da_programs,
     da_scale,
     db_scale,
@@ -109,7 +109,6 @@ def outer_products_kernel(
     [m, bits_row] of the mask; the others: db [parts, n, b_rank] = db_scale dyᵀ u for dy [m, n], u [m, b_rank].
     """
     program = tl.program_id(0)
-    rows = row_blocks * BLOCK_M
     if program < da_programs:
         if da is not None:
             reduce_rows(
@@ -182,7 +181,7 @@ def outer_products(
             "dy_column": 0 if db is None else dy.stride(1),
             "threshold": threshold,
             "bits_row": 0 if bits is None else bits.shape[1],
-            "row_blocks": tile.rows(m) // tile.block_m,
+            "rows": tile.rows(m),
             "da_programs": da_programs,
             "da_scale": 1.0 if da_left else keep_scale,
             "db_scale": 1.0 if db_left else scaling,
