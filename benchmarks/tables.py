@@ -175,7 +175,7 @@ def newest(kind: str) -> Path | None:
             result = bench.read(path)
         except ValueError:  # a result of another kind
             continue
-        if result.settings.get("sets") == ["host"]:  # layers too small for arithmetic are another table
+        if result.settings.get("sets") in (["host"], ["experts"]):  # too small for arithmetic, and no linears
             continue
         if bool(result.machine["gpu"]) == (kind == "bench-gpu") and result.rows():
             found.append((result.date, path.stat().st_mtime, path))

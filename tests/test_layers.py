@@ -38,7 +38,10 @@ FLOORS = (  # of the package's files and folders, ground floor first; one import
 )
 INSIDE = {  # the same for the files of a folder; one that is not here must only be free of circles
     "tuning": (("launch", "measured"), ("gpus",), ("tiles",), ("forms",)),
-    "kernels": (("device", "direct"), ("augmented_matmul", "project", "low_rank_grads", "outer_products", "keep_mask")),
+    "kernels": (
+        ("device", "direct"),
+        ("augmented_matmul", "project", "low_rank_grads", "outer_products", "keep_mask", "grouped_matmul"),
+    ),
     "backends": (("kinds",), ("hopper", "select"), ("torch",), ("triton", "cuda")),
     "ops": (("arguments", "registered", "transformed", "grouped"), ("function",)),
     "layers": (

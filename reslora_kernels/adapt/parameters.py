@@ -54,8 +54,8 @@ def _why_not(name: str, target: TargetParameter, modules: Mapping[str, nn.Module
         return "which is looked up, not multiplied by: train it in modules_to_save"
     if weight.is_meta or offloader(owner) is not None:
         return "which has no values here (meta device, or offloaded by accelerate): keep its module on a device"
-    if config.backend in ("triton", "cuda") and target.num_experts:
-        return f"experts, which backend={config.backend!r} has no kernel for: take backend='auto'"
+    if config.backend == "cuda" and target.num_experts:
+        return "experts, which backend='cuda' has no kernel for: take backend='auto', or 'triton'"
     return None
 
 

@@ -379,3 +379,55 @@ def _forward_choice(x: Tensor, weight: Tensor, rank: int, given: bool, masked: b
 def _aligned(*operands: Tensor) -> bool:
     """Whether 16 bytes at a time can be loaded from every operand, along its rows or its columns."""
     return all(fits_tma(operand) or fits_tma(operand.T) for operand in operands)
+
+
+def grouped_forward(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, rows: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """y = x W_eᵀ + s (x A_eᵀ) B_eᵀ for rows grouped by expert, and u = s x A_eᵀ [S, R] in the experts' order.
+
+    Args:
+        x: [S, K]; ``weight`` [E, N, K], a [E, R, K], b [E, N, R], any strides.
+        offsets, rows: as in ``ops.grouped.Groups``.
+    """
+    from ..kernels.grouped_matmul import grouped_matmul, tile_table
+
+    table = tile_table(offsets, x.shape[0])
+    u, y = x.new_empty(x.shape[0], a.shape[1]), x.new_zeros(x.shape[0], weight.shape[1])
+    with kinds.on_device(x):
+        grouped_matmul(x, a, u, table, rows, scale=scaling, sorted_y=True).run()
+        grouped_matmul(x, weight, y, table, rows, u, b).run()
+    return y, u
+
+
+def grouped_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    offsets: Tensor,
+    rows: Tensor | None,
+    scaling: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx [S, K], dA [E, R, K] and dB [E, N, R] of ``grouped_forward``; None for one that ``needs`` leaves out."""
+    from ..kernels.grouped_matmul import grouped_matmul, grouped_outer_products, tile_table
+
+    table = tile_table(offsets, x.shape[0])
+    need_x, need_a, need_b = needs
+    du = torch.empty_like(u)
+    dx = torch.zeros_like(x) if need_x else None
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device) if need_a else None
+    db = torch.empty(b.shape, dtype=b.dtype, device=b.device) if need_b else None
+    with kinds.on_device(x):
+        if need_x or need_a:
+            grouped_matmul(dy, b.mT, du, table, rows, scale=scaling, sorted_y=True).run()
+        if dx is not None:
+            grouped_matmul(dy, weight.mT, dx, table, rows, du, a.mT).run()
+        if da is not None:
+            grouped_outer_products(du, x, da, offsets, rows, sorted_left=True).run()
+        if db is not None:
+            grouped_outer_products(dy, u, db, offsets, rows, sorted_right=True).run()
+    return dx, da, db

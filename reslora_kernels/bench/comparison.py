@@ -40,7 +40,7 @@ def size(count: int | None) -> str:
 
 def share(row: Measurement, phase: str) -> float | None:
     """Of the floor that the row reached: floor / median."""
-    return row.floor_seconds[phase] / row.seconds[phase][1] if phase in row.seconds else None
+    return row.floor_seconds[phase] / row.seconds[phase][1] if phase in row.floor_seconds else None
 
 
 def show_result(result: Result, console: Console) -> None:
@@ -96,7 +96,7 @@ def case_table(title: str, rows: Sequence[Measurement]) -> Table:
             duration(row.seconds["backward"][1]),
             f"{row.times_frozen['both']:.3f}" if "both" in row.times_frozen else "",
             f"{row.noise['both']:.1%}" if "both" in row.noise else "",
-            f"{share(row, 'both') or 0:.0%}",
+            "" if (reached := share(row, "both")) is None else f"{reached:.0%}",
             size(row.peak_bytes),
             f"{error:.1e}" if error is not None else "",
         )

@@ -115,35 +115,59 @@ def run_host(bench: Bench, case: HostCase, note: Callable[[str], None] = lambda 
 def _run_host(
     bench: Bench, case: HostCase, note: Callable[[str], None], stubbed: Sequence[Literal["triton", "cuda"]]
 ) -> list[Measurement]:
-    rows: list[Measurement] = []
-    running: list[timing.Subject] = []
     if case.mode == "compiled":
         torch.compiler.reset()
+    rows: list[Measurement] = []
+    models: list[nn.Module | None] = []
     for provider, method, model in subjects(case, bench.device, stubbed):
         status, reason = (SKIPPED, "peft is not installed") if model is None else (TIMED, None)
-        row = Measurement("host", str(case), provider, method, status, reason, shape=asdict(case))
-        rows.append(row)
-        if model is None:
-            continue
-        note(f"preparing {provider} {method}")
-        try:
-            running.append(_subject(case, f"{provider} {method}".strip(), model, bench.device))
-        except Exception as error:  # a provider's failure is a finding about it, not the end of the run
-            row.status, row.reason = FAILED, one_line(error)
-            check_alive(bench.device)
-    note(f"timing {len(running)} side by side")
+        rows.append(Measurement("host", str(case), provider, method, status, reason, shape=asdict(case)))
+        models.append(model)
     plan = timing.Plan(**(asdict(bench.plan) | {"most": 50 * bench.plan.most, "warmup": 10}))
-    samples = timing.measure(running, bench.clock, plan, lambda: check_alive(bench.device), bench.deadline)
+    samples = time_rows(
+        bench, rows, models, lambda name, model, _: _subject(case, name, model, bench.device), plan, note
+    )
     for row in rows:
-        own = samples.get(f"{row.provider} {row.method}".strip())
-        if own is not None and own.failure is not None:
-            row.status, row.reason = FAILED, own.failure
-        elif own is not None:
-            fill(row, own, samples[FROZEN], timing.Samples())
+        own = samples.get(_name(row))
+        if own is not None and own.failure is None:
             row.least = {phase: min(own.of(phase)) for phase in timing.PHASES}
     if case.mode == "compiled":
         torch.compiler.reset()
     return rows
+
+
+def time_rows(
+    bench: Bench,
+    rows: Sequence[Measurement],
+    models: Sequence[nn.Module | None],
+    subject: Callable[[str, nn.Module, Measurement], timing.Subject],
+    plan: timing.Plan,
+    note: Callable[[str], None],
+) -> dict[str, timing.Samples]:
+    """Fill the rows of one case, the frozen one among them, from rounds in which all models run in turn."""
+    running: list[timing.Subject] = []
+    for row, model in zip(rows, models, strict=True):
+        if model is None:
+            continue
+        note(f"preparing {_name(row)}")
+        try:
+            running.append(subject(_name(row), model, row))
+        except Exception as error:  # a provider's failure is a finding about it, not the end of the run
+            row.status, row.reason = FAILED, one_line(error)
+            check_alive(bench.device)
+    note(f"timing {len(running)} side by side")
+    samples = timing.measure(running, bench.clock, plan, lambda: check_alive(bench.device), bench.deadline)
+    for row in rows:
+        own = samples.get(_name(row))
+        if own is not None and own.failure is not None:
+            row.status, row.reason = FAILED, own.failure
+        elif own is not None:
+            fill(row, own, samples[FROZEN], timing.Samples())
+    return samples
+
+
+def _name(row: Measurement) -> str:
+    return f"{row.provider} {row.method}".strip()
 
 
 def _subject(case: HostCase, name: str, model: nn.Module, device: torch.device) -> timing.Subject:

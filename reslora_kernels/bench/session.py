@@ -21,6 +21,7 @@ from reslora_kernels.bench import results, timing
 from reslora_kernels.bench.cases import SETS, Case
 from reslora_kernels.bench.clocks import DeviceLostError, clock_of, measure_rates, one_line
 from reslora_kernels.bench.comparison import show_result
+from reslora_kernels.bench.experts import EXPERTS_SETS, ExpertsCase, run_experts
 from reslora_kernels.bench.host import HOST_SETS, HostCase, run_host
 from reslora_kernels.bench.model_cases import MODEL_SETS, ModelCase
 from reslora_kernels.bench.models import run_model
@@ -63,7 +64,7 @@ def show_bar(total: int, console: Console) -> Iterator[Bar]:
 
 
 QUICK_SECONDS, QUICK_ROUNDS = 2.5, 25
-Task = Case | ModelCase | HostCase
+Task = Case | ModelCase | HostCase | ExpertsCase
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,15 @@ class Settings:
                 tasks += [(name, case) for case in MODEL_SETS[name](gpu, self.quick)]
             elif name in HOST_SETS:
                 tasks += [(name, case) for case in HOST_SETS[name](gpu, self.quick)]
+            elif name in EXPERTS_SETS:
+                tasks += [(name, case) for case in EXPERTS_SETS[name](gpu, self.quick)]
             elif name in SETS:
                 done = [case for _, case in tasks if isinstance(case, Case)]
                 tasks += [(name, case) for case in SETS[name](gpu) if not any(one.covers(case) for one in done)]
             else:
-                raise ValueError(f"unknown set {name!r}; the sets are {', '.join([*SETS, *MODEL_SETS, *HOST_SETS])}")
+                raise ValueError(
+                    f"unknown set {name!r}; the sets are {', '.join([*SETS, *MODEL_SETS, *HOST_SETS, *EXPERTS_SETS])}"
+                )
         return tasks
 
 
@@ -170,6 +175,8 @@ def _measure(
                 result.measurements += run_case(bench, set_name, case, providers, bar.note)
             elif isinstance(case, HostCase):
                 result.measurements += run_host(bench, case, bar.note)
+            elif isinstance(case, ExpertsCase):
+                result.measurements += run_experts(bench, case, bar.note)
             else:
                 result.models += run_model(bench, case, bar.note)
             faulthandler.cancel_dump_traceback_later()

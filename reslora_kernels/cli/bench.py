@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reslora_kernels.bench import cases, providers
+from reslora_kernels.bench.experts import EXPERTS_SETS
 from reslora_kernels.bench.host import HOST_SETS
 from reslora_kernels.bench.model_cases import MODEL_SETS
 from reslora_kernels.bench.session import Settings, run_session
@@ -131,6 +132,6 @@ def show_names(console: Console, device: torch.device) -> None:
     gpu = device.type == "cuda"
     for name, make in cases.SETS.items():
         table.add_row(name, str(len(make(gpu))), " ".join((make.__doc__ or "").split()))
-    for name, choose in (MODEL_SETS | HOST_SETS).items():
+    for name, choose in (MODEL_SETS | HOST_SETS | EXPERTS_SETS).items():
         table.add_row(name, str(len(choose(gpu, False))), " ".join((choose.__doc__ or "").split()))
     console.print(table)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import ResLoRAConfig
 from ..ops import fused_linear
-from ..ops.grouped import Groups, add_low_rank
+from ..ops.grouped import Groups, add_low_rank, fused_experts, fuses
 from ..side_channel import SideChannel
 from .adapter import joined
 
@@ -144,24 +144,21 @@ class AdaptedWeight:
                 return one._times(args[0], lambda w: func(args[0], w))
             return one.mT._times(args[1].mT, lambda w: func(w.mT, args[1]).mT).mT
         if name in _GROUPED and len(args) >= 2 and args[1] is one and kwargs.get("bias") is None:
-            offsets = kwargs["offs"] if "offs" in kwargs else args[2]
-            return one._grouped(args[0], func(args[0], one.frozen, *args[2:], **kwargs), Groups(offsets))
+            groups = Groups(kwargs["offs"] if "offs" in kwargs else args[2])
+            return one._grouped(args[0], lambda w: func(args[0], w, *args[2:], **kwargs), groups)
         raise TypeError(one._refusal(f"computes {name} of"))
 
     def _times(self, x: Tensor, frozen_product: Callable[[Tensor], Tensor], bias: Tensor | None = None) -> Tensor:
         """x [..., K] times this [K, N], or one such matrix for each index of x's leading dimension."""
         if (self._pick is None and self.ndim == 2) or isinstance(self._pick, int):
             return self._of_one(x, bias)
-        y = frozen_product(self.frozen)
-        if self._pick is None:
-            count = self._layer.num_experts
-            if y.shape != (count, *x.shape[-2:-1], self.shape[-1]):
-                raise TypeError(self._refusal(f"multiplies a tensor {list(x.shape)} by"))
-            x = x.expand(*y.shape[:-1], x.shape[-1])
-            return self._grouped(x, y, Groups.equal(count, x.shape[-2], x.device))
-        if x.shape[:-1] != (*self._pick.shape, 1):
-            raise TypeError(self._refusal(f"multiplies a tensor {list(x.shape)} by"))
-        return self._grouped(x, y, Groups.of(self._pick, self._layer.num_experts))
+        count = self._layer.num_experts
+        if self._pick is None and (x.dim() == 2 or x.shape[:-2] == (count,)):
+            x = x.expand(count, *x.shape[-2:])
+            return self._grouped(x, frozen_product, Groups.equal(count, x.shape[-2], x.device))
+        if self._pick is not None and x.shape[:-1] == (*self._pick.shape, 1):
+            return self._grouped(x, frozen_product, Groups.of(self._pick, count))
+        raise TypeError(self._refusal(f"multiplies a tensor {list(x.shape)} by"))
 
     def _of_one(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] times the matrix [K, N] of one expert, or of the only one, plus a bias [N]."""
@@ -185,9 +182,14 @@ class AdaptedWeight:
             whole._by_expert = [(a.unbind(), b.unbind()) for a, b in self._layer.factors()]
         return [self._turned(a[self._pick], b[self._pick]) for a, b in whole._by_expert]
 
-    def _grouped(self, x: Tensor, y: Tensor, groups: Groups) -> Tensor:
-        of_a, of_b = zip(*(self._turned(a, b) for a, b in self._layer.factors()), strict=True)
-        return add_low_rank(y.contiguous(), x, joined(of_a, -2), joined(of_b, -1), groups, self._layer.scaling)
+    def _grouped(self, x: Tensor, frozen_product: Callable[[Tensor], Tensor], groups: Groups) -> Tensor:
+        layer = self._layer
+        of_a, of_b = zip(*(self._turned(a, b) for a, b in layer.factors()), strict=True)
+        a, b = joined(of_a, -2), joined(of_b, -1)
+        if fuses(layer.config.backend):  # which gathers no weights, whatever the module was about to do
+            whole = self._whole.frozen
+            return fused_experts(x, whole if self._flipped else whole.mT, a, b, groups, layer.scaling)
+        return add_low_rank(frozen_product(self.frozen).contiguous(), x, a, b, groups, layer.scaling)
 
     def _turned(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The two in the order in which x meets them: ΔW is B A or its transpose, and x stands on either side."""

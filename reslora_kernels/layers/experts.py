@@ -18,6 +18,7 @@ from ..backends.select import BackendChoice, explain
 from ..checks import check_floating
 from ..config import PARAMETER_ADAPTER, ResLoRAConfig, checked_config
 from ..forward_state import recomputing
+from ..ops.grouped import fuses
 from .adapted_weight import AdaptedWeight
 from .adapter import AdapterLayer
 
@@ -163,6 +164,8 @@ class ResLoRAExperts(AdapterLayer):
         if not self.num_experts:
             x = self.weight.new_empty(1, self.in_features).expand(tokens, -1)
             return explain(self.config.backend, x, self.weight, sum(a.shape[-2] for a in self.a_stack))
+        if fuses(self.config.backend):
+            return BackendChoice("triton", "experts: both products in one accumulator, tokens gathered on load")
         return BackendChoice("torch", "experts: the module's own product, and grouped low-rank products on top of it")
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:

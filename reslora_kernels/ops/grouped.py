@@ -3,8 +3,8 @@
     u = x A_eᵀ        y += s u B_eᵀ        du = s dy B_e        dx = du A_e        dA_e = duᵀ x        dB_e = s dyᵀ u
 
 with e the expert of a row. W_e + s B_e A_e is never made: what is read and written beside x and y is R values a row.
-Sums over the rows of an expert run in the order of the rows. This is the form of PyTorch's own operations, which the
-fused kernel (``kernels.grouped_matmul``) is held against.
+Sums over the rows of an expert run in the order of the rows. ``add_low_rank`` is the form of PyTorch's own operations,
+on top of what the frozen weights gave; ``fused_experts`` has both products in one accumulator.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ..backends import select
+from ..backends import triton as kernels
 
 
 class Groups(NamedTuple):
@@ -100,6 +103,53 @@ class _AddLowRank(torch.autograd.Function):
             dy, None if dx is None else dx.view(x.shape), da if need_a else None, db if need_b else None,
             None, None, None,
         )  # fmt: skip
+
+
+def fuses(backend: str) -> bool:
+    """Whether a layer's backend has a kernel for the frozen and the low-rank product of experts at once."""
+    return (select.override() or backend) == "triton"
+
+
+def fused_experts(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, groups: Groups, scaling: float) -> Tensor:
+    """y [..., N] = x W_eᵀ + s (x A_eᵀ) B_eᵀ by the Triton kernels; differentiable once, but for W.
+
+    Args:
+        x: [..., K], S rows.
+        weight: [E, N, K], frozen; a: [E, R, K]; b: [E, N, R]. Any strides and floating dtypes.
+        groups: the rows of each expert; the other rows of y are zero.
+
+    Raises:
+        RuntimeError, ValueError: the kernels cannot run on this machine, or not with these arguments.
+    """
+    select.check("triton")
+    if reason := kernels.unsupported_reason(x, weight, a.shape[1]):
+        raise ValueError(f"backend 'triton' does not serve these experts: {reason}; take backend='torch'")
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _FusedExperts.apply(x, weight, a, b, groups.offsets, groups.rows, scaling)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _FusedExperts(torch.autograd.Function):
+    """Saves x and u [S, R]; W, A and B as the tensors they are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, rows: Tensor | None, scaling: float
+    ) -> Tensor:
+        y, u = kernels.grouped_forward(_flat(x), weight, a, b, offsets, rows, scaling)
+        ctx.save_for_backward(x, weight, a, b, u, offsets, rows)
+        ctx.scaling = scaling
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[1]])  # no view for autograd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight, a, b, u, offsets, rows = ctx.saved_tensors
+        need_x, _, need_a, need_b, *_ = ctx.needs_input_grad
+        dx, da, db = kernels.grouped_backward(
+            _flat(dy), _flat(x), weight, a, b, u, offsets, rows, ctx.scaling, (need_x, need_a, need_b)
+        )
+        return None if dx is None else dx.view(x.shape), None, da, db, None, None, None
 
 
 def _parts(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
