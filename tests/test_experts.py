@@ -224,6 +224,31 @@ def test_trains_with_and_without_checkpointing() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
+def test_mixed_precision(how: str) -> None:
+    """Adapters stay in float32 beside a half-precision base, and autocast may stay on in backward."""
+    model = model_of("mixtral", how, torch.bfloat16)
+    apply_reslora(model, ResLoRAConfig(r=8, target_modules=[], target_parameters=BOTH))
+    _, gradients = loss_and_gradients(randomized(model))
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    model = adapted(model_of("mixtral", how))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, gradients = loss_and_gradients(model)
+    torch.testing.assert_close(logits.float(), loss_and_gradients(model)[0], rtol=0.1, atol=0.2)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    model = adapted(model_of("mixtral", "grouped_mm"), "block")
+    logits, gradients = loss_and_gradients(model)
+    compiled_logits, compiled_gradients = loss_and_gradients(torch.compile(model))
+    torch.testing.assert_close(compiled_logits, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        {name.removeprefix("_orig_mod."): gradient for name, gradient in compiled_gradients.items()}, gradients
+    )
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_save_load_merge_and_unload(kind: str, tmp_path: Path) -> None:
     plain = model_of(kind)

@@ -78,7 +78,8 @@ def blocks_of(case: ExpertsCase, device: torch.device) -> _Blocks:
     )  # fmt: skip
     config._experts_implementation = case.run
     torch.manual_seed(0)
-    model = _Blocks(lambda: Qwen3MoeExperts(config)).to(device)
+    made: Any = Qwen3MoeExperts
+    model = _Blocks(lambda: made(config)).to(device)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     return model.requires_grad_(False)
@@ -102,7 +103,7 @@ def _peft(blocks: nn.Module, r: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=[], target_parameters=PARAMETERS)
-    adapted: Any = get_peft_model(blocks, config)  # type: ignore[arg-type]
+    adapted: Any = get_peft_model(blocks, config)
     inner: nn.Module = adapted.base_model.model
     return inner
 

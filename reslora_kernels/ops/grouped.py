@@ -87,21 +87,22 @@ class _AddLowRank(torch.autograd.Function):
         tokens, grads = _flat(x), _flat(dy)
         low_a, low_b = a.to(x.dtype), b.to(x.dtype)
         dx = torch.zeros_like(tokens) if need_x else None
-        da, db = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (a, b))
-        for e, start, stop in _parts(offsets):
-            own_dy = _taken(grads, rows, start, stop)
-            du = (own_dy @ low_b[e]).mul_(ctx.scaling)
-            if need_a:
-                da[e] = du.t() @ _taken(tokens, rows, start, stop)
-            if need_b:
-                db[e] = (u[start:stop].t() @ own_dy).mul_(ctx.scaling).t()
-            if dx is not None and rows is None:
-                torch.mm(du, low_a[e], out=dx[start:stop])
-            elif dx is not None:
-                dx[rows[start:stop]] = du @ low_a[e]
+        da = a.new_zeros(a.shape) if need_a else None
+        db = b.new_zeros(b.shape) if need_b else None
+        with torch.autocast(dy.device.type, enabled=False):
+            for e, start, stop in _parts(offsets):
+                own_dy = _taken(grads, rows, start, stop)
+                du = (own_dy @ low_b[e]).mul_(ctx.scaling)
+                if da is not None:
+                    da[e] = du.t() @ _taken(tokens, rows, start, stop)
+                if db is not None:
+                    db[e] = (u[start:stop].t() @ own_dy).mul_(ctx.scaling).t()
+                if dx is not None and rows is None:
+                    torch.mm(du, low_a[e], out=dx[start:stop])
+                elif dx is not None:
+                    dx[rows[start:stop]] = du @ low_a[e]
         return (
-            dy, None if dx is None else dx.view(x.shape), da if need_a else None, db if need_b else None,
-            None, None, None,
+            dy, None if dx is None else dx.view(x.shape), da, db, None, None, None,
         )  # fmt: skip
 
 
@@ -139,7 +140,8 @@ class _FusedExperts(torch.autograd.Function):
         y, u = kernels.grouped_forward(_flat(x), weight, a, b, offsets, rows, scaling)
         ctx.save_for_backward(x, weight, a, b, u, offsets, rows)
         ctx.scaling = scaling
-        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[1]])  # no view for autograd
+        whole: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[1]])  # no view for autograd
+        return whole
 
     @staticmethod
     @once_differentiable
