@@ -139,6 +139,15 @@ SETS = {
         },
         seeds=(0, 1, 2, 3, 4),
     ),
+    "controls": Experiments(  # ``block`` with the default pre_num has updates of rank 12: is that its gain?
+        name="controls",
+        sizes={"unet": UNET},
+        budgets={
+            name: replace(_IMAGES, methods=(BASELINE, "block", "lora-8", "lora-16"), merged_seeds=0)
+            for name in ("slanted", "inverted")
+        },
+        seeds=(0, 1, 2, 3, 4),
+    ),
     "gpu": Experiments(  # the decoder has 100 million parameters
         name="gpu",
         sizes={
