@@ -79,7 +79,8 @@ class Cost:
         task.figures(model, held_out)  # the first call imports what it needs
         self.measuring = _seconds(partial(task.figures, model, held_out)) * count / AT_A_TIME
         self.generating = _seconds(partial(task.final_figures, model, held_out))
-        self.generating *= min(budget.generated, count) / AT_A_TIME
+        if task.kind == "decoder":  # digits are as many whatever is held out
+            self.generating *= min(budget.generated, count) / AT_A_TIME
 
     def run(self, spec: runs.Spec) -> float:
         steps, evaluations = self._budget.steps * self.step, 1 if spec.tunes else self._budget.evaluations
