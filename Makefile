@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 export CONSTRAINTS
 # The CUDA extension takes minutes to compile: .venv gets it where there is a GPU to run it or RESLORA_CUDA asks for it.
 BUILD_CUDA := $(or $(RESLORA_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,0))
-REQUIREMENTS := pyproject.toml setup.py build_cuda.py $(CONSTRAINTS)
+REQUIREMENTS := pyproject.toml setup.py build_cuda.py build_host.py csrc/host.cpp $(CONSTRAINTS)
 REQUIREMENTS += $(if $(filter-out 0,$(BUILD_CUDA)),$(wildcard csrc/*.*))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PARALLEL := --numprocesses auto --dist loadfile
@@ -93,6 +93,6 @@ docs: $(VENV)/.installed-dev ## Build the documentation in build/docs; `.venv/bi
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean: ## Remove .venv and everything that was generated
-	rm -rf $(VENV) build dist *.egg-info reslora_kernels/_build_info.py reslora_kernels/_cuda*.so
+	rm -rf $(VENV) build dist *.egg-info reslora_kernels/_build_info.py reslora_kernels/_cuda*.so reslora_kernels/_host*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Compiles csrc/ to the extension module with nvcc, through ninja. setup.py runs this file.
 
-python build_cuda.py    puts the module and the record of its build beside the sources, where pip cannot
+python build_cuda.py    puts both extensions and the record of their build beside the sources, where pip cannot
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 TOOLCHAIN = SimpleNamespace(**runpy.run_path(str(ROOT / "reslora_kernels/cli/toolchain.py")))
@@ -49,8 +50,11 @@ def compile_extension(folder: Path, requested: tuple[str, ...], jobs: int) -> tu
     return architectures
 
 
-def place(package: Path, compile_in: Callable[[Path], tuple[str, ...]]) -> tuple[str, ...]:
+def place(package: Path, compile_in: Callable[[Path], tuple[str, ...]], host: dict[str, Any]) -> tuple[str, ...]:
     """Puts MODULE, which ``compile_in`` makes in a folder, and the record of that into ``package``; older ones go.
+
+    Args:
+        host: what ``build_host.place`` gave, for the record.
 
     Returns:
         The architectures; none where ``compile_in`` raised a RuntimeError, which is then in the record.
@@ -72,6 +76,7 @@ def place(package: Path, compile_in: Callable[[Path], tuple[str, ...]]) -> tuple
         "CUDA_ARCHS": architectures,
         "NVCC": nvcc and TOOLCHAIN.compiler_version(nvcc),
         "PYTHON": platform.python_version(),
+        **host,
     }
     lines = ['"""Written by build_cuda.py when the package was built."""', ""]
     lines += [f"{name} = {value!r}" for name, value in record.items()]
@@ -144,5 +149,6 @@ def run_ninja(command: list[str]) -> None:
 
 if __name__ == "__main__":
     package = ROOT / "reslora_kernels"
-    if not place(package, compile_requested):
+    host = runpy.run_path(str(ROOT / "build_host.py"))["place"](package)
+    if not place(package, compile_requested, host):
         raise SystemExit(runpy.run_path(str(package / "_build_info.py"))["CUDA_REASON"])

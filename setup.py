@@ -1,4 +1,4 @@
-"""Builds the CUDA extension as RESLORA_CUDA says and records the outcome in reslora_kernels/_build_info.py."""
+"""Builds the extensions as RESLORA_CUDA and RESLORA_HOST say; reslora_kernels/_build_info.py records the outcome."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 CUDA = SimpleNamespace(**runpy.run_path(str(ROOT / "build_cuda.py")))
+HOST = SimpleNamespace(**runpy.run_path(str(ROOT / "build_host.py")))
 
 
 def build_cuda(folder: Path) -> tuple[str, ...]:
@@ -37,10 +38,10 @@ def build_cuda(folder: Path) -> tuple[str, ...]:
 class PlatformWheel(Distribution):
     """A wheel is for this platform once it holds an extension, which is known only after the build."""
 
-    cuda_built = False
+    extension_built = False
 
     def has_ext_modules(self) -> bool:
-        return self.cuda_built
+        return self.extension_built
 
 
 class BuildWithExtension(build_py):
@@ -49,9 +50,10 @@ class BuildWithExtension(build_py):
     def run(self) -> None:
         super().run()
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "reslora_kernels"
-        architectures = CUDA.place(package, build_cuda)
-        if architectures and not self.editable_mode:
-            self.distribution.cuda_built = True
+        host = HOST.place(package)
+        architectures = CUDA.place(package, build_cuda, host)
+        if (architectures or host["HOST_BUILT"]) and not self.editable_mode:
+            self.distribution.extension_built = True
             self.get_finalized_command("bdist_wheel").root_is_pure = False
 
 

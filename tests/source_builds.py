@@ -14,7 +14,8 @@ from typing import Any
 from . import processes
 
 ROOT = Path(__file__).parents[1]
-BUILD_VARIABLES = ("RESLORA_CUDA", "RESLORA_CUDA_ARCHS", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "CXX", "LD_LIBRARY_PATH")
+BUILD_VARIABLES = ("RESLORA_CUDA", "RESLORA_CUDA_ARCHS", "RESLORA_HOST", "MAX_JOBS")
+BUILD_VARIABLES += ("CUDA_HOME", "CUDA_PATH", "CXX", "LD_LIBRARY_PATH")
 CXX = shutil.which("g++") or ""
 HOOK = "import sys, setuptools.build_meta as hooks; getattr(hooks, f'build_{sys.argv[1]}')(sys.argv[2])"
 

@@ -64,7 +64,7 @@ def pip_wheel(source: Path, **variables: str) -> Path:
 
 
 def test_wheel_has_everything_and_nothing_left_over(source: Path) -> None:
-    wheel = pip_wheel(source, RESLORA_CUDA="0")
+    wheel = pip_wheel(source, RESLORA_CUDA="0", RESLORA_HOST="0")
     names = names_in(wheel)
     modules = {path.relative_to(source).as_posix() for path in (source / "reslora_kernels").rglob("*.py")}
     assert modules <= set(names)
@@ -73,9 +73,34 @@ def test_wheel_has_everything_and_nothing_left_over(source: Path) -> None:
     assert not [name for name in names if name.endswith(".so")]
     assert wheel.name.endswith("-py3-none-any.whl")
     record = record_of(wheel)
-    assert record["CUDA_BUILT"] is False
+    assert record["CUDA_BUILT"] is record["HOST_BUILT"] is False
     assert record["CUDA_REASON"] == "RESLORA_CUDA=0 at build time"
+    assert record["HOST_REASON"] == "RESLORA_HOST=0 at build time"
     assert (source / "reslora_kernels/_build_info.py").read_text() == STALE
+
+
+@pytest.mark.skipif(not CXX, reason="needs g++")
+def test_host_extension_is_in_the_wheel_and_opens(source: Path) -> None:
+    wheel = pip_wheel(source, RESLORA_CUDA="0", RESLORA_HOST="1")
+    assert record_of(wheel)["HOST_BUILT"] is True and "-none-any" not in wheel.name
+    (name,) = [name for name in names_in(wheel) if name.endswith(".so")]
+    folder = source.parent / "unpacked"
+    shutil.unpack_archive(wheel, folder, "zip")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from reslora_kernels import host; print(host.module.__file__)"
+    finished = run([sys.executable, "-I", "-c", code, str(folder)], folder)
+    assert finished.stdout == f"{folder / name}\n", finished.stderr
+
+
+def test_host_extension_that_cannot_be_built_is_left_out_or_insisted_on(source: Path) -> None:
+    (source / "csrc/host.cpp").write_text("int broken(")
+    finished = build("wheel", source, RESLORA_CUDA="0")
+    assert finished.returncode == 0 and "warning: no host extension in this build" in finished.stderr
+    record = record_of(built_wheel(source))
+    assert record["HOST_BUILT"] is False and "error: expected" in record["HOST_REASON"]
+    finished = build("wheel", source, RESLORA_CUDA="0", RESLORA_HOST="1")
+    assert finished.returncode and "RESLORA_HOST=1 asks for the host extension, but the build failed" in finished.stderr
+    finished = build("wheel", source, RESLORA_CUDA="0", RESLORA_HOST="yes")
+    assert finished.returncode and "RESLORA_HOST must be 'auto', '1' or '0', got 'yes'" in finished.stderr
 
 
 @needs_sources
@@ -87,7 +112,7 @@ def test_extension_needs_system_libraries_alone(source: Path) -> None:
     wheel = pip_wheel(source, RESLORA_CUDA="1", RESLORA_CUDA_ARCHS="90a", CUDA_HOME=str(Path(nvcc).parents[1]))
     record = record_of(wheel)
     assert (record["CUDA_BUILT"], record["CUDA_ARCHS"]) == (True, ("90a",))
-    (name,) = [name for name in names_in(wheel) if name.endswith(".so")]
+    (name,) = [name for name in names_in(wheel) if "/_cuda." in name]
     folder = source.parent / "unpacked"
     shutil.unpack_archive(wheel, folder, "zip")
     libraries = processes.run(["ldd", folder / name], check=True).stdout
@@ -115,7 +140,7 @@ def test_sdist_has_all_sources_and_no_results(source: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert "reslora_kernels/golden.safetensors" in names
     assert {path.relative_to(source).as_posix() for path in (source / "csrc").iterdir()} <= names
-    files = {"tests/test_extension_build.py", "setup.py", "build_cuda.py", "constraints.txt", "Makefile", "LICENSE"}
+    files = {"tests/test_extension_build.py", "setup.py", "build_cuda.py", "build_host.py", "constraints.txt", "Makefile", "LICENSE"}
     assert files <= names
     assert "reslora_kernels/_build_info.py" not in names
     assert not [name for name in names if name.endswith(".so") or name.startswith("benchmarks/results")]
@@ -134,9 +159,11 @@ def test_sdist_builds(source: Path, tmp_path: Path) -> None:
 
 
 def test_editable_install_drops_a_stale_extension(source: Path) -> None:
-    finished = build("editable", source, RESLORA_CUDA="0")
+    stale = source / "reslora_kernels/_host.cpython-39-x86_64-linux-gnu.so"
+    stale.write_text("stale")
+    finished = build("editable", source, RESLORA_CUDA="0", RESLORA_HOST="0")
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert not list((source / "reslora_kernels").glob("_cuda.*"))
+    assert not stale.exists() and not list((source / "reslora_kernels").glob("_cuda.*"))
     assert "RESLORA_CUDA=0" in (source / "reslora_kernels/_build_info.py").read_text()
 
 

@@ -23,7 +23,18 @@ from . import processes
 
 PACKAGE = Path(__file__).parents[1] / "reslora_kernels"
 FLOORS = (  # of the package's files and folders, ground floor first; one imports from the floors below it only
-    ("_version", "_build_info", "checks", "reference", "dropout", "forward_state", "dtensors", "quantizers", "tuning"),
+    (
+        "_version",
+        "_build_info",
+        "checks",
+        "reference",
+        "dropout",
+        "forward_state",
+        "dtensors",
+        "host",
+        "quantizers",
+        "tuning",
+    ),
     ("config", "kernels", "side_channel"),
     ("testing", "backends"),
     ("ops",),
@@ -43,7 +54,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("augmented_matmul", "project", "low_rank_grads", "outer_products", "keep_mask", "grouped_matmul"),
     ),
     "backends": (("kinds",), ("hopper", "select"), ("torch",), ("triton", "cuda")),
-    "ops": (("arguments", "registered", "transformed", "grouped"), ("function",)),
+    "ops": (("arguments",), ("registered", "transformed", "grouped"), ("function",)),
     "layers": (
         ("dora", "initialization", "linear_map", "offloading", "shortcuts"),
         ("chain", "shared_input"),

@@ -22,6 +22,7 @@ from reslora_kernels import (
     dropout,
     dtensors,
     export_peft,
+    host,
     link,
     load_adapter,
     merge_reslora,
@@ -262,6 +263,7 @@ def test_no_projection_is_wider_than_its_limit(rank: int, monkeypatch: pytest.Mo
     from reslora_kernels.backends import torch as library
     from reslora_kernels.side_channel import height
 
+    monkeypatch.setattr(host, "module", None)
     heights: list[int] = []
     forward = library.forward
     monkeypatch.setattr(

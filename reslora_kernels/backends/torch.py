@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import dropout as masks
+from .. import host
 from ..dropout import Dropout
 from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, height, rows
 from . import kinds, select
@@ -201,13 +202,14 @@ def scaled_product(t: Tensor, b: Tensor, scale: float, like: Tensor | None = Non
 
 
 def _keep_mask(dropout: Dropout, rows: int, columns: int) -> Tensor:
-    """``dropout.keep_mask``, by one kernel where there is one."""
+    """``dropout.keep_mask``, by one kernel or one compiled pass where there is one."""
     if _kernel_draws(dropout.seed):
         from ..kernels.keep_mask import keep_mask
 
         with kinds.on_device(dropout.seed):
             return keep_mask(dropout.seed, rows, columns, dropout.p)
-    return masks.keep_mask(dropout.seed, rows, columns, dropout.p)
+    mask = host.keep_mask(dropout.seed, rows, columns, masks.threshold(dropout.p))
+    return masks.keep_mask(dropout.seed, rows, columns, dropout.p) if mask is None else mask
 
 
 def _kernel_draws(seed: Tensor) -> bool:

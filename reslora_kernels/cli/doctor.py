@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from reslora_kernels import host
 from reslora_kernels._version import __version__
 from reslora_kernels.backends import select
 from reslora_kernels.cli.toolchain import (
@@ -38,6 +39,7 @@ EXTRAS = {
     "plots": ("matplotlib", "jinja2"),
 }
 BUILD = "`RESLORA_CUDA=1 pip install --force-reinstall --no-deps .` in the source folder"
+HOST_BUILD = "`RESLORA_HOST=1 pip install --force-reinstall --no-deps .` in the source folder"
 
 
 class Library(NamedTuple):
@@ -89,6 +91,8 @@ def examine() -> dict[str, Any]:
     if driver and driver.capabilities and not gpus:
         gaps["torch cannot use the GPU of this machine"] = gpu_fix()
     gaps |= extension_gaps(build, driver)
+    if host.module is None and find_cxx() and not host.why.startswith("RESLORA_HOST=0"):
+        gaps[f"small layers on the CPU are slower than they could be: {host.why}"] = f"run {HOST_BUILD}"
     gaps |= {
         f"the {test.backend} backend fails its smoke test": "report it with the output of `reslora doctor --json`"
         for test in smoke_tests
@@ -105,6 +109,7 @@ def examine() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "compilers": [row._asdict() for row in compilers],
         "build": build,
+        "host_extension": {"in_use": host.module is not None, "reason": host.why},
         "backends": [test._asdict() for test in smoke_tests],
         "fixes": [{"gap": gap, "fix": fix} for gap, fix in gaps.items()],
         "healthy": any(test.backend == "torch" and test.passed for test in smoke_tests),
@@ -232,7 +237,9 @@ def show(findings: dict[str, Any]) -> None:
     build = findings["build"]
     built = f"built by nvcc {build['nvcc']} for {', '.join(build['architectures'])}"
     built = built if build["cuda_built"] else f"not built: {build['reason']}"
-    console.print(table("Compilers", [*compilers, ("CUDA extension", built)]))
+    extension = findings["host_extension"]
+    on_host = extension["reason"] if extension["in_use"] else f"not in use: {extension['reason']}"
+    console.print(table("Compilers", [*compilers, ("CUDA extension", built), ("host extension", on_host)]))
     verdicts = {True: "works", False: "FAILS", None: "not here"}
     console.print(table("Backends", [(t["backend"], verdicts[t["passed"]], t["detail"]) for t in findings["backends"]]))
     if findings["fixes"]:

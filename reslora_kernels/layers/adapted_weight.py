@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ResLoRAConfig
-from ..ops import fused_linear
+from ..ops import Operands, fused_linear
 from ..ops.grouped import Groups, add_low_rank, fused_experts, fuses
 from ..side_channel import SideChannel
 from .adapter import joined
@@ -164,10 +164,8 @@ class AdaptedWeight:
         """x [..., K] times the matrix [K, N] of one expert, or of the only one, plus a bias [N]."""
         layer = self._layer
         stacks = self._matrices()
-        y, _ = fused_linear(
-            x, self.frozen.mT, bias, [a for a, _ in stacks], [b for _, b in stacks], None,
-            SideChannel(1.0, layer.scaling), 0.0, None, layer.config.backend,
-        )  # fmt: skip
+        operands = Operands(x, self.frozen.mT, bias, None, None, [a for a, _ in stacks], [b for _, b in stacks])
+        y, _ = fused_linear(operands, SideChannel(1.0, layer.scaling), 0.0, layer.config.backend)
         return y
 
     def _matrices(self) -> list[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from ..backends import select
 from ..checks import check_floating, check_int
 from ..config import ResLoRAConfig, checked_config
 from ..forward_state import ForwardState, outside, recomputing
-from ..ops import fused_linear
+from ..ops import Operands, fused_linear
 from ..quantizers import quantizer_of
 from ..side_channel import SideChannel
 from . import initialization
@@ -331,7 +331,8 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         config = self.config
         side = SideChannel(c, config.scaling) if hand is None else SideChannel(c, config.scaling, *hand)
         seed = self._new_seed(x.device) if p > 0 else None
-        return fused_linear(x, self.frozen_weight, bias, a_stack, b_stack, residual, side, p, seed, config.backend)
+        operands = Operands(x, self.frozen_weight, bias, residual, seed, a_stack, b_stack)
+        return fused_linear(operands, side, p, config.backend)
 
     def _new_seed(self, device: torch.device) -> Tensor:
         """What the mask of one call is drawn from."""

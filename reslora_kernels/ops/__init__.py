@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..side_channel import SideChannel
-from .arguments import PackedWeight, check_types
+from .arguments import Operands, PackedWeight, check_types
 from .function import fused_linear
 
-__all__ = ["PackedWeight", "fused_linear", "lora_linear"]
+__all__ = ["Operands", "PackedWeight", "fused_linear", "lora_linear"]
 
 
 def lora_linear(
@@ -70,4 +70,5 @@ def lora_linear(
     """
     check_types(x, weight, bias, a_stack, b_stack, residual, scaling, c, p, seed, hand, backend)
     side = SideChannel(float(c), float(scaling), *(hand or (0, 0)))
-    return fused_linear(x, weight, bias, a_stack, b_stack, residual, side, p, seed, backend)
+    operands = Operands(x, weight, bias, residual, seed if p > 0 else None, a_stack, b_stack)
+    return fused_linear(operands, side, p, backend)

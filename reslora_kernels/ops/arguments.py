@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..backends import select
+from ..side_channel import Stack
 
 
 @runtime_checkable
@@ -20,6 +21,35 @@ class PackedWeight(Protocol):
     @property
     def device(self) -> torch.device: ...
     def unpacked(self, dtype: torch.dtype) -> Tensor: ...
+
+
+class Operands(NamedTuple):
+    """The tensors of a call, as ``ops.lora_linear`` names them."""
+
+    x: Tensor
+    weight: Any  # Tensor | PackedWeight
+    bias: Tensor | None
+    residual: Tensor | None
+    seed: Tensor | None
+    a: Stack
+    b: Stack
+
+    def unpacked(self) -> Operands:
+        """With a dense weight: these operands where it is one."""
+        weight = self.weight
+        return self if isinstance(weight, Tensor) else self._replace(weight=weight.unpacked(self.x.dtype))
+
+    def cast(self, dtype: torch.dtype) -> Operands:
+        """As autocast would give them to a linear layer; A and B stay as they are."""
+        x, weight, bias, residual, seed, a, b = self
+        weight = _cast(weight, dtype) if isinstance(weight, Tensor) else weight
+        return Operands(_cast(x, dtype), weight, _cast(bias, dtype), _cast(residual, dtype), seed, a, b)  # type: ignore[arg-type]
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None or tensor.dtype in (dtype, torch.float64) or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
 
 
 def check_types(
@@ -62,17 +92,9 @@ def check_types(
         raise ValueError(f"hand must be (start, stop) with 0 <= start < stop <= {r_a}, got {hand}")
 
 
-def check(
-    x: Tensor,
-    weight: Tensor | PackedWeight,
-    bias: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-    residual: Tensor | None,
-    p: float,
-    seed: Tensor | None,
-) -> None:
+def check(operands: Operands, p: float) -> None:
     """ValueError unless shapes, dtypes and devices go together."""
+    x, weight, bias, residual, seed, a_stack, b_stack = operands
     if x.dim() < 1 or len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x must be [..., K] and weight [N, K] with the same K, got x {list(x.shape)}, weight {list(weight.shape)}"

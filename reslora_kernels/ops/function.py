@@ -1,7 +1,8 @@
 """From arguments to a backend and back: the autograd Function, and the shortest way through it for an eager call.
 
-What is decided once for a kind of call (by shapes, dtypes and devices, never by addresses) is looked up after that:
-that the arguments are as they must be, and which backend serves. A call without gradients takes no Function at all.
+On a CPU that is one call of ``host`` for each pass, where it is there and serves. Elsewhere, what is decided once for a
+kind of call (by shapes, dtypes and devices, never by addresses) is looked up after that: that the arguments are as they
+must be, and which backend serves. A call without gradients takes no Function at all.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from .. import host
 from ..backends import select
 from ..backends import torch as library
 from ..dropout import Dropout
 from ..forward_state import refuse_recomputation
-from ..side_channel import Gradients, Needs, Outputs, SideChannel, height, width
+from ..side_channel import Needs, Outputs, SideChannel, height, width
 from . import registered, transformed
-from .arguments import PackedWeight, check
+from .arguments import Operands, check
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # the types whose operators no one else implements
+_LIBRARY = ("auto", "torch")  # backends that are PyTorch's own operations on a CPU
 _form = attrgetter("shape", "dtype", "device")
 FEW_VALUES = 1 << 15  # of x and y together: below, Python and the dispatcher cost more than a further pass over them
 _LEADING = 6  # arguments of the Function before the stacks: x, weight, bias, residual, seed, call
@@ -39,57 +42,69 @@ def _constant_in_graphs(function: Callable[..., bool]) -> Callable[..., bool]:
 
 
 class _Call(NamedTuple):
-    """What both passes of a kind of call share beside tensors; ``served`` is its backend, None where the ops serve."""
+    """What both passes of a call share beside tensors; ``host`` reads the first three."""
 
     side: SideChannel
     p: float
     depth: int  # matrices in a_stack
     backend: str
-    served: ModuleType | None
+    served: ModuleType | None = None  # the backend that was found; None where the ops serve
     composed: int = 0  # of a call that is made of operations which autograd knows: ``matrices_of_u``, or 1
+    on_host: bool = False  # whether ``host`` is asked first
 
 
-def fused_linear(
-    x: Tensor,
-    weight: Tensor | PackedWeight,
-    bias: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-    residual: Tensor | None,
-    side: SideChannel,
-    p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor | None]:
+def fused_linear(operands: Operands, side: SideChannel, p: float, backend: str) -> tuple[Tensor, Tensor | None]:
     """``ops.lora_linear`` for arguments of the right types; whether they go together is checked here."""
-    if p == 0:
-        seed = None
-    dtype = _autocast_dtype(x.device.type)
-    if dtype is not None:
-        return _in_autocast(dtype, x, weight, bias, a_stack, b_stack, residual, side, p, seed, backend)
+    device = operands.x.device.type
+    dtype = _autocast_dtype(device)
+    if dtype is None:
+        return _called(operands, side, p, backend)
+    with torch.autocast(device, enabled=False):
+        return _called(operands.cast(dtype), side, p, backend)
+
+
+def _called(operands: Operands, side: SideChannel, p: float, backend: str) -> tuple[Tensor, Tensor | None]:
+    """The call in no region of autocast."""
+    x, weight, bias, residual, seed, a_stack, b_stack = operands
     compiling = torch.compiler.is_compiling()
-    if _exporting() if compiling else torch._C._is_tracing():
-        return _exported(x, weight, bias, a_stack, b_stack, residual, side, p, seed)
-    if compiling or not _is_eager(x):
-        check(x, weight, bias, a_stack, b_stack, residual, p, seed)
-        if not compiling and torch._C._are_functorch_transforms_active():
-            dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
-            dropout = None if seed is None else Dropout(seed, p)
-            return transformed.forward(x, dense, bias, a_stack, b_stack, residual, side, dropout)
-        if compiling and seed is None and isinstance(weight, Tensor) and _is_library(backend, x.device.type):
-            return _compiled(x, weight, bias, a_stack, b_stack, residual, side)
-        call = _Call(side, p, len(a_stack), backend, None)
+    if compiling or torch._C._is_tracing() or not _is_eager(x):
+        return _traced(operands, side, p, backend, compiling)
+    if residual is not None or side.hand_stop:
+        refuse_recomputation()
+    training = torch.is_grad_enabled() and _needs_gradient(operands)
+    if host.module is not None and x.is_cpu and x.dtype in host.DTYPES and backend in _LIBRARY:
+        call = _Call(side, p, len(a_stack), backend, on_host=True)
+        if not training:
+            outputs = host.module.forward(x, weight, bias, residual, seed, call, *a_stack, *b_stack)
+            if outputs is not None:
+                y, handed, _ = outputs
+                return y, handed
+            call = _prepared(operands, side, p, backend)
     else:
-        call = _prepared(x, weight, bias, a_stack, b_stack, residual, side, p, seed, backend)
-        if residual is not None or side.hand_stop:
-            refuse_recomputation()
-        if call.composed:
-            return _composed(x, weight, bias, a_stack, b_stack, residual, side, None, call.composed)
-        if not (torch.is_grad_enabled() and _needs_gradient(x, weight, bias, residual, a_stack, b_stack)):
-            dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
-            return _shaped(_forward(call, x, dense, bias, residual, seed, a_stack, b_stack), x.shape)
-        outputs = _apply(x, weight, bias, residual, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
-        return outputs if side.hand_stop else (outputs, None)
+        call = _prepared(operands, side, p, backend)
+    if call.composed:
+        return _composed(operands, side, p, call.composed)
+    if not training:
+        y, handed, _ = _shaped(_forward(call, operands.unpacked()), x.shape)
+        return y, handed
+    outputs = _apply(x, weight, bias, residual, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
+    return outputs if side.hand_stop else (outputs, None)
+
+
+def _traced(
+    operands: Operands, side: SideChannel, p: float, backend: str, compiling: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A call that someone takes apart: a compiler, an exporter, a transform or a dispatch mode."""
+    x, weight, bias, residual, seed, a_stack, b_stack = operands
+    check(operands, p)
+    if _exporting() if compiling else torch._C._is_tracing():
+        # operations that every PyTorch and ONNX knows, for a graph that runs without this package
+        return _composed(operands.unpacked(), side, p, library.matrices_of_u(a_stack, width(b_stack), side))
+    if not compiling and torch._C._are_functorch_transforms_active():
+        return transformed.forward(operands.unpacked(), side, p)
+    if compiling and seed is None and isinstance(weight, Tensor) and _is_library(backend, x.device.type):
+        return _compiled(operands, side)
+    call = _Call(side, p, len(a_stack), backend)
     outputs = _LoRALinear.apply(x, weight, bias, residual, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
     if side.hand_stop <= side.hand_start:
         return outputs, None
@@ -107,33 +122,43 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, bias, residual, seed, call, *stacks = arguments
         depth = call.depth
         ctx.packed = None
-        dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
-        if dense is not weight:
-            ctx.packed, weight = weight, None
-        outputs = _forward(call, x, dense, bias, residual, seed, stacks[:depth], stacks[depth:])
+        outputs = host.module.forward(*arguments) if call.on_host else None
+        if outputs is not None:
+            y, handed, u = outputs
+            again = seed is None and x.numel() + y.numel() <= FEW_VALUES
+        else:
+            operands = Operands(x, weight, bias, residual, seed, stacks[:depth], stacks[depth:])
+            dense, again = operands.unpacked(), False
+            if dense is not operands:
+                ctx.packed, weight = weight, None
+            if call.on_host:
+                call = _prepared(operands, call.side, call.p, call.backend)
+            # y is shaped here and not by a view afterwards, on which FSDP2 could not count for its hooks; and as no
+            # view of the op's output, or autograd refuses to change it in place (nn.ReLU(inplace=True)).
+            y, handed, u = _shaped(_forward(call, dense), x.shape)
         needs = ctx.needs_input_grad
         need_da, need_db = True in needs[_LEADING : _LEADING + depth], True in needs[_LEADING + depth :]
-        u = outputs.u if depth else _tokens(residual).to(x.dtype)
+        if not depth:
+            u = _tokens(residual).to(x.dtype)
         ctx.save_for_backward(
-            x if need_da or needs[1] else None, weight, u if need_db else None, seed, *stacks
+            residual if again else None,
+            x if need_da or needs[1] or again else None,
+            weight, u if need_db else None, seed, *stacks,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.kind = call, x.shape, x.dtype, Needs(needs[0], need_da, need_db, needs[3])
-        # y is shaped here and not by a view afterwards, on which FSDP2 could not count for its hooks; and as no view of
-        # the op's output, or autograd refuses to change it in place (nn.ReLU(inplace=True)).
-        y, handed = _shaped(outputs, x.shape)
+        ctx.kind = call, x.shape, x.dtype, Needs(needs[0], need_da, need_db, needs[3]), again
         return y if handed is None else (y, handed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dhanded: Tensor | None = None) -> tuple[Any, ...]:
-        return _differentiated(ctx, dy, dhanded) if torch.is_grad_enabled() else _gradients(ctx, dy, dhanded)
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, dy, dhanded)
+        return _graph_of_gradients(ctx, dy, dhanded) if ctx.kind[-1] else _differentiated(ctx, dy, dhanded)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any, ...]:
-    x, weight, u, seed, *stacks = ctx.saved_tensors
-    call, shape, dtype, needs = ctx.kind
-    _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-    a_stack, b_stack = stacks[: call.depth], stacks[call.depth :]
+    _, x, weight, u, seed, *stacks = saved = ctx.saved_tensors
+    call, shape, dtype, needs, _ = ctx.kind
     if dy is None and dhanded is None:
         return (None,) * (_LEADING + len(stacks))
     if ctx.packed is not None:
@@ -141,98 +166,94 @@ def _gradients(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any
     if dy is None:
         assert dhanded is not None
         dy = dhanded.new_zeros(*shape[:-1], weight.shape[0])
+    gradients = None
+    eager = not torch.compiler.is_compiling() and _is_eager(dy)
+    if call.on_host and eager:
+        gradients = host.module.backward(dy, dhanded, call, needs, *saved[1:])
+    if gradients is None:
+        gradients = _by_backend(call, eager, dy, dhanded, needs, shape, (x, weight, u, seed, *stacks))
+    if True in ctx.needs_input_grad[1:3]:
+        dx, _, _, *others = gradients
+        _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        flat = _tokens(dy)
+        return dx, flat.T @ _tokens(x) if need_dweight else None, flat.sum(0) if need_dbias else None, *others
+    return gradients  # type: ignore[no-any-return]
+
+
+def _by_backend(
+    call: _Call,
+    eager: bool,
+    dy: Tensor,
+    dhanded: Tensor | None,
+    needs: Needs,
+    shape: torch.Size,
+    saved: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """A gradient for each argument of the Function but weight and bias."""
+    x, weight, u, seed, *stacks = saved
+    a_stack, b_stack = stacks[: call.depth], stacks[call.depth :]
     if len(shape) != 2:
         dy, x = _tokens(dy), None if x is None else _tokens(x)
         dhanded = None if dhanded is None else _tokens(dhanded)
-    dx, da, db, dresidual = _backward(call, dy, dhanded, x, weight, u, seed, a_stack, b_stack, needs)
+    dropout = None if seed is None else Dropout(seed, call.p)
+    if not eager or (call.served is None and not call.on_host):
+        gradients = registered.backward(
+            dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, needs, call.backend
+        )
+    else:
+        served: Any = call.served or library
+        gradients = served.backward(dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, needs)
+    dx, da, db, dresidual = gradients
     if len(shape) != 2:
         dx = None if dx is None else dx.view(shape)
         dresidual = None if dresidual is None else dresidual.view(*shape[:-1], dresidual.shape[1])
-    return (
-        dx,
-        dy.T @ x if need_dweight else None,
-        dy.sum(0) if need_dbias else None,
-        dresidual,
-        None,
-        None,
-        *_split(da, a_stack, 0),
-        *_split(db, b_stack, 1),
-    )
+    return dx, None, None, dresidual, None, None, *_split(da, a_stack, 0), *_split(db, b_stack, 1)
 
 
 _apply = super(torch.autograd.Function, _LoRALinear).apply  # without the part of ``apply`` that is for functorch
 _differentiated = once_differentiable(_gradients)
 
 
-def _forward(
-    call: _Call,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-) -> Outputs:
+def _graph_of_gradients(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any, ...]:
+    """The gradients of a small call as what can be differentiated again, worked out from its inputs."""
+    call, *_ = ctx.kind
+    residual, x, weight, _, _, *stacks = ctx.saved_tensors
+    given = (x, weight, None, residual, None, None, *stacks)
+    wanted = [index for index, needed in enumerate(ctx.needs_input_grad) if needed and index != 2]
+    # apart from how they were made: one may be made from another
+    apart = [tensor.view_as(tensor) if index in wanted else tensor for index, tensor in enumerate(given)]
+    x, weight, _, residual, _, _, *stacks = apart
+    operands = Operands(x, weight, None, residual, None, stacks[: call.depth], stacks[call.depth :])
+    own = library.matrices_of_u(operands.a, width(operands.b), call.side)
+    pairs = zip(_composed(operands, call.side, 0.0, own), (dy, dhanded), strict=True)
+    outputs, directions = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
+    found = torch.autograd.grad(outputs, [apart[i] for i in wanted], directions, create_graph=True, allow_unused=True)
+    gradients: list[Tensor | None] = [None] * len(given)
+    for index, gradient in zip(wanted, found, strict=True):
+        gradients[index] = gradient
+    if ctx.needs_input_grad[2] and dy is not None:
+        gradients[2] = _tokens(dy).sum(0)
+    return tuple(gradients)
+
+
+def _forward(call: _Call, operands: Operands) -> Outputs:
+    """The pass on operands whose weight is dense."""
+    x, weight, bias, residual, seed, a_stack, b_stack = operands
     if x.dim() != 2:
         x, residual = _tokens(x), None if residual is None else _tokens(residual)
     dropout = None if seed is None else Dropout(seed, call.p)
     if call.served is None:
-        return registered.forward(x, weight, bias, a_stack, b_stack, residual, call.side, dropout, call.backend)
+        return registered.forward(
+            Operands(x, weight, bias, residual, seed, a_stack, b_stack), call.side, call.p, call.backend
+        )
     outputs: Outputs = call.served.forward(x, weight, bias, a_stack, b_stack, residual, call.side, dropout)
     return outputs
 
 
-def _backward(
-    call: _Call,
-    dy: Tensor,
-    dhanded: Tensor | None,
-    x: Tensor | None,
-    weight: Tensor,
-    u: Tensor | None,
-    seed: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-    needs: Needs,
-) -> Gradients:
-    dropout = None if seed is None else Dropout(seed, call.p)
-    if call.served is None or torch.compiler.is_compiling() or not _is_eager(dy):
-        return registered.backward(dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, needs, call.backend)
-    gradients: Gradients = call.served.backward(dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, needs)
-    return gradients
-
-
-def _exported(
-    x: Tensor,
-    weight: Tensor | PackedWeight,
-    bias: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-    residual: Tensor | None,
-    side: SideChannel,
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The same in operations that every PyTorch and ONNX knows, for a graph that runs without this package."""
-    check(x, weight, bias, a_stack, b_stack, residual, p, seed)
-    dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
-    own = library.matrices_of_u(a_stack, width(b_stack), side)
-    dropout = None if seed is None else Dropout(seed, p)
-    return _composed(x, dense, bias, a_stack, b_stack, residual, side, dropout, own)
-
-
-def _composed(
-    x: Tensor,
-    weight: Any,
-    bias: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-    residual: Tensor | None,
-    side: SideChannel,
-    dropout: Dropout | None,
-    own: int,
-) -> tuple[Tensor, Tensor | None]:
+def _composed(operands: Operands, side: SideChannel, p: float, own: int) -> tuple[Tensor, Tensor | None]:
     """The call without the Function."""
+    x, weight, bias, residual, seed, a_stack, b_stack = operands
+    dropout = None if seed is None else Dropout(seed, p)
     if x.dim() == 2:
         return library.composed(x, weight, bias, a_stack, b_stack, residual, side, dropout, own)
     leading = x.shape[:-1]
@@ -241,21 +262,13 @@ def _composed(
     return y.reshape(*leading, y.shape[1]), None if handed is None else handed.reshape(*leading, handed.shape[1])
 
 
-def _compiled(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-    residual: Tensor | None,
-    side: SideChannel,
-) -> tuple[Tensor, Tensor | None]:
+def _compiled(operands: Operands, side: SideChannel) -> tuple[Tensor, Tensor | None]:
     """The call as torch.compile turns it into code of its own, but for the question whether it may run at all."""
-    if residual is not None:
-        residual = registered.unless_recomputed(residual)
-    own = library.matrices_of_u(a_stack, width(b_stack), side)
-    y, handed = _composed(x, weight, bias, a_stack, b_stack, residual, side, None, own)
-    if handed is not None and residual is None:
+    if operands.residual is not None:
+        operands = operands._replace(residual=registered.unless_recomputed(operands.residual))
+    own = library.matrices_of_u(operands.a, width(operands.b), side)
+    y, handed = _composed(operands, side, 0.0, own)
+    if handed is not None and operands.residual is None:
         handed = registered.unless_recomputed(handed)
     return y, handed
 
@@ -277,19 +290,9 @@ def _is_eager(x: Tensor) -> bool:
     )
 
 
-def _prepared(
-    x: Tensor,
-    weight: Tensor | PackedWeight,
-    bias: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-    residual: Tensor | None,
-    side: SideChannel,
-    p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> _Call:
+def _prepared(operands: Operands, side: SideChannel, p: float, backend: str) -> _Call:
     """What is known of a kind of eager call; its arguments are checked where the kind is seen first."""
+    x, weight, bias, residual, seed, a_stack, b_stack = operands
     kind = (
         backend, side, p, len(a_stack), type(weight), _form(x),
         _form(weight) if isinstance(weight, Tensor) else (weight.shape, weight.device),
@@ -298,10 +301,10 @@ def _prepared(
     )  # fmt: skip
     call: _Call | None = select.recall(kind)
     if call is None:
-        check(x, weight, bias, a_stack, b_stack, residual, p, seed)
+        check(operands, p)
         served = None
         if type(weight) in _PLAIN or not isinstance(weight, Tensor):
-            dense = weight if isinstance(weight, Tensor) else weight.unpacked(x.dtype)
+            dense = operands.unpacked().weight
             rank = height(a_stack) or width(b_stack)
             served = select.choose(backend, _tokens(x), dense, rank)
         small = (
@@ -317,14 +320,8 @@ def _prepared(
     return call
 
 
-def _needs_gradient(
-    x: Tensor,
-    weight: Tensor | PackedWeight,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-) -> bool:
+def _needs_gradient(operands: Operands) -> bool:
+    x, weight, bias, residual, _, a_stack, b_stack = operands
     if x.requires_grad or b_stack[0].requires_grad:
         return True
     others = (weight, bias, residual, *a_stack, *b_stack)
@@ -350,41 +347,18 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _in_autocast(
-    dtype: torch.dtype,
-    x: Tensor,
-    weight: Tensor | PackedWeight,
-    bias: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-    residual: Tensor | None,
-    *others: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The call on operands cast once, in no region."""
-    x, bias, residual = (_cast(t, dtype) for t in (x, bias, residual))  # type: ignore[assignment]
-    weight = _cast(weight, dtype) if isinstance(weight, Tensor) else weight  # type: ignore[assignment]
-    with torch.autocast(x.device.type, enabled=False):
-        return fused_linear(x, weight, bias, a_stack, b_stack, residual, *others)
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if tensor is None or tensor.dtype in (dtype, torch.float64) or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(dtype)
-
-
 def _tokens(x: Tensor) -> Tensor:
     """[..., K] as [M, K]; reshape cannot tell M of an empty tensor, and Size.numel loses a dynamic length."""
     return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
-def _shaped(outputs: Outputs, like: torch.Size) -> tuple[Tensor, Tensor | None]:
-    """y and what is handed on with the leading dimensions of ``like``, and no view for autograd."""
-    y, handed, _ = outputs
+def _shaped(outputs: Outputs, like: torch.Size) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y and what is handed on with the leading dimensions of ``like``, and no view for autograd; u as it is."""
+    y, handed, u = outputs
     if len(like) == 2:
-        return y, handed
+        return y, handed, u
     y = torch.ops.aten._unsafe_view.default(y, [*like[:-1], y.shape[1]])
-    return y, None if handed is None else handed.reshape(*like[:-1], handed.shape[1])
+    return y, None if handed is None else handed.reshape(*like[:-1], handed.shape[1]), u
 
 
 def _split(gradient: Tensor | None, stack: Sequence[Tensor], dim: int) -> Sequence[Tensor | None]:

@@ -14,6 +14,7 @@ from ..backends import select
 from ..dropout import Dropout
 from ..forward_state import refuse_recomputation
 from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, rows
+from .arguments import Operands
 
 FORWARD = "reslora_kernels::lora_linear_forward"
 BACKWARD = "reslora_kernels::lora_linear_backward"
@@ -151,19 +152,9 @@ def _backward_fake(
     )
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Stack,
-    b: Stack,
-    residual: Tensor | None,
-    side: SideChannel,
-    dropout: Dropout | None,
-    backend: str,
-) -> Outputs:
-    """The forward pass through the dispatcher; the other arguments are those of ``backends.torch.forward``."""
-    seed, p = (None, 0.0) if dropout is None else dropout
+def forward(operands: Operands, side: SideChannel, p: float, backend: str) -> Outputs:
+    """The forward pass through the dispatcher, on x [M, K], residual [M, R_b] and a dense weight."""
+    x, weight, bias, residual, seed, a, b = operands
     a_cat = rows(a) if a else weight.new_empty(0, weight.shape[1])
     y, handed, u = torch.ops.reslora_kernels.lora_linear_forward(
         x,

@@ -5,27 +5,19 @@ No backend is asked: their kernels and in-place writes have no rules for batched
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..dropout import Dropout, drop
 from ..side_channel import SideChannel
+from .arguments import Operands
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a_stack: Sequence[Tensor],
-    b_stack: Sequence[Tensor],
-    residual: Tensor | None,
-    side: SideChannel,
-    dropout: Dropout | None,
-) -> tuple[Tensor, Tensor | None]:
-    """y [..., N] and h[..., hand_start:hand_stop] or None, as ``ops.lora_linear`` has them."""
+def forward(operands: Operands, side: SideChannel, p: float) -> tuple[Tensor, Tensor | None]:
+    """y [..., N] and h[..., hand_start:hand_stop] or None, as ``ops.lora_linear`` has them; the weight is dense."""
+    x, weight, bias, residual, seed, a_stack, b_stack = operands
+    dropout = None if seed is None else Dropout(seed, p)
     b = torch.cat([part.to(x.dtype) for part in b_stack], 1)
     u, handed = None if residual is None else residual.to(x.dtype), None
     if a_stack:
