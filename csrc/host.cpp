@@ -511,13 +511,17 @@ std::vector<Tensor> forward_pass(PyObject* const* arguments, Py_ssize_t count) {
     sizes.back() = n;
     Tensor shaped = empty(sizes.data(), given.dim, dtype);
     const Tensor y = tokens(shaped);
-    if (bias && m * n > FEW_VALUES)
-        check(torch.addmm_out(y.handle, bias.handle, u.handle, low_b.handle, 1, call.scaling), "addmm");
-    else {
+    if (m * n <= FEW_VALUES) {  // in the order of `composed`, bit for bit
         if (bias) copy(y, bias.view(m, n, 0, bias.strides[0]), dtype);
-        product(y, u, low_b, call.scaling, bias ? 1 : 0);
+        product(y, x, weight.transposed(), 1, bias ? 1 : 0);
+        product(y, u, low_b, call.scaling, 1);
+    } else {
+        if (bias)
+            check(torch.addmm_out(y.handle, bias.handle, u.handle, low_b.handle, 1, call.scaling), "addmm");
+        else
+            product(y, u, low_b, call.scaling, 0);
+        product(y, x, weight.transposed(), 1, 1);
     }
-    product(y, x, weight.transposed(), 1, 1);
     std::vector<Tensor> outputs;
     outputs.push_back(std::move(shaped));
     if (out.shared) out.handed = out.u.alias();

@@ -310,6 +310,11 @@ class Passes:
 _by_hand: list[tuple[Passes, ForwardState | None]] = []
 
 
+def any_opened_by_hand() -> bool:
+    """Whether ``refuse_recomputation`` has anything to refuse: some pass is open that was opened by hand."""
+    return len(_by_hand) > 0
+
+
 def refuse_recomputation() -> None:
     """For kernels that read or write what is handed on: compiled layers, which cannot tell themselves, run them too.
 

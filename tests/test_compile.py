@@ -220,10 +220,10 @@ def test_graphs_do_not_grow_with_the_layers(shortcut: str, pre_num: int, graphs:
     model = stack(shortcut, pre_num, depth=32)
     expected = gradients(model, square, model, x_of())
     counter = compile_each(model.blocks)
-    assert_same(gradients(model, square, model, x_of()), expected)
+    assert_same(gradients(model, square, model, x_of()), expected, 32 * ROUNDING)
     assert counter.frame_count == graphs
     with unchanged():
-        assert_same(gradients(model, square, model, x_of()), expected)
+        assert_same(gradients(model, square, model, x_of()), expected, 32 * ROUNDING)
 
 
 @pytest.mark.slow

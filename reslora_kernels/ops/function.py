@@ -23,7 +23,7 @@ from .. import host
 from ..backends import select
 from ..backends import torch as library
 from ..dropout import Dropout
-from ..forward_state import refuse_recomputation
+from ..forward_state import any_opened_by_hand, refuse_recomputation
 from ..side_channel import Needs, Outputs, SideChannel, height, width
 from . import registered, transformed
 from .arguments import Operands, check
@@ -177,7 +177,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any
         _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         flat = _tokens(dy)
         return dx, flat.T @ _tokens(x) if need_dweight else None, flat.sum(0) if need_dbias else None, *others
-    return gradients  # type: ignore[no-any-return]
+    return gradients
 
 
 def _by_backend(
@@ -264,11 +264,12 @@ def _composed(operands: Operands, side: SideChannel, p: float, own: int) -> tupl
 
 def _compiled(operands: Operands, side: SideChannel) -> tuple[Tensor, Tensor | None]:
     """The call as torch.compile turns it into code of its own, but for the question whether it may run at all."""
-    if operands.residual is not None:
+    asks = any_opened_by_hand()  # a guard: without such a pass there is nothing to ask, and nothing to copy
+    if asks and operands.residual is not None:
         operands = operands._replace(residual=registered.unless_recomputed(operands.residual))
     own = library.matrices_of_u(operands.a, width(operands.b), side)
     y, handed = _composed(operands, side, 0.0, own)
-    if handed is not None and operands.residual is None:
+    if asks and handed is not None and operands.residual is None:
         handed = registered.unless_recomputed(handed)
     return y, handed
 
