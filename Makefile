@@ -15,7 +15,7 @@ PARALLEL := --numprocesses auto --dist loadfile
 PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-versions mutants sweep bench convergence bench-layers gpu-check tune readme-tables lint format typecheck docs clean
+.PHONY: help demo test test-fast test-versions mutants sweep bench convergence bench-layers bench-host gpu-check tune readme-tables lint format typecheck docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -62,6 +62,10 @@ bench: $(VENV)/.installed-dev ## Measure layers and models against their peers o
 
 convergence: $(VENV)/.installed-dev ## The paper's experiments on small models, five seeds each; ARGS="--tasks python" for a part; resumable
 	$(BIN)/python -m benchmarks.convergence run --set cpu --jobs 2 --out build/convergence $(ARGS)
+
+bench-host: $(VENV)/.installed-dev ## Measure what a layer call costs beside its arithmetic; writes benchmarks/results and the tables
+	OMP_NUM_THREADS=1 $(BIN)/reslora bench --set host --out benchmarks/results/host-cpu-$$(date -u +%F).json $(ARGS)
+	$(BIN)/python -m benchmarks.tables --pages README.md docs/measured.md
 
 bench-layers: $(VENV)/.installed-dev ## Time the layers under pytest-benchmark, for its own compare tools
 	$(BIN)/python -m pytest benchmarks/kernels --benchmark-json=$(RESULT) $(ARGS)

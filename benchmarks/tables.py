@@ -104,6 +104,37 @@ def bench_table(path: Path) -> str:
     return "\n".join(rows)
 
 
+def host_table(path: Path) -> str:
+    """Of a result of ``reslora bench --set host``: microseconds a layer, and ours over PEFT, in each mode."""
+    result = bench.read(path)
+    modes = {"no grad": "forward, no gradients", "training": "forward + backward", "compiled": "the same, compiled"}
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in result.measurements:
+        if row.shape["mode"] in modes and row.least:
+            name = "PEFT LoRA" if row.provider == "peft" else f"{row.provider} {row.method}".strip()
+            cells.setdefault((row.provider, name), {})[row.shape["mode"]] = (
+                row.least["both"] / row.shape["layers"] * 1e6
+            )
+    peft = next((found for (provider, _), found in cells.items() if provider == "peft"), {})
+    rows = [f"| microseconds a layer (/ PEFT) | {' | '.join(modes.values())} |", "|---|" + "---|" * len(modes)]
+    for (_, name), found in cells.items():
+        shown = [_host_cell(found.get(mode), peft.get(mode)) for mode in modes]
+        rows.append(f"| {name} | {' | '.join(shown)} |")
+    machine = result.machine
+    rows.append(
+        f"\nLayers so small that arithmetic is nothing, the least of interleaved runs; hand-written is the plainest "
+        f"`autograd.Function` for LoRA. {machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}, "
+        f"commit {(result.commit or 'unknown')[:10]} ([{path.name}](benchmarks/results/{path.name}))."
+    )
+    return "\n".join(rows)
+
+
+def _host_cell(value: float | None, peft: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0f}" + (f" ({value / peft:.2f})" if peft else "")
+
+
 def shown_figures(result: bench.Result) -> list[Figure]:
     return [figure for figure in draw_all(result) if figure.name in SHOWN_FIGURES]
 
@@ -156,6 +187,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-layers": layers_table,
     "demo-cpu": demo_table,
     "convergence-cpu": convergence_table,
+    "host-cpu": host_table,
     "bench-cpu": bench_table,
     "bench-gpu": bench_table,
 }
@@ -222,7 +254,7 @@ def table_of(path: Path) -> str:
     """The table of a result file, whichever kind it is."""
     content: dict[str, Any] = json.loads(path.read_text())
     if content.get("format") in (bench.FORMAT, bench.GPU_CHECK):
-        return bench_table(path)
+        return host_table(path) if content["settings"].get("sets") == ["host"] else bench_table(path)
     return demo_table(path) if "runs" in content else layers_table(path)
 
 

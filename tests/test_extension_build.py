@@ -140,7 +140,15 @@ def test_sdist_has_all_sources_and_no_results(source: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert "reslora_kernels/golden.safetensors" in names
     assert {path.relative_to(source).as_posix() for path in (source / "csrc").iterdir()} <= names
-    files = {"tests/test_extension_build.py", "setup.py", "build_cuda.py", "build_host.py", "constraints.txt", "Makefile", "LICENSE"}
+    files = {
+        "tests/test_extension_build.py",
+        "setup.py",
+        "build_cuda.py",
+        "build_host.py",
+        "constraints.txt",
+        "Makefile",
+        "LICENSE",
+    }
     assert files <= names
     assert "reslora_kernels/_build_info.py" not in names
     assert not [name for name in names if name.endswith(".so") or name.startswith("benchmarks/results")]

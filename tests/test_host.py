@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reslora_kernels import ResLoRAConfig, ResLoRALinear, apply_reslora, link
+from reslora_kernels import ResLoRAConfig, ResLoRALinear, apply_reslora, host, link
 from reslora_kernels.backends import torch as library
 from reslora_kernels.side_channel import Needs, SideChannel
 
 from .models import randomize
 
 WIDTH, RANK = 32, 8
-# Python calls from one layer's forward to its operators; operators of a fused forward and backward pass
+# Python calls of one layer's forward; operators of a fused forward and backward pass
 CALLS = {"none": 31, "block": 38, "middle": 47, "input": 53}
+CALLS_WITH_EXTENSION = {"none": 28, "block": 35, "middle": 43, "input": 47}
 OPERATORS = {"none": (6, 8), "block": (8, 10), "middle": (7, 9), "input": (8, 10)}  # the draw of dy is among the latter
 
 
@@ -50,7 +52,7 @@ def test_python_calls_of_a_layer(shortcut: str) -> None:
         stack(x)
     finally:
         sys.setprofile(None)
-    assert 0 < counted[0] <= CALLS[shortcut]
+    assert 0 < counted[0] <= (CALLS if host.module is None else CALLS_WITH_EXTENSION)[shortcut]
 
 
 class Operators(TorchDispatchMode):
@@ -156,3 +158,46 @@ def test_a_thousand_steps(shortcut: str, pre_num: int) -> None:
             counts.append((len(own), sum(tensor.untyped_storage().nbytes() for tensor in own)))
             del own
     assert counts[1:] == counts[:-1], counts
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: a value that Python reads, and a tensor whose size is a value."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "item", "masked_select", "unique", "is_nonzero", "equal", "to_sparse")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        assert name not in self.REFUSED, f"{function} reads a value of the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shortcut", CALLS)
+@pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
+def test_a_training_step_reads_nothing_of_the_device(shortcut: str, p: float) -> None:
+    config = ResLoRAConfig(r=RANK, shortcut=shortcut, pre_num=1, lora_dropout=p)
+    layers = [ResLoRALinear(WIDTH, WIDTH, config=config) for _ in range(3)]
+    stack = nn.Sequential(*layers)
+    link(layers, root=stack)
+    trained = [parameter for parameter in stack.parameters() if parameter.requires_grad]
+    with NoHostReads():
+        stack(torch.randn(2, 3, WIDTH)).square().mean().backward()
+        with torch.no_grad():
+            torch._foreach_add_(trained, [parameter.grad for parameter in trained], alpha=-0.1)
+    assert all(parameter.grad is not None for parameter in trained)
+    with pytest.raises(AssertionError, match="reads a value"), NoHostReads():
+        torch.ones(1).item()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("shortcut", CALLS)
+def test_three_hundred_lengths_take_a_handful_of_graphs(shortcut: str, autocast: bool) -> None:
+    torch.compiler.reset()
+    stack, _ = middle_of_three(shortcut)
+    graphs = CompileCounter()
+    compiled = torch.compile(stack, backend=graphs, dynamic=True)
+    for m in range(1, 301):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = compiled(torch.randn(m, WIDTH))
+        assert y.shape == (m, WIDTH)
+    assert graphs.frame_count <= 3
+    torch.compiler.reset()

@@ -18,7 +18,7 @@ from . import processes
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["demo", "test", "test-fast", "test-versions", "bench", "bench-layers", "gpu-check", "tune", "readme-tables"]
-TARGETS += ["convergence", "lint", "format", "typecheck", "docs", "clean"]
+TARGETS += ["convergence", "bench-host", "lint", "format", "typecheck", "docs", "clean"]
 
 if sys.version_info >= (3, 11):
     import tomllib
