@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 export CONSTRAINTS
 # The CUDA extension takes minutes to compile: .venv gets it where there is a GPU to run it or RESLORA_CUDA asks for it.
 BUILD_CUDA := $(or $(RESLORA_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,0))
-REQUIREMENTS := pyproject.toml setup.py build_cuda.py build_host.py csrc/host.cpp $(CONSTRAINTS)
+REQUIREMENTS := pyproject.toml setup.py build_cuda.py build_host.py $(wildcard csrc/host*) $(CONSTRAINTS)
 REQUIREMENTS += $(if $(filter-out 0,$(BUILD_CUDA)),$(wildcard csrc/*.*))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PARALLEL := --numprocesses auto --dist loadfile

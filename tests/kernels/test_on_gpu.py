@@ -95,6 +95,28 @@ def test_a_captured_graph_replays(p: float) -> None:
         assert all(torch.equal(one, other) for one, other in zip(eager, replays[2], strict=True))
 
 
+@pytest.mark.parametrize("shortcut", ["none", "block"])
+def test_blocks_become_graphs_by_make_graphed_callables(shortcut: str) -> None:
+    """Shortcuts that hand nothing on: what one block hands to another is no argument of a graph."""
+    config = ResLoRAConfig(r=8, shortcut=shortcut, pre_num=1)
+    layers = [ResLoRALinear(64, 64, device="cuda", config=config) for _ in range(3)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    link(layers)
+    x = torch.randn(16, 64, device="cuda", requires_grad=True)
+
+    def results(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        wanted = [x, *(layer.lora_A for layer in layers)]
+        y = run(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), wanted)]
+
+    expected = results(nn.Sequential(*layers))
+    samples = tuple((torch.randn_like(x).requires_grad_(),) for _ in layers)
+    graphed = torch.cuda.make_graphed_callables(tuple(layers), samples)
+    for found, plain in zip(results(nn.Sequential(*graphed)), expected, strict=True):
+        torch.testing.assert_close(found, plain)
+
+
 def test_two_streams_at_once() -> None:
     v = operands(2048, 1024, 1024, 16)
     expected = step(v)
