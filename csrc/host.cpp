@@ -71,8 +71,9 @@ struct Stack {
 
 Dropout dropout_of(PyObject* seed, const Call& call) {
     Dropout dropout;
-    if (seed == Py_None) return dropout;
+    if (seed == Py_None && call.p == 0) return dropout;
     Tensor tensor = tensor_of(seed, torch.int64);
+    if (!tensor) throw NotServed();
     for (int64_t at = 0; at < tensor.dim; at++)
         if (tensor.sizes[at] != 1) throw NotServed();
     if (!(call.p > 0 && call.p < 1)) throw NotServed();
@@ -82,8 +83,7 @@ Dropout dropout_of(PyObject* seed, const Call& call) {
 }
 
 struct Outputs {
-    Tensor y, handed, u;
-    bool shared = false;  // what is handed on is u itself
+    Tensor handed, u;  // each in memory of its own: who writes to what is handed on does not write to what is kept
 };
 
 // u [M, R_b] and what is handed on [M, stop - start]
@@ -105,10 +105,6 @@ void project(const Tensor& x, const Stack& a, int64_t own, const Tensor& residua
     Tensor h = empty(m, a.total(), dtype);
     product(h, x, low, 1, 0);
     const bool whole = call.start == 0 && call.stop == a.total();
-    if (whole && own == a.total() && call.c == 1 && !residual) {
-        out.u = std::move(h), out.shared = true;
-        return;
-    }
     out.u = empty(m, own, dtype);
     Tensor mine = h.columns(0, own);
     if (residual) {
@@ -195,7 +191,6 @@ std::vector<Tensor> forward_pass(PyObject* const* arguments, Py_ssize_t count) {
     }
     std::vector<Tensor> outputs;
     outputs.push_back(std::move(shaped));
-    if (out.shared) out.handed = out.u.alias();
     outputs.push_back(like_tokens(std::move(out.handed), given));
     outputs.push_back(std::move(out.u));
     return outputs;
@@ -260,6 +255,10 @@ std::vector<Part> gradient_of_h(const Stack& a, const Tensor& du, const Tensor& 
     return parts;
 }
 
+bool is_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
+    return tensor && tensor.dim == 2 && tensor.sizes[0] == rows && tensor.sizes[1] == columns;
+}
+
 constexpr Py_ssize_t LEADING_BACK = 8;  // arguments of backward before the stacks
 
 std::vector<Tensor> backward_pass(PyObject* const* arguments, Py_ssize_t count) {
@@ -276,9 +275,11 @@ std::vector<Tensor> backward_pass(PyObject* const* arguments, Py_ssize_t count) 
     if (given.dim < 2 || given.sizes[given.dim - 1] != n) throw NotServed();
     const Dropout dropout = dropout_of(arguments[7], call);
     const Tensor dy = tokens(given), dhanded = tokens(given_dhanded), x = tokens(given_x);
+    const int64_t m = dy.sizes[0], own = b.total();
+    if ((needs[1] && a.count() && !is_matrix(x, m, k)) || (needs[2] && !is_matrix(u, m, own))) throw NotServed();
+    if (dhanded && !is_matrix(dhanded, m, call.stop - call.start)) throw NotServed();
 
     WithoutGIL released;
-    const int64_t m = dy.sizes[0], own = b.total();
     const bool through_a = a.count() && (needs[0] || needs[1]);
     std::vector<Tensor> gradients, of_b;
     Tensor dx, du;
