@@ -24,6 +24,8 @@ EXACT = [
     "tp dora",
     "tp dora block",
     "tp start",
+    *(f"tp recomputed {shortcut}" for shortcut in SHORTCUTS[1:]),
+    "tp restarted",
     "tp x fsdp dora",
     "merged dora",
     *(f"nf4 {kind} {shortcut}" for kind in ("ddp", "fsdp") for shortcut in SHORTCUTS),

@@ -162,10 +162,20 @@ class TensorParallelResLoRALinear(ResLoRALinear):
         self.merged = False
 
     def reset_lora_parameters(self) -> None:
-        if not is_dtensor(self.lora_A):  # not spread yet: ``_adapt`` spreads what process 0 has drawn
+        """As for any layer; what process 0 of the plan draws is every process's start."""
+        from torch.distributed.tensor import distribute_tensor
+
+        spread = {name: p for name, p in self.adapter_parameters().items() if is_dtensor(p)}
+        for name, parameter in spread.items():
+            plain = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            self._parameters[name] = nn.Parameter(plain, requires_grad=False)
+        try:
             super().reset_lora_parameters()
-            return
-        raise RuntimeError("a tensor parallel layer cannot start afresh: adapt the model anew")
+            drawn = {name: cast(Tensor, self._parameters[name]).detach() for name in spread}
+        finally:
+            self._parameters.update(spread)
+        for name, parameter in spread.items():
+            parameter.detach().copy_(distribute_tensor(drawn[name], self._mesh, self._placements(name)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], spread or this process's part of it, to y [..., out_features], spread."""

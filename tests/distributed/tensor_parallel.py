@@ -47,6 +47,8 @@ from reslora_kernels import (
 )
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.dtensors import fill, whole
+from reslora_kernels.layers.checkpointing import checkpoint_context
+from reslora_kernels.training.methods import restart_reslora
 
 from ..models import randomize
 from .fsdp import refused
@@ -129,6 +131,29 @@ def equals_one_process(shortcut: str, folder: Path, sequence: bool = False, **co
     found["losses"] = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
     found["adapters"] = apart(adapters(model), adapters(alone))
     return found
+
+
+def recomputed(shortcut: str, folder: Path) -> dict[str, Any]:
+    """Activation checkpointing inside the blocks."""
+    model = parallel(shortcut)
+    for block in model.blocks:
+        block.recompute = {"use_reentrant": False, "context_fn": checkpoint_context(model)}
+    losses = train(model, batch, "two_forwards")
+    expected, trained = in_one_process(shortcut, "two_forwards")
+    return {
+        "losses": max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)),
+        "adapters": apart(adapters(model), trained),
+    }
+
+
+def restarted(folder: Path) -> dict[str, Any]:
+    """ReLoRA's restart, for which processes draw unlike: the first one of a plan says what all have."""
+    model, alone = parallel("block"), residual("block")
+    for which in (alone, model):
+        torch.manual_seed(9 if which is alone else 9 + MESH.get_local_rank("tp"))
+        restart_reslora(which)
+    own = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return {"restarted": apart(own, {name: p.detach() for name, p in alone.named_parameters()})}
 
 
 def communication(folder: Path) -> dict[str, Any]:
@@ -438,6 +463,8 @@ SCENARIOS: dict[str, Scenario] = {
     "tp x fsdp dora": partial(with_fsdp, "input", use_dora=True, bias="lora_only"),
     **{f"merged {shortcut}": partial(merged, shortcut) for shortcut in SHORTCUTS},
     "merged dora": partial(merged, "input", use_dora=True),
+    **{f"tp recomputed {shortcut}": partial(recomputed, shortcut) for shortcut in SHORTCUTS[1:]},
+    "tp restarted": restarted,
     "communication": communication,
     "saved": saved,
     "dropped": dropped,
