@@ -112,8 +112,8 @@ def compiled(wanted: list[tuple[str, str]]) -> dict[str, dict[str, Any]]:
     """(sample, target) pairs as rows of the contract, compiled in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, __file__, json.dumps(wanted)]
-    result = processes.run(command, env=environment)
+    command = [sys.executable, "-m", "tests.kernels.test_compile_contract", json.dumps(wanted)]
+    result = processes.run(command, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
     linker_missing = [row["launch"] for row in rows.values() if "linker" in "".join(row["violations"])]
