@@ -91,10 +91,11 @@ def _digest(path_or_id: str, suffixes: tuple[str, ...] = ()) -> str:
     path = Path(path_or_id)
     if not path.exists():
         return path_or_id
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    tables = sorted(file for file in path.glob("*") if file.suffix in FORMATS)  # what else is there may change
+    files = tables if tables and not suffixes else sorted(path.rglob("*")) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
-        if not suffixes or file.suffix in suffixes:
+        if file.is_file() and (not suffixes or file.suffix in suffixes):
             digest.update(file.name.encode())
             with file.open("rb") as content:
                 while chunk := content.read(1 << 20):
