@@ -235,7 +235,7 @@ def test_block_over_all_earlier_layers_needs_a_graph_each() -> None:
     with pytest.raises(FailOnRecompileLimitHit):
         model(x_of())
     with dynamo.patch(recompile_limit=16):
-        assert_same(gradients(model, square, model, x_of()), expected)
+        assert_same(gradients(model, square, model, x_of()), expected, 10 * ROUNDING)
     assert counter.frame_count == 10
 
 
