@@ -98,7 +98,9 @@ def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     choice = passes if one_pass else hopper.matmul(extension, x, hopper.form_of(weight.T, None, False), n, rank)
     matmul = _kernel(choice, unsupported)
     tile = LARGE_TILE if _large(x, n) else SMALL_TILE
-    matmul += f", in tiles of {tile} x {tile}" if unsupported or choice.kernel is None else ""
+    if unsupported or choice.kernel is None:
+        parts = 1 if one_pass else _matmul_split(x, n)[1]
+        matmul += f", in tiles of {tile} x {tile}" + (f" and K in {parts} parts" if parts > 1 else "")
     if one_pass:
         return f"one pass: both products from one read of x, {matmul}"
     projection = _kernel(
@@ -307,21 +309,20 @@ def _augmented_matmul(
         converted = {name: matrix.to(x.dtype) for name, matrix in matrices.items()}  # not by the copy engine on the way
         if hopper.unsupported_reason(_extension(), *converted.values(), columns=y.shape[1]) is None:
             options["hopper"], matrices = hopper.NUMBERS[kernel], converted
-    partial = None
-    if a is None and "hopper" not in options:
-        partial, split = _partial(x, y)
-        options |= {} if partial is None else {"partial": partial.data_ptr(), "split": split, "parts": len(partial)}
+    split, parts = _matmul_split(x, y.shape[1]) if a is None and "hopper" not in options else (0, 1)
+    if parts > 1:
+        partial = workspace(y, parts, *y.shape, dtype=torch.float32)
+        options |= {"partial": partial.data_ptr(), "split": split, "parts": parts}
     _extension().augmented_matmul(
         _math(x.dtype), _device_of(x), _large(x, y.shape[1]), scale=scale, y=_output(y),
         **{name: _matrix(matrix) for name, matrix in matrices.items()}, **options,
     )  # fmt: skip
 
 
-def _partial(x: Tensor, y: Tensor) -> tuple[Tensor | None, int]:
-    """Room for y in parts, and how much of the reduction each takes, where its tiles leave processors without any."""
-    tiles = -(-y.shape[0] // SMALL_TILE) * -(-y.shape[1] // SMALL_TILE)
-    split, parts = _split(x.shape[1], _processors(x) // tiles, 512)
-    return (workspace(y, parts, *y.shape, dtype=torch.float32) if parts > 1 else None), split
+def _matmul_split(x: Tensor, n: int) -> tuple[int, int]:
+    """How much of K each part of y [M, N] takes, and how many there are: its tiles may leave processors without any."""
+    tiles = -(-x.shape[0] // SMALL_TILE) * -(-n // SMALL_TILE)
+    return _split(x.shape[1], _processors(x) // tiles, 512)
 
 
 def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, dropout: Dropout | None) -> None:

@@ -51,9 +51,15 @@ def test_few_rows_take_k_in_parts_that_are_added_in_order(emulator: Path, poison
 @pytest.mark.parametrize(
     ("m", "n", "k", "parts"), [(64, 64, 2048, 4), (65, 64, 2048, 2), (64, 192, 2048, 1), (64, 64, 1000, 1)]
 )
-def test_k_is_split_where_processors_would_have_no_tile(m: int, n: int, k: int, parts: int) -> None:
-    partial, split = cuda._partial(torch.empty(m, k), torch.empty(m, n))
-    assert (1 if partial is None else len(partial)) == parts and (parts - 1) * split < k <= parts * split
+def test_k_is_split_where_processors_would_have_no_tile(
+    m: int, n: int, k: int, parts: int, emulator: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESLORA_CUDA_HOPPER", "off")
+    x = torch.empty(m, k)
+    split, found = cuda._matmul_split(x, n)
+    assert found == parts and (parts - 1) * split < k <= parts * split
+    said = cuda.explain(x, torch.empty(n, k), 16)
+    assert said.endswith(f" and K in {parts} parts" if parts > 1 else "in tiles of 64 x 64")
 
 
 @pytest.mark.parametrize("large", [False, True])
