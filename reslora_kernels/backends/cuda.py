@@ -322,7 +322,7 @@ def _augmented_matmul(
 def _matmul_split(x: Tensor, n: int) -> tuple[int, int]:
     """How much of K each part of y [M, N] takes, and how many there are: its tiles may leave processors without any."""
     tiles = -(-x.shape[0] // SMALL_TILE) * -(-n // SMALL_TILE)
-    return _split(x.shape[1], _processors(x) // tiles, 512)
+    return _split(x.shape[1], _processors(x) // max(1, tiles), 512)
 
 
 def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, dropout: Dropout | None) -> None:
