@@ -9,8 +9,8 @@ from .files.peft_export import export_peft
 from .files.peft_import import load_peft_adapter
 from .files.save_load import load_adapter, save_adapter
 from .layers.checkpointing import checkpoint_context
+from .layers.kinds import link
 from .layers.linear import ResLoRALinear
-from .layers.link import link
 from .merge.combination import add_weighted_adapter
 from .merge.merging import merge_reslora, unmerge_reslora
 from .merge.statistics import collect_statistics

@@ -222,6 +222,19 @@ def checked_config(config: Any) -> ResLoRAConfig:
     return config
 
 
+def matches(name: str, wanted: str | Sequence[str]) -> bool:
+    """PEFT's rule for names: the whole of one or the ending of it; a str is a regular expression for the whole."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == ending or name.endswith("." + ending) for ending in wanted)
+
+
+def with_parents(name: str) -> list[str]:
+    """The names of the modules down to ``name``, itself included."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
 def pattern_matches(key: str, name: str) -> bool:
     """Whether an entry of ``rank_pattern`` or ``alpha_pattern`` means the module: its name, or the ending of it."""
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None

@@ -25,7 +25,7 @@ from reslora_kernels import (
     unmerge_reslora,
 )
 from reslora_kernels.adapt.record import adapted_layers
-from reslora_kernels.layers.dora import row_norms
+from reslora_kernels.layers.initialization import row_norms
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, llama, logits, randomize, train

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..backends import select
 from ..checks import check_bool, check_module
-from ..config import ResLoRAConfig, checked_config
+from ..config import ResLoRAConfig, checked_config, matches
 from ..dtensors import placements_of, refuse_fsdp, refuse_zero3
 from ..layers.adapter import AdapterLayer
 from ..layers.experts import ResLoRAExperts, TargetParameter
@@ -18,14 +18,11 @@ from ..layers.kinds import config_of, kind_of, weight_of
 from ..layers.shortcuts import hands_on
 from ..quantizers.bitsandbytes import keep_order
 from . import trained_tokens
-from .base_checkpoint import undefined
-from .foreign_hooks import refuse_foreign_hooks
-from .given_chains import Chains, plan_chains
+from .checkpoints import guard, undefined
 from .linking import build_chains, confirm_order
-from .matching import matches
+from .obstacles import refuse_foreign_hooks
 from .record import Record, checked_name, without_compiled
-from .state_dicts import guard
-from .structure import ChainPlan, names_of_experts
+from .structure import ChainPlan, Chains, names_of_experts, plan_chains
 from .targets import find_targets, with_heads_saved
 
 

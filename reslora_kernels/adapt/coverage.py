@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
+from ..layers.kinds import is_linear
 from ..layers.shortcuts import hands_on
-from .other_parameters import OtherRow, other_parameters
 from .record import Record, adapted_layers, record_of, root_of
 
 NOMINAL_TOKENS = 4096  # for which the choice of a backend is shown
@@ -152,3 +153,35 @@ def _row(layer: AdapterLayer, names: Mapping[int, str], record: Record) -> Layer
         reason=choice.reason,
         parameters=sum(p.numel() for p in layer.adapter_parameters().values() if p.requires_grad),
     )
+
+
+@dataclass(frozen=True)
+class OtherRow:
+    """Parameters that no linear layer holds: of ``modules`` modules of one kind and, but for norms, one name.
+
+    In ``name`` an asterisk stands for the numbers in which the modules' names differ.
+    """
+
+    name: str
+    kind: str
+    modules: int
+    parameters: int
+
+
+def other_parameters(model: nn.Module) -> tuple[OtherRow, ...]:
+    """One row for each kind of module and name, in registration order; a parameter in several places counts once.
+
+    With the linear layers' own weights and biases, and the adapters, the rows add up to the model.
+    """
+    layers = (module for module in model.modules() if is_linear(module) or isinstance(module, AdapterLayer))
+    seen: set[Tensor] = {p for layer in layers for p in layer.parameters()}
+    counts: dict[tuple[str, str], tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        own = {parameter for parameter in module._parameters.values() if parameter is not None} - seen
+        if own:
+            seen |= own
+            kind = type(module).__name__
+            key = ("(norms)" if "norm" in kind.lower() else re.sub(r"(?<![^.])\d+(?![^.])", "*", name), kind)
+            modules, parameters = counts.get(key, (0, 0))
+            counts[key] = modules + 1, parameters + sum(parameter.numel() for parameter in own)
+    return tuple(OtherRow(*key, *numbers) for key, numbers in counts.items())

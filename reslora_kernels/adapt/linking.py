@@ -14,8 +14,7 @@ from ..forward_state import scope_pass
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.checkpointing import CarryThroughCheckpoints
-from ..layers.kinds import is_linear
-from ..layers.link import link
+from ..layers.kinds import is_linear, link
 from ..layers.shared_input import SharedInput
 from ..layers.shortcuts import hands_on
 from ..quantizers.bitsandbytes import keep_order

@@ -16,8 +16,8 @@ from ..config import ResLoRAConfig, checked_config
 from ..dtensors import refuse_sharded
 from ..layers.adapter import AdapterLayer
 from .apply import apply_reslora, put_in_place, replace_modules
-from .given_chains import Chains
 from .record import Record, SetAside, adapted_layers, checked_name, record_of, refuse_beside, root_of
+from .structure import Chains
 
 
 def adapter_names(model: nn.Module) -> list[str]:

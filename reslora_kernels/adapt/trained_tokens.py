@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import ResLoRAConfig
+from ..config import ResLoRAConfig, matches, with_parents
 from ..layers.embedding import ResLoRAEmbedding, scaled
 from ..layers.kinds import is_linear, kind_of
 from ..layers.linear import ResLoRALinear
-from .matching import matches
 from .record import TOKENS, Record
-from .targets import with_parents
 
 
 def tables(model: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:

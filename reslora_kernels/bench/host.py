@@ -24,8 +24,8 @@ from reslora_kernels.bench.peers import SCALING, HandWritten
 from reslora_kernels.bench.results import FAILED, SKIPPED, TIMED, Measurement
 from reslora_kernels.bench.suite import Bench, fill
 from reslora_kernels.config import ResLoRAConfig
+from reslora_kernels.layers.kinds import link
 from reslora_kernels.layers.linear import ResLoRALinear
-from reslora_kernels.layers.link import link
 
 FROZEN, FUNCTION, PEFT, OURS = "frozen", "hand-written", "peft", "ours"
 METHODS = (LORA, Method("block", 1), Method("middle", 2), Method("input", 1))

@@ -18,8 +18,8 @@ from reslora_kernels.bench import peers
 from reslora_kernels.bench.cases import Case, Method
 from reslora_kernels.bench.workload import Layers, Workload
 from reslora_kernels.config import BackendName, ResLoRAConfig
+from reslora_kernels.layers.kinds import link
 from reslora_kernels.layers.linear import ResLoRALinear
-from reslora_kernels.layers.link import link
 
 FROZEN = "frozen"
 

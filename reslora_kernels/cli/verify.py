@@ -10,8 +10,8 @@ from torch import Tensor
 
 from reslora_kernels.backends import select
 from reslora_kernels.cli.options import torch_device
+from reslora_kernels.layers.kinds import link
 from reslora_kernels.layers.linear import ResLoRALinear
-from reslora_kernels.layers.link import link
 from reslora_kernels.testing import GoldenCase, assert_close_to_truth, golden_cases, max_error, reference_results
 
 GOLDEN_ERROR = 1e-10  # float64, elementwise

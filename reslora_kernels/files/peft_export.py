@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..adapt.checkpoints import Beside, beside
 from ..adapt.record import TOKENS, complete_layers, record_of, refuse_restarted, root_of
 from ..adapt.targets import endings_of
 from ..checks import check_bool
@@ -27,15 +28,16 @@ from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
 from ..merge.statistics import Statistics
 from .adapter_format import checked_folder, parsed_tensors, regular, serialized, sync_folder, write_durably
-from .beside import Beside, beside
 from .model_card import CARD_NAME, Card, may_write_card, merges_of
-from .peft_compatibility import refuse_rewritten, refuse_twice_registered, task_of
-from .peft_parameters import (
+from .peft_compatibility import (
     endings_of_parameters,
     flat,
     one_by_one,
     parameter_of,
     refuse_no_expert_names,
+    refuse_rewritten,
+    refuse_twice_registered,
+    task_of,
     wrapper_names,
 )
 

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.apply import apply_reslora
-from ..adapt.base_checkpoint import named_parameters
+from ..adapt.checkpoints import check_shared, named_parameters
 from ..adapt.record import TOKENS, adapted_layers, record_of
 from ..adapt.targets import endings_of
 from ..adapt.trained_tokens import token_shapes
 from ..config import PARAMETER_ADAPTER, ResLoRAConfig, Shortcut, pattern_matches
 from ..layers.kinds import kind_of, shapes_of
 from .adapter_format import checked_folder, parsed_json, parsed_tensors, regular
-from .beside import check_shared
+from .peft_compatibility import parameter_of, targets_in, unflattened, wrapper_names
 from .peft_export import PEFT_TOKENS, PREFIX
-from .peft_parameters import parameter_of, targets_in, unflattened, wrapper_names
 
 _MATRIX = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

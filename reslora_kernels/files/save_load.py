@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.apply import adapt
-from ..adapt.base_checkpoint import named_parameters
-from ..adapt.foreign_hooks import refuse_foreign_hooks
+from ..adapt.checkpoints import Beside, beside, check_shared, named_parameters
 from ..adapt.linking import confirm_order
+from ..adapt.obstacles import refuse_foreign_hooks
 from ..adapt.record import (
     Record,
     adapted_layers,
@@ -36,7 +36,6 @@ from ..layers.kinds import config_of, shapes_of, signature_of, weight_of
 from ..layers.offloading import offloader
 from ..layers.shortcuts import hands_on
 from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, encoded, parsed, read, write
-from .beside import Beside, beside, check_shared
 
 
 def settled_chains(saved: SavedAdapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[ChainPlan]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..backends.select import BackendChoice
 from ..config import ResLoRAConfig
 from ..dtensors import is_dtensor
-from . import initialization
 from .chain import Chain, Neighbours
+from .initialization import fill
 from .shared_input import SharedInput
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "start_A", "start_B")
@@ -177,7 +177,7 @@ class AdapterLayer(nn.Module):
 
     def reset_lora_parameters(self) -> None:
         """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""
-        initialization.fill(self.config, self.lora_A, self.lora_B)
+        fill(self.config, self.lora_A, self.lora_B)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As for any module, but not spread over processes: a plan would cut A, which it does not know, by its rows."""

@@ -16,9 +16,8 @@ from ..forward_state import ForwardState, outside, recomputing
 from ..ops import Operands, fused_linear
 from ..quantizers import quantizer_of
 from ..side_channel import SideChannel
-from . import initialization
 from .adapter import ADAPTER_PARAMETERS, AdapterLayer
-from .dora import row_norms
+from .initialization import from_weight, row_norms
 from .linear_map import why_not_linear
 from .offloading import device_of, held, hold, hook_like, unhooked
 from .shortcuts import Call, call_of, carried, hands_on, rows
@@ -285,7 +284,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         if self.start_A is None or self.start_B is None:
             super().reset_lora_parameters()
         else:
-            a, b = initialization.from_weight(self.config, self.dense_weight(torch.float32))
+            a, b = from_weight(self.config, self.dense_weight(torch.float32))
             with torch.no_grad():
                 self.start_A.copy_(self.lora_A.copy_(a))
                 self.start_B.copy_(-self.lora_B.copy_(b))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import dropout
 from ..config import ResLoRAConfig
 from ..dtensors import fill, is_dtensor, whole
-from .dora import row_norms
+from .initialization import row_norms
 from .linear import ResLoRALinear
 from .shortcuts import Call
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from ..adapt.apply import replace_modules
+from ..adapt.checkpoints import release
 from ..adapt.record import adapted_layers, record_of, refuse_beside, root_of
-from ..adapt.state_dicts import release
 from ..checks import check_bool
 from ..dtensors import refuse_fsdp
 from ..layers.adapter import AdapterLayer

@@ -25,7 +25,7 @@ from ..backends import torch as library
 from ..dropout import Dropout
 from ..forward_state import any_opened_by_hand, refuse_recomputation
 from ..side_channel import Needs, Outputs, SideChannel, height, width
-from . import registered, transformed
+from . import registered
 from .arguments import Operands, check
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # the types whose operators no one else implements
@@ -101,7 +101,7 @@ def _traced(
         # operations that every PyTorch and ONNX knows, for a graph that runs without this package
         return _composed(operands.unpacked(), side, p, library.matrices_of_u(a_stack, width(b_stack), side))
     if not compiling and torch._C._are_functorch_transforms_active():
-        return transformed.forward(operands.unpacked(), side, p)
+        return registered.in_plain_operations(operands.unpacked(), side, p)
     if compiling and seed is None and isinstance(weight, Tensor) and _is_library(backend, x.device.type):
         return _compiled(operands, side)
     call = _Call(side, p, len(a_stack), backend)

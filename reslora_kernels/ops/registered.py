@@ -1,6 +1,7 @@
-"""The two passes as torch.library ops: for torch.compile, fake tensors, dispatch modes and functorch.
+"""The two passes for what is no eager call: torch.library ops, and plain operations that functorch takes apart.
 
-An eager call goes to its backend directly; the dispatcher would only cost it time.
+The ops serve torch.compile, fake tensors and dispatch modes. An eager call goes to its backend directly; the dispatcher
+would only cost it time.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..backends import select
-from ..dropout import Dropout
+from ..dropout import Dropout, drop
 from ..forward_state import refuse_recomputation
 from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, rows
 from .arguments import Operands
@@ -195,3 +197,23 @@ def backward(
         side.c, side.scaling, p, side.hand_start, *needs, backend,
     )  # fmt: skip
     return Gradients(*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)))
+
+
+def in_plain_operations(operands: Operands, side: SideChannel, p: float) -> tuple[Tensor, Tensor | None]:
+    """y [..., N] and h[..., hand_start:hand_stop] or None, as ``ops.lora_linear`` has them; the weight is dense.
+
+    For functorch's vmap, grad, jvp and jacrev, none of the operations is in place, and no backend is asked: kernels and
+    in-place writes have no rules for batched tensors and dual numbers.
+    """
+    x, weight, bias, residual, seed, a_stack, b_stack = operands
+    dropout = None if seed is None else Dropout(seed, p)
+    b = torch.cat([part.to(x.dtype) for part in b_stack], 1)
+    u, handed = None if residual is None else residual.to(x.dtype), None
+    if a_stack:
+        dropped = x if dropout is None else drop(x.reshape(-1, x.shape[-1]), dropout).reshape(x.shape)
+        h = F.linear(dropped, torch.cat([part.to(x.dtype) for part in a_stack]))
+        own = h[..., : b.shape[1]] * side.c
+        u = own if u is None else own + u
+        handed = h[..., side.hand_start : side.hand_stop] if side.hands_on else None
+    assert u is not None
+    return F.linear(x, weight, bias) + side.scaling * F.linear(u, b), handed

@@ -9,11 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..adapt.apply import replace_modules, without_hand_over
-from ..adapt.foreign_hooks import refuse_foreign_hooks
-from ..adapt.given_chains import Chains, plan_chains
 from ..adapt.linking import build_chains, confirm_order
+from ..adapt.obstacles import refuse_foreign_hooks
 from ..adapt.record import Record
-from ..adapt.structure import names_of_experts
+from ..adapt.structure import Chains, names_of_experts, plan_chains
 from ..config import ResLoRAConfig
 from ..layers.linear import ResLoRALinear
 

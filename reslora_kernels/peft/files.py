@@ -8,10 +8,8 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapt.matching import matches
 from ..adapt.record import TOKENS
-from ..adapt.targets import with_parents
-from ..config import ResLoRAConfig
+from ..config import ResLoRAConfig, matches, with_parents
 from ..files.adapter_format import (
     CONFIG_NAME,
     checked_folder,
