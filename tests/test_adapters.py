@@ -23,8 +23,8 @@ import reslora_kernels
 from reslora_kernels import apply_reslora, inspect, load_adapter, merge_reslora, save_adapter, unmerge_reslora
 from reslora_kernels.files.adapter_format import CONFIG_NAME, WEIGHTS_NAME
 
-from .adapter_files import X, adapted, assert_unchanged, config, put_weights, rewrite, state
 from .models import Scrambled, llama, randomize, roberta, t5
+from .test_damaged_adapters import X, adapted, assert_unchanged, config, put_weights, rewrite, state
 
 SHORTCUTS = ("none", "input", "block", "middle")
 TOKENS = torch.arange(3, 17).reshape(2, 7)

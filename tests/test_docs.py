@@ -125,7 +125,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GENERATED = (ROOT / "README.md", ROOT / "docs/measured.md")
-NEEDS = {"quantized-base.md": ("bitsandbytes",), "peft.md": ("bitsandbytes", "accelerate")}
+NEEDS = {"other-layers.md": ("transformers", "bitsandbytes"), "peft.md": ("bitsandbytes", "accelerate")}
 WRITTEN = {
     "README.md": ["adapter/reslora_model.safetensors", "peft-adapter/adapter_model.safetensors"],
     "tutorial.md": ["adapter/reslora_model.safetensors", "peft-adapter/adapter_model.safetensors"],

@@ -16,20 +16,20 @@ import pytest
 
 from reslora_kernels.cli.toolchain import Driver, find_nvcc
 
-from . import processes
-from .source_builds import (
+from .processes import (
     CXX,
-    ROOT,
+    REPOSITORY,
     build,
+    build_environment,
     built_wheel,
     calls,
     copy_source,
-    environment,
     fake_driver,
     fake_nvcc,
     names_in,
     record_of,
     run,
+    run_build,
 )
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,9 @@ pytestmark = pytest.mark.slow
 STALE = "CUDA_REASON = 'stale'\n"
 NO_TORCH = "\nimport importlib.util\nassert importlib.util.find_spec('torch') is None, 'the build sees torch'\n"
 
-needs_sources = pytest.mark.skipif(not any((ROOT / "csrc").glob("*.cu")), reason="this release has no CUDA sources")
+needs_sources = pytest.mark.skipif(
+    not any((REPOSITORY / "csrc").glob("*.cu")), reason="this release has no CUDA sources"
+)
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def pip_wheel(source: Path, **variables: str) -> Path:
     (source / "setup.py").write_text((source / "setup.py").read_text() + NO_TORCH)
     folder = source.parent / "out"
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder), str(source)]
-    finished = run(command, source, **variables)
+    finished = run_build(command, source, **variables)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return built_wheel(source)
 
@@ -87,7 +89,7 @@ def test_host_extension_is_in_the_wheel_and_opens(source: Path) -> None:
     folder = source.parent / "unpacked"
     shutil.unpack_archive(wheel, folder, "zip")
     code = "import sys; sys.path.insert(0, sys.argv[1]); from reslora_kernels import host; print(host.module.__file__)"
-    finished = run([sys.executable, "-I", "-c", code, str(folder)], folder)
+    finished = run_build([sys.executable, "-I", "-c", code, str(folder)], folder)
     assert finished.stdout == f"{folder / name}\n", finished.stderr
 
 
@@ -115,13 +117,13 @@ def test_extension_needs_system_libraries_alone(source: Path) -> None:
     (name,) = [name for name in names_in(wheel) if "/_cuda." in name]
     folder = source.parent / "unpacked"
     shutil.unpack_archive(wheel, folder, "zip")
-    libraries = processes.run(["ldd", folder / name], check=True).stdout
+    libraries = run(["ldd", folder / name], check=True).stdout
     wanted = {Path(line.split()[0]).name.split(".")[0] for line in libraries.splitlines()}
     system = {"linux-vdso", "ld-linux-x86-64", "ld-linux-aarch64", "libc", "libm", "libdl", "librt", "libpthread"}
     assert wanted <= system | {"libstdc++", "libgcc_s"}, libraries
     code = "import sys; sys.path.insert(0, sys.argv[1]); import _cuda; print('torch' in sys.modules, _cuda.__file__)"
     command = [sys.executable, "-I", "-c", code, str((folder / name).parent)]
-    finished = run(command, folder, CUDA_VISIBLE_DEVICES="")
+    finished = run_build(command, folder, CUDA_VISIBLE_DEVICES="")
     assert finished.stdout.split(maxsplit=1) == ["False", f"{folder / name}\n"], finished.stderr
 
 
@@ -340,11 +342,11 @@ def test_editable_install_builds_in_place_or_fails_loudly(place: Place) -> None:
 def test_the_script_alone_builds_in_place_where_pip_cannot(place: Place) -> None:
     built, record = place.source / "reslora_kernels" / MODULE, place.source / "reslora_kernels/_build_info.py"
     script, home = [sys.executable, "build_cuda.py"], {"CUDA_HOME": str(place.home)}
-    finished = run(script, place.source, RESLORA_CUDA_ARCHS="89", **home)
+    finished = run_build(script, place.source, RESLORA_CUDA_ARCHS="89", **home)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert built.is_file() and "CUDA_ARCHS = ('89',)" in record.read_text()
     shutil.rmtree(place.home)
-    finished = run(script, place.source, **home)
+    finished = run_build(script, place.source, **home)
     assert finished.returncode == 1 and f"no nvcc under {place.home}/bin" in finished.stderr
     assert not built.exists() and "CUDA_BUILT = False" in record.read_text()
 
@@ -371,6 +373,6 @@ def test_bad_value_stops_the_build(place: Place, variables: dict[str, str], mess
 )
 def test_make_compiles_only_for_a_gpu_or_on_request(asked: dict[str, str], passed_on: set[str]) -> None:
     command = ["make", "--dry-run", "--always-make", ".venv/.installed-dev"]
-    finished = processes.run(command, cwd=ROOT, env=environment(**asked), check=True)
+    finished = run(command, cwd=REPOSITORY, env=build_environment(**asked), check=True)
     (line,) = [line for line in finished.stdout.splitlines() if "install" in line and line.startswith("RESLORA_CUDA=")]
     assert line.split()[0].removeprefix("RESLORA_CUDA=") in passed_on

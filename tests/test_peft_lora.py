@@ -27,8 +27,8 @@ from reslora_kernels import (
 from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.testing import relative_error
 
-from .adapter_files import assert_unchanged, state
 from .models import FAMILIES, llama, logits, randomize, roberta
+from .test_damaged_adapters import assert_unchanged, state
 
 SHORTCUTS = ("none", "input", "block", "middle")
 STARTS = ("pissa", "pissa_niter_8", "olora")

@@ -31,8 +31,8 @@ from reslora_kernels.merge.unloading import merge_and_unload  # noqa: E402
 from reslora_kernels.peft import ResLoRAPeftConfig, from_native, to_native  # noqa: E402
 
 from . import processes  # noqa: E402
-from .adapter_files import rewrite  # noqa: E402
 from .models import FAMILIES, llama, logits, randomize, roberta  # noqa: E402
+from .test_damaged_adapters import rewrite  # noqa: E402
 from .test_structure import Experts, earlier  # noqa: E402
 
 SHORTCUTS = ("none", "input", "block", "middle")

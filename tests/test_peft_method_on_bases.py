@@ -1,6 +1,6 @@
 """ResLoRA under PEFT on bases that are quantised, offloaded or spread; what is not saved; public reports.
 
-``docs/howto/clients.md`` lists the reports of PEFT and TRL that are tried here with ResLoRA as the method.
+``docs/howto/peft.md`` lists the reports of PEFT and TRL that are tried here with ResLoRA as the method.
 """
 
 from __future__ import annotations

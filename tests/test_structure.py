@@ -26,8 +26,8 @@ from reslora_kernels.adapt.structure import places, structural_chains
 from reslora_kernels.config import PARAMETER_ADAPTER
 from reslora_kernels.files.adapter_format import read
 
-from .adapter_files import rewrite
 from .models import randomize
+from .test_damaged_adapters import rewrite
 
 
 def expanded(pattern: str) -> list[str]:

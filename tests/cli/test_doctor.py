@@ -21,7 +21,7 @@ from reslora_kernels.cli import doctor, main, toolchain
 from reslora_kernels.cli.toolchain import Driver
 
 from .. import processes
-from ..source_builds import CXX, fake_driver, script
+from ..processes import CXX, fake_driver, script
 
 
 def findings(capsys: pytest.CaptureFixture[str], status: int = 0) -> dict[str, Any]:

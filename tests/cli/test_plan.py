@@ -1,4 +1,4 @@
-"""``reslora plan``: its arithmetic, what it counts against a real run, and the tables of docs/howto/plan.md.
+"""``reslora plan``: its arithmetic, what it counts against a real run, and the tables of docs/howto/many-gpus.md.
 
 python -m tests.cli.test_plan writes those tables anew.
 """
@@ -28,7 +28,7 @@ from reslora_kernels.training.layouts import Sizes, Split, footprints
 
 from ..models import llama
 
-PAGE = Path(__file__).parents[2] / "docs" / "howto" / "plan.md"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "many-gpus.md"
 SHORTCUTS = ("none", "input", "block", "middle")
 TOKENS = 400  # of each of two rows; more values than small calls have, which save other tensors
 

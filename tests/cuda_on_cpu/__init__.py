@@ -10,7 +10,7 @@ The scheduler in ``emulator.cpp`` is as unkind as CUDA's programming model allow
   address of ldmatrix or cp.async, a copy in flight when the kernel ends: each is an error with the kernel's name;
 - bank conflicts of ldmatrix are counted, and of what goes through store_shared and load_shared;
 - the blocks of a cluster run together, one far ahead of the others; shared memory begins at any multiple of 128 bytes;
-- what sm_90 does beside the threads (``emulator_tma.cpp``, ``emulator_wgmma.cpp``, twins in ``host_ptx_sm90.h``) comes
+- what sm_90 does beside the threads (``emulator_async.cpp``, twins in ``host_ptx_sm90.h``) comes
   at once, at some time, or not before nothing else can: a bulk load's destination is NaN until it lands, a bulk store
   reads and writes when it likes, wgmma reads its operands as late as its wait and its registers are NaN until then;
 - a copy to another block of the cluster reads its source as late as it lands, and counts at the barrier there;

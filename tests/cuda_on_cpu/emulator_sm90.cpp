@@ -1,5 +1,5 @@
 // Barriers of sm_90 and the two views of shared memory: the threads', and that of the units beside them.
-#include "emulator_sm90.h"
+#include "emulator.h"
 
 #include <algorithm>
 #include <cstring>

@@ -1,6 +1,6 @@
 // The host twins of csrc/ptx_sm90.cuh: what each instruction does, by the PTX manual.
 #pragma once
-#include "emulator_sm90.h"
+#include "emulator.h"
 #include "params.h"
 #include "ptx.cuh"
 

@@ -39,6 +39,7 @@ from .residual import (
     FORMS,
     SHORTCUTS,
     Residual,
+    Scenario,
     Sync,
     adapters,
     batch,
@@ -50,8 +51,6 @@ from .residual import (
     shared_data,
     train,
 )
-
-Scenario = Callable[[Path], dict[str, Any]]
 
 
 def sharded(model: Residual, **kwargs: Any) -> Any:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from ..models import randomize
 SHORTCUTS = ("none", "input", "block", "middle")
 STEPS = 3
 Batch = tuple[Tensor, Tensor]
+Scenario = Callable[[Path], dict[str, Any]]
 
 
 class Block(nn.Module):
@@ -156,3 +162,28 @@ def in_one_process(shortcut: str, form: str = "plain", **config: Any) -> tuple[l
 
 def shared_data(step: int) -> Batch:
     return share(batch(step))
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def run_scenarios(folder: Path, scenarios: Mapping[str, Scenario], begin: Callable[[], None] = lambda: None) -> None:
+    """As one of several processes, those that SCENARIOS names, or all; writes what each found, or its traceback."""
+    torch.set_num_threads(1)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=size)
+    begin()
+    report = {}
+    for name, scenario in scenarios.items():
+        if not any(part in name for part in os.environ.get("SCENARIOS", "").split("|")):
+            continue
+        start = time.perf_counter()
+        try:
+            report[name] = scenario(folder)
+        except Exception:
+            report[name] = {"traceback": traceback.format_exc()}
+        report[name]["seconds"] = time.perf_counter() - start
+        (folder / f"report.{rank}.json").write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()

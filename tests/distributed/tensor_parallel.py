@@ -5,12 +5,7 @@ Four processes run all scenarios: those of one dimension run twice, in each half
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import time
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -52,9 +47,20 @@ from reslora_kernels.training.methods import restart_reslora
 
 from ..models import randomize
 from .fsdp import refused
-from .residual import SHORTCUTS, Residual, adapters, batch, difference, in_one_process, residual, shared_data, train
+from .residual import (
+    SHORTCUTS,
+    Residual,
+    Scenario,
+    adapters,
+    batch,
+    in_one_process,
+    residual,
+    run_scenarios,
+    same,
+    train,
+)
+from .worker import quantized
 
-Scenario = Callable[[Path], dict[str, Any]]
 MESH: Any = None  # (2, 2), dimensions "dp" and "tp"
 
 
@@ -108,10 +114,6 @@ def apart(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     assert found.keys() == truth.keys(), (sorted(found), sorted(truth))
     distances = [(found[n].double() - truth[n]).norm() / truth[n].double().norm().clamp_min(1e-30) for n in truth]
     return float(max(distances))
-
-
-def same(found: dict[str, Tensor], truth: dict[str, Tensor]) -> bool:
-    return found.keys() == truth.keys() and all(torch.equal(found[name], truth[name]) for name in truth)
 
 
 def equals_one_process(shortcut: str, folder: Path, sequence: bool = False, **config: Any) -> dict[str, Any]:
@@ -356,54 +358,6 @@ def refusals(folder: Path) -> dict[str, Any]:
     return report
 
 
-def quantized(shortcut: str, storage: Any = torch.uint8) -> Any:
-    """In float64, with the layers of the blocks in NF4 (bitsandbytes), or int8 (torchao) where ``storage`` is None."""
-    import bitsandbytes
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # it repacks weights to what layers this small have not
-    torch.manual_seed(0)
-    model = Residual(blocks=3, width=32, inner=64).double()
-    for block in model.blocks:
-        for name in ("up", "down"):
-            linear, bias = getattr(block, name), getattr(block, name).bias
-            if storage is None:
-                quantize_(linear.float(), Int8WeightOnlyConfig())
-            else:
-                packed = bitsandbytes.nn.Linear4bit(
-                    linear.in_features, linear.out_features, quant_type="nf4", quant_storage=storage
-                )
-                packed.load_state_dict(linear.float().state_dict())
-                setattr(block, name, packed.to("cpu"))
-            getattr(block, name).bias = nn.Parameter(bias.detach().double())
-    example = torch.zeros(1, 2, 6, dtype=torch.float64)
-    apply_reslora(model, settings(shortcut, target_modules=("up", "down")), example_inputs=example)
-    for layer in adapted_layers(model).values():
-        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.double(), layer.lora_B.data.double()
-    return randomize(model)
-
-
-def quantized_base(shortcut: str, kind: str, folder: Path, storage: Any = torch.uint8) -> dict[str, Any]:
-    """QLoRA: four processes with rows of their own are one with all."""
-    alone = quantized(shortcut, storage)
-    expected = train(alone, batch), adapters(alone)
-    model = quantized(shortcut, storage)
-    if kind == "ddp":
-        model = nn.parallel.DistributedDataParallel(model, init_sync=storage is not None)  # torchao's know no broadcast
-    else:
-        shard_reslora(model, model.blocks, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    losses = train(model, shared_data)
-    return {"difference": difference(losses, model, expected)}
-
-
-def offloaded(folder: Path) -> dict[str, Any]:
-    """FSDP2 with its offload policy: parameters and moments in main memory."""
-    model = residual("input")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    shard_reslora(model, model.blocks, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
-    return {"difference": difference(train(model, shared_data), model, in_one_process("input"))}
-
-
 def checkpointed(folder: Path) -> dict[str, Any]:
     """Adapters and moments saved by four processes go on in two, and in two times two with a plan, bit for bit."""
     model = residual("middle")
@@ -447,11 +401,6 @@ def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 SCENARIOS: dict[str, Scenario] = {
-    **{f"nf4 ddp {shortcut}": partial(quantized_base, shortcut, "ddp") for shortcut in SHORTCUTS},
-    **{f"nf4 fsdp {shortcut}": partial(quantized_base, shortcut, "fsdp") for shortcut in SHORTCUTS},
-    "nf4 in bfloat16 fsdp": partial(quantized_base, "input", "fsdp", storage=torch.bfloat16),
-    "torchao ddp": partial(quantized_base, "middle", "ddp", storage=None),
-    "offloaded": offloaded,
     "checkpointed": checkpointed,
     **{f"tp {shortcut}": partial(equals_one_process, shortcut) for shortcut in SHORTCUTS},
     **{f"tp sequence {shortcut}": partial(equals_one_process, shortcut, sequence=True) for shortcut in SHORTCUTS},
@@ -473,32 +422,10 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-def main(folder: Path) -> None:
+def begin() -> None:
     global MESH
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
     MESH = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
-    report = {}
-    for name, scenario in SCENARIOS.items():
-        if not any(part in name for part in os.environ.get("SCENARIOS", "").split("|")):
-            continue
-        start = time.perf_counter()
-        try:
-            report[name] = scenario(folder)
-        except Exception:
-            report[name] = {"traceback": traceback.format_exc()}
-        report[name]["seconds"] = time.perf_counter() - start
-        print(name, report[name], flush=True)
-        (folder / f"report.{rank}.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_scenarios(Path(sys.argv[1]), SCENARIOS, begin)

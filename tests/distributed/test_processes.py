@@ -1,6 +1,6 @@
-"""Two processes equal one, under torchrun and accelerate launch too.
+"""Two processes equal one, under torchrun and accelerate launch too; so do tensor parallel plans, on two times two.
 
-All scenarios run in one pair of processes; each test reads what its scenario found.
+All scenarios of a kind run in one group of processes; each test reads what its scenario found.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ EXACT = [
     "fsdp exported",
     *(f"recipe {kind} {shortcut}" for kind in ("ignored", "bank") for shortcut in SHORTCUTS),
     *(f"pipeline {shortcut}" for shortcut in SHORTCUTS),
+    *(f"nf4 {kind} {shortcut}" for kind in ("ddp", "fsdp") for shortcut in SHORTCUTS),
+    "nf4 in bfloat16 fsdp",
+    "torchao ddp",
+    "offloaded",
 ]
 
 
@@ -166,9 +170,98 @@ def test_trainer_evaluates_merged(reports: list[Report], shortcut: str) -> None:
         assert seen[-1] == result["hand"]
 
 
+EXACT_IN_PARTS = [
+    *(f"{kind} {shortcut}" for kind in ("tp", "tp sequence", "tp x fsdp", "merged") for shortcut in SHORTCUTS),
+    "tp biases",
+    "tp dora",
+    "tp dora block",
+    "tp start",
+    *(f"tp recomputed {shortcut}" for shortcut in SHORTCUTS[1:]),
+    "tp restarted",
+    "tp x fsdp dora",
+    "merged dora",
+]
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+    return run_ranks("tests.distributed.tensor_parallel", tmp_path_factory.mktemp("processes"), count=4)
+
+
+@pytest.mark.parametrize("name", EXACT_IN_PARTS)
+def test_tensor_parallel_equals_one_process(four: list[Report], name: str) -> None:
+    for result in found(four, name):
+        distances = {what: value for what, value in result.items() if isinstance(value, float) and what != "seconds"}
+        exported = distances.pop("exported", 0.0)  # of least squares A, which small eigenvalues of G let wander
+        assert max(distances.values()) < 1e-12, distances
+        assert exported < 1e-8
+        assert all(value for value in result.values() if isinstance(value, bool)), result
+
+
+def test_nothing_is_sent_for_a_shortcut(four: list[Report]) -> None:
+    """A forward speaks as often as the frozen base's, a backward once more for each layer: A or B is whole in each."""
+    for result in found(four, "communication"):
+        for shortcut in SHORTCUTS:
+            assert result[shortcut]["forward"] == result["base"]["forward"]
+            assert result[shortcut]["backward"] == result["base"]["backward"] + result["layers"]
+
+
+def test_adapters_go_from_any_layout_to_any_other(four: list[Report]) -> None:
+    for result in found(four, "saved"):
+        assert all(result["equal"].values()), result["equal"]
+        assert result["files"] == 1, "two layouts wrote different files"
+        assert result["outputs"] < 1e-12
+
+
+def test_sharded_checkpoints_go_on_elsewhere(four: list[Report]) -> None:
+    """Adapters and AdamW's moments, by torch.distributed.checkpoint in the background, from four processes."""
+    for result in found(four, "checkpointed"):
+        assert [result[layout] for layout in ("one", "two", "two by two")] == [True, True, True]
+
+
+def test_dropout_is_one_function_of_its_parameters(four: list[Report]) -> None:
+    for result in found(four, "dropped"):
+        assert result["alike"]
+        assert result["slope"] < 1e-6
+        assert result["drops"] > 1
+
+
+@pytest.mark.parametrize("name", [*(f"auto {shortcut}" for shortcut in SHORTCUTS), "own none"])
+def test_plans_of_transformers(four: list[Report], name: str) -> None:
+    """LLaMA's norms compute in float32, so that its logits differ by less than a float64 can show, or by a step."""
+    for results in found(four, "transformers"):
+        result = results[name]
+        assert result["kinds"] == ["TensorParallelResLoRALinear"]
+        assert max(result["loss"], result["logits"], result["gradients"]) < 1e-6
+
+
+def test_plan_of_transformers_goes_on_after_unloading(four: list[Report]) -> None:
+    assert all(result["unloaded"]["logits"] < 1e-6 for result in found(four, "transformers"))
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("adapted first", "call parallelize_module"),
+        ("half a chain", "'blocks.1.up' is whole"),
+        ("no mesh", "give mesh="),
+        ("sequential", "load and merge it in one process"),
+        ("switched", "cannot be switched"),
+        ("torchao", "quantised by torchao and cannot be cut"),
+        ("cast", "bnb_4bit_quant_storage=torch.float16"),
+        ("sharded", "load and merge it in one process"),
+        ("unchanged", ""),
+    ],
+)
+def test_tensor_parallel_refuses_with_the_alternative(four: list[Report], action: str, message: str) -> None:
+    for result in found(four, "refusals"):
+        assert result[action]["error"] == "ValueError"
+        assert message in result[action]["message"]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_deepspeed_zero_2_equals_one_process(tmp_path: Path) -> None:
-    for report in run_ranks("tests.distributed.deepspeed_zero", tmp_path, DS_ACCELERATOR="cpu"):
+    for report in run_ranks("tests.distributed.launched", tmp_path, "deepspeed", DS_ACCELERATOR="cpu"):
         for name, result in report.items():
             assert result["difference"] < 1e-5, name
             assert result["equal"], name

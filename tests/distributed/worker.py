@@ -1,16 +1,11 @@
-"""One of the processes that run all scenarios together; writes what each found, or its traceback.
+"""One of two processes that run all scenarios together.
 
-Those of DDP, of two pipeline stages (chains end at the border) and of Transformers' Trainer are here.
+Those of DDP, two pipeline stages (chains end at the border), Transformers' Trainer and quantised bases are here.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import time
-import traceback
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,10 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn.parallel import DistributedDataParallel
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, merge_reslora, save_adapter, shard_reslora
+from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.training import ResLoRACallback
 
 from ..models import llama, randomize
@@ -33,16 +31,18 @@ from .residual import (
     SHORTCUTS,
     STEPS,
     Block,
+    Residual,
+    Scenario,
     adapters,
     batch,
     difference,
     in_one_process,
     residual,
+    run_scenarios,
+    same,
     shared_data,
     train,
 )
-
-Scenario = Callable[[Path], dict[str, Any]]
 
 
 def equals_one_process(shortcut: str, form: str, folder: Path, **config: Any) -> dict[str, Any]:
@@ -123,10 +123,6 @@ def interleaved(shortcut: str, folder: Path) -> dict[str, Any]:
 PIPELINE: dict[str, Scenario] = {f"pipeline {shortcut}": partial(interleaved, shortcut) for shortcut in SHORTCUTS}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
 def frozen(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
@@ -174,33 +170,66 @@ TRAINER: dict[str, Scenario] = {
 }
 
 
-SCENARIOS = DDP | fsdp.SCENARIOS | PIPELINE | fsdp.RECIPES | TRAINER
+def quantized(shortcut: str, storage: Any = torch.uint8) -> Any:
+    """In float64, with the layers of the blocks in NF4 (bitsandbytes), or int8 (torchao) where ``storage`` is None."""
+    import bitsandbytes
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # it repacks weights to what layers this small have not
+    torch.manual_seed(0)
+    model = Residual(blocks=3, width=32, inner=64).double()
+    for block in model.blocks:
+        for name in ("up", "down"):
+            linear, bias = getattr(block, name), getattr(block, name).bias
+            if storage is None:
+                quantize_(linear.float(), Int8WeightOnlyConfig())
+            else:
+                packed = bitsandbytes.nn.Linear4bit(
+                    linear.in_features, linear.out_features, quant_type="nf4", quant_storage=storage
+                )
+                packed.load_state_dict(linear.float().state_dict())
+                setattr(block, name, packed.to("cpu"))
+            getattr(block, name).bias = nn.Parameter(bias.detach().double())
+    config = ResLoRAConfig(r=3, lora_alpha=6, shortcut=shortcut, pre_num=2, target_modules=("up", "down"))
+    example = torch.zeros(1, 2, 6, dtype=torch.float64)
+    apply_reslora(model, config, example_inputs=example)
+    for layer in adapted_layers(model).values():
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.double(), layer.lora_B.data.double()
+    return randomize(model)
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-    chosen = os.environ.get("SCENARIOS", "")
-    report = {}
-    for name, scenario in SCENARIOS.items():
-        if not any(part in name for part in chosen.split("|")):
-            continue
-        start = time.perf_counter()
-        try:
-            report[name] = scenario(folder)
-        except Exception:
-            report[name] = {"traceback": traceback.format_exc()}
-        report[name]["seconds"] = time.perf_counter() - start
-        (folder / f"report.{rank}.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()
+def quantized_base(shortcut: str, kind: str, folder: Path, storage: Any = torch.uint8) -> dict[str, Any]:
+    """QLoRA: processes with rows of their own are one with all."""
+    alone = quantized(shortcut, storage)
+    expected = train(alone, batch), adapters(alone)
+    model = quantized(shortcut, storage)
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, init_sync=storage is not None)  # torchao's know no broadcast
+    else:
+        shard_reslora(model, model.blocks, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    losses = train(model, shared_data)
+    return {"difference": difference(losses, model, expected)}
+
+
+def offloaded(folder: Path) -> dict[str, Any]:
+    """FSDP2 with its offload policy: parameters and moments in main memory."""
+    model = residual("input")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shard_reslora(model, model.blocks, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    return {"difference": difference(train(model, shared_data), model, in_one_process("input"))}
+
+
+QUANTIZED: dict[str, Scenario] = {
+    **{f"nf4 ddp {shortcut}": partial(quantized_base, shortcut, "ddp") for shortcut in SHORTCUTS},
+    **{f"nf4 fsdp {shortcut}": partial(quantized_base, shortcut, "fsdp") for shortcut in SHORTCUTS},
+    "nf4 in bfloat16 fsdp": partial(quantized_base, "input", "fsdp", storage=torch.bfloat16),
+    "torchao ddp": partial(quantized_base, "middle", "ddp", storage=None),
+    "offloaded": offloaded,
+}
+
+
+SCENARIOS = DDP | fsdp.SCENARIOS | PIPELINE | fsdp.RECIPES | TRAINER | QUANTIZED
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_scenarios(Path(sys.argv[1]), SCENARIOS)

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from benchmarks.compile_contract import CHIPS, Compiled, check, contract, resident_blocks
+from benchmarks.cuda_contract import MOST_BESIDE, blocks_at_once, compile_source, main_loop
 from benchmarks.cuda_contract import Row as CudaRow
 from benchmarks.cuda_contract import check as check_cuda
-from benchmarks.cuda_contract import compile_source
 from reslora_kernels.cli.toolchain import find_nvcc
 
 from .. import processes
@@ -313,3 +313,38 @@ def test_hopper_rules() -> None:
 )
 def test_cuda_rules(kernel: str, stack: int, instructions: dict[str, int], violations: list[str]) -> None:
     assert check_cuda(CudaRow("90a", kernel, 64, stack, instructions, [])) == violations
+
+
+SASS = [
+    (0x10, "HMMA", ""), (0x20, "LDGSTS", ""), (0x30, "BRA", " 0x10 ;"),
+    (0x40, "LDSM", ""), (0x50, "HMMA", ""), (0x60, "LDGSTS", ""), (0x70, "IADD3", ""),
+    (0x78, "NOP", ""), (0x80, "BRA", " 0x40 ;"),
+    (0x90, "IMAD", ""), (0xA0, "BRA", " 0x90 ;"), (0xB0, "BRA", " 0xf0 ;"),
+]  # fmt: skip
+
+
+def test_the_main_loop_is_the_last_that_copies_and_multiplies() -> None:
+    assert main_loop(SASS) == {"all": 5, "HMMA": 1, "LDSM": 1, "LDGSTS": 1}
+    assert main_loop(SASS[8:]) == {}
+
+
+def test_what_the_main_loop_may_cost() -> None:
+    instructions = {"HMMA": 128, "LDSM": 32, "LDGSTS": 24}
+    row = CudaRow("80", "augmented_matmul_kernel<Bf16Math, Large, 1, 0, 1>", 240, 0, instructions, [])
+    row.loop, row.blocks = {"all": 88 + MOST_BESIDE, "HMMA": 64, "LDSM": 16, "LDGSTS": 8}, blocks_at_once(240, 128)
+    assert row.blocks == 2 and check_cuda(row) == []
+    row.loop["all"] += 1
+    row.blocks = blocks_at_once(241, 256)
+    assert check_cuda(row) == [
+        f"{MOST_BESIDE + 1} instructions beside 64 HMMA in a step of the main loop", "registers for 1 blocks, not 2",
+    ]  # fmt: skip
+    assert check_cuda(replace(row, kernel="augmented_matmul_kernel<Bf16Math, Small, 1, 0, 0>", loop={}, blocks=1)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc and g++")
+def test_the_compiler_keeps_to_it() -> None:
+    rows, _ = compile_source(ROOT / "csrc" / "augmented_matmul_sm80.cu", "80")
+    assert [(row.kernel, row.violations) for row in rows if row.violations] == []
+    counted = [row for row in rows if row.kernel.startswith("augmented_matmul_kernel<Bf16Math, Large, 1, 0, 1")]
+    assert len(counted) == 1 and counted[0].loop["HMMA"] == 4 * counted[0].loop["LDSM"] == 8 * counted[0].loop["LDGSTS"]

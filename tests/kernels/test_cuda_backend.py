@@ -21,7 +21,7 @@ from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.testing import GoldenCase, assert_close_to_truth, golden_cases
 
 from .. import cuda_on_cpu
-from .calls import SEED, Call, draw, run, truth
+from .calls import SEED, Call, draw, launched, run, truth
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CALLS = [
@@ -66,6 +66,14 @@ def extension(emulated: Path | None, monkeypatch: pytest.MonkeyPatch) -> Iterato
     yield emulated
     select.unavailable_reason.cache_clear()
     select._chosen.clear()
+
+
+@pytest.fixture
+def emulator(extension: Path | None) -> Path:
+    if extension is None:
+        pytest.skip("counted by the emulator")
+    cuda_on_cpu.take_statistics(extension)
+    return extension
 
 
 @pytest.fixture(params=[False, True], ids=["small tile", "large tile"])
@@ -158,16 +166,14 @@ def test_golden_vectors(case: GoldenCase) -> None:
     assert check.failure is None
 
 
-def test_launches(extension: Path | None, device: torch.device) -> None:
+def test_launches(emulator: Path, device: torch.device) -> None:
     """One or two for the forward pass, three for the backward pass; no bank conflict in ldmatrix."""
-    if extension is None:
-        pytest.skip("counted by the emulator")
     for n, forward in ((72, 1), (520, 2)):
         call = Call("", 300, 136, n, 16, 16, residual=True)
         values = draw(call, device, integers=False)
-        cuda_on_cpu.take_statistics(extension)
+        cuda_on_cpu.take_statistics(emulator)
         run(call, values, cuda)
-        counted = cuda_on_cpu.take_statistics(extension)
+        counted = cuda_on_cpu.take_statistics(emulator)
         assert counted.launches == forward + 3
         assert counted.bank_conflicts == 0
         assert counted.matrix_loads > 0
@@ -189,3 +195,60 @@ def test_bad_input_is_refused_before_any_launch(change: dict, message: str) -> N
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         lora_linear(**(arguments | change), scaling=1.0, backend="cuda")
+
+
+FEW_ROWS = Call("few rows: K of y in parts", 5, 1288, 72, 16, 16, BF16, BF16, p=0.5, hand=(0, 16), residual=True)
+
+
+def test_few_rows_take_k_in_parts_that_are_added_in_order(emulator: Path, poisoned: None) -> None:
+    values = draw(FEW_ROWS, torch.device("cpu"), integers=True)
+    expected = truth(FEW_ROWS, values)
+    results, launches = launched(FEW_ROWS, values, "augmented_matmul")
+    assert all(torch.equal(result, expected[name].to(result.dtype)) for name, result in results.items())
+    forward, dx = launches
+    assert (forward["parts"], forward["split"]) == (2, 704) and forward["split"] % 64 == 0
+    assert "partial" not in dx  # of 72 columns of dy
+    random = draw(FEW_ROWS, torch.device("cpu"), integers=False)
+    first = run(FEW_ROWS, random, cuda)
+    for seed in range(3):
+        cuda_on_cpu.set_seed(emulator, seed)
+        assert all(torch.equal(first[name], result) for name, result in run(FEW_ROWS, random, cuda).items())
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "parts"), [(64, 64, 2048, 4), (65, 64, 2048, 2), (64, 192, 2048, 1), (64, 64, 1000, 1)]
+)
+def test_k_is_split_where_processors_would_have_no_tile(
+    m: int, n: int, k: int, parts: int, emulator: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESLORA_CUDA_HOPPER", "off")
+    x = torch.empty(m, k)
+    split, found = cuda._matmul_split(x, n)
+    assert found == parts and (parts - 1) * split < k <= parts * split
+    said = cuda.explain(x, torch.empty(n, k), 16)
+    assert said.endswith(f" and K in {parts} parts" if parts > 1 else "in tiles of 64 x 64")
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("dtype", [FP16, FP32, "tf32"], ids=str)
+def test_no_bank_is_met_twice(dtype: torch.dtype | str, large: bool, emulator: Path, monkeypatch) -> None:
+    """Of ldmatrix, of y on its way out, and of what TF32 reads one at a time."""
+    monkeypatch.setattr(cuda, "_large", lambda *_: large)
+    call = Call("", 70, 72, 264, 16, 16, FP32 if dtype == "tf32" else dtype, FP32, scaling=0.5, p=0.5)
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        for one in (call, replace(call, p=0.0)):
+            run(one, draw(one, torch.device("cpu"), integers=False), cuda)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    counted = cuda_on_cpu.take_statistics(emulator)
+    assert counted.shared_accesses > 0 and counted.bank_conflicts == 0
+    assert (counted.matrix_loads > 0) == (dtype != FP32)
+
+
+def test_an_odd_width_leaves_one_element_at_a_time(emulator: Path, poisoned: None) -> None:
+    """W is copied as it is, since its rows are; y's rows begin anywhere."""
+    call = Call("", 66, 72, 131, 8, 8, FP32, FP32)
+    values = draw(call, torch.device("cpu"), integers=True)
+    expected = truth(call, values)
+    assert torch.equal(run(call, values, cuda)["y"], expected["y"].float())
