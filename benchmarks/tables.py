@@ -18,8 +18,7 @@ from typing import Any
 
 from benchmarks.convergence import report as convergence
 from reslora_kernels.bench import results as bench
-from reslora_kernels.bench.figures import Figure, draw_all
-from reslora_kernels.bench.series import by_case, label, timed
+from reslora_kernels.bench.figures import Figure, by_case, draw_all, label, timed
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

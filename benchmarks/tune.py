@@ -8,7 +8,7 @@ with those in use that were the fastest. One that hangs ends this; started again
 on without that kernel.
 
 The file keeps what it says of other GPU generations, and is whole at every moment; its format is documented in
-``reslora_kernels/tuning/measured.py``.
+``reslora_kernels/tuning/gpus.py``.
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ from benchmarks.gpu_check.steps import Steps
 from benchmarks.gpu_check.steps import write as write_whole
 from reslora_kernels.backends import cuda, hopper, select, triton
 from reslora_kernels.bench import results
-from reslora_kernels.bench.capture import warmed_up
-from reslora_kernels.bench.clocks import check_alive, clock_of, measure_rates
-from reslora_kernels.bench.timing import Plan, Subject, measure, percentiles
-from reslora_kernels.bench.workload import cache_bytes, sets_of
+from reslora_kernels.bench.timing import Plan, Subject, check_alive, clock_of, measure, measure_rates, percentiles
+from reslora_kernels.bench.workload import cache_bytes, sets_of, warmed_up
 from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.tuning import forms, gpus, tiles
 

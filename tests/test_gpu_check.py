@@ -19,7 +19,7 @@ from benchmarks.gpu_check import outcomes, parts, small_launches
 from benchmarks.gpu_check.parts import Finished
 from reslora_kernels.backends import triton
 from reslora_kernels.bench import results
-from reslora_kernels.tuning import forms, gpus, measured, tiles
+from reslora_kernels.tuning import forms, gpus, tiles
 
 from . import processes
 
@@ -347,15 +347,15 @@ def test_tuning_writes_the_table_that_the_choice_reads(tmp_path: Path, monkeypat
     tune.write(path, gpu.generation, table, {"gpu": "H200", "torch": "2", "triton": "3"}, {"H200": [7e14, 4e12]})
     content = json.loads(path.read_text())
     assert content["sm_80"]["machine"] == "kept" and content["sm_90"]["machine"] == "H200" and told == [1, 2, 3]
-    monkeypatch.setattr(measured, "table", lambda: content)
+    monkeypatch.setattr(gpus, "table", lambda: content)
     near = {"m": 8000, "n": 14336, "k": 4096, "rank": 16}
-    row = measured.nearest("sm_90", "matmuls", near, {"dtype": "torch.bfloat16", "one_pass": True})
+    row = gpus.nearest("sm_90", "matmuls", near, {"dtype": "torch.bfloat16", "one_pass": True})
     assert row is not None and (row["form"], row["seconds"]) == ("two_pass", 1e-4)
     assert tiles.MatmulTile(**row["tile"]) in tiles.matmul_tiles(gpu, 8192, 16, torch.bfloat16, "ieee", False)
     swapped = {"m": 8192, "n": 4096, "k": 14336, "rank": 16}
-    row = measured.nearest("sm_90", "matmuls", swapped, {"dtype": "torch.bfloat16", "one_pass": False})
+    row = gpus.nearest("sm_90", "matmuls", swapped, {"dtype": "torch.bfloat16", "one_pass": False})
     assert row is not None and (row["form"], row["tile"], row["seconds"]) == ("library", None, 3e-4)
-    call = measured.nearest("sm_90", "calls", near, {"dtype": "torch.bfloat16"})
+    call = gpus.nearest("sm_90", "calls", near, {"dtype": "torch.bfloat16"})
     assert call is not None and call["microseconds"] == {"triton": 700.0, "torch": 800.0}
 
 

@@ -48,7 +48,7 @@ FLOORS = (  # of the package's files and folders, ground floor first; one import
     ("__main__",),
 )
 INSIDE = {  # the same for the files of a folder; one that is not here must only be free of circles
-    "tuning": (("launch", "measured"), ("gpus",), ("tiles",), ("forms",)),
+    "tuning": (("launch", "gpus"), ("tiles",), ("forms",)),
     "kernels": (
         ("device", "direct"),
         ("augmented_matmul", "project", "low_rank_grads", "outer_products", "keep_mask", "grouped_matmul"),

@@ -12,11 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from benchmarks.gpu_check.__main__ import model_tables
 from reslora_kernels.bench import model_cases, peers
-from reslora_kernels.bench.capture import Pass
 from reslora_kernels.bench.cases import LORA, SETS, Case
 from reslora_kernels.bench.providers import PROVIDERS
 from reslora_kernels.bench.results import TIMED, ModelMeasurement
-from reslora_kernels.bench.workload import draw
+from reslora_kernels.bench.workload import Pass, draw
 
 CPU = torch.device("cpu")
 CASE = Case(6, 16, 24, 4, "float32", layers=2, methods=(LORA,), compiled=(LORA,))

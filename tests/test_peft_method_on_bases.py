@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, merge_reslora, unload
 from reslora_kernels.peft import ResLoRAPeftConfig, to_native
-from reslora_kernels.quantizers.bitsandbytes import keep_order
+from reslora_kernels.quantizers import keep_order
 
 from .models import FAMILIES, llama, logits, randomize, roberta
 

@@ -31,8 +31,7 @@ from reslora_kernels import (
 )
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.layers.quantized_linear import QuantizedResLoRALinear
-from reslora_kernels.quantizers import QuantizedWeight
-from reslora_kernels.quantizers import bitsandbytes as quantizer
+from reslora_kernels.quantizers import BitsAndBytes, QuantizedWeight
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, llama, logits, randomize
@@ -222,7 +221,7 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match="is quantised by bitsandbytes and cannot be cut"):
         shard_reslora(adapted("llm.int8"), [])
     with pytest.raises(RuntimeError, match="not quantised yet: move the model to its device"):
-        quantizer.dequantize(bitsandbytes.nn.Linear4bit(64, 64))
+        BitsAndBytes().dequantize(bitsandbytes.nn.Linear4bit(64, 64))
 
 
 def test_weights_that_an_evaluation_on_the_cpu_has_packed_are_read_right() -> None:

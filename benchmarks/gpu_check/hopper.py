@@ -36,8 +36,7 @@ from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.bench import cases
 from reslora_kernels.bench.cases import LORA, Case
-from reslora_kernels.bench.clocks import check_alive, clock_of, measure_rates, one_line
-from reslora_kernels.bench.timing import Plan
+from reslora_kernels.bench.timing import Plan, check_alive, clock_of, measure_rates, one_line
 
 BF16, FP16 = torch.bfloat16, torch.float16
 MATMUL_GOAL = 0.99  # the least share of the library's speed that a matmul reaches, its low-rank product included

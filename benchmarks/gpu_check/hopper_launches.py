@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from reslora_kernels.backends import cuda, hopper
-from reslora_kernels.bench.clocks import check_alive, clock_of, one_line
-from reslora_kernels.bench.timing import Plan, Subject, measure, percentiles
+from reslora_kernels.bench.timing import Plan, Subject, check_alive, clock_of, measure, one_line, percentiles
 from reslora_kernels.bench.workload import cache_bytes, sets_of
 from reslora_kernels.testing import assert_close_to_truth
 

@@ -15,13 +15,22 @@ from torch import Tensor
 
 from benchmarks.gpu_check.hopper_launches import recorded
 from reslora_kernels.backends import hopper
-from reslora_kernels.bench.accuracy import Judge
-from reslora_kernels.bench.capture import Pass, capture, eager, replayed
 from reslora_kernels.bench.cases import LORA, Case
-from reslora_kernels.bench.clocks import check_alive, clock_of, one_line
 from reslora_kernels.bench.providers import FROZEN, PROVIDERS
-from reslora_kernels.bench.timing import PHASES, Plan, Samples, Subject, measure, percentiles, relative
-from reslora_kernels.bench.workload import cache_bytes, draw, input_sets
+from reslora_kernels.bench.suite import Judge
+from reslora_kernels.bench.timing import (
+    PHASES,
+    Plan,
+    Samples,
+    Subject,
+    check_alive,
+    clock_of,
+    measure,
+    one_line,
+    percentiles,
+    relative,
+)
+from reslora_kernels.bench.workload import Pass, cache_bytes, capture, draw, eager, input_sets, replayed
 
 TORCH = "torch"
 OURS = PROVIDERS["ours-cuda"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reslora_kernels.bench.clocks import DeviceLostError, one_line
+from reslora_kernels.bench.timing import DeviceLostError, one_line
 
 STEP_SECONDS = 60.0  # what takes longer hangs
 KERNEL_SECONDS = 20.0  # and from the launch of one kernel on

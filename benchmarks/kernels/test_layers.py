@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from reslora_kernels import ResLoRAConfig, apply_reslora
 from reslora_kernels.adapt.record import record_of
-from reslora_kernels.bench.accuracy import Judge
-from reslora_kernels.bench.capture import Pass
 from reslora_kernels.bench.cases import LORA, Case, Method
-from reslora_kernels.bench.clocks import clock_of
 from reslora_kernels.bench.providers import PROVIDERS
-from reslora_kernels.bench.timing import percentiles, relative
-from reslora_kernels.bench.workload import draw
+from reslora_kernels.bench.suite import Judge
+from reslora_kernels.bench.timing import clock_of, percentiles, relative
+from reslora_kernels.bench.workload import Pass, draw
 
 ROUNDS, WARMUP = 15, 2
 METHODS = [LORA, Method("input", 1), Method("middle", 1), Method("middle", -1), Method("block", 1), Method("block", 3)]

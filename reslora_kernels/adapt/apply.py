@@ -16,7 +16,7 @@ from ..layers.adapter import AdapterLayer
 from ..layers.experts import ResLoRAExperts, TargetParameter
 from ..layers.kinds import config_of, kind_of, weight_of
 from ..layers.shortcuts import hands_on
-from ..quantizers.bitsandbytes import keep_order
+from ..quantizers import keep_order
 from . import trained_tokens
 from .checkpoints import guard, undefined
 from .linking import build_chains, confirm_order

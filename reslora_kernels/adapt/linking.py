@@ -17,7 +17,7 @@ from ..layers.checkpointing import CarryThroughCheckpoints
 from ..layers.kinds import is_linear, link
 from ..layers.shared_input import SharedInput
 from ..layers.shortcuts import hands_on
-from ..quantizers.bitsandbytes import keep_order
+from ..quantizers import keep_order
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
 from .record import Record, adapted_layers, record_of

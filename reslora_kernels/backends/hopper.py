@@ -1,6 +1,6 @@
 """Which calls of the cuda backend the Hopper kernels, csrc/*_sm90.cu, serve: those that they were measured fastest for.
 
-``RESLORA_CUDA_HOPPER`` is "auto" where it is not set: the table of ``tuning.measured`` names the fastest kernel near
+``RESLORA_CUDA_HOPPER`` is "auto" where it is not set: the table of ``tuning.gpus`` names the fastest kernel near
 the call's shape, and where it knows none the portable kernel serves. "off" is the portable kernel for all. A variant
 of csrc/augmented_matmul_sm90.cu is asked for by name, for two passes, with one pass where y is narrow; a variant of
 csrc/augmented_matmul_one_pass_sm90.cu for one pass wherever it is able. Both bring csrc/project_sm90.cu along.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..tuning import measured
+from ..tuning import gpus
 from . import kinds
 
 VARIABLE = "RESLORA_CUDA_HOPPER"
@@ -129,7 +129,7 @@ def _choice(
         return KernelChoice(asked if asked in kernels else instead, f"{VARIABLE}={asked}")
     sizes = {"m": m, "n": n, "k": k} | ({} if rank is None else {"rank": rank})
     exact: dict[str, str | bool] = {"form": form, "dtype": str(dtype)}
-    row = measured.nearest(GENERATION, kind, sizes, exact) if all(sizes.values()) else None
+    row = gpus.nearest(GENERATION, kind, sizes, exact) if all(sizes.values()) else None
     found = row["microseconds"] if row else {}
     times = {name: found[name] for name in (PORTABLE, TWO_PASSES, *kernels) if name in found}
     if not times:
@@ -161,7 +161,7 @@ def copies(
 
 def admit(rows: dict[str, list[dict[str, Any]]]) -> None:
     """In this process, put rows of "cuda_matmuls" and "cuda_projections" in the place of those in use."""
-    measured.table().setdefault(GENERATION, {}).update(rows)
+    gpus.table().setdefault(GENERATION, {}).update(rows)
     _choice.cache_clear()
     copies.cache_clear()
     kinds.forget()

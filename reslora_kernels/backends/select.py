@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..tuning.gpus import gpu_of
-from ..tuning.measured import nearest
+from ..tuning.gpus import gpu_of, nearest
 from . import kinds
 
 PREFERENCE = ("triton", "cuda", "torch")  # "auto": the first that can serve the call, "cuda" only where it was measured

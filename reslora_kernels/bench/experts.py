@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from reslora_kernels.adapt.apply import apply_reslora
 from reslora_kernels.bench import timing
-from reslora_kernels.bench.capture import peak_bytes
 from reslora_kernels.bench.cases import LORA, Method
 from reslora_kernels.bench.host import FROZEN, OURS, PEFT, time_rows
 from reslora_kernels.bench.results import SKIPPED, TIMED, Measurement
 from reslora_kernels.bench.suite import Bench
+from reslora_kernels.bench.workload import peak_bytes
 from reslora_kernels.config import ResLoRAConfig
 
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -1,16 +1,18 @@
-"""The figures as PNG, drawn once for a light and once for a dark page; those without data are left out."""
+"""The figures as PNG, drawn once for a light and once for a dark page, and the numbers behind them, bars included.
+
+Figures without data are left out.
+"""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reslora_kernels.bench import series
 from reslora_kernels.bench.comparison import share
-from reslora_kernels.bench.results import Result
+from reslora_kernels.bench.results import TIMED, Measurement, ModelMeasurement, Result
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def draw_all(result: Result) -> list[Figure]:
 
 
 def _speedup(result: Result, theme: Theme) -> bytes | None:
-    bars = series.mean_bars(result)
+    bars = mean_bars(result)
     if not bars:
         return None
     figure, (axes,) = new_figure(theme, 1, 1.4 + 0.3 * len(bars))
@@ -124,18 +126,18 @@ def _speedup(result: Result, theme: Theme) -> bytes | None:
 
 
 def _over_m(result: Result, theme: Theme) -> bytes | None:
-    return _lines(series.over_m(result), theme, "M", "time / frozen", log=True)
+    return _lines(over_m(result), theme, "M", "time / frozen", log=True)
 
 
 def _over_pre_num(result: Result, theme: Theme) -> bytes | None:
-    return _lines(series.over_pre_num(result), theme, "earlier blocks", "time / frozen", log=False)
+    return _lines(over_pre_num(result), theme, "earlier blocks", "time / frozen", log=False)
 
 
 def _growth(result: Result, theme: Theme) -> bytes | None:
-    return _lines(series.growth(result), theme, "", "ms per step", log=False)
+    return _lines(growth(result), theme, "", "ms per step", log=False)
 
 
-def _lines(panels: Sequence[series.Panel], theme: Theme, x: str, y: str, log: bool) -> bytes | None:
+def _lines(panels: Sequence[Panel], theme: Theme, x: str, y: str, log: bool) -> bytes | None:
     panels = panels[:MOST_PANELS]
     if not panels:
         return None
@@ -164,7 +166,7 @@ def _lines(panels: Sequence[series.Panel], theme: Theme, x: str, y: str, log: bo
 
 
 def _memory(result: Result, theme: Theme) -> bytes | None:
-    rows = [row for row in series.first_case(result) if row.peak_bytes is not None and row.saved_bytes is not None]
+    rows = [row for row in first_case(result) if row.peak_bytes is not None and row.saved_bytes is not None]
     if not rows:
         return None
     figure, (axes,) = new_figure(theme, 1, 1.6 + 0.36 * len(rows))
@@ -172,7 +174,7 @@ def _memory(result: Result, theme: Theme) -> bytes | None:
         colour = COLOURS.get(row.provider, "#7f8794")
         axes.barh(place - 0.19, (row.peak_bytes or 0) / 2**20, color=colour, height=0.36)
         axes.barh(place + 0.19, (row.saved_bytes or 0) / 2**20, color=colour, height=0.36, alpha=0.45)
-    axes.set_yticks(range(len(rows)), [series.label(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("MiB; full: peak of forward and backward, pale: saved for backward")
@@ -181,7 +183,7 @@ def _memory(result: Result, theme: Theme) -> bytes | None:
 
 
 def _roofline(result: Result, theme: Theme) -> bytes | None:
-    groups = series.by_case(series.timed(result))
+    groups = by_case(timed(result))
     if not groups:
         return None
     figure, (axes,) = new_figure(theme, 1, 1.8 + 0.3 * len(groups))
@@ -206,7 +208,7 @@ def _roofline(result: Result, theme: Theme) -> bytes | None:
 
 def _error(result: Result, theme: Theme) -> bytes | None:
     worst: dict[str, dict[str, float]] = {}
-    for row in series.timed(result):
+    for row in timed(result):
         for name in ("y", "dx", "dA", "dB"):
             if row.plain_error.get(name):
                 quotient = row.error[name] / row.plain_error[name]
@@ -228,3 +230,146 @@ def _error(result: Result, theme: Theme) -> bytes | None:
     axes.set_xlabel("largest error against float64 / plain PyTorch's; refused right of the line")
     axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, ncols=4)
     return png(figure)
+
+
+BASELINE = "plain"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A speed-up over the plain layers of the same method: above 1 faster, below 1 slower; ``noise`` is relative."""
+
+    label: str
+    provider: str
+    speedup: float
+    noise: float
+
+    @property
+    def beyond_noise(self) -> bool:
+        return abs(self.speedup - 1) > self.noise
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a figure: (x, y) in order of x."""
+
+    label: str
+    provider: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves over one quantity under one title."""
+
+    title: str
+    lines: tuple[Line, ...]
+
+
+def timed(result: Result) -> list[Measurement]:
+    return [row for row in result.measurements if row.status == TIMED and row.times_frozen]
+
+
+def by_case(rows: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    """Rows of each case, in order."""
+    groups: dict[str, list[Measurement]] = {}
+    for row in rows:
+        groups.setdefault(row.case, []).append(row)
+    return groups
+
+
+def label(row: Measurement | ModelMeasurement) -> str:
+    return f"{row.provider} {row.method}".strip()
+
+
+def bars(rows: Iterable[Measurement], phase: str = "both") -> list[Bar]:
+    """Speed-ups within one case over the plain layers of the same method."""
+    rows = list(rows)
+    plain = {row.method: row for row in rows if row.provider == BASELINE}
+    found = []
+    for row in rows:
+        base = plain.get(row.method)
+        if base is None or row.provider == BASELINE:
+            continue
+        noise = row.noise.get(phase, 0.0) + base.noise.get(phase, 0.0)
+        speedup = base.times_frozen[phase] / row.times_frozen[phase]
+        found.append(Bar(label(row), row.provider, speedup, noise))
+    return found
+
+
+def mean_bars(result: Result) -> list[Bar]:
+    """Geometric mean of every provider's and method's speed-ups over the cases in which it was timed."""
+    groups: dict[str, list[Bar]] = {}
+    for rows in by_case(timed(result)).values():
+        for bar in bars(rows):
+            groups.setdefault(bar.label, []).append(bar)
+    return [
+        Bar(
+            name,
+            group[0].provider,
+            math.exp(sum(math.log(bar.speedup) for bar in group) / len(group)),
+            sum(bar.noise for bar in group) / len(group),
+        )
+        for name, group in sorted(groups.items())
+    ]
+
+
+def over_m(result: Result) -> list[Panel]:
+    """Time relative to the frozen linears against M, one panel for each layer that was timed at two or more M."""
+    panels: dict[str, dict[str, dict[float, float]]] = {}
+    providers: dict[str, str] = {}
+    for row in timed(result):
+        shape = row.shape
+        if row.method not in ("lora", "block-1") or shape["p"]:
+            continue
+        graph = ", graph" if shape["replay"] else ""
+        title = f"{shape['k']} to {shape['n']}, r = {shape['r']}, {shape['dtype']}{graph}"
+        if shape["layers"] != 4:
+            continue
+        panels.setdefault(title, {}).setdefault(label(row), {})[shape["m"]] = row.times_frozen["both"]
+        providers[label(row)] = row.provider
+    return _panels(panels, providers)
+
+
+def over_pre_num(result: Result) -> list[Panel]:
+    """Time relative to the frozen linears against the number of earlier blocks, for block and middle."""
+    panels: dict[str, dict[str, dict[float, float]]] = {}
+    providers: dict[str, str] = {}
+    for row in timed(result):
+        shape = row.shape
+        if shape["shortcut"] not in ("block", "middle") or row.provider == "frozen":
+            continue
+        reach = shape["layers"] - 1 if shape["pre_num"] == -1 else shape["pre_num"]
+        title = f"{shape['shortcut']}: {row.case}"
+        panels.setdefault(title, {}).setdefault(row.provider, {})[reach] = row.times_frozen["both"]
+        providers[row.provider] = row.provider
+    return _panels(panels, providers)
+
+
+def growth(result: Result) -> list[Panel]:
+    """Milliseconds of a model's training step against what was swept."""
+    panels: dict[str, dict[str, dict[float, float]]] = {}
+    providers: dict[str, str] = {}
+    for row in result.models:
+        if row.status != TIMED or not row.swept:
+            continue
+        name = row.provider if row.method in ("", "lora") else f"{row.provider} {row.settings['shortcut']}"
+        name = f"{name} LoRA" if row.method == "lora" else name
+        panels.setdefault(f"step against {row.swept}", {}).setdefault(name, {})[row.value] = row.seconds[1] * 1e3
+        providers[name] = row.provider
+    return _panels(panels, providers)
+
+
+def _panels(found: dict[str, dict[str, dict[float, float]]], providers: dict[str, str]) -> list[Panel]:
+    panels = []
+    for title, lines in found.items():
+        drawn = [Line(n, providers[n], tuple(sorted(points.items()))) for n, points in lines.items() if len(points) > 1]
+        if drawn:
+            panels.append(Panel(title, tuple(drawn)))
+    return panels
+
+
+def first_case(result: Result) -> list[Measurement]:
+    """The rows of the most important case: the first that was timed."""
+    groups = by_case(timed(result))
+    return next(iter(groups.values()), [])

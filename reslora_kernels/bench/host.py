@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from reslora_kernels.bench import stubs, timing
 from reslora_kernels.bench.cases import LORA, Method
-from reslora_kernels.bench.clocks import check_alive, one_line
 from reslora_kernels.bench.peers import SCALING, HandWritten
 from reslora_kernels.bench.results import FAILED, SKIPPED, TIMED, Measurement
 from reslora_kernels.bench.suite import Bench, fill
+from reslora_kernels.bench.timing import check_alive, one_line
 from reslora_kernels.config import ResLoRAConfig
 from reslora_kernels.layers.kinds import link
 from reslora_kernels.layers.linear import ResLoRALinear

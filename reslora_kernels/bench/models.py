@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from reslora_kernels.adapt.apply import apply_reslora
 from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.bench import timing
-from reslora_kernels.bench.capture import peak_bytes
 from reslora_kernels.bench.cases import LORA, Method
-from reslora_kernels.bench.clocks import check_alive, one_line
 from reslora_kernels.bench.model_cases import FAMILIES, ModelCase, missing
 from reslora_kernels.bench.results import FAILED, REFUSED, SKIPPED, TIMED, ModelMeasurement
 from reslora_kernels.bench.suite import AGAIN, Bench
+from reslora_kernels.bench.timing import check_alive, one_line
+from reslora_kernels.bench.workload import peak_bytes
 from reslora_kernels.config import ResLoRAConfig
 from reslora_kernels.layers.linear import ResLoRALinear
 from reslora_kernels.testing import relative_error

@@ -10,9 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from reslora_kernels.bench import series
 from reslora_kernels.bench.comparison import duration, share
-from reslora_kernels.bench.figures import draw_all
+from reslora_kernels.bench.figures import Bar, bars, by_case, draw_all, mean_bars, timed
 from reslora_kernels.bench.results import FAILED, REFUSED, TIMED, Measurement, Result
 
 HTML_NAME = "report.html"
@@ -49,13 +48,13 @@ def render(result: Result, figures: Sequence[Any]) -> str:
         {"alt": figure.alt} | {theme: base64.b64encode(png).decode() for theme, png in figure.png.items()}
         for figure in figures
     ]
-    rows = series.timed(result)
-    cases = [{"case": case, "bars": [_bar(bar) for bar in series.bars(group)]} for case, group in _cases(rows)]
+    rows = timed(result)
+    cases = [{"case": case, "bars": [_bar(bar) for bar in bars(group)]} for case, group in _cases(rows)]
     return environment.from_string(source).render(
         result=result,
         machine=result.machine,
         figures=embedded,
-        means=[_bar(bar) for bar in series.mean_bars(result)],
+        means=[_bar(bar) for bar in mean_bars(result)],
         cases=[entry for entry in cases if entry["bars"]],
         rows=[_cells(row) for row in result.measurements if row.status == TIMED],
         models=[_model_cells(row) for row in result.models if row.status == TIMED],
@@ -65,10 +64,10 @@ def render(result: Result, figures: Sequence[Any]) -> str:
 
 
 def _cases(rows: Sequence[Measurement]) -> list[tuple[str, list[Measurement]]]:
-    return list(series.by_case(rows).items())
+    return list(by_case(rows).items())
 
 
-def _bar(bar: series.Bar) -> dict[str, Any]:
+def _bar(bar: Bar) -> dict[str, Any]:
     """Length in per cent of the width, from the middle; equal factors up and down are equally long."""
     length = min(1.0, abs(math.log2(bar.speedup)) / LONGEST_BAR) * 50
     return {

@@ -19,7 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reslora_kernels.bench import results, timing
 from reslora_kernels.bench.cases import SETS, Case
-from reslora_kernels.bench.clocks import DeviceLostError, clock_of, measure_rates, one_line
 from reslora_kernels.bench.comparison import show_result
 from reslora_kernels.bench.experts import EXPERTS_SETS, ExpertsCase, run_experts
 from reslora_kernels.bench.host import HOST_SETS, HostCase, run_host
@@ -27,6 +26,7 @@ from reslora_kernels.bench.model_cases import MODEL_SETS, ModelCase
 from reslora_kernels.bench.models import run_model
 from reslora_kernels.bench.providers import Provider
 from reslora_kernels.bench.suite import Bench, run_case
+from reslora_kernels.bench.timing import DeviceLostError, clock_of, measure_rates, one_line
 
 
 class Bar:

@@ -132,7 +132,7 @@ class ResLoRAConvolution(ResLoRALinear):
         if type(module).forward is not kind.forward or type(module)._conv_forward is not kind._conv_forward:
             return f"a {type(module).__name__}, whose forward is not that of {kind.__name__}"
         library = type(module.weight).__module__.partition(".")[0]
-        if library in [quantizer.LIBRARY for quantizer in QUANTIZERS] or not module.weight.is_floating_point():
+        if library in [quantizer.library for quantizer in QUANTIZERS] or not module.weight.is_floating_point():
             return f"a {type(module).__name__} with a quantised weight: only linear layers are adapted quantised"
         return None
 

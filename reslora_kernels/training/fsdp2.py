@@ -109,7 +109,7 @@ def _check_quantized(model: nn.Module, policy: Any) -> None:
             continue
         quantizer = quantizer_of(layer.base_layer)
         if quantizer is None or not quantizer.shards(layer.base_layer):
-            held = "merged" if quantizer is None else f"quantised by {quantizer.LIBRARY}"
+            held = "merged" if quantizer is None else f"quantised by {quantizer.library}"
             raise ValueError(
                 f"the weight of {name!r} is {held} and cannot be cut by shard_reslora: use DDP, or a base in "
                 "bitsandbytes' 4 bits"

@@ -10,8 +10,7 @@ from math import ceil
 
 import torch
 
-from .gpus import Gpu, assume_gpu
-from .measured import nearest
+from .gpus import Gpu, assume_gpu, nearest
 from .tiles import MatmulTile, grads_tile, matmul_tiles, outer_tile, with_rank
 
 _assumed: list[tuple[tuple[str, ...], MatmulTile | None]] = []

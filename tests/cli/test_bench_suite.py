@@ -14,15 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from reslora_kernels.backends import select
-from reslora_kernels.bench import capture, cases, clocks, model_cases, providers, session, suite, timing
-from reslora_kernels.bench.capture import highest, peak_bytes, saved_bytes
+from reslora_kernels.bench import cases, model_cases, providers, session, suite, timing
 from reslora_kernels.bench.cases import LORA, Case, Method
-from reslora_kernels.bench.clocks import Rates, floor_seconds, stacked_ranks
 from reslora_kernels.bench.model_cases import ModelCase
 from reslora_kernels.bench.models import run_model
 from reslora_kernels.bench.providers import PROVIDERS, Provider
 from reslora_kernels.bench.results import FAILED, REFUSED, SKIPPED, TIMED, read
-from reslora_kernels.bench.workload import Layers, Workload, draw, input_sets
+from reslora_kernels.bench.timing import Rates, floor_seconds, stacked_ranks
+from reslora_kernels.bench.workload import (
+    Layers,
+    Pass,
+    Workload,
+    draw,
+    highest,
+    input_sets,
+    peak_bytes,
+    replayed,
+    saved_bytes,
+)
 from reslora_kernels.cli import main
 
 CPU = torch.device("cpu")
@@ -137,7 +146,7 @@ def test_a_lost_gpu_keeps_the_results_so_far(
 
     def vanishing(bench: suite.Bench, set_name: str, case: Case, *rest: object) -> object:
         if case.m == 5:
-            raise clocks.DeviceLostError("the GPU is lost: unspecified launch failure")
+            raise timing.DeviceLostError("the GPU is lost: unspecified launch failure")
         return sound(bench, set_name, case, *rest)
 
     monkeypatch.setattr(session, "run_case", vanishing)
@@ -276,7 +285,7 @@ def test_the_floor_is_that_of_the_paper_table() -> None:
 def test_memory_of_a_pass() -> None:
     """Saved: x and u of every layer. The peak covers the results and what is alive at the same time."""
     workload = draw(TINY, CPU)
-    one = capture.Pass(PROVIDERS["ours-torch"].build(workload, LORA), workload)
+    one = Pass(PROVIDERS["ours-torch"].build(workload, LORA), workload)
     assert saved_bytes(one) == 4 * TINY.layers * TINY.m * (TINY.k + TINY.r)
     grown = torch.randn(1000, 100)
     assert peak_bytes(lambda: (grown + 1).sum(), CPU) == pytest.approx(400_000, abs=200)
@@ -386,12 +395,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> StandInGpu:
 
 def test_graphs_are_captured_apart_and_replayed_without_waiting(gpu: StandInGpu) -> None:
     workloads = [draw(TINY, CPU, seed) for seed in range(2)]
-    passes = [capture.Pass(PROVIDERS["ours-torch"].build(w, LORA), w) for w in workloads]
-    subject = capture.replayed("ours", passes)
+    passes = [Pass(PROVIDERS["ours-torch"].build(w, LORA), w) for w in workloads]
+    subject = replayed("ours", passes)
     assert gpu.asked == ["wait", "wait", "synchronize", "capture", "capture in the first's pool"] * 2
     gpu.asked.clear()
     plan = timing.Plan(most=10, least=10, seconds=1e9, warmup=0, input_sets=2, hold=True)
-    samples = timing.measure([subject], clocks.CudaClock(), plan)
+    samples = timing.measure([subject], timing.CudaClock(), plan)
     assert gpu.asked == ["hold", "replay", "replay"] * 10 + ["synchronize"]
     assert samples["ours"].forward == samples["ours"].backward == [1e-3] * 10
 
@@ -401,6 +410,6 @@ def test_a_gpu_that_does_not_answer_is_lost(gpu: StandInGpu, monkeypatch: pytest
         raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
 
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
-    with pytest.raises(clocks.DeviceLostError, match="the GPU is lost: RuntimeError: CUDA error: unspecified launch"):
-        clocks.check_alive(torch.device("cuda"))
-    clocks.check_alive(CPU)
+    with pytest.raises(timing.DeviceLostError, match="the GPU is lost: RuntimeError: CUDA error: unspecified launch"):
+        timing.check_alive(torch.device("cuda"))
+    timing.check_alive(CPU)

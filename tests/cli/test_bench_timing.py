@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from reslora_kernels.bench import comparison, series, timing
+from reslora_kernels.bench import comparison, figures, timing
 from reslora_kernels.bench.cases import LORA, Case, Method
 from reslora_kernels.bench.report import write_report
 from reslora_kernels.bench.results import FAILED, REFUSED, TIMED, Measurement, ModelMeasurement, Result, read
@@ -293,7 +293,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_speed_up_and_a_slowdown_by_two_are_equally_long(folder: Path) -> None:
-    bars = {bar.label: bar for bar in series.bars(full_result().measurements[:4])}
+    bars = {bar.label: bar for bar in figures.bars(full_result().measurements[:4])}
     assert {name: round(bar.speedup, 6) for name, bar in bars.items()} == {"ours-torch lora": 2.0, "peft lora": 0.5}
     page = (folder / "report.html").read_text()
     assert len(re.findall(r'class="fill faster"\s+style="width: 25.0%"', page)) >= 1

@@ -12,8 +12,9 @@ import torch
 
 from reslora_kernels import load_adapter
 from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels.cli import demo as command
 from reslora_kernels.cli import main
-from reslora_kernels.cli.demo import command, data
+from reslora_kernels.cli.demo import fine_tuning
 from reslora_kernels.cli.demo.fine_tuning import Curve, adapted, evaluate, new_model, steps_to_reach
 from reslora_kernels.cli.demo.settings import QUICK, Settings
 
@@ -117,7 +118,7 @@ def test_steps_times_and_samples_are_there(report: dict[str, Any]) -> None:
 def test_saved_adapter_gives_the_reported_loss(out: Path, report: dict[str, Any]) -> None:
     from transformers import LlamaForCausalLM
 
-    held_out = data.spread_batch(data.python_source().held_out, TINY.evaluation_sequences, TINY.sequence)
+    held_out = fine_tuning.spread_batch(fine_tuning.python_source().held_out, TINY.evaluation_sequences, TINY.sequence)
     for shortcut in ("input", "block"):
         model: Any = LlamaForCausalLM.from_pretrained(out / "base-model")
         load_adapter(model, out / "adapters" / shortcut / "reslora")
@@ -161,7 +162,7 @@ def test_every_shortcut_starts_from_the_same_a() -> None:
 
 
 def test_held_out_text_is_not_trained_on() -> None:
-    for corpus in (data.prose(), data.python_source()):
+    for corpus in (fine_tuning.prose(), fine_tuning.python_source()):
         train, held_out = bytes(corpus.train.tolist()), bytes(corpus.held_out.tolist())
         assert held_out[1000:1300] not in train
         assert len(train) > len(held_out)

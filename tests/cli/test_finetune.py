@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from reslora_kernels import load_adapter
+from reslora_kernels.cli import finetune as command
 from reslora_kernels.cli import loading, main
-from reslora_kernels.cli.finetune import command
 from reslora_kernels.cli.tokenization import PLAIN_CHAT_TEMPLATE
 from reslora_kernels.testing import max_error
 

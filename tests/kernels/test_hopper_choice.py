@@ -18,7 +18,7 @@ from benchmarks.gpu_check import hopper_launches, hopper_layers, steps
 from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper, select
 from reslora_kernels.bench.timing import Samples, Subject
-from reslora_kernels.tuning import measured
+from reslora_kernels.tuning import gpus
 
 from .calls import Call, draw, launched, run, truth
 
@@ -69,7 +69,7 @@ def no_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The measured table is empty, and the environment asks for nothing."""
     monkeypatch.delenv(hopper.VARIABLE, raising=False)
     content: dict = {}
-    monkeypatch.setattr(measured, "table", lambda: content)
+    monkeypatch.setattr(gpus, "table", lambda: content)
     hopper._choice.cache_clear()
     yield
     hopper._choice.cache_clear()
@@ -135,7 +135,7 @@ def test_the_table_admits_one_pass_where_it_is_faster_than_two(no_table: None, d
 
 def test_what_the_table_admits_is_looked_up_once(no_table: None, device: torch.device) -> None:
     values = draw(CALL, device, integers=False)
-    with mock.patch.object(measured, "nearest", wraps=measured.nearest) as looked_up:
+    with mock.patch.object(gpus, "nearest", wraps=gpus.nearest) as looked_up:
         first = run(CALL, values, cuda)
         assert looked_up.call_count == 6  # h, forward, dh, dx, and one pass instead in each direction
         again = run(CALL, values, cuda)

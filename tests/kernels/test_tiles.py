@@ -11,7 +11,7 @@ from benchmarks.bytes_moved import cuda_traffic, floors, split, traffic
 from benchmarks.launches import STANDARD, Call, record
 from reslora_kernels.backends import hopper, select, triton
 from reslora_kernels.side_channel import SideChannel
-from reslora_kernels.tuning import forms, gpus, launch, measured, tiles
+from reslora_kernels.tuning import forms, gpus, launch, tiles
 from reslora_kernels.tuning.forms import assume, choose
 from reslora_kernels.tuning.gpus import GENERATIONS
 from reslora_kernels.tuning.tiles import fits, matmul_tiles
@@ -75,7 +75,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     matmul = shape | {"one_pass": True, "form": "one_pass", "tile": tile, "seconds": 4e-4}
     call = shape | {"microseconds": {"torch": 700.0, "triton": 900.0}}
     content = {"interpreter": {"matmuls": [matmul], "calls": [call]}}
-    monkeypatch.setattr(measured, "table", lambda: content)
+    monkeypatch.setattr(gpus, "table", lambda: content)
     forms._choose.cache_clear()
     yield
     forms._choose.cache_clear()
@@ -111,7 +111,7 @@ def test_auto_never_takes_a_backend_that_was_measured_slower(table: None) -> Non
     assert select._fastest(["triton", "torch"], x[:100], weight, 16) == ("triton", "first choice")
     unmeasured = ("torch", "first choice: cuda was not measured near this shape")
     assert select._fastest(["cuda", "torch"], x, weight, 16) == unmeasured
-    measured.table()["interpreter"]["calls"][0]["microseconds"]["cuda"] = 800.0
+    gpus.table()["interpreter"]["calls"][0]["microseconds"]["cuda"] = 800.0
     assert select._fastest(["cuda", "torch"], x, weight, 16) == (name, reason)  # without Triton, too
 
 

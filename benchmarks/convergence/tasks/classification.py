@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.convergence.settings import Sizes
 from benchmarks.convergence.tasks import sources
 from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating, pieces_by_length, training_steps
-from reslora_kernels.cli.demo import data
+from reslora_kernels.cli.demo import fine_tuning
 
 START, PAD, MASK, SEPARATOR = range(256, 260)  # tokens beside the bytes
 MASKED = 0.2  # of the tokens of a masked batch
@@ -50,8 +50,8 @@ class Classification(Task):
         """
         half = sizes.batch // 2
         drawn = [
-            data.random_batches(corpus.train, sizes.pretraining_steps, half, sizes.sequence, seed)
-            for seed, corpus in enumerate((data.prose(), data.python_source()))
+            fine_tuning.random_batches(corpus.train, sizes.pretraining_steps, half, sizes.sequence, seed)
+            for seed, corpus in enumerate((fine_tuning.prose(), fine_tuning.python_source()))
         ]
         generator = torch.Generator().manual_seed(0)
         batches = [

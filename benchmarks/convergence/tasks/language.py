@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.convergence.settings import Sizes
 from benchmarks.convergence.tasks import sources
 from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating, pieces, pieces_by_length, told
-from reslora_kernels.cli.demo import data, fine_tuning
+from reslora_kernels.cli.demo import fine_tuning
 from reslora_kernels.cli.demo.settings import Settings
 
 IGNORED = -100
@@ -35,8 +35,8 @@ class Language(Task):
 
     def pretrain(self, model: nn.Module, sizes: Sizes) -> None:
         """On the prose of Python's help topics."""
-        text = data.prose().train
-        batches = data.random_batches(text, sizes.pretraining_steps, sizes.batch, sizes.sequence, seed=0)
+        text = fine_tuning.prose().train
+        batches = fine_tuning.random_batches(text, sizes.pretraining_steps, sizes.batch, sizes.sequence, seed=0)
         fine_tuning.pretrain(model, batches.to(next(model.parameters()).device), _demo(sizes), lambda loss: None)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -52,11 +52,11 @@ class PythonSource(Language):
     title = "Python source after English prose"
 
     def train(self, sizes: Sizes, count: int, examples: int, seed: int) -> list[Batch]:
-        drawn = data.random_batches(data.python_source().train, count, examples, sizes.sequence, seed)
+        drawn = fine_tuning.random_batches(fine_tuning.python_source().train, count, examples, sizes.sequence, seed)
         return [_whole(tokens) for tokens in drawn]
 
     def held_out(self, sizes: Sizes, examples: int) -> Batch:
-        return _whole(data.spread_batch(data.python_source().held_out, examples, sizes.sequence))
+        return _whole(fine_tuning.spread_batch(fine_tuning.python_source().held_out, examples, sizes.sequence))
 
 
 class Arithmetic(Language):

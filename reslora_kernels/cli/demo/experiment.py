@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from reslora_kernels.adapt.coverage import inspect
 from reslora_kernels.adapt.record import record_of
-from reslora_kernels.cli.demo import data
+from reslora_kernels.cli.demo import fine_tuning
 from reslora_kernels.cli.demo.fine_tuning import (
     EVALUATION_BATCH,
     Curve,
@@ -297,14 +297,16 @@ def _save(base: nn.Module, folder: Path) -> None:
 
 
 def _load(settings: Settings) -> _Data:
-    prose, python = data.prose(), data.python_source()
+    prose, python = fine_tuning.prose(), fine_tuning.python_source()
     size, seed = (settings.batch, settings.sequence), settings.seed
     return _Data(
-        data.random_batches(prose.train, settings.pretraining_steps, *size, seed),
-        data.spread_batch(prose.held_out, settings.evaluation_sequences, settings.sequence),
-        data.random_batches(python.train, settings.finetuning_steps, *size, seed + 1),
-        data.spread_batch(python.held_out, settings.evaluation_sequences, settings.sequence),
-        data.random_batches(python.train, settings.calibration_batches, EVALUATION_BATCH, settings.sequence, seed + 2),
+        fine_tuning.random_batches(prose.train, settings.pretraining_steps, *size, seed),
+        fine_tuning.spread_batch(prose.held_out, settings.evaluation_sequences, settings.sequence),
+        fine_tuning.random_batches(python.train, settings.finetuning_steps, *size, seed + 1),
+        fine_tuning.spread_batch(python.held_out, settings.evaluation_sequences, settings.sequence),
+        fine_tuning.random_batches(
+            python.train, settings.calibration_batches, EVALUATION_BATCH, settings.sequence, seed + 2
+        ),
     )
 
 
