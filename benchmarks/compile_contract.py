@@ -296,7 +296,7 @@ def contract(launches: Iterable[tuple[str, Launch]], target: str) -> Iterator[Ro
 def shipped_rows(target: str, quick: bool) -> list[Row]:
     """The contract of what the package ships for one target; runs in a process of its own."""
     os.environ.pop("TRITON_INTERPRET", None)
-    from .launches import shipped_launches
+    from .bytes_moved import shipped_launches
 
     return list(contract(shipped_launches(target, quick), target))
 

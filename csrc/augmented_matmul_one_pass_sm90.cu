@@ -2,7 +2,7 @@
 // but a narrow wgmma accumulates x aᵀ beside the main one from the same stages, and the product with b is one stage more,
 // whose x is scale t. Of two blocks side by side, which have the same x, each makes t of 64 rows only, and has the copy
 // engine bring it to the other. So the tensor cores do EXTRA / 512 more than for y alone, instead of EXTRA / 256.
-#include "epilogue.cuh"
+#include "elementwise.cuh"
 #include "launch.cuh"
 #include "tiles_sm90.cuh"
 

@@ -2,7 +2,7 @@
 // The low-rank product is the first thing in the accumulator, is scaled and masked there in float32, and the main loop
 // adds x w on top; its first tiles are under way meanwhile. In one pass, the main loop also accumulates x aᵀ, from
 // which t is made when it is over. With few rows K is split, and a second launch adds the parts in order.
-#include "epilogue.cuh"
+#include "elementwise.cuh"
 #include "launch.cuh"
 
 namespace reslora {

@@ -1,7 +1,7 @@
 // y = x w + bias + keep * (scale t b) for Hopper, in two-byte types: see params.h. Persistent blocks; one thread has the
 // copy engine fill stages of shared memory, two warpgroups multiply them with wgmma. As for sm_80 the low-rank product
 // is the first thing in the accumulator, scaled and masked there in float32, and the main loop adds x w on top.
-#include "epilogue.cuh"
+#include "elementwise.cuh"
 #include "launch.cuh"
 #include "tiles_sm90.cuh"
 

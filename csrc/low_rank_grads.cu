@@ -1,8 +1,7 @@
 // dA = dhᵀ D(x) and dBᵀ = uᵀ dy in one launch: tall reductions over tokens, split into parts that whoever needs the sum
 // adds in order. The mask of x is drawn once more and left as packed bits for the matmul that makes dx.
-#include "epilogue.cuh"
+#include "elementwise.cuh"
 #include "launch.cuh"
-#include "philox.cuh"
 
 namespace reslora {
 namespace {

@@ -48,7 +48,7 @@ struct SideChannel {
     float factor, raw_factor;
 };
 
-// A keep bit for every element: see philox.cuh. No seed: no dropout.
+// A keep bit for every element: see elementwise.cuh. No seed: no dropout.
 struct Dropout {
     const std::int64_t* seed;
     std::uint32_t threshold;

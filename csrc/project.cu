@@ -1,8 +1,7 @@
 // p = D(x) aᵀ: one pass over x, bound by bandwidth. In the backward pass x is dy and a is B_catᵀ.
 // Few rows leave most of the GPU idle, so then K is split, and a second launch adds the parts in order.
-#include "epilogue.cuh"
+#include "elementwise.cuh"
 #include "launch.cuh"
-#include "philox.cuh"
 
 namespace reslora {
 namespace {

@@ -1,6 +1,6 @@
 // p = x aᵀ for Hopper, in two-byte types and without dropout: see params.h. A block has 64 rows of x; one thread keeps as
 // many stages of shared memory under way as fit, one warpgroup multiplies them. Bound by bandwidth: a comes from L2.
-#include "epilogue.cuh"
+#include "elementwise.cuh"
 #include "launch.cuh"
 #include "pipeline_sm90.cuh"
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.convergence import measures, runs, settings, step_times, summary
+from benchmarks.convergence import measures, runs, settings, summary
 from benchmarks.convergence.__main__ import app
 from benchmarks.convergence.methods import METHODS, adapted, base_of
 from benchmarks.convergence.report import write_report
@@ -84,7 +84,7 @@ def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
         runs.missing(other, TASKS, tmp_path, tuning=True)
     if (Path(__file__).parents[1] / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{40}", again["commit"][0])
-    rows = summary.summarize(list(runs.read_all(tmp_path).values()), step_times.read_all(tmp_path))
+    rows = summary.summarize(list(runs.read_all(tmp_path).values()), runs.read_step_times(tmp_path))
     assert len(rows) == 3 + 2 + 2
     for name in ("REPORT.md", "report.html"):
         report = (tmp_path / name).read_text()
@@ -129,7 +129,7 @@ def test_the_committed_report_is_that_of_the_committed_runs(tmp_path: Path) -> N
     folders = [path.parent for path in RESULTS.glob(f"*/{runs.FILE}")]
     assert folders
     for folder in folders:
-        for name in (runs.FILE, step_times.FILE):
+        for name in (runs.FILE, runs.STEP_TIMES):
             shutil.copy(folder / name, tmp_path)
         write_report(tmp_path)
         report = (folder / "REPORT.md").read_text()

@@ -53,7 +53,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("device", "direct"),
         ("augmented_matmul", "project", "low_rank_grads", "outer_products", "keep_mask", "grouped_matmul"),
     ),
-    "backends": (("kinds",), ("hopper", "select"), ("torch",), ("triton", "cuda")),
+    "backends": (("kinds",), ("hopper", "select"), ("torch",), ("triton", "cuda"), ("stubs",)),
     "ops": (("arguments",), ("registered", "grouped"), ("function",)),
     "layers": (
         ("initialization", "linear_map", "offloading", "shortcuts"),
@@ -175,7 +175,7 @@ def violations(path: Path, root: Path = PACKAGE) -> Iterator[str]:
             if complaint := goes_up(here, name):
                 yield f"{where}:{line}: {complaint}"
         elif top == "triton":
-            if place(here)[0] != "kernels" and where not in ("backends/triton.py", "bench/stubs.py"):
+            if place(here)[0] != "kernels" and where not in ("backends/triton.py", "backends/stubs.py"):
                 yield f"{where}:{line}: triton is for kernels/, backends/triton.py and what stands in for its driver"
         elif top not in (*sys.stdlib_module_names, "torch") and not deferred and place(here)[0] not in FREE:
             yield f"{where}:{line}: imports {top} at the top; the package must import with torch alone"

@@ -7,12 +7,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence import step_times
 from benchmarks.convergence.measures import JOINT_STEPS
 from benchmarks.convergence.methods import METHODS
 from benchmarks.convergence.pages import Section, draw_all, html, markdown
 from benchmarks.convergence.pages import table as table
-from benchmarks.convergence.runs import read_all
+from benchmarks.convergence.runs import read_all, read_step_times
 from benchmarks.convergence.settings import BASELINE, SHORTCUTS
 from benchmarks.convergence.summary import (
     Row,
@@ -37,7 +36,7 @@ def in_short(folder: Path) -> list[Section]:
         ValueError: as for ``write_report``.
     """
     results = list(read_all(folder).values())
-    every = summarize(results, step_times.read_all(folder))
+    every = summarize(results, read_step_times(folder))
     budgets = [result["budget"] for result in results]
     batches, examples = (max(b[f"calibration_{name}"] for b in budgets) for name in ("batches", "batch"))
     learnt, merged = [], []
@@ -79,7 +78,7 @@ def write_report(folder: Path) -> Path:
     results = list(read_all(folder).values())
     if not results:
         raise ValueError(f"{str(folder)!r} has no runs: python -m benchmarks.convergence run --out {folder}")
-    rows = summarize(results, step_times.read_all(folder))
+    rows = summarize(results, read_step_times(folder))
     by_task, tried = final_runs(results), rates_tried(results)
     if not by_task:
         raise ValueError(f"{str(folder)!r} has no seed yet that every method has run with")

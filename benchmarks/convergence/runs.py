@@ -1,4 +1,4 @@
-"""One run: adapt, train, measure, merge; and the file of all runs that makes a set resumable."""
+"""One run: adapt, train, measure, merge; the file of all runs, which makes a set resumable; step times by method."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from torch import nn
 from benchmarks.convergence import measures
 from benchmarks.convergence.methods import METHODS, adapted
 from benchmarks.convergence.settings import TUNING_SEED, Budget, Experiments, Sizes
-from benchmarks.convergence.tasks.kinds import Batch, Task, pieces, training_steps
+from benchmarks.convergence.tasks.kinds import Batch, Task, pieces, told, training_steps
 from reslora_kernels import loraplus_groups
 from reslora_kernels.bench.results import commit_of, machine_of
 
 CALIBRATION_SEED = 10_000  # added to a run's own
+WARM_UP = 1  # steps of each stretch that are not timed
+STEP_TIMES = "step-times.jsonl"  # of a folder, with a line for each task; of two the later holds
 FILE = "runs.jsonl"  # of a folder, with a line for each run that is done
 
 
@@ -322,3 +324,51 @@ def _parsed(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a JSON object, got {value!r}")
     return value
+
+
+def time_methods(base: nn.Module, task: Task, name: str, experiments: Experiments, folder: Path) -> None:
+    """Add the seconds of a training step of each method, unless those of all of them, of these settings, are there.
+
+    Short stretches take turns, so that what else the machine does hits all.
+    """
+    budget, sizes = experiments.budgets[name], experiments.sizes[task.kind]
+    rounds, timed = budget.step_times
+    settings = {"batch": budget.batch, "sizes": asdict(sizes), "methods": list(budget.methods)}
+    settings |= {"rounds": rounds, "warm_up": WARM_UP, "timed": timed}
+    if _latest_times(folder).get(name, {}).get("settings") == settings:
+        return
+    device = next(base.parameters()).device
+    batches = [on(batch, device) for batch in task.train(sizes, WARM_UP + timed, budget.batch, 0)]
+    seconds: dict[str, list[float]] = {method: [] for method in budget.methods}
+    for method in told([*budget.methods] * rounds, "stretch"):
+        seconds[method].append(one_stretch(adapted(base, task, method, len(batches), 0), task, batches, device))
+    result = {
+        "task": name, "settings": settings, "seconds": seconds, "machine": machine_of(device),
+        "commit": commit_of(Path(__file__).parents[2]),
+    }  # fmt: skip
+    append(result, folder / STEP_TIMES)
+
+
+def one_stretch(model: nn.Module, task: Task, batches: list[dict[str, Any]], device: torch.device) -> float:
+    """Median seconds of a step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, weight_decay=0.0)
+    times, start = [], time.perf_counter()
+    for _ in training_steps(model, optimizer, batches, 1, task.loss):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    return statistics.median(times[WARM_UP:])
+
+
+def read_step_times(folder: Path) -> dict[str, dict[str, float]]:
+    """By task and method, the median over the rounds."""
+    return {
+        task: {method: statistics.median(times) for method, times in result["seconds"].items()}
+        for task, result in _latest_times(folder).items()
+    }
+
+
+def _latest_times(folder: Path) -> dict[str, dict[str, Any]]:
+    """By task."""
+    return {result["task"]: result for result in read_lines(folder / STEP_TIMES)}

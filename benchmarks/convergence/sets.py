@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from benchmarks.convergence import measures, methods, runs, step_times
+from benchmarks.convergence import measures, methods, runs
 from benchmarks.convergence.settings import BASELINE, Budget, Experiments, Given, Sizes
 from benchmarks.convergence.tasks import tasks_of
 from benchmarks.convergence.tasks.kinds import AT_A_TIME, Task, doing, pieces, say, spoken
@@ -36,7 +36,7 @@ def train_all(
     for name in experiments.budgets:  # one after the other, with nothing else running
         with doing(f"step times of {name}"):
             base = _base(name, given, experiments.sizes[tasks[name].kind], out, device)
-            step_times.measure(base, tasks[name], name, experiments, out)
+            runs.time_methods(base, tasks[name], name, experiments, out)
     stages: tuple[tuple[str, Callable[..., runs.Spec], Callable[[], list[runs.Spec]]], ...] = (
         ("learning rates", _one_run, partial(runs.missing, experiments, tasks, out, tuning=True)),
         ("final runs", _one_run, partial(runs.missing, experiments, tasks, out, tuning=False)),
@@ -70,12 +70,12 @@ class Cost:
 
     def __init__(self, base: nn.Module, task: Task, budget: Budget, sizes: Sizes) -> None:
         device = next(base.parameters()).device
-        batches = [runs.on(batch, device) for batch in task.train(sizes, step_times.WARM_UP + 2, budget.batch, 0)]
+        batches = [runs.on(batch, device) for batch in task.train(sizes, runs.WARM_UP + 2, budget.batch, 0)]
         whole = task.held_out(sizes, budget.held_out)
         count, held_out = len(next(iter(whole.values()))), runs.on(next(pieces(whole)), device)
         model = methods.adapted(base, task, BASELINE, len(batches), 0)
         self._budget = budget
-        self.step = step_times.one_stretch(model, task, batches, device)
+        self.step = runs.one_stretch(model, task, batches, device)
         task.figures(model, held_out)  # the first call imports what it needs
         self.measuring = _seconds(partial(task.figures, model, held_out)) * count / AT_A_TIME
         self.generating = _seconds(partial(task.final_figures, model, held_out))
@@ -122,7 +122,7 @@ def _say_the_whole(
         merged = [spec for spec in merged if methods.METHODS[spec.method].merges and not have.get(spec)]
         whole = sum(map(cost.run, todo)) + sum(map(cost.merge, merged))
         rounds, timed = budget.step_times
-        whole += rounds * (timed + step_times.WARM_UP) * len(budget.methods) * cost.step
+        whole += rounds * (timed + runs.WARM_UP) * len(budget.methods) * cost.step
         say(
             f"{tasks[name].title}: {len(todo)} runs and {len(merged)} merges, about {spoken(whole / jobs)} on this "
             f"machine (a step {cost.step:.2g} s, measuring {spoken(cost.measuring)}, generating "

@@ -33,7 +33,7 @@ SHARES = {"build": 180.0, "correctness": 120.0, "hopper": 110.0, "sanitizer": 50
 DEFAULT_PARTS = ("build", "correctness", "hopper", "sanitizer", "speed")  # by what would be learnt
 FULL_BUDGET = 540.0
 RUNNING = "running"
-REHEARSED = tuple(f"benchmarks/gpu_check/rehearsal/test_{name}.py" for name in ("hangs", "crashes", "is_slow"))
+REHEARSED = tuple(f"benchmarks/gpu_check/rehearsal.py::Test{name}" for name in ("Hangs", "Crashes", "IsSlow"))
 
 
 def missing_modules() -> list[str]:

@@ -1,7 +1,7 @@
 """What a layer call costs before any arithmetic: layers so small that only Python and the dispatcher are timed.
 
 A stack of equal linears is called as a model is, through ``nn.Module``, without gradients, in training, and compiled.
-On a CPU the backends for GPUs are there too, eager, with launches that are counted instead of made: see ``stubs``.
+On a CPU the backends for GPUs are there too, eager, with launches counted instead of made: see ``backends.stubs``.
 Beside PEFT stands the plainest ``autograd.Function`` that one would write by hand for LoRA: three products forward,
 five backward, no option at all.
 """
@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reslora_kernels.bench import stubs, timing
+from reslora_kernels.backends import stubs
+from reslora_kernels.bench import timing
 from reslora_kernels.bench.cases import LORA, Method
 from reslora_kernels.bench.peers import SCALING, HandWritten
 from reslora_kernels.bench.results import FAILED, SKIPPED, TIMED, Measurement

@@ -204,7 +204,7 @@ def test_tensor_maps_are_encoded_once_for_an_address(counted: dict[str, Any]) ->
 
 
 def _count() -> dict[str, Any]:
-    from reslora_kernels.bench.stubs import stubbed_cuda, stubbed_triton
+    from reslora_kernels.backends.stubs import stubbed_cuda, stubbed_triton
 
     def empty(t: Tensor, b: Tensor, scale: float, bias: Tensor | None, x: Tensor, w: Tensor) -> Tensor:
         return x.new_empty(x.shape[0], w.shape[1])

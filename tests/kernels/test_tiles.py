@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.bytes_moved import cuda_traffic, floors, split, traffic
-from benchmarks.launches import STANDARD, Call, record
+from benchmarks.bytes_moved import STANDARD, Call, cuda_traffic, floors, record, split, traffic
 from reslora_kernels.backends import hopper, select, triton
 from reslora_kernels.side_channel import SideChannel
 from reslora_kernels.tuning import forms, gpus, launch, tiles

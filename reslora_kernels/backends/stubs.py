@@ -14,8 +14,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
 
-from reslora_kernels.backends import cuda, select, triton
-from reslora_kernels.tuning import gpus
+from ..tuning import gpus
+from . import cuda, select, triton
 
 TARGET = "sm_90"
 DEVICE = 1000  # Triton keeps compiled kernels by device
@@ -106,7 +106,7 @@ def stubbed_triton() -> Iterator[StubDriver]:
 
 
 def _jitted() -> Iterator[Any]:
-    from reslora_kernels.kernels import augmented_matmul, low_rank_grads, outer_products, project
+    from ..kernels import augmented_matmul, low_rank_grads, outer_products, project
 
     for module in (augmented_matmul, low_rank_grads, outer_products, project):
         yield from (value for value in vars(module).values() if hasattr(value, "device_caches"))

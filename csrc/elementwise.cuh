@@ -1,9 +1,12 @@
-// The dropout mask: Philox 4x32 with 7 rounds (Salmon et al., SC 2011), counter (column / 8, row, 0, 0), the seed as
-// key, 16 bits an element: element (row, column) is kept iff its bits are at least the threshold. See dropout.py.
+// What kernels do element by element: the dropout mask on what comes in; the side channel of a finished product, and
+// sums of parts in a fixed order, on what goes out. No atomics.
 #pragma once
 #include "tile.cuh"
 
 namespace reslora {
+
+// The dropout mask: Philox 4x32 with 7 rounds (Salmon et al., SC 2011), counter (column / 8, row, 0, 0), the seed as
+// key, 16 bits an element: element (row, column) is kept iff its bits are at least the threshold. See dropout.py.
 
 // Bit i says whether column 8 * group + i of the row is kept.
 RESLORA_DEVICE std::uint32_t keep_byte(std::int64_t seed, std::uint32_t row, std::uint32_t group,
@@ -45,6 +48,36 @@ RESLORA_DEVICE void drop(SharedTile<Element, ROWS, COLUMNS> tile, Dropout dropou
         RESLORA_UNROLL
         for (int e = 0; e < 8; ++e)
             if (!(keep >> e & 1u)) from_float(tile.at(r, 8 * group + e), 0.0f);
+    }
+}
+
+// Puts element (row, column) of a product where it belongs; returns the side channel's inner value. All of the side
+// channel is of type Element.
+template <class Element>
+RESLORA_DEVICE float pass_on(const SideChannel& side, std::int64_t row, std::int64_t column, float product,
+                             bool store) {
+    float value = product * side.factor;
+    const std::int64_t extra = column - side.extra_start, raw = column - side.raw_start;
+    if (side.extra.data && extra >= 0 && extra < side.extra.columns) {
+        const auto* data = static_cast<const Element*>(side.extra.data);
+        value += to_float(data[row * side.extra.row + extra * side.extra.column]);
+    }
+    if (column >= side.inner.columns) value = 0.0f;
+    if (store && side.inner.data && column < side.inner.columns)
+        from_float(static_cast<Element*>(side.inner.data)[row * side.inner.columns + column], value);
+    if (store && side.raw.data && raw >= 0 && raw < side.raw.columns)
+        from_float(static_cast<Element*>(side.raw.data)[row * side.raw.columns + raw], product * side.raw_factor);
+    return value;
+}
+
+// The blocks of a launch share the elements of a sum.
+template <int THREADS>
+RESLORA_DEVICE void add_partials(const Sum& sum, std::int64_t block, std::int64_t blocks) {
+    if (sum.partial == nullptr) return;
+    for (std::int64_t at = block * THREADS + thread_id(); at < sum.size; at += blocks * THREADS) {
+        float total = 0.0f;
+        for (std::int64_t part = 0; part < sum.parts; ++part) total += sum.partial[part * sum.size + at];
+        store_float(sum.out, at, total * sum.scale);
     }
 }
 
