@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from reslora_kernels.backends import cuda, hopper, triton
+from reslora_kernels.backends import cuda, hopper, native, triton
 from reslora_kernels.dropout import Dropout
 from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.tuning import gpus, launch, tiles
@@ -144,10 +144,10 @@ def _counting() -> Iterator[list[Counted]]:
     def left(entry: Sum) -> int:
         return size_of(entry.partial, entry.out)
 
-    patches: dict[str, Any] = {"_matrix": size_of, "_output": size_of, "_side": side, "_sum": left}
-    patches |= {"_extension": lambda: extension, "_processors": lambda _: PROCESSORS}
+    patches: dict[str, Any] = {"matrix": size_of, "output": size_of, "side_channel": side, "sum_of": left}
+    patches |= {"load": lambda: extension, "processors": lambda _: PROCESSORS}
     extension = _Extension(launched)
-    with mock.patch.multiple(cuda, **patches), recording(execute=False):  # watched: nothing is prepared
+    with mock.patch.multiple(native, **patches), recording(execute=False):  # watched: nothing is prepared
         yield launched
 
 

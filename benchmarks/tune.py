@@ -30,7 +30,7 @@ from benchmarks.gpu_check import hopper as hopper_check
 from benchmarks.gpu_check.hopper_launches import launches_of
 from benchmarks.gpu_check.steps import Steps
 from benchmarks.gpu_check.steps import write as write_whole
-from reslora_kernels.backends import cuda, hopper, select, triton
+from reslora_kernels.backends import hopper, native, select, triton
 from reslora_kernels.bench import results
 from reslora_kernels.bench.timing import Plan, Subject, check_alive, clock_of, measure, measure_rates, percentiles
 from reslora_kernels.bench.workload import cache_bytes, sets_of, warmed_up
@@ -141,7 +141,7 @@ def hopper_rows(
 
     Where there are no Hopper kernels there are no rows.
     """
-    if reason := select.unavailable_reason("cuda") or hopper.unavailable_reason(cuda._extension(), device):
+    if reason := select.unavailable_reason("cuda") or hopper.unavailable_reason(native.load(), device):
         print(f"no Hopper kernels: {reason}", flush=True)
         return {}
     hopper_check.check(steps, hopper_check.FULL.checked, device)

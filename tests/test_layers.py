@@ -53,7 +53,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("device", "direct"),
         ("augmented_matmul", "project", "low_rank_grads", "outer_products", "keep_mask", "grouped_matmul"),
     ),
-    "backends": (("kinds",), ("hopper", "select"), ("torch",), ("triton", "cuda"), ("stubs",)),
+    "backends": (("kinds",), ("hopper", "native", "select"), ("torch",), ("triton", "cuda"), ("stubs",)),
     "ops": (("arguments",), ("registered", "grouped"), ("function",)),
     "layers": (
         ("initialization", "linear_map", "offloading", "shortcuts"),

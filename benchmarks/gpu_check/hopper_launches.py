@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from reslora_kernels.backends import cuda, hopper
+from reslora_kernels.backends import cuda, hopper, native
 from reslora_kernels.bench.timing import Plan, Subject, check_alive, clock_of, measure, one_line, percentiles
 from reslora_kernels.bench.workload import cache_bytes, sets_of
 from reslora_kernels.testing import assert_close_to_truth
@@ -87,7 +87,7 @@ class Matmul:
 
     def launch(self, given: dict[str, Any]) -> None:
         bias, keep, a = given["bias"], given["keep"], given.get("a")
-        made = {} if a is None else {"a": a, "side": cuda._side(None, 0, given["t"], None, 0, 1.0, 1.0)}
+        made = {} if a is None else {"a": a, "side": native.side_channel(None, 0, given["t"], None, 0, 1.0, 1.0)}
         cuda._augmented_matmul(
             given["x"], given["w"], given["t"] if a is None else None, given["b"], given["y"], given["scale"],
             bias=0 if bias is None else bias.data_ptr(), keep=0 if keep is None else keep.data_ptr(),
@@ -154,7 +154,7 @@ class Projection:
         return given
 
     def launch(self, given: dict[str, Any]) -> None:
-        side = cuda._side(
+        side = native.side_channel(
             given["extra"], self.extra_start or 0, given["inner"], given["raw"], self.raw_start or 0, given["factor"],
             given["raw_factor"],
         )  # fmt: skip
@@ -225,7 +225,7 @@ def compare_with_two_passes(table: dict[str, list[dict[str, Any]]]) -> None:
 def recorded() -> Iterator[list[int]]:
     """Inside, the list takes of each launch of the extension which Hopper kernel it asked for, 0 for a portable one."""
     asked: list[int] = []
-    extension = cuda._extension()
+    extension = native.load()
     with ExitStack() as patches:
         for name in ("augmented_matmul", "project"):
             original = getattr(extension, name)

@@ -265,8 +265,8 @@ def _joined(result: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[
 
 def hopper(run: Runner, limit: float, folder: Path) -> Outcome:
     """The Hopper kernels: right or not, and how far from the goals."""
-    probe = "import torch; from reslora_kernels.backends import cuda, hopper; raise SystemExit("
-    probe += "cuda.unavailable_reason() or hopper.unavailable_reason(cuda._extension(), torch.device('cuda')))"
+    probe = "import torch; from reslora_kernels.backends import cuda, hopper, native; raise SystemExit("
+    probe += "cuda.unavailable_reason() or hopper.unavailable_reason(native.load(), torch.device('cuda')))"
     if (asked := run([sys.executable, "-c", probe], limit)).status != 0:
         return Outcome(SKIPPED, last_line(asked.output))
     path = folder / "hopper.json"

@@ -5,26 +5,20 @@ For machines with an NVIDIA GPU and without Triton. The extension takes addresse
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import dropout as masks
 from ..dropout import Dropout
 from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, rows
 from ..tuning.launch import Sum, collected, precision, workspace
-from . import hopper, kinds
+from . import hopper, kinds, native
 from . import torch as library
 
-EXTENSION = "reslora_kernels._cuda"
 MIN_CAPABILITY = (8, 0)
-TYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/params.h
-BF16, FP16, TF32, IEEE = range(4)
 LARGE_TILE = 128  # rows and columns of y in a block, where that leaves no processor without one
 SMALL_TILE = 64
 ONE_PASS_RANK = 32  # of the portable kernel, which makes one pass of what is narrow only
@@ -43,11 +37,11 @@ def describe() -> str:
 @cache
 def unavailable_reason() -> str | None:
     try:
-        extension = _extension()
+        extension = native.load()
     except ImportError as error:
         return f"the CUDA extension cannot be loaded: {error}; build it anew: pip install --no-cache-dir ."
     if extension is None:
-        return f"this build has no CUDA extension ({_why_not_built()})"
+        return f"this build has no CUDA extension ({native.why_not_built()})"
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
     if not torch.version.cuda:
@@ -55,41 +49,16 @@ def unavailable_reason() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere)"
-    return _launch_failure()
-
-
-@cache
-def _extension() -> Any:
-    """The compiled module; None where this build has none."""
-    return importlib.import_module(EXTENSION) if importlib.util.find_spec(EXTENSION) else None
-
-
-def _why_not_built() -> str:
-    try:
-        from .._build_info import CUDA_REASON
-    except ImportError:
-        return "it was not installed by pip; run: pip install ."
-    return f"{CUDA_REASON}; with nvcc at hand, run: RESLORA_CUDA=1 pip install ."
-
-
-def _launch_failure() -> str | None:
-    """Why a small kernel does not run, None when it does: a driver too old, an architecture that was not built for."""
-    ones = torch.ones(16, device="cuda")
-    try:
-        _extension().finish(_device_of(ones), _sum(Sum(ones[None], torch.empty_like(ones), 1.0)), None)
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return f"{error}; update the driver, or build for this GPU: RESLORA_CUDA=1 pip install --no-cache-dir ."
-    return None
+    return native.launch_failure()
 
 
 def unsupported_reason(x: Tensor, weight: Tensor, rank: int) -> str | None:
-    return kinds.unsupported_reason(x, rank, "cpu" if getattr(_extension(), "EMULATED", False) else "cuda")
+    return kinds.unsupported_reason(x, rank, "cpu" if getattr(native.load(), "EMULATED", False) else "cuda")
 
 
 def explain(x: Tensor, weight: Tensor, rank: int) -> str:
     """How a forward pass without dropout would be computed, and why."""
-    n, extension = weight.shape[0], _extension()
+    n, extension = weight.shape[0], native.load()
     unsupported = hopper.unsupported_reason(extension, x, weight.T, columns=n)
     passes = _passes(x, n, rank, hopper.ONE_PASS, 1.0)
     if passes.kernel in hopper.ONE_PASS_VARIANTS and (unsupported or weight.stride(1) != 1):
@@ -170,7 +139,7 @@ def _forward(
     u = x.new_empty(x.shape[0], b.shape[1])
     handed = x.new_empty(x.shape[0], side.hand_stop - side.hand_start) if side.hands_on else None
     keep_scale = 1.0 if dropout is None else dropout.keep_scale
-    channel = _side(residual, 0, u, handed, side.hand_start, side.c * keep_scale, keep_scale)
+    channel = native.side_channel(residual, 0, u, handed, side.hand_start, side.c * keep_scale, keep_scale)
     if dropout is None and (stacks := _in_one_pass(x, weight.T, a, b.T, hopper.ONE_PASS, scaling)):
         _augmented_matmul(x, weight.T, None, stacks[1], y, scaling, a=stacks[0], side=channel, bias=bias_address)
     else:
@@ -238,20 +207,20 @@ def _backward(
     dresidual = dy.new_empty(m, b.shape[1]) if needs.dresidual else None
     bits = workspace(dy, m, -(-k // 32), dtype=torch.int32) if needs.dx and dropout is not None else None
     keep_scale = 1.0 if dropout is None else dropout.keep_scale
-    channel = _side(dhanded, side.hand_start, dh, dresidual, 0, side.c * side.scaling, side.scaling)
+    channel = native.side_channel(dhanded, side.hand_start, dh, dresidual, 0, side.c * side.scaling, side.scaling)
     stacks = _in_one_pass(dy, weight, b.T, a, hopper.DX_AND_DH, 1.0) if dx is not None and dropout is None else None
     if dx is not None and stacks:
         _augmented_matmul(dy, weight, None, stacks[1], dx, 1.0, a=stacks[0], side=channel)
     elif dh is not None or dresidual is not None:
         _project(dy, b.T, channel, 0 if dh is None else rank, None)
     left = _outer_products(dh, x, da, u, dy, db, dropout, bits, k, side.scaling)
-    sums = [None if entry is None else _sum(entry) for entry in left]
+    sums = [None if entry is None else native.sum_of(entry) for entry in left]
     if dx is not None and not stacks:
         assert dh is not None
         keep, words = (0, 0) if bits is None else (bits.data_ptr(), bits.shape[1])
         _augmented_matmul(dy, weight, dh, a, dx, keep_scale, keep=keep, keep_words=words, first=sums[0], second=sums[1])
     elif any(sums):
-        _extension().finish(_device_of(dy), *sums)
+        native.load().finish(native.device_of(dy), *sums)
     return [dx, da, db, dresidual]
 
 
@@ -261,7 +230,7 @@ def _as_copied(
     """a and b as a kernel takes them that makes ``n`` columns of y: a Hopper kernel copies them, the others convert."""
     rank = max(a.shape[0], b.shape[1])
     if a.dtype == b.dtype == x.dtype or not hopper.copies(
-        setting, _extension(), x.device, x.dtype, x.shape, n, rank, forms, projected
+        setting, native.load(), x.device, x.dtype, x.shape, n, rank, forms, projected
     ):
         return a, b
     return a.to(x.dtype), b.to(x.dtype)
@@ -273,7 +242,7 @@ def _run_first(
     """What ``run`` returns; of a new kind, its launches are kept."""
     if not _kinds.is_new(kind):
         return run()
-    extension = _extension()
+    extension = native.load()
     made = extension.Pass()
     made.begin()
     try:
@@ -283,7 +252,7 @@ def _run_first(
         made.end()
     x = operands[0]
     assert x is not None
-    processors, stream_of = _processors(x), _stream_of(x.device)
+    processors, stream_of = native.processors(x), native.stream_of(x.device)
 
     def launching(place: dict[int, int]) -> Callable[[list[int]], None] | None:
         addresses = [0] * (len(operands) + len(results) + len(allocated.workspaces))
@@ -304,25 +273,25 @@ def _augmented_matmul(
     given = {"t": t, "a": a}
     matrices = {"x": x, "w": w, "b": b} | {name: matrix for name, matrix in given.items() if matrix is not None}
     form = hopper.form_of(w, a, bool(options.get("keep")))
-    kernel, _ = hopper.matmul(_extension(), x, form, y.shape[1], b.shape[0] if a is None else max(len(a), len(b)))
+    kernel, _ = hopper.matmul(native.load(), x, form, y.shape[1], b.shape[0] if a is None else max(len(a), len(b)))
     if kernel in hopper.NUMBERS and hopper.in_order(w, b, t, a):
         converted = {name: matrix.to(x.dtype) for name, matrix in matrices.items()}  # not by the copy engine on the way
-        if hopper.unsupported_reason(_extension(), *converted.values(), columns=y.shape[1]) is None:
+        if hopper.unsupported_reason(native.load(), *converted.values(), columns=y.shape[1]) is None:
             options["hopper"], matrices = hopper.NUMBERS[kernel], converted
     split, parts = _matmul_split(x, y.shape[1]) if a is None and "hopper" not in options else (0, 1)
     if parts > 1:
         partial = workspace(y, parts, *y.shape, dtype=torch.float32)
         options |= {"partial": partial.data_ptr(), "split": split, "parts": parts}
-    _extension().augmented_matmul(
-        _math(x.dtype), _device_of(x), _large(x, y.shape[1]), scale=scale, y=_output(y),
-        **{name: _matrix(matrix) for name, matrix in matrices.items()}, **options,
+    native.load().augmented_matmul(
+        native.math_of(x.dtype), native.device_of(x), _large(x, y.shape[1]), scale=scale, y=native.output(y),
+        **{name: native.matrix(matrix) for name, matrix in matrices.items()}, **options,
     )  # fmt: skip
 
 
 def _matmul_split(x: Tensor, n: int) -> tuple[int, int]:
     """How much of K each part of y [M, N] takes, and how many there are: its tiles may leave processors without any."""
     tiles = -(-x.shape[0] // SMALL_TILE) * -(-n // SMALL_TILE)
-    return _split(x.shape[1], _processors(x) // max(1, tiles), 512)
+    return _split(x.shape[1], native.processors(x) // max(1, tiles), 512)
 
 
 def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, dropout: Dropout | None) -> None:
@@ -330,16 +299,16 @@ def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, dropout: Dropo
     (m, k), rank = x.shape, a.shape[0]
     width, streamed = max(rank, inner_columns), False
     form = hopper.H if a.stride(1) == 1 else hopper.DH
-    if dropout is None and hopper.projection(_extension(), x, form, width).kernel is not None:
+    if dropout is None and hopper.projection(native.load(), x, form, width).kernel is not None:
         converted = a.to(x.dtype)  # which the copy engine cannot do on the way
-        streamed = hopper.unsupported_reason(_extension(), x, converted, columns=0) is None
+        streamed = hopper.unsupported_reason(native.load(), x, converted, columns=0) is None
         a = converted if streamed else a
-    wanted = _processors(x) // max(1, -(-m // ROWS_PER_BLOCK) * (1 if streamed else -(-width // ROWS_PER_BLOCK)))
+    wanted = native.processors(x) // max(1, -(-m // ROWS_PER_BLOCK) * (1 if streamed else -(-width // ROWS_PER_BLOCK)))
     split, parts = _split(k, wanted, 256)
     partial = workspace(x, parts, m, rank, dtype=torch.float32) if parts > 1 else None
-    _extension().project(
-        _math(x.dtype), _device_of(x), x=_matrix(x), a=_matrix(a), side=side,
-        **_drawn(dropout), partial=0 if partial is None else partial.data_ptr(), split=split, parts=parts,
+    native.load().project(
+        native.math_of(x.dtype), native.device_of(x), x=native.matrix(x), a=native.matrix(a), side=side,
+        **native.drawn(dropout), partial=0 if partial is None else partial.data_ptr(), split=split, parts=parts,
         hopper=streamed,
     )  # fmt: skip
 
@@ -361,36 +330,31 @@ def _outer_products(
         return None, None
     (m, n), of_a, of_b, first, second = dy.shape, None, None, None, None
     columns = (0 if da is None and bits is None else k) + (0 if db is None else n)
-    split, parts = _split(m, 2 * _processors(dy) // max(1, columns // COLUMNS_PER_BLOCK), 512)
+    split, parts = _split(m, 2 * native.processors(dy) // max(1, columns // COLUMNS_PER_BLOCK), 512)
     if da is not None or bits is not None:
         matrices: dict[str, Any] = {"t": None, "stream": None, "partial": 0, "rank": 1}
         if da is not None and dh is not None and x is not None:
             keep_scale = 1.0 if dropout is None else dropout.keep_scale
             first = Sum(workspace(da, parts, *da.shape, dtype=torch.float32), da, keep_scale)
             matrices = {
-                "t": _matrix(dh), "stream": _matrix(x), "rank": da.shape[0],
+                "t": native.matrix(dh), "stream": native.matrix(x), "rank": da.shape[0],
                 "partial": first.partial.data_ptr(),
             }  # fmt: skip
-        of_a = _extension().OuterProduct(
-            **matrices, rows=m, columns=k, row=k, column=1, **_drawn(dropout),
+        of_a = native.load().OuterProduct(
+            **matrices, rows=m, columns=k, row=k, column=1, **native.drawn(dropout),
             keep=0 if bits is None else bits.data_ptr(), keep_bytes=0 if bits is None else 4 * bits.shape[1],
         )  # fmt: skip
     if db is not None:
         assert u is not None
         second = Sum(workspace(db, parts, *db.shape, dtype=torch.float32), db, scaling)
-        of_b = _extension().OuterProduct(
-            t=_matrix(u), stream=_matrix(dy), rank=db.shape[1], rows=m, columns=n,
+        of_b = native.load().OuterProduct(
+            t=native.matrix(u), stream=native.matrix(dy), rank=db.shape[1], rows=m, columns=n,
             partial=second.partial.data_ptr(), row=1, column=db.shape[1],
         )  # fmt: skip
-    _extension().low_rank_grads(_math(dy.dtype), _device_of(dy), da=of_a, db=of_b, split=split, parts=parts)
+    native.load().low_rank_grads(
+        native.math_of(dy.dtype), native.device_of(dy), da=of_a, db=of_b, split=split, parts=parts
+    )
     return first, second
-
-
-def _drawn(dropout: Dropout | None) -> dict[str, int]:
-    """Dropout as csrc/params.h has it."""
-    if dropout is None:
-        return {"seed": 0, "threshold": 0}
-    return {"seed": dropout.seed.data_ptr(), "threshold": masks.threshold(dropout.p)}
 
 
 def _split(size: int, wanted: int, least: int) -> tuple[int, int]:
@@ -406,7 +370,7 @@ def _in_one_pass(x: Tensor, w: Tensor, a: Tensor, b: Tensor, form: str, scaling:
     passes = _passes(x, n, rank, form, scaling)
     if passes.kernel in hopper.ONE_PASS_VARIANTS:
         converted = (a.to(x.dtype), b.to(x.dtype))
-        unsupported = hopper.unsupported_reason(_extension(), x, w, *converted, columns=n)
+        unsupported = hopper.unsupported_reason(native.load(), x, w, *converted, columns=n)
         if unsupported is None and hopper.in_order(w, b, None, a):
             return converted
         passes = _portable_passes(n, rank, form, unsupported or "the matrices lie in different orders")
@@ -419,7 +383,7 @@ def _passes(x: Tensor, n: int, rank: int, form: str, scaling: float) -> hopper.K
         return hopper.KernelChoice(hopper.TWO_PASSES, "one pass multiplies float16 or bfloat16")
     if x.dtype == torch.float16 and abs(scaling) > 1:  # one pass rounds s u to x's dtype before its product
         return hopper.KernelChoice(hopper.TWO_PASSES, f"float16 may not hold u times {scaling}")
-    choice = hopper.matmul(_extension(), x, form, n, rank)
+    choice = hopper.matmul(native.load(), x, form, n, rank)
     return _portable_passes(n, rank, form, choice.reason) if choice.kernel is None else choice
 
 
@@ -431,62 +395,4 @@ def _portable_passes(n: int, rank: int, form: str, reason: str) -> hopper.Kernel
 
 
 def _large(x: Tensor, n: int) -> bool:
-    return -(-x.shape[0] // LARGE_TILE) * -(-n // LARGE_TILE) >= _processors(x)
-
-
-def _math(dtype: torch.dtype) -> int:
-    if dtype == torch.float32:
-        return TF32 if precision(dtype) == "tf32" else IEEE
-    return BF16 if dtype == torch.bfloat16 else FP16
-
-
-def _matrix(tensor: Tensor) -> Any:
-    return _extension().Matrix(tensor.data_ptr(), *tensor.stride(), *tensor.shape, TYPE[tensor.dtype])
-
-
-def _output(tensor: Tensor) -> Any:
-    return _extension().Output(tensor.data_ptr(), tensor.shape[-1], TYPE[tensor.dtype])
-
-
-def _sum(left: Sum) -> Any:
-    out = _output(left.out)
-    return _extension().Sum(left.partial.data_ptr(), out, left.partial.shape[0], left.out.numel(), left.scale)
-
-
-def _side(
-    extra: Tensor | None,
-    extra_start: int,
-    inner: Tensor | None,
-    raw: Tensor | None,
-    raw_start: int,
-    factor: float,
-    raw_factor: float,
-) -> Any:
-    """The side channel of a product: see csrc/params.h."""
-    return _extension().SideChannel(
-        extra=None if extra is None else _matrix(extra), extra_start=extra_start,
-        inner=None if inner is None else _output(inner),
-        raw=None if raw is None else _output(raw), raw_start=raw_start, factor=factor, raw_factor=raw_factor,
-    )  # fmt: skip
-
-
-def _device_of(tensor: Tensor) -> Any:
-    """The current stream of the tensor's GPU, and how many multiprocessors it has."""
-    return _extension().Device(_stream_of(tensor.device)(), _processors(tensor))
-
-
-def _stream_of(device: torch.device) -> Callable[[], int]:
-    """What tells the address of the device's current stream."""
-    if device.type != "cuda":
-        return lambda: 0
-    return partial(torch._C._cuda_getCurrentRawStream, device.index)
-
-
-@cache
-def _processors_of(index: int) -> int:
-    count: int = torch.cuda.get_device_properties(index).multi_processor_count
-    return count
-
-
-def _processors(tensor: Tensor) -> int:
-    return _processors_of(tensor.device.index) if tensor.is_cuda else 4
+    return -(-x.shape[0] // LARGE_TILE) * -(-n // LARGE_TILE) >= native.processors(x)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from unittest import mock
 
 from ..tuning import gpus
-from . import cuda, select, triton
+from . import cuda, native, select, triton
 
 TARGET = "sm_90"
 DEVICE = 1000  # Triton keeps compiled kernels by device
@@ -156,7 +156,7 @@ class StubPass:
 def stubbed_cuda() -> Iterator[StubExtension]:
     """Inside, the CUDA backend serves CPU tensors by an extension that launches nothing."""
     stub = StubExtension()
-    with _served(cuda), mock.patch.object(cuda, "_extension", lambda: stub), _forgotten():
+    with _served(cuda), mock.patch.object(native, "load", lambda: stub), _forgotten():
         yield stub
 
 

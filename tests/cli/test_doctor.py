@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import reslora_kernels
-from reslora_kernels.backends import cuda
+from reslora_kernels.backends import cuda, native
 from reslora_kernels.cli import doctor, main, toolchain
 from reslora_kernels.cli.toolchain import Driver
 
@@ -342,13 +342,13 @@ def asked_anew() -> Iterator[None]:
 
 @pytest.mark.usefixtures("asked_anew")
 def test_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_extension", lambda: None)
-    monkeypatch.setattr(cuda, "_why_not_built", lambda: "no nvcc on PATH or under CUDA_HOME")
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(native, "why_not_built", lambda: "no nvcc on PATH or under CUDA_HOME")
     assert cuda.unavailable_reason() == "this build has no CUDA extension (no nvcc on PATH or under CUDA_HOME)"
 
 
 def test_reason_names_the_command() -> None:
-    assert "pip install ." in cuda._why_not_built()
+    assert "pip install ." in native.why_not_built()
 
 
 @pytest.mark.usefixtures("asked_anew")
@@ -356,7 +356,7 @@ def test_extension_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.32' not found")
 
-    monkeypatch.setattr(cuda, "_extension", broken)
+    monkeypatch.setattr(native, "load", broken)
     reason = cuda.unavailable_reason()
     assert reason is not None and "GLIBCXX" in reason and "pip install" in reason
 
@@ -368,8 +368,8 @@ def test_kernel_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA kernel finish[...] failed: no kernel image is available for execution on the device")
 
     extension = SimpleNamespace(finish=finish, Device=lambda *_: None, Output=lambda *_: None, Sum=lambda *_: None)
-    monkeypatch.setattr(cuda, "_extension", lambda: extension)
+    monkeypatch.setattr(native, "load", lambda: extension)
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
-    reason = cuda._launch_failure()
+    reason = native.launch_failure()
     assert reason is not None and "no kernel image" in reason and "RESLORA_CUDA=1" in reason

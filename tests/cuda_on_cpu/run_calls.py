@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from reslora_kernels.backends import cuda, hopper
+from reslora_kernels.backends import cuda, hopper, native
 
 from ..kernels.calls import Call, draw, run, truth
 from . import load, set_seed, take_statistics
@@ -41,7 +41,7 @@ def main(module: str, seeds: int, variant: str = "off") -> int:
     """0 if every result is exact whatever the schedule, and no access of ldmatrix met a bank twice."""
     path = Path(module)
     extension = load(path)
-    cuda._extension = lambda: extension  # type: ignore[assignment]
+    native.load = lambda: extension  # type: ignore[assignment]
     os.environ[hopper.VARIABLE] = variant
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     for seed in range(seeds):

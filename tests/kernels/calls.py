@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from reslora_kernels.backends import cuda
+from reslora_kernels.backends import cuda, native
 from reslora_kernels.backends import torch as library
 from reslora_kernels.dropout import Dropout
 from reslora_kernels.side_channel import Needs, SideChannel
@@ -124,7 +124,7 @@ def truth(call: Call, values: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 def launched(call: Call, values: dict[str, Tensor | None], kernel: str) -> tuple[dict[str, Tensor], list[dict]]:
     """The results by the cuda backend, and the keywords with which each launch of ``kernel`` was made."""
-    extension = cuda._extension()
+    extension = native.load()
     with mock.patch.object(extension, kernel, wraps=getattr(extension, kernel)) as made:
         results = run(call, values, cuda)
     return results, [given.kwargs for given in made.call_args_list]

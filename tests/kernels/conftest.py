@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from torch.utils import deterministic
 
-from reslora_kernels.backends import cuda, select, triton
+from reslora_kernels.backends import cuda, native, select, triton
 from tests import cuda_on_cpu
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need, see ``poisoned``
@@ -62,10 +62,10 @@ def hopper_extension(emulated: Path | None, monkeypatch: pytest.MonkeyPatch) -> 
     if emulated is None:
         if reason := cuda.unavailable_reason():
             pytest.skip(reason)
-        if torch.cuda.get_device_capability() != (9, 0) or not cuda._extension().HAS_SM90:
+        if torch.cuda.get_device_capability() != (9, 0) or not native.load().HAS_SM90:
             pytest.skip("needs a GPU of compute capability 9.0 and a build for it")
     else:
         module = cuda_on_cpu.load(emulated)
-        monkeypatch.setattr(cuda, "_extension", lambda: module)
+        monkeypatch.setattr(native, "load", lambda: module)
         cuda_on_cpu.set_seed(emulated, 1)
     return emulated

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reslora_kernels.backends import cuda, select
+from reslora_kernels.backends import cuda, native, select
 from reslora_kernels.backends import torch as plain
 from reslora_kernels.cli.verify import check_case
 from reslora_kernels.dropout import Dropout
@@ -58,7 +58,7 @@ def extension(emulated: Path | None, monkeypatch: pytest.MonkeyPatch) -> Iterato
             pytest.skip(reason)
     else:
         module = cuda_on_cpu.load(emulated)
-        monkeypatch.setattr(cuda, "_extension", lambda: module)
+        monkeypatch.setattr(native, "load", lambda: module)
         monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
         cuda_on_cpu.set_seed(emulated, 1)
     select.unavailable_reason.cache_clear()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reslora_kernels.backends import cuda, hopper
+from reslora_kernels.backends import cuda, hopper, native
 from reslora_kernels.side_channel import SideChannel
 from reslora_kernels.testing import assert_close_to_truth
 
@@ -275,7 +275,7 @@ def test_what_it_cannot_take_goes_to_the_portable_kernel(
     monkeypatch.setenv(hopper.VARIABLE, "cooperative")
     values = draw(call, device, integers=True)
     x, others = values["x"], (values["weight"].T, values["b_cat"].T.to(values["x"].dtype))
-    assert reason in (hopper.unsupported_reason(cuda._extension(), x, *others, columns=call.n) or "")
+    assert reason in (hopper.unsupported_reason(native.load(), x, *others, columns=call.n) or "")
     expected = truth(call, values)
     for name, result in run(call, values, cuda).items():
         assert torch.equal(result, expected[name].to(result.dtype)), name
