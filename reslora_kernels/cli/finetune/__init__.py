@@ -13,9 +13,9 @@ import typer
 
 from reslora_kernels.adapt.apply import apply_reslora
 from reslora_kernels.adapt.coverage import inspect
-from reslora_kernels.cli.calibration import check_fits
 from reslora_kernels.cli.finetune.preparation import prepare
 from reslora_kernels.cli.loading import load_model, require, torch_dtype
+from reslora_kernels.cli.merge import check_fits
 from reslora_kernels.cli.options import (
     DEFAULTS,
     Backend,
