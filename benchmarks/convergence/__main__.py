@@ -9,8 +9,8 @@ import torch
 import typer
 
 from benchmarks.convergence.report import write_report
-from benchmarks.convergence.sets import train_all
-from benchmarks.convergence.settings import SETS, Given, of_given
+from benchmarks.convergence.sets import of_given, train_all
+from benchmarks.convergence.settings import SETS, Given
 from benchmarks.convergence.tasks import tasks_of
 from benchmarks.convergence.tasks.kinds import say
 

@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from benchmarks.convergence import measures, methods, runs
-from benchmarks.convergence.settings import BASELINE, Budget, Experiments, Given, Sizes
+from benchmarks.convergence import measures, runs
+from benchmarks.convergence.methods import METHODS, adapted, base_of
+from benchmarks.convergence.settings import BASELINE, GRADIENT_STEPS, Budget, Experiments, Given, Sizes
 from benchmarks.convergence.tasks import tasks_of
 from benchmarks.convergence.tasks.kinds import AT_A_TIME, Task, doing, pieces, say, spoken
 
@@ -73,7 +74,7 @@ class Cost:
         batches = [runs.on(batch, device) for batch in task.train(sizes, runs.WARM_UP + 2, budget.batch, 0)]
         whole = task.held_out(sizes, budget.held_out)
         count, held_out = len(next(iter(whole.values()))), runs.on(next(pieces(whole)), device)
-        model = methods.adapted(base, task, BASELINE, len(batches), 0)
+        model = adapted(base, task, BASELINE, len(batches), 0)
         self._budget = budget
         self.step = runs.one_stretch(model, task, batches, device)
         task.figures(model, held_out)  # the first call imports what it needs
@@ -119,7 +120,7 @@ def _say_the_whole(
         have = {replace(spec, rate=0.0): result.get("merges") for spec, result in found.items()}
         todo = tuning + [spec for spec in final if spec not in have]
         merged = [spec for spec in final if spec.seed in experiments.seeds[: budget.merged_seeds]]
-        merged = [spec for spec in merged if methods.METHODS[spec.method].merges and not have.get(spec)]
+        merged = [spec for spec in merged if METHODS[spec.method].merges and not have.get(spec)]
         whole = sum(map(cost.run, todo)) + sum(map(cost.merge, merged))
         rounds, timed = budget.step_times
         whole += rounds * (timed + runs.WARM_UP) * len(budget.methods) * cost.step
@@ -155,4 +156,33 @@ def _one_merge(experiments: Experiments, given: Given | None, out: Path, device:
 @cache
 def _base(name: str, given: Given | None, sizes: Sizes, out: Path, device: str) -> nn.Module:
     """A process's own copy; runs adapt copies of it."""
-    return methods.base_of(tasks_of(given)[name], sizes, out, torch.device(device))
+    return base_of(tasks_of(given)[name], sizes, out, torch.device(device))
+
+
+def of_given(
+    given: Given, *, methods: str, steps: int, batch: int, sequence: int, held_out: int, rates: str, seeds: int,
+    evaluations: int = 6, generated: int = 64, merged_seeds: int | None = None,
+) -> Experiments:  # fmt: skip
+    """The set of runs of ``given``; ``methods`` and ``rates`` are separated by commas.
+
+    Raises:
+        ValueError: a method that is not there, or a rate that is no number above 0.
+    """
+    names = tuple(dict.fromkeys((BASELINE, *methods.split(","))))
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {name!r}")
+    try:
+        numbers = tuple(float(rate) for rate in rates.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) <= 0:
+        raise ValueError(f"--rates must be numbers above 0, as in 1e-4,3e-4, got {rates!r}")
+    budget = Budget(
+        methods=names, steps=steps, evaluations=min(steps, evaluations), batch=batch, held_out=held_out, rates=numbers,
+        tuning_runs=1, calibration_batch=batch, warmup_steps=max(1, min(steps // 10, 100)), generated=generated,
+        gradient_steps=tuple(step for step in GRADIENT_STEPS if step <= steps), merged_seeds=merged_seeds,
+        step_times=(3, 2),
+    )  # fmt: skip
+    sizes = {given.kind: Sizes(sequence=sequence, pretraining_steps=0)}
+    return Experiments(name="given", sizes=sizes, budgets={given.task: budget}, seeds=tuple(range(seeds)))

@@ -181,34 +181,3 @@ class Given:
         from benchmarks.convergence.tasks.sources import name_of
 
         return name_of(self.data)
-
-
-def of_given(
-    given: Given, *, methods: str, steps: int, batch: int, sequence: int, held_out: int, rates: str, seeds: int,
-    evaluations: int = 6, generated: int = 64, merged_seeds: int | None = None,
-) -> Experiments:  # fmt: skip
-    """The set of runs of ``given``; ``methods`` and ``rates`` are separated by commas.
-
-    Raises:
-        ValueError: a method that is not there, or a rate that is no number above 0.
-    """
-    from benchmarks.convergence.methods import METHODS
-
-    names = tuple(dict.fromkeys((BASELINE, *methods.split(","))))
-    for name in names:
-        if name not in METHODS:
-            raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {name!r}")
-    try:
-        numbers = tuple(float(rate) for rate in rates.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) <= 0:
-        raise ValueError(f"--rates must be numbers above 0, as in 1e-4,3e-4, got {rates!r}")
-    budget = Budget(
-        methods=names, steps=steps, evaluations=min(steps, evaluations), batch=batch, held_out=held_out, rates=numbers,
-        tuning_runs=1, calibration_batch=batch, warmup_steps=max(1, min(steps // 10, 100)), generated=generated,
-        gradient_steps=tuple(step for step in GRADIENT_STEPS if step <= steps), merged_seeds=merged_seeds,
-        step_times=(3, 2),
-    )  # fmt: skip
-    sizes = {given.kind: Sizes(sequence=sequence, pretraining_steps=0)}
-    return Experiments(name="given", sizes=sizes, budgets={given.task: budget}, seeds=tuple(range(seeds)))
