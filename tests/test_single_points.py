@@ -422,3 +422,76 @@ def test_a_sweep_goes_on_where_its_own_call_paused() -> None:
 def test_who_runs_outside_a_pass_is_named() -> None:
     assert outside("input", "q_proj", 1).startswith("layer 1 of chain 'q_proj' with shortcut 'input' ran outside")
     assert outside("input", "", 1).startswith("layer 1 of a chain with shortcut 'input' ran outside")
+
+
+def test_a_copied_pass_goes_on_as_the_pass_would() -> None:
+    """Two sweeps pause with one call waiting in each, the latest holds two; copy and pass give the same, each once."""
+    zero, one = SimpleNamespace(position=0), SimpleNamespace(position=1)
+    state, shape = ForwardState(object()), torch.Size([2])
+    calls = [torch.full((2, 1), float(n)) for n in range(5)]
+    for n in range(4):
+        state.enter(zero, [], shape)
+        state.hand_on((), calls[n])
+        if n < 3:
+            state.leave()
+    state.enter(zero, [], shape)
+    state.hand_on((), calls[4])
+    copy = state.copy()
+    assert copy.owner is state.owner
+    for each in (copy, state):
+        taken = [each.enter(one, [zero], shape) for _ in range(2)]
+        for _ in range(3):
+            each.leave()
+            taken.append(each.enter(one, [zero], shape))
+        assert [h.flatten()[0].item() for (h,) in taken] == [3, 4, 0, 1, 2]
+
+
+def test_who_took_nothing_is_told_once_for_each_call() -> None:
+    """Layer 2 asks twice and layer 1 once before any was called: their own calls come too late, in either order."""
+    one, two, three = (SimpleNamespace(position=n) for n in (1, 2, 3))
+    for late in ([one, two, two], [two, one, two], [two, two, one]):
+        state, shape = ForwardState(object()), torch.Size([2])
+        for asker, giver in ((three, two), (two, one), (three, two)):
+            assert state.enter(asker, [giver], shape) == ()
+        for layer in late:
+            state.enter(layer, [], shape)
+            state.hand_on((), torch.ones(2, 1))
+        for layer, asker in ((one, two), (two, three)):
+            assert state.enter(asker, [layer], shape) == ()  # what came too late was not kept
+
+
+def test_seeds_are_drawn_from_all_63_bits() -> None:
+    torch.manual_seed(0)
+    seeds = torch.stack([dropout.new_seed(torch.device("cpu")) for _ in range(64)])
+    assert seeds.dtype == torch.int64
+    assert seeds.min() >= 0
+    for bit in range(63):
+        assert 0 < ((seeds >> bit) & 1).sum() < 64
+    assert dropout.new_seed(torch.device("meta")).device.type == "meta"
+
+
+def test_thresholds_are_of_sixteen_bits() -> None:
+    assert [dropout.threshold(p) for p in (0.0, 0.1, 0.5, 0.9)] == [0, 6554, 32768, 58982]
+
+
+def test_bits_at_the_threshold_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    least = dropout.threshold(0.25)
+    words = [least << 16, (least - 1) << 16 | least, 0xFFFFFFFF, 0]
+    monkeypatch.setattr(dropout, "philox", lambda counter, key: [torch.full((1, 1), word) for word in words])
+    mask = dropout.keep_mask(torch.tensor(3), 1, 8, 0.25)
+    assert mask.tolist() == [[False, True, True, False, True, True, False, False]]
+
+
+def test_a_mask_is_drawn_where_the_seed_is() -> None:
+    mask = dropout.keep_mask(torch.empty((), dtype=torch.int64, device="meta"), 3, 20, 0.5)
+    assert (mask.device.type, mask.shape) == ("meta", (3, 20))
+
+
+def test_chains_of_one_layer_and_of_experts_alone_merge_layer_by_layer() -> None:
+    batches = [torch.randn(40, 6, dtype=torch.float64)]
+    single = apply_reslora(Stack(1), ResLoRAConfig(r=2, shortcut="input", target_modules=r"layers\.\d"))
+    plain = apply_reslora(Stack(), ResLoRAConfig(r=2, shortcut="block", target_modules=r"layers\.\d"))
+    for model, shape in ((single, [2]), (plain, [2, 4, 4])):
+        layers = list(with_random_b(model).layers)
+        updates = sequential_updates(model, [layers[0].chain], batches, 1e-6)
+        assert [len(updates[one].a) for one in layers] == shape
