@@ -15,7 +15,7 @@ HEADER = """# The sweep: small models of many architectures
 Written by `make sweep`, from models with random weights in float64. "adapted" counts the linear layers that
 `target_modules="all-linear"` adapts, "PEFT" those that PEFT's `all-linear` does. The figures are the largest relative
 differences over the four shortcuts: of all outputs and of all gradients of A and B from the equations stated in
-`tests/sweep/equations.py`; of the outputs of the merged model from those of the unmerged one, where that is exact;
+`tests/sweep/test_sweep.py`; of the outputs of the merged model from those of the unmerged one, where that is exact;
 after saving and loading; of the export in PEFT from the merged model; of gradients under checkpointing from those
 without; of logits of cached decoding from uncached. "-" stands for what an architecture does not offer.
 """
