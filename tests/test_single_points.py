@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +16,12 @@ from reslora_kernels import (
     ResLoRALinear,
     add_adapter,
     apply_reslora,
-    collect_statistics,
     delete_adapter,
     dropout,
     dtensors,
-    export_peft,
     host,
     link,
     load_adapter,
-    merge_reslora,
     save_adapter,
 )
 from reslora_kernels.adapt.targets import endings_of, find_targets, role_of
@@ -33,7 +29,6 @@ from reslora_kernels.config import matches, with_parents
 from reslora_kernels.files.peft_export import _is_in
 from reslora_kernels.forward_state import ForwardState, Passes, outside
 from reslora_kernels.layers.shared_input import MOST_ROWS
-from reslora_kernels.merge.sequential import sequential_updates
 from reslora_kernels.ops import lora_linear
 
 
@@ -127,14 +122,6 @@ def test_an_owner_is_within_a_module_of_which_it_is_a_part() -> None:
     assert not _is_in("header.weight", ["head"])
 
 
-def test_a_merged_model_takes_no_joint_steps_for_its_export(tmp_path: Path) -> None:
-    model = adapted("block")
-    merge_reslora(model)
-    with pytest.raises(ValueError, match="joint_steps"):
-        export_peft(model, tmp_path / "peft", joint_steps=2)
-    assert not (tmp_path / "peft").exists()
-
-
 def test_a_seed_is_one_number() -> None:
     x, w = torch.randn(3, 4), torch.randn(5, 4)
     a, b = torch.randn(2, 4), torch.randn(5, 2)
@@ -163,38 +150,6 @@ def test_u_is_kept_only_for_the_gradient_of_b() -> None:
 
     assert (7, 2) in kept(True)
     assert (7, 2) not in kept(False)
-
-
-def test_statistics_count_the_batches_that_every_layer_saw() -> None:
-    model = adapted("middle")
-    with collect_statistics(model) as statistics:
-        model(torch.randn(2, 6, dtype=torch.float64))
-        with model.layers[0].chain.forward_pass():
-            model.layers[0](torch.randn(2, 6, dtype=torch.float64))
-    assert statistics.layers["layers.0"].calls == 2
-    assert statistics.calls == 1
-
-
-def test_a_layer_that_saw_zeros_only_merges_as_plain_lora() -> None:
-    model = adapted("input")
-    for one in model.layers:
-        nn.init.zeros_(one.bias)
-    plain = [one.weight + one.scaling * one.lora_B @ one.lora_A for one in model.layers]
-    merge_reslora(model, "least_squares", calibration=[torch.zeros(3, 6, dtype=torch.float64)])
-    for one, expected in zip(model.layers[1:], plain[1:], strict=True):  # layer 0 counts its own input twice
-        torch.testing.assert_close(one.weight.data, expected.data)
-
-
-def test_batches_that_do_not_come_again_are_refused() -> None:
-    class Once:
-        def __init__(self) -> None:
-            self.left = [[torch.randn(3, 6, dtype=torch.float64)]]
-
-        def __iter__(self) -> Iterator[Tensor]:
-            return iter(self.left.pop() if self.left else [])
-
-    with pytest.raises(ValueError, match="no batch on a second run"):
-        merge_reslora(adapted("input"), calibration=Once(), sequential=True)
 
 
 def test_a_chain_in_a_file_has_layers(tmp_path: Path) -> None:
@@ -323,81 +278,6 @@ def test_what_a_layer_gets_from_another_device_comes_to_its_own(shortcut: str, d
             assert x.device == one.weight.device
 
 
-def test_statistics_keep_the_names_that_files_hold() -> None:
-    model = adapted("middle")
-    with collect_statistics(model, second_moments=True) as statistics:
-        model(torch.randn(2, 6, dtype=torch.float64))
-    assert list(statistics.layers["layers.1"].state_dict()) == [
-        "calls", "x_norms", "h_norms", "gram", "cross", "shortcut_gram",
-    ]  # fmt: skip
-
-
-class TwoStacks(nn.Module):
-    """A chain of three layers and one of two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.long, self.short = Stack(3), Stack(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.short(self.long(x))
-        return y
-
-
-class Routed(nn.Module):
-    """Three blocks of a linear layer and two experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"up": linear(), "experts": nn.ModuleList([linear(), linear()])}) for _ in range(3)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = torch.tanh(block["up"](x))
-            x = x + sum(expert(x) for expert in block["experts"])
-        return x
-
-
-def test_layer_by_layer_of_chains_of_different_lengths() -> None:
-    torch.manual_seed(0)
-    model = with_random_b(apply_reslora(TwoStacks(), ResLoRAConfig(r=2, shortcut="middle", target_modules=r".*\.\d")))
-    batches = [torch.randn(40, 6, dtype=torch.float64)]
-    report = merge_reslora(model, "least_squares", calibration=batches, sequential=True)
-    for row in report.rows:
-        first = row.name.endswith("0")
-        assert row.relative_error is not None
-        assert (row.method, row.relative_error > 0) == (("exact", False) if first else ("least_squares", True))
-
-
-def test_layer_by_layer_experts_are_plain_lora() -> None:
-    torch.manual_seed(0)
-    model = apply_reslora(Routed(), ResLoRAConfig(r=2, shortcut="input", target_modules=r".*(up|experts\.\d)"))
-    experts = [one for block in with_random_b(model).blocks for one in block["experts"]]
-    expected = [one.weight + one.scaling * one.lora_B @ one.lora_A for one in experts]
-    batches = [torch.randn(40, 6, dtype=torch.float64)]
-    report = merge_reslora(model, "least_squares", calibration=batches, sequential=True)
-    for one, weight in zip(experts, expected, strict=True):
-        torch.testing.assert_close(one.weight.detach(), weight.detach(), rtol=1e-12, atol=1e-12)
-    assert {row.method for row in report.rows if "experts" in row.name} == {"exact"}
-
-
-def test_layer_by_layer_of_half_precision_is_fitted_in_single() -> None:
-    torch.manual_seed(0)
-    model, batches = adapted("middle").to(torch.bfloat16), [torch.randn(40, 6, dtype=torch.bfloat16)]
-    chain = model.layers[0].chain
-    updates = sequential_updates(model, [chain], batches, 1e-6)
-    assert {updates[one].a.dtype for one in chain.layers[1:]} == {torch.float32}
-
-
-def test_what_cannot_be_solved_for_is_named() -> None:
-    few = [torch.randn(2, 6, dtype=torch.float64)]
-    for sequential in (False, True):
-        with pytest.raises(ValueError, match=r"layer \d of chain 'layers\.\*'|chain 'layers\.\*'"):
-            merge_reslora(adapted("middle"), calibration=few, regularization=0.0, sequential=sequential)
-
-
 def test_a_sweep_goes_on_where_its_own_call_paused() -> None:
     """Three sweeps that pause: the first behind the last layer, the others behind the first."""
     zero, one = SimpleNamespace(position=0), SimpleNamespace(position=1)
@@ -485,13 +365,3 @@ def test_bits_at_the_threshold_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_mask_is_drawn_where_the_seed_is() -> None:
     mask = dropout.keep_mask(torch.empty((), dtype=torch.int64, device="meta"), 3, 20, 0.5)
     assert (mask.device.type, mask.shape) == ("meta", (3, 20))
-
-
-def test_chains_of_one_layer_and_of_experts_alone_merge_layer_by_layer() -> None:
-    batches = [torch.randn(40, 6, dtype=torch.float64)]
-    single = apply_reslora(Stack(1), ResLoRAConfig(r=2, shortcut="input", target_modules=r"layers\.\d"))
-    plain = apply_reslora(Stack(), ResLoRAConfig(r=2, shortcut="block", target_modules=r"layers\.\d"))
-    for model, shape in ((single, [2]), (plain, [2, 4, 4])):
-        layers = list(with_random_b(model).layers)
-        updates = sequential_updates(model, [layers[0].chain], batches, 1e-6)
-        assert [len(updates[one].a) for one in layers] == shape
