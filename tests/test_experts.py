@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reslora_kernels import (
     ResLoRAConfig,
@@ -154,16 +155,18 @@ def test_experts_that_see_no_token_have_no_gradient(how: str) -> None:
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("rows", [None, "given"])
+@pytest.mark.parametrize("rows", [None, "given", "at once"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_grouped_product(rows: str | None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     experts = torch.tensor([2, 0, 2, 2, 5, 0, 5])
     order = torch.argsort(experts, stable=True)
-    x, a, b, y, dy = (torch.randn(*s) for s in ((7, 12), (6, 3, 12), (6, 8, 3), (7, 8), (7, 8)))
+    r, k = (8, 16) if rows == "at once" else (3, 12)  # rows of whole 16 bytes, as torch._grouped_mm takes them
+    x, a, b, y, dy = (torch.randn(*s) for s in ((7, k), (6, r, k), (6, 8, r), (7, 8), (7, 8)))
     groups = Groups.of(experts, 6)
-    if rows is None:
-        x, y, dy, experts, groups = x[order], y[order], dy[order], experts[order], Groups(groups.offsets)
+    if rows != "given":
+        groups = Groups(groups.offsets, at_once=rows == "at once")
+        x, y, dy, experts = x[order], y[order], dy[order], experts[order]
 
     def of(dtype: torch.dtype, compute: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         inputs = [t.to(dtype).requires_grad_() for t in (y, x, a, b)]
@@ -180,6 +183,46 @@ def test_grouped_product(rows: str | None, dtype: torch.dtype) -> None:
         lambda y, x, a, b: add_low_rank(y.clone(), x, a, b, groups, 0.5),
         [t.double().requires_grad_() for t in (y, x, a, b)],
     )
+
+
+class Operators(TorchDispatchMode):
+    """How many operators run, and how often a value is read back from its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.reads = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        self.reads += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["grouped_mm", "eager"])
+def test_what_runs_on_the_host_does_not_grow_with_the_experts(how: str) -> None:
+    """Operators of a module with two adapted parameters, forward and backward, beside those of the plain module."""
+
+    def counted(experts: int, adapt: bool) -> Operators:
+        config = CONFIGS["mixtral"]()
+        config.num_local_experts = experts
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        model.set_experts_implementation(how)
+        module = (adapted(model, r=4) if adapt else model.requires_grad_(False)).model.layers[0].mlp.experts
+        x = torch.randn(32, 32, requires_grad=True)
+        index, weights = torch.arange(64).reshape(32, 2) % experts, torch.full((32, 2), 0.5)
+        module(x, index, weights).sum().backward()
+        with Operators() as operators:
+            module(x, index, weights).sum().backward()
+        return operators
+
+    few, many = ([counted(e, adapt) for adapt in (False, True)] for e in (4, 16))
+    added = [adapted_one.count - plain.count for plain, adapted_one in (few, many)]
+    assert added[0] > 0
+    if how == "grouped_mm":
+        assert added[1] == added[0] <= 2 * 40
+        assert [each.reads for each in (*few, *many)] == [few[0].reads] * 4
+    else:  # one expert after the other, as the module itself runs them
+        assert added[1] > added[0]
 
 
 def test_forward_saves_inputs_and_rank_values_only() -> None:

@@ -211,6 +211,7 @@ def test_restarted_models_are_saved_whole(tmp_path: Path) -> None:
 def test_refused() -> None:
     model = randomize(adapted("middle"))
     before = logits(model)
+    grouped = apply_reslora(nn.Sequential(nn.Conv1d(4, 4, 3, groups=2)), ResLoRAConfig(r=4, target_modules=["0"]))
     for call, error, message in (
         (lambda: restart_reslora(model), ValueError, "needs data"),
         (lambda: restart_reslora(model, "adam"), TypeError, "optimizer must be"),
@@ -220,6 +221,7 @@ def test_refused() -> None:
         (lambda: RankAllocator(model, target_r=4, total_step=9), ValueError, "target_r must be below the mean rank 4"),
         (lambda: RankAllocator(model, target_r=2, total_step=9, tfinal=9), ValueError, "must be less than total_step"),
         (lambda: RankAllocator(model, target_r=2, total_step=9, beta1=1.0), ValueError, "beta1"),
+        (lambda: RankAllocator(grouped, target_r=2, total_step=9), ValueError, "'0' is a convolution with groups"),
         (lambda: RankAllocator(model, target_r=2.5, total_step=9), TypeError, "target_r must be an int"),
         (lambda: RankAllocator(model, target_r=2, total_step=9).step(), RuntimeError, "has no gradients"),
         (lambda: ResLoRAConfig(use_dora=1), TypeError, "use_dora must be True or False"),

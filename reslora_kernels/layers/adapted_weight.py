@@ -24,7 +24,8 @@ _FACTS = frozenset((
     "data_ptr", "stride", "is_contiguous", "is_floating_point",
 ))  # fmt: skip
 _MATMULS = ("matmul", "__matmul__", "bmm", "mm")
-_GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+_AT_ONCE = ("_grouped_mm", "grouped_mm")
+_GROUPED = (*_AT_ONCE, "grouped_mm_fallback")
 
 
 class OfParameter(Protocol):
@@ -144,7 +145,7 @@ class AdaptedWeight:
                 return one._times(args[0], lambda w: func(args[0], w))
             return one.mT._times(args[1].mT, lambda w: func(w.mT, args[1]).mT).mT
         if name in _GROUPED and len(args) >= 2 and args[1] is one and kwargs.get("bias") is None:
-            groups = Groups(kwargs["offs"] if "offs" in kwargs else args[2])
+            groups = Groups(kwargs["offs"] if "offs" in kwargs else args[2], at_once=name in _AT_ONCE)
             return one._grouped(args[0], lambda w: func(args[0], w, *args[2:], **kwargs), groups)
         raise TypeError(one._refusal(f"computes {name} of"))
 

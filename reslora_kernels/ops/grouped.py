@@ -4,7 +4,9 @@
 
 with e the expert of a row. W_e + s B_e A_e is never made: what is read and written beside x and y is R values a row.
 Sums over the rows of an expert run in the order of the rows. ``add_low_rank`` is the form of PyTorch's own operations,
-on top of what the frozen weights gave; ``fused_experts`` has both products in one accumulator.
+on top of what the frozen weights gave: ``torch._grouped_mm``, for which the number of experts costs no operator and
+nothing is read back from the device, where the module runs that itself; else one product after the other.
+``fused_experts`` has both products in one accumulator.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ class Groups(NamedTuple):
     """Which rows are whose: those of expert e end at ``offsets[e]``, int32 [E], and start where e - 1's end.
 
     ``rows`` [S] says where the i-th row in that order is in x and y; None where they are in that order themselves.
+    ``at_once``: whether ``torch._grouped_mm`` is to multiply rows in that order.
     """
 
     offsets: Tensor
     rows: Tensor | None = None
+    at_once: bool = False
 
     @classmethod
     def of(cls, experts: Tensor, count: int) -> Groups:
@@ -53,8 +57,51 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, groups: Groups, sca
     """
     with torch.autocast(y.device.type, enabled=False):
         x = x.to(y.dtype)
+        if groups.at_once and groups.rows is None and _multiplies_at_once(y, a):
+            at_once: Tensor = _AddAtOnce.apply(y, x, a, b, groups.offsets, scaling)  # type: ignore[no-untyped-call]
+            return at_once
         sums: Tensor = _AddLowRank.apply(y, x, a, b, groups.offsets, groups.rows, scaling)  # type: ignore[no-untyped-call]
         return sums
+
+
+def _multiplies_at_once(y: Tensor, a: Tensor) -> bool:
+    """Whether ``torch._grouped_mm`` takes products with A and B: their rows must be of whole 16 bytes."""
+    if not hasattr(torch, "_grouped_mm") or y.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return all(size * y.dtype.itemsize % 16 == 0 for size in (*a.shape[1:], y.shape[-1]))
+
+
+class _AddAtOnce(torch.autograd.Function):
+    """The same for rows in the order of their experts: two operations forward and four backward, whatever E is."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, scaling: float) -> Tensor:
+        u = torch._grouped_mm(_flat(x), a.to(x.dtype).mT, offs=offsets)
+        y.view(-1, y.shape[-1]).add_(torch._grouped_mm(u, b.to(x.dtype).mT, offs=offsets), alpha=scaling)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, a, b, u, offsets)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, a, b, u, offsets = ctx.saved_tensors
+        _, need_x, need_a, need_b, *_ = ctx.needs_input_grad
+        tokens, grads = _flat(x), _flat(dy).contiguous()
+        dx = da = db = None
+        with torch.autocast(dy.device.type, enabled=False):
+            du = torch._grouped_mm(grads, b.to(x.dtype), offs=offsets).mul_(ctx.scaling)
+            if need_x:
+                dx = torch._grouped_mm(du, a.to(x.dtype), offs=offsets).view(x.shape)
+            if need_a or need_b:
+                ends = torch.cat([offsets.new_zeros(1), offsets])
+                empty = (ends.diff() == 0)[:, None, None]  # of which a kernel may leave the sum as it found it
+            if need_a:
+                da = torch._grouped_mm(du.t(), tokens, offs=offsets).masked_fill_(empty, 0).to(a.dtype)
+            if need_b:
+                db = torch._grouped_mm(grads.t(), u, offs=offsets).masked_fill_(empty, 0).mul_(ctx.scaling).to(b.dtype)
+        return dy, dx, da, db, None, None
 
 
 class _AddLowRank(torch.autograd.Function):

@@ -102,6 +102,12 @@ class RankAllocator:
                 f"{of_experts[0]!r} has an adapter for each expert, whose ranks are not moved one by one: leave it out "
                 "of target_parameters, or set ranks by hand (rank_pattern)"
             )
+        grouped = [name for name, layer in self.layers.items() if layer.kernel_groups > 1]
+        if grouped:
+            raise ValueError(
+                f"{grouped[0]!r} is a convolution with groups, of which each has ranks of its own that are not moved "
+                "one by one: leave it out of target_modules, or set ranks by hand (rank_pattern)"
+            )
         for name, number, least in (
             ("target_r", target_r, 1), ("total_step", total_step, 1), ("tinit", tinit, 0), ("tfinal", tfinal, 0),
             ("deltaT", deltaT, 1),
