@@ -3,7 +3,14 @@
 from ._version import __version__
 from .adapt.apply import apply_reslora
 from .adapt.coverage import inspect
-from .adapt.switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
+from .adapt.switching import (
+    adapter_names,
+    adapters_per_sample,
+    add_adapter,
+    delete_adapter,
+    disable_adapter,
+    set_adapter,
+)
 from .config import ResLoRAConfig
 from .files.peft_export import export_peft
 from .files.peft_import import load_peft_adapter
@@ -17,6 +24,7 @@ from .merge.statistics import collect_statistics
 from .merge.unloading import merge_and_unload, unload
 from .training.fsdp2 import shard_reslora
 from .training.methods import RankAllocator, loraplus_groups, restart_reslora
+from .training.starts import start_adapters
 
 __all__ = [
     "RankAllocator",
@@ -24,6 +32,7 @@ __all__ = [
     "ResLoRALinear",
     "__version__",
     "adapter_names",
+    "adapters_per_sample",
     "add_adapter",
     "add_weighted_adapter",
     "apply_reslora",
@@ -43,6 +52,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "shard_reslora",
+    "start_adapters",
     "unload",
     "unmerge_reslora",
 ]

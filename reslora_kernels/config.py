@@ -21,7 +21,8 @@ ALL_LINEAR = "all-linear"
 MAX_RANK = 256
 PARAMETER_ADAPTER = "_reslora"  # the adapter of a parameter is its module's child of the parameter's name and this
 _ALPHA: Any = ("a finite number above 0", lambda v: v > 0)
-_INITS = r"gaussian|pissa|pissa_niter_[1-9]\d{0,3}|olora"
+_INITS = r"gaussian|pissa|pissa_niter_[1-9]\d{0,3}|olora|orthogonal|loftq|eva|corda|corda_kpm|lora_ga"
+_LINEAR_STARTS = ("orthogonal", "loftq", "eva", "corda", "corda_kpm", "lora_ga")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class ResLoRAConfig:
             ``save_adapter`` saves them with the adapter.
         trainable_token_indices: tokens whose rows of the input embedding train whole, and those of a head that shares
             them; or a dict of such lists by names or name endings of embeddings.
+        ensure_weight_tying: a head that shares the weight of an adapted embedding gets its adapter too, as in PEFT: its
+            logits change by s (x B) A. What is trained whole, module or tokens, is shared with such a head in any case.
         layers_to_transform: only modules whose first numbered name component is one of these.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         use_dora: learn the length of every row of W + ΔW apart (DoRA, arXiv 2402.09353), with ΔW the layer's own update
@@ -57,7 +60,9 @@ class ResLoRAConfig:
         init_lora_weights: how A and B start. True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1/r,
             B zero; "pissa" or "pissa_niter_<n>" (arXiv 2404.02948): the r largest singular triplets of W, the latter
             found by n randomised iterations; "olora" (arXiv 2406.01775): the first r columns and rows of W's QR
-            decomposition. The last three take their start off again, so that the model begins as the frozen one.
+            decomposition; "orthogonal": both random, with B A = 0 (r even). What "eva", "corda", "corda_kpm", "lora_ga"
+            and "loftq" start from has to be shown: call ``start_adapters``; until then they are as True. "pissa",
+            "olora", "corda" and "lora_ga" take their start off again, so that the model begins as the frozen one.
         bias: which biases train: "none", "all", or "lora_only" (those of the adapted layers).
         shortcut: "none" (LoRA, Eq. 1), "input" (Eq. 2), "block" (Eq. 3), "middle" (Eq. 4).
         pre_num: how many earlier blocks of the chain ``block`` and ``middle`` use; -1 means all (``input`` uses one).
@@ -79,6 +84,7 @@ class ResLoRAConfig:
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = field(default=None, hash=False)
+    ensure_weight_tying: bool = False
     layers_to_transform: int | Sequence[int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -99,16 +105,17 @@ class ResLoRAConfig:
         check_int("norm_window", self.norm_window, 1, None)
         check_number("lora_alpha", self.lora_alpha, *_ALPHA)
         check_number("lora_dropout", self.lora_dropout, "a number with 0 <= lora_dropout < 1", lambda v: 0 <= v < 1)
-        for name in ("use_rslora", "use_dora", "stack_projections", "split_expert_r"):
+        for name in ("use_rslora", "use_dora", "stack_projections", "split_expert_r", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.init_lora_weights is not True and not (
             isinstance(self.init_lora_weights, str) and re.fullmatch(_INITS, self.init_lora_weights)
         ):
             raise ValueError(
-                "init_lora_weights must be True, 'gaussian', 'pissa', 'pissa_niter_<n>' or 'olora', "
-                f"got {self.init_lora_weights!r}"
+                "init_lora_weights must be True, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_<n>', 'olora', "
+                f"'loftq', 'eva', 'corda', 'corda_kpm' or 'lora_ga', got {self.init_lora_weights!r}"
             )
+        self._refuse_start_that_moves()
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("shortcut", self.shortcut, get_args(Shortcut))
         _check_choice("merge", self.merge, get_args(MergeMethod))
@@ -139,12 +146,31 @@ class ResLoRAConfig:
         if self.layers_to_transform is not None:
             freeze(self, "layers_to_transform", _layer_indices(self.layers_to_transform))
 
+    def _refuse_start_that_moves(self) -> None:
+        """ValueError for a start that would not be the frozen model, or not what it is to be, with this shortcut."""
+        if self.init_lora_weights == "orthogonal":
+            if self.r % 2:
+                raise ValueError(f"init_lora_weights='orthogonal' halves the rank, which must be even, got r={self.r}")
+            if self.shortcut == "middle" and self.pre_num:
+                raise ValueError(
+                    "init_lora_weights='orthogonal' has B A = 0 in each layer, but not from the A of one to the B of "
+                    "another, which shortcut='middle' multiplies: take another start, or shortcut"
+                )
+        if self.init_lora_weights == "loftq" and self.use_dora:
+            raise ValueError("init_lora_weights='loftq' moves weights whose lengths use_dora starts from: take False")
+        if self.init_lora_weights == "loftq" and self.shortcut != "none" and self.pre_num:
+            raise ValueError(
+                "init_lora_weights='loftq' starts from what quantisation took from each layer's own weight, and "
+                f"shortcut={self.shortcut!r} adds that of other layers: take shortcut='none', or another start"
+            )
+
     def _refuse_beside_parameters(self) -> None:
         """ValueError for what an adapter of a parameter has no equation for."""
+        start = self.init_lora_weights
         for name, value, allowed, instead in (
             ("lora_dropout", self.lora_dropout, self.lora_dropout == 0, "0"),
             ("use_dora", self.use_dora, not self.use_dora, "False"),
-            ("init_lora_weights", self.init_lora_weights, not self.has_start, "True or 'gaussian'"),
+            ("init_lora_weights", start, start in (True, "gaussian"), "True or 'gaussian'"),
         ):
             if not allowed:
                 raise ValueError(
@@ -160,7 +186,17 @@ class ResLoRAConfig:
     @property
     def has_start(self) -> bool:
         """Whether A and B start from W, with a start that is taken off again (``ResLoRALinear.start_A``)."""
-        return self.init_lora_weights not in (True, "gaussian")
+        return self.init_lora_weights not in (True, "gaussian", "orthogonal", "loftq", "eva")
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether ``start_adapters`` gives A and B their start, from data; until then it is a random one."""
+        return self.init_lora_weights in ("loftq", "eva", "corda", "corda_kpm", "lora_ga")
+
+    @property
+    def linear_start(self) -> bool:
+        """Whether the start is for linear layers alone."""
+        return self.init_lora_weights in _LINEAR_STARTS
 
     def for_module(self, name: str, num_experts: int = 0) -> ResLoRAConfig:
         """What the patterns make of this configuration for one module, or one parameter of experts; it holds none."""

@@ -356,10 +356,74 @@ def test_tokens_that_cannot_train_are_refused(changes: dict[str, Any], error: An
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_an_adapter_that_peft_ties_to_the_head_is_refused(tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["wte", "c_attn"], ensure_weight_tying=True)
-    disturbed(get_peft_model(gpt2(), config)).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"ensure_weight_tying gives the output head the adapter of 'transformer\.wte'"
-    ):
-        load_peft_adapter(gpt2(), tmp_path)
+def test_a_head_tied_to_an_adapted_embedding_is_that_of_peft(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    theirs = disturbed(get_peft_model(gemma3(), config))
+    theirs.save_pretrained(tmp_path)
+    ours = load_peft_adapter(gemma3(), tmp_path)
+    assert relative_error(logits(ours), logits(theirs)) < 1e-5
+    expected, found = gradients(theirs), gradients(ours)
+    name = "model.embed_tokens"
+    for which, other in ("AB", "BA"):  # PEFT's head has parameters of its own, on the same memory
+        both = expected.pop(f"{name}.lora_{which}") + expected.pop(f"lm_head.lora_{other}").T
+        assert relative_error(found.pop(f"{name}.lora_{which}"), both) < 1e-4
+    assert found.keys() == expected.keys()
+    assert all(relative_error(found[key], value) < 1e-4 for key, value in expected.items())
+
+
+def test_peft_ties_no_head_to_an_embedding_of_another_name(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["wte", "c_attn"], ensure_weight_tying=True)
+    theirs = disturbed(get_peft_model(gpt2(), config))
+    theirs.save_pretrained(tmp_path)
+    assert relative_error(logits(load_peft_adapter(gpt2(), tmp_path)), logits(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize(("make", "table"), [(gpt2, "wte"), (gemma3, "embed_tokens")], ids=["gpt2", "gemma3"])
+def test_a_tied_head_goes_through_files_and_merges(make: Any, table: str, tmp_path: Path) -> None:
+    targets = f".*({table}|c_attn|q_proj)"
+    untied = disturbed(apply_reslora(make(), ResLoRAConfig(r=2, target_modules=targets)))
+    ours = disturbed(apply_reslora(make(), ResLoRAConfig(r=2, target_modules=targets, ensure_weight_tying=True)))
+    before = logits(ours)
+    assert relative_error(before, logits(untied)) > 0.01
+    export_peft(ours, tmp_path / "back")
+    assert relative_error(logits(PeftModel.from_pretrained(make(), tmp_path / "back").eval()), before) < 1e-5
+    assert relative_error(logits(load_peft_adapter(make(), tmp_path / "back")), before) < 1e-5
+    save_adapter(ours, tmp_path / "ours")
+    assert torch.equal(logits(load_adapter(make(), tmp_path / "ours")), before)
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        load_adapter(untied, tmp_path / "ours")
+    with disable_adapter(ours):
+        assert torch.equal(logits(ours), logits(make()))
+    merge_reslora(ours)
+    assert relative_error(logits(ours), before) < 1e-5
+    unmerge_reslora(ours)
+    add_adapter(ours, "second", ResLoRAConfig(r=2, target_modules=".*(c_attn|q_proj)"))
+    assert torch.equal(logits(set_adapter(ours, "second")), logits(make()))
+    assert torch.equal(logits(set_adapter(ours, "default")), before)
+    unload(ours)
+    assert torch.equal(logits(ours), logits(make()))
+
+
+@pytest.mark.parametrize(
+    "whole", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": {"embed_tokens": [3, 20]}}], ids=str
+)
+def test_what_peft_trains_whole_and_ties_comes_over(whole: dict[str, Any], tmp_path: Path) -> None:
+    theirs = get_peft_model(gemma3(), LoraConfig(r=2, target_modules=["q_proj"], ensure_weight_tying=True, **whole))
+    with torch.no_grad():
+        for parameter in dict.fromkeys(p for p in theirs.parameters() if p.requires_grad):
+            parameter.add_(0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = load_peft_adapter(gemma3(), tmp_path)
+    assert relative_error(logits(ours), logits(theirs.eval())) < 1e-5
+    assert ours.lm_head.weight is ours.get_input_embeddings().weight
+
+
+def test_a_head_has_one_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'lm_head' the adapter of 'transformer\.wte'"):
+        apply_reslora(gpt2(), ResLoRAConfig(target_modules=["wte", "lm_head"], ensure_weight_tying=True))
+    with pytest.warns(UserWarning, match="no head of the model shares"):
+        apply_reslora(llama(), ResLoRAConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
+    tied = disturbed(apply_reslora(gpt2(), ResLoRAConfig(r=2, target_modules=["wte"], ensure_weight_tying=True)))
+    save_adapter(tied, tmp_path / "native")
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        from_native(tmp_path / "native", tmp_path / "peft")

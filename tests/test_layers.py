@@ -57,7 +57,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
     "ops": (("arguments",), ("registered", "grouped"), ("function",)),
     "layers": (
         ("initialization", "linear_map", "offloading", "shortcuts"),
-        ("chain", "shared_input"),
+        ("chain", "shared_input", "several"),
         ("adapter",),
         ("linear", "adapted_weight"),
         ("experts",),
@@ -95,7 +95,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("peft_import",),
     ),
     "peft": (("config", "adapters"), ("layer", "files"), ("model",)),
-    "training": (("trainer", "methods", "fsdp2"),),
+    "training": (("trainer", "methods", "fsdp2", "starts"),),
 }
 FREE = ("bench", "cli", "peft", "__main__")  # may import what they like; all else imports with torch alone
 

@@ -298,10 +298,6 @@ def test_what_cannot_be_right_is_refused_by_name() -> None:
     model = peft_llama()
     model.add_adapter("other", ResLoRAPeftConfig(**wanted()))
     before = logits(model)
-    with pytest.raises(ValueError, match="one ResLoRA adapter can be in force"):
-        model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(**LLAMA.batch(1), adapter_names=["default"] * 8)
     with pytest.raises(ValueError, match="adapter in force"):
         model.merge_adapter(["other"], calibration=[LLAMA.batch(1)])
     with pytest.raises(ValueError, match="modules_to_save"):
@@ -340,6 +336,8 @@ def test_a_merged_adapter_blocks_what_would_change_the_weights_under_it() -> Non
         ({"shortcut": "blok"}, "shortcut"),
         ({"merge": "svd"}, "merge"),
         ({"bias": "some"}, "bias"),
+        ({"target_parameters": ["mlp.gate.weight"]}, r"apply_reslora\(model, ResLoRAConfig\(target_parameters="),
+        ({"ensure_weight_tying": True}, r"apply_reslora\(model, ResLoRAConfig\(ensure_weight_tying="),
     ],
 )
 def test_a_wrong_value_is_refused_when_the_config_is_made(changes: dict[str, Any], complaint: str) -> None:

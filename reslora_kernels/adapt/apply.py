@@ -21,7 +21,7 @@ from . import trained_tokens
 from .checkpoints import guard, undefined
 from .linking import build_chains, confirm_order
 from .obstacles import refuse_foreign_hooks
-from .record import Record, checked_name, without_compiled
+from .record import Record, adapted_layers, checked_name, without_compiled
 from .structure import ChainPlan, Chains, names_of_experts, plan_chains
 from .targets import find_targets, with_heads_saved
 
@@ -99,6 +99,7 @@ def adapt(
     config = record.config
     _refuse_layouts(targets, plans, config)
     found = trained_tokens.tables(model, config, targets)
+    trained_tokens.refuse_adapted_heads(model, config, targets)
     experts = names_of_experts(plans)
     configs = {
         name: without_hand_over(config_of(config, name, base)) if name in experts else config_of(config, name, base)
@@ -112,6 +113,7 @@ def adapt(
     model.__dict__["_reslora"] = record
     guard(model)
     build_chains(model, plans)
+    trained_tokens.tie(model, record, adapted_layers(model))
 
 
 def _refuse_layouts(targets: Mapping[str, nn.Module], plans: Sequence[ChainPlan], config: ResLoRAConfig) -> None:

@@ -35,18 +35,20 @@ class Record:
     layer_names: list[str] = field(default_factory=list)  # of the adapted layers, as they were found
     kept: set[str] = field(default_factory=set)  # other parameters that are saved though frozen: the base lacks them
     tables: dict[str, Any] = field(default_factory=dict)  # embeddings of which some rows train whole, by name
+    tied: list[Any] = field(default_factory=list)  # what gives heads the adapters of embeddings, as chains are active
     restarts: int = 0  # how often restart_reslora has changed the weights for good
     merged: Any = None  # what merge_reslora did, while it is in force
     hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes
     others: dict[str, SetAside] = field(default_factory=dict)  # the model's other adapters
+    together: tuple[str, ...] = ()  # which of those are in force beside this one
     layers: dict[str, AdapterLayer] | None = None  # those beside linear layers (PEFT); None: those in their places
 
     def put_in_force(self, active: bool) -> None:
         """Let the hooks of this adapter open forward passes, or not."""
         for chain in self.chains:
             chain.active = active
-        for group in self.groups:
-            group.active = active
+        for part in (*self.groups, *self.tied):
+            part.active = active
 
 
 @dataclass
@@ -67,13 +69,33 @@ def checked_name(adapter_name: str) -> str:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapted layers by name, in registration order; wrappers' prefixes (DDP, torch.compile) are left off."""
+    """The adapted layers by name, in registration order; wrappers' prefixes (DDP, torch.compile) are left off.
+
+    Raises:
+        ValueError: several adapters are in force, and whoever asks means one.
+    """
     check_module("model", model)
+    record = record_of(model)
+    if record.together:
+        names = [record.name, *record.together]
+        raise ValueError(
+            f"adapters {names} are in force together, and this is for one: call set_adapter(model, {names[0]!r}). "
+            "add_weighted_adapter makes one of several, which merges, saves and exports"
+        )
+    return layers_in_place(model)
+
+
+def layers_in_place(model: nn.Module) -> dict[str, AdapterLayer]:
+    """The same, whatever is in force: of several adapters in one place the layer of the first."""
     beside = record_of(model).layers
     if beside is not None:
         return dict(beside)
-    layers = {name: m for name, m in root_of(model).named_modules() if isinstance(m, AdapterLayer)}
-    return {without_compiled(name): layer for name, layer in layers.items()}
+    return layers_by_name(root_of(model))
+
+
+def layers_by_name(root: nn.Module) -> dict[str, AdapterLayer]:
+    """Every adapted layer inside ``root``."""
+    return {without_compiled(name): m for name, m in root.named_modules() if isinstance(m, AdapterLayer)}
 
 
 def without_compiled(name: str) -> str:

@@ -1,29 +1,41 @@
-"""Several adapters on one base model: one is in force, the others are set aside with their layers and chains.
+"""Several adapters on one base model: one is in force, or some that sum; the others are set aside, chains and all.
 
 An adapter that is set aside is not part of the model: neither ``parameters()`` nor ``state_dict()`` hold it, and its
-layers share the base's weights. Switching puts its layers back in their places; no value is copied or computed.
+layers share the base's weights. Switching puts its layers back in their places; no value is copied or computed. Where
+several are in force, the first one's layer is in the place, and the others' parameters are those of its children.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from ..checks import check_int
 from ..config import ResLoRAConfig, checked_config
 from ..dtensors import refuse_sharded
 from ..layers.adapter import AdapterLayer
+from ..layers.several import BASE, names_by_module, parts_for
 from .apply import apply_reslora, put_in_place, replace_modules
-from .record import Record, SetAside, adapted_layers, checked_name, record_of, refuse_beside, root_of
+from .record import (
+    Record,
+    SetAside,
+    checked_name,
+    layers_by_name,
+    layers_in_place,
+    record_of,
+    refuse_beside,
+    root_of,
+)  # fmt: skip
 from .structure import Chains
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters of the model, the one in force first."""
     record = record_of(model)
-    return [record.name, *record.others]
+    return [*dict.fromkeys((record.name, *record.together, *record.others))]
 
 
 def add_adapter(
@@ -58,24 +70,125 @@ def add_adapter(
     return model
 
 
-def set_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> nn.Module:
     """Put another adapter in force. Do so before the model is wrapped (DDP) or sharded, and build an optimizer for it.
+
+    Several names put all of them in force: a layer then computes x Wᵀ + b + the sum of their low-rank terms, each with
+    its own scaling, dropout and chain, and all of them train. What is for one adapter (``save_adapter``,
+    ``merge_reslora``, ``inspect``, ...) is refused meanwhile.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError, ValueError: no adapter has this name, or the model is merged or sharded. Nothing is changed then.
+        TypeError, ValueError: no adapter has this name, or the model is merged or sharded; or several are named of
+            which one uses DoRA, whose norm is of one update, or is spread by a tensor parallel plan. Nothing is changed
+            then.
         RuntimeError: statistics of the model are being collected.
     """
+    given: Any = adapter_name
+    names: list[str] = list(given) if isinstance(given, (list, tuple)) else [given]
     record = record_of(model)
-    if checked_name(adapter_name) == record.name:
+    _check_names(record, names)
+    if names == [record.name, *record.together]:
         return model
-    _known(record, adapter_name)
     root = _ready(model)
-    others, active = record.others, _set_aside(root)
-    _put_back(root, others.pop(adapter_name), others | {record.name: active})
+    if len(names) > 1:
+        refuse_in_sum({name: _layers(root, name) for name in names})
+    known = record.others | {record.name: _set_aside(root)}
+    record.together = ()
+    known[names[0]].record.together = tuple(names[1:])
+    _put_back(root, known.pop(names[0]), known)
     return model
+
+
+def _check_names(record: Record, names: Sequence[str]) -> None:
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"adapter_name must be a name, or a list of names that differ, got {names!r}")
+    for name in names:
+        if checked_name(name) != record.name:
+            _known(record, name)
+
+
+def refuse_in_sum(adapters: Mapping[str, Mapping[str, AdapterLayer]]) -> None:
+    """ValueError for adapters, by name and layer, that cannot be in force together."""
+    for adapter, layers in adapters.items():
+        for name, layer in layers.items():
+            if layer.config.use_dora:
+                raise ValueError(
+                    f"adapter {adapter!r} cannot be in force with others: layer {name!r} uses DoRA, whose norm is of "
+                    "one update. Put it in force alone, or merge it"
+                )
+            if not layer.sums:
+                raise ValueError(
+                    f"adapter {adapter!r} cannot be in force with others: layer {name!r} is spread by a tensor "
+                    "parallel plan. Put it in force alone, or make one adapter of several (add_weighted_adapter)"
+                )
+
+
+@contextmanager
+def adapters_per_sample(model: nn.Module, names: Sequence[str], *, num_beams: int = 1) -> Iterator[None]:
+    """Inside the ``with`` block, sample i of every batch runs through adapter ``names[i]``; "__base__" is none of them.
+
+    For inference. Every sample gets what it would get alone, whatever the adapters' shortcuts: each layer runs the
+    samples of one adapter together.
+
+    Args:
+        names: a name for each sample of the batch, its first dimension.
+        num_beams: that of ``generate``, which repeats every sample so often, but for an encoder.
+
+    Raises:
+        TypeError: ``names`` is no list or tuple.
+        ValueError: the model is in training mode, merged or sharded, no adapter has such a name, or one of them holds
+            what cannot run for some samples only: DoRA, experts, ``nn.MultiheadAttention``, tensor parallel layers.
+            Inside the block: a layer sees another number of samples.
+    """
+    check_int("num_beams", num_beams, 1, None)
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"names must be a list of names, one for each sample, got {names!r}")
+    if model.training:
+        raise ValueError(
+            "adapters for single samples are for inference, and the model is in training mode: call eval()"
+        )
+    record, root = record_of(model), _ready(model)
+    before = [record.name, *record.together]
+    used = [name for name in dict.fromkeys(names) if name != BASE] or before
+    _check_names(record, used)
+    adapters = {name: _layers(root, name) for name in used}
+    refuse_samples(adapters)
+    set_adapter(model, used)
+    places = layers_in_place(model)
+    sums = {name: layer.division for name, layer in places.items()}
+    names_of = names_by_module(root, names, num_beams)
+    try:
+        for name, layer in places.items():
+            own = {adapter: layers[name] for adapter, layers in adapters.items() if name in layers}
+            layer.division = parts_for(names_of(layer), own)
+        yield
+    finally:
+        for name, layer in places.items():
+            layer.division = sums[name]
+        set_adapter(model, before)
+
+
+def refuse_samples(adapters: Mapping[str, Mapping[str, AdapterLayer]]) -> None:
+    """ValueError for adapters that cannot run for some samples of a batch only."""
+    for adapter, layers in adapters.items():
+        for name, layer in layers.items():
+            if layer.config.use_dora or not layer.takes_samples:
+                what = "uses DoRA" if layer.config.use_dora else f"is a {type(layer).__name__}"
+                raise ValueError(
+                    f"adapter {adapter!r} cannot run for single samples of a batch: layer {name!r} {what}. Split the "
+                    "batch, and call set_adapter for each part"
+                )
+
+
+def _layers(root: nn.Module, adapter_name: str) -> dict[str, AdapterLayer]:
+    """The layers of an adapter by name, in force or not."""
+    record = record_of(root)
+    if adapter_name != record.name:
+        return record.others[adapter_name].layers
+    return {name: layer for name, layer in layers_in_place(root).items() if name in record.layer_names}
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
@@ -88,7 +201,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
         TypeError, ValueError: no adapter has this name, or it is in force.
     """
     record = record_of(model)
-    if checked_name(adapter_name) == record.name:
+    if checked_name(adapter_name) in (record.name, *record.together):
         raise ValueError(f"adapter {adapter_name!r} is in force: put another in force first (set_adapter)")
     _known(record, adapter_name)
     for hook in record.others.pop(adapter_name).record.hooks:
@@ -105,7 +218,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) first")
-    parts = (*adapted_layers(model).values(), *record_of(model).tables.values())
+    parts = (*layers_in_place(model).values(), *record_of(model).tables.values())
     before = {part: part.disabled for part in parts}
     try:
         for part in before:
@@ -154,7 +267,7 @@ def _ready(model: nn.Module) -> nn.Module:
     refuse_sharded(model, "switched to another adapter", "do that before shard_reslora")
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) before its adapters are switched")
-    if any(layer.observer is not None for layer in adapted_layers(model).values()):
+    if any(layer.observer is not None for layer in layers_in_place(model).values()):
         raise RuntimeError("statistics of this model are being collected: switch its adapters after that")
     return root_of(model)
 
@@ -174,18 +287,37 @@ def _refuse_shared(config: ResLoRAConfig) -> None:
 
 
 def _set_aside(root: nn.Module) -> SetAside:
-    """Take the adapter in force out of the model; plain linear layers take its places."""
-    record, layers = record_of(root), adapted_layers(root)
+    """Take the adapters in force out of the model; plain linear layers take their places."""
+    record, places = record_of(root), layers_in_place(root)
+    for layer in places.values():
+        layer.stand_alone()
+    for name in record.together:
+        record.others[name].record.put_in_force(False)
     record.put_in_force(False)
+    own = _layers(root, record.name)
     record.others = {}
-    replace_modules(root, {id(layer): layer.leave() for layer in layers.values()})
-    return SetAside(record, layers)
+    replace_modules(root, {id(layer): layer.leave() for layer in places.values()})
+    return SetAside(record, own)
 
 
 def _put_back(root: nn.Module, adapter: SetAside, others: dict[str, SetAside]) -> None:
     """The inverse, on the base as it is now: it may have moved to another device since."""
+    _place(root, adapter.layers)
+    adapter.record.put_in_force(True)
+    for name in adapter.record.together:
+        places = layers_by_name(root)
+        for layer_name in places.keys() & others[name].layers.keys():
+            places[layer_name].stand_beside(name, others[name].layers[layer_name])
+        _place(root, {name: layer for name, layer in others[name].layers.items() if name not in places})
+        others[name].record.put_in_force(True)
+    root.__dict__["_reslora"] = adapter.record
+    adapter.record.others = others
+
+
+def _place(root: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """Put layers in the places that they have by name."""
     pairs: list[tuple[Any, AdapterLayer]] = []
-    for name, layer in adapter.layers.items():
+    for name, layer in layers.items():
         base = layer.base_in(root, name)
         if isinstance(base, nn.Module):
             layer.take_place_of(base)
@@ -193,6 +325,3 @@ def _put_back(root: nn.Module, adapter: SetAside, others: dict[str, SetAside]) -
             parameter.data = parameter.data.to(layer.execution_device)
         pairs.append((base, layer))
     put_in_place(root, pairs)
-    adapter.record.put_in_force(True)
-    root.__dict__["_reslora"] = adapter.record
-    adapter.record.others = others

@@ -1,4 +1,4 @@
-"""Rows of an embedding that train whole (``trainable_token_indices``), and with them those of a head that shares them.
+"""Embeddings whose weight a head shares: rows that train whole (``trainable_token_indices``), and tied adapters.
 
 The table stays frozen and as it is. Its trained rows are a parameter ``trained_tokens`` [n, N] of the embedding, which
 a forward hook puts in the place of what was looked up; a head on the same table gets the difference to its logits. As
@@ -7,6 +7,7 @@ in PEFT the rows are values, not differences, so that an adapter fits a model wh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..config import ResLoRAConfig, matches, with_parents
 from ..layers.embedding import ResLoRAEmbedding, scaled
 from ..layers.kinds import is_linear, kind_of
 from ..layers.linear import ResLoRALinear
-from .record import TOKENS, Record
+from .record import TOKENS, Record, adapted_layers, record_of, root_of
 
 
 def tables(model: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
@@ -103,9 +104,69 @@ def attach(model: nn.Module, record: Record, found: Mapping[str, Sequence[int]],
         record.tables[name] = swap
         if isinstance(table, nn.Embedding):
             record.hooks.append(table.register_forward_hook(swap.looked_up, with_kwargs=True))
-        for module in model.modules():
-            if is_linear(module) and getattr(module, "weight", None) is table.weight:
-                record.hooks.append(module.register_forward_hook(swap.projected, with_kwargs=True))
+        for head in tied_heads(model, table).values():
+            record.hooks.append(head.register_forward_hook(swap.projected, with_kwargs=True))
+
+
+def tied_heads(root: nn.Module, table: Any) -> dict[str, nn.Module]:
+    """The linear layers that share the weight of an embedding, adapted or not, by name."""
+    shared = table.weight
+    return {name: m for name, m in root.named_modules() if is_linear(m) and getattr(m, "weight", None) is shared}
+
+
+def refuse_adapted_heads(model: nn.Module, config: ResLoRAConfig, targets: Mapping[str, Any]) -> None:
+    """ValueError where ``ensure_weight_tying`` would give a head a second adapter; a warning where there is no head."""
+    if not config.ensure_weight_tying:
+        return
+    tables = {name: module for name, module in model.named_modules() if kind_of(module) is ResLoRAEmbedding}
+    heads = {name: tied_heads(model, table) for name, table in tables.items()}
+    for name, found in heads.items():
+        twice = [head for head in found if head in targets and name in targets]
+        if twice:
+            raise ValueError(
+                f"ensure_weight_tying gives {twice[0]!r} the adapter of {name!r}, whose weight it shares: leave "
+                f"{twice[0]!r} out of target_modules"
+            )
+    if not any(heads.values()):
+        warnings.warn("ensure_weight_tying: no head of the model shares the weight of an embedding", stacklevel=5)
+
+
+def tie(model: nn.Module, record: Record, layers: Mapping[str, Any]) -> None:
+    """Let the heads that share an adapted embedding's weight have its adapter."""
+    for layer in layers.values() if record.config.ensure_weight_tying else ():
+        if isinstance(layer, ResLoRAEmbedding):
+            tied = TiedHead(layer)
+            record.tied.append(tied)
+            record.hooks += [
+                head.register_forward_hook(tied, with_kwargs=True) for head in tied_heads(model, layer).values()
+            ]
+
+
+def heads_with_adapters(model: nn.Module) -> dict[str, list[str]]:
+    """The names of the heads that have the adapter of an embedding, by the name of that."""
+    if not record_of(model).config.ensure_weight_tying:
+        return {}
+    tables = {name: layer for name, layer in adapted_layers(model).items() if isinstance(layer, ResLoRAEmbedding)}
+    return {name: list(tied_heads(root_of(model), layer)) for name, layer in tables.items()}
+
+
+class TiedHead:
+    """Forward hook of a head on an adapted embedding's weight: y + s (D(x) B) A, of the W + s (B A)ᵀ of both."""
+
+    def __init__(self, layer: ResLoRAEmbedding) -> None:
+        self.layer = layer
+        self.active = True  # False while another adapter is in force
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        layer = self.layer
+        if not self.active or layer.merged or layer.disabled:
+            return y
+        x, p = _first(args, kwargs).to(y.dtype), layer.config.lora_dropout if layer.training else 0.0
+        x, call = F.dropout(x, p) if p > 0 else x, layer._call(())
+        for a, b in zip(call.a_stack, call.b_stack, strict=True):
+            u = F.linear(x, b.T.to(y.dtype))
+            y = torch.add(y, F.linear(u, a.T.to(y.dtype)), alpha=layer.scaling)
+        return y
 
 
 class _Rows:

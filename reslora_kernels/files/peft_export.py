@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapt.checkpoints import Beside, beside
 from ..adapt.record import TOKENS, complete_layers, record_of, refuse_restarted, root_of
 from ..adapt.targets import endings_of
+from ..adapt.trained_tokens import heads_with_adapters
 from ..checks import check_bool
 from ..config import MergeMethod
 from ..dtensors import class_of, gathered, mesh_of, one_writer, refuse_partitioned, reshard
@@ -157,13 +158,18 @@ def export_peft(
     of_parameters = {parameter_of(name): name for name, layer in layers.items() if isinstance(layer, ResLoRAExperts)}
     wrappers = wrapper_names(root_of(model), of_parameters)
     apart: dict[str, tuple[Tensor, Tensor]] = {}
+    heads = heads_with_adapters(model)
     for name, update in updates.items():
         layer, width = layers[name], update.rank if pattern else rank
         a, b = update.a, update.b * update.scaling
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"layer {name!r}: the update holds NaN or Inf; nothing was written")
         if isinstance(layer, ResLoRALinear):
-            matrices = {f"{name}.{own}": matrix for own, matrix in _for_peft(name, layer, a, b, width).items()}
+            held = _for_peft(name, layer, a, b, width)
+            matrices = {f"{name}.{own}": matrix for own, matrix in held.items()}
+            for head in heads.get(name, ()):  # of which PEFT's A and B are the embedding's B and A, transposed
+                pair = reversed([*held.values()])
+                matrices |= {f"{head}.lora_{which}.weight": each.T for which, each in zip("AB", pair, strict=True)}
         else:
             padding = width - update.rank
             a, b = nn.functional.pad(a, (0, 0, 0, padding)), nn.functional.pad(b, (0, padding))
@@ -187,6 +193,7 @@ def export_peft(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"parameter {name!r} holds NaN or Inf; nothing was written")
     linear = [name for name, layer in layers.items() if isinstance(layer, ResLoRALinear)]
+    linear += [head for of_table in heads.values() for head in of_table]
     config = _peft_config(root_of(model), linear, rank, biases, modules)
     written_apart = {
         parameter_of(name) for name, layer in layers.items() if kind is not None and layer.lora_A.dim() == 3
@@ -196,6 +203,7 @@ def export_peft(
     if apart:
         of_experts = {name.rpartition(".")[2] for name in apart}
         config["target_modules"] = [*_listed(config["target_modules"]), *sorted(of_experts)]
+    config["ensure_weight_tying"] = any(heads.values())
     config["use_dora"] = record_of(model).config.use_dora
     config["trainable_token_indices"] = {
         name: list(table.indices) for name, table in record_of(model).tables.items()

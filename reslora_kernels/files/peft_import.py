@@ -14,7 +14,7 @@ from ..adapt.apply import apply_reslora
 from ..adapt.checkpoints import check_shared, named_parameters
 from ..adapt.record import TOKENS, adapted_layers, record_of
 from ..adapt.targets import endings_of
-from ..adapt.trained_tokens import token_shapes
+from ..adapt.trained_tokens import tied_heads, token_shapes
 from ..config import PARAMETER_ADAPTER, ResLoRAConfig, Shortcut, pattern_matches
 from ..layers.kinds import kind_of, shapes_of
 from .adapter_format import checked_folder, parsed_json, parsed_tensors, regular
@@ -61,8 +61,11 @@ def load_peft_adapter(
     about = _read_config(folder)
     matrices, others = _read_weights(folder)
     matrices = _of_parameters(model, about, matrices)
-    _refuse_unequal(model, about, {name for name, _ in matrices})
+    _refuse_unequal(model, {name for name, _ in matrices})
     others = _without_base_weights(model, {name for name, _ in matrices}, others)
+    untied = _without_tied(model, about, matrices)
+    about["ensure_weight_tying"] = len(untied) < len(matrices)  # PEFT knows heads by the names of their embeddings
+    matrices = untied
     config = _config_of(about, model, matrices, shortcut, pre_num)
     _check_fit(config, model, matrices, others)
     apply_reslora(model, config, example_inputs=example_inputs, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -141,14 +144,27 @@ def _of_parameters(
     return found
 
 
-def _refuse_unequal(model: nn.Module, about: dict[str, Any], adapted: set[str]) -> None:
+def _without_tied(
+    model: nn.Module, about: dict[str, Any], matrices: dict[tuple[str, str], Tensor]
+) -> dict[tuple[str, str], Tensor]:
+    """The same without those of heads that have an embedding's adapter; ValueError where they have another one."""
+    found = dict(matrices)
+    tables = [name for name, kind in matrices if kind == "lora_embedding_A"] if about.get("ensure_weight_tying") else []
+    for name in tables:
+        for head in tied_heads(model, model.get_submodule(name)):
+            for own, other in (("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A")):
+                matrix = found.pop((head, own), None)
+                if matrix is not None and not torch.equal(matrix.T, matrices[name, other]):
+                    raise ValueError(
+                        f"{CONFIG} says ensure_weight_tying, and {WEIGHTS} has another adapter for {head!r} than for "
+                        f"{name!r}, whose weight it shares"
+                    )
+    return found
+
+
+def _refuse_unequal(model: nn.Module, adapted: set[str]) -> None:
     """ValueError, which names it, for a module that PEFT adapts to another function than is computed here."""
     for name, module in model.named_modules():
-        if name in adapted and isinstance(module, nn.Embedding) and about.get("ensure_weight_tying"):
-            raise ValueError(
-                f"{CONFIG}: ensure_weight_tying gives the output head the adapter of {name!r} too, which is not done "
-                "here: let PEFT merge it into the base model (merge_and_unload), and call apply_reslora"
-            )
         if name in adapted and isinstance(module, nn.MultiheadAttention):
             raise ValueError(
                 f"{name!r} is an nn.MultiheadAttention, whose out_proj has its update twice in PEFT (as of 0.21): let "
@@ -185,7 +201,7 @@ def _config_of(
         }
 
     fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "modules_to_save",
-              "trainable_token_indices")  # fmt: skip
+              "trainable_token_indices", "ensure_weight_tying")  # fmt: skip
     try:
         return ResLoRAConfig(
             **{field: about[field] for field in fields if field in about},

@@ -72,7 +72,7 @@ def settled_chains(saved: SavedAdapter, model: nn.Module, layers: Mapping[str, n
 
 _MUST_AGREE = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "split_expert_r", "use_rslora", "use_dora", "has_start",
-    "shortcut", "pre_num", "trainable_token_indices",
+    "shortcut", "pre_num", "trainable_token_indices", "ensure_weight_tying",
 )  # fmt: skip
 
 

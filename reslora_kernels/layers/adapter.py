@@ -12,8 +12,10 @@ from ..config import ResLoRAConfig
 from ..dtensors import is_dtensor
 from .chain import Chain, Neighbours
 from .initialization import fill
+from .several import Beside, Part
 from .shared_input import SharedInput
 
+_BESIDE = "beside_"
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "start_A", "start_B")
 
 
@@ -42,6 +44,9 @@ class AdapterLayer(nn.Module):
     bias: Any
     neighbours = Neighbours()
     shares_projections: ClassVar[bool] = False  # whether one layer of a group may project x for this one
+    sums: ClassVar[bool] = True  # whether other adapters may be in force in the same place
+    takes_samples: ClassVar[bool] = False  # whether each sample of a batch may run through an adapter of its own
+    division: tuple[Part, ...] = ()  # where it is in force with others, or for some samples only
 
     def base_in(self, root: nn.Module, name: str) -> Any:
         """What ``leave`` left in ``root`` under the layer's name."""
@@ -117,6 +122,29 @@ class AdapterLayer(nn.Module):
         self.replacement: tuple[Tensor, Tensor] | None = None  # (A, B) of a plain update that stands in, while merging
         if init_values:
             self.reset_lora_parameters()
+
+    def stand_beside(self, name: str, other: AdapterLayer) -> None:
+        """Add another adapter's updates to this layer's: that of ``other``, which is for the same frozen part."""
+        for parameter in other.adapter_parameters().values():
+            parameter.data = parameter.data.to(self.execution_device)
+        other.training = self.training
+        self.register_module(_BESIDE + name, Beside(other))
+        self._sum_up()
+
+    def stand_alone(self) -> None:
+        """The inverse, for all others."""
+        for name in [name for name in self._modules if name.startswith(_BESIDE)]:
+            del self._modules[name]
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        others = tuple(module.layer for module in self._modules.values() if isinstance(module, Beside))
+        self.division = (Part((self, *others)),) if others else ()
+
+    @property
+    def in_sum(self) -> tuple[Any, ...]:
+        """The layers of all adapters in force here, its own first."""
+        return self.division[0].layers if self.division else (self,)
 
     @property
     def kernel_groups(self) -> int:

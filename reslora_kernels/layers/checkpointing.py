@@ -40,7 +40,8 @@ def checkpoint_context(model: nn.Module) -> Callable[[], Contexts]:
         raise ValueError("model has no ResLoRALinear: adapt it first, with apply_reslora or load_adapter")
 
     def context_fn() -> Contexts:
-        chains = {id(layer.chain): layer.chain for layer in layers if layer.chain is not None}
+        in_force = [each for layer in layers for each in layer.in_sum]
+        chains = {id(layer.chain): layer.chain for layer in in_force if layer.chain is not None}
         return nullcontext(), _Resumed(_Snapshot(list(chains.values())))
 
     return context_fn
@@ -62,7 +63,8 @@ class CarryThroughCheckpoints:
         for child in self.inside:
             function = child.__dict__.get("_gradient_checkpointing_func")
             if isinstance(function, _CarriedCheckpoint):
-                function.chains = self.chains
+                others = [chain for chain in function.chains if chain.active and chain not in self.chains]
+                function.chains = [*others, *self.chains]
             elif function is not None:
                 child.__dict__["_gradient_checkpointing_func"] = _CarriedCheckpoint(function, self.chains)
 

@@ -86,17 +86,26 @@ class ResLoRAConvolution(ResLoRALinear):
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
         a_stack, b_stack, c, residual, hand = call
-        base, a, b = self._like, joined(a_stack, 0).to(x.dtype), joined(b_stack, 1).to(x.dtype)
+        base, b = self._like, joined(b_stack, 1).to(x.dtype)
         channels = -len(base.kernel_size) - 1
-        kernels = a.view(len(a), base.in_channels, *base.kernel_size)
-        h = self._convolved(F.dropout(x, p) if p > 0 else x, kernels, None, 1).movedim(channels, -1)
-        u = h[..., : b.shape[1]]
-        u = u if c == 1 else u * c
-        u = u if residual is None else u + _unless_recomputed(residual)
+        if a_stack:
+            h = self._projected(x, a_stack, p)
+            u = h[..., : b.shape[1]]
+            u = u if c == 1 else u * c
+            u = u if residual is None else u + _unless_recomputed(residual)
+        else:
+            assert residual is not None
+            u = residual
         expanded = _function(base)(u.movedim(-1, channels), b.view(*b.shape, *(1,) * len(base.kernel_size)))
         y = self._convolved(x, self.weight, bias, base.groups)
         y = torch.add(y, expanded, alpha=self.scaling)
         return y, None if hand is None else _unless_recomputed(h[..., slice(*hand)])
+
+    def _projected(self, x: Tensor, a_stack: tuple[Tensor, ...], p: float) -> Tensor:
+        base, a = self._like, joined(a_stack, 0).to(x.dtype)
+        kernels = a.view(len(a), base.in_channels, *base.kernel_size)
+        h = self._convolved(F.dropout(x, p) if p > 0 else x, kernels, None, 1)
+        return h.movedim(-len(base.kernel_size) - 1, -1)
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         base = self._like
@@ -142,6 +151,8 @@ class ResLoRAConvolution(ResLoRALinear):
             return "use_dora is for linear layers: set it to False, or give this layer an adapter of its own"
         if config.backend in ("triton", "cuda"):
             return f"backend={config.backend!r} has no kernel for it: take 'auto', with which it runs on library calls"
+        if config.linear_start:
+            return f"init_lora_weights={config.init_lora_weights!r} is for linear layers: take True, 'pissa' or 'olora'"
         if config.r % module.groups:
             return (
                 f"its groups={module.groups} must divide the rank, which is {config.r}: give it another one in "

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..config import ResLoRAConfig
 from ..dtensors import is_dtensor
+from .adapter import joined
 from .linear import ResLoRALinear
 from .offloading import hold
 from .shortcuts import Call, hands_on
@@ -54,10 +55,13 @@ class ResLoRAEmbedding(ResLoRALinear):
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
         y = self._looked_up(x, self.weight)
-        for a, b in zip(call.a_stack, call.b_stack, strict=True):
-            u = self._looked_up(x, a.T).to(y.dtype)
-            y = torch.add(y, F.linear(u, b.to(y.dtype)), alpha=self.scaling)
+        u = self._projected(x, call.a_stack, p) if call.residual is None else call.residual
+        b = joined(call.b_stack, 1)
+        y = torch.add(y, F.linear(u.to(y.dtype), b.to(y.dtype)), alpha=self.scaling)
         return scaled(self.holds_weight, y), None
+
+    def _projected(self, x: Tensor, a_stack: tuple[Tensor, ...], p: float) -> Tensor:
+        return joined(tuple(self._looked_up(x, a.T) for a in a_stack), -1)
 
     def _looked_up(self, x: Tensor, table: Tensor) -> Tensor:
         base: Any = self.holds_weight
@@ -90,8 +94,8 @@ class ResLoRAEmbedding(ResLoRALinear):
             )
         if config.use_dora:
             return "use_dora is for linear layers: set it to False, or train the embedding in modules_to_save"
-        if config.has_start:
-            return f"init_lora_weights={config.init_lora_weights!r} is for linear layers and convolutions: take True"
+        if config.has_start or config.linear_start:
+            return f"init_lora_weights={config.init_lora_weights!r} is for linear layers: take True"
         if config.backend in ("triton", "cuda"):
             return f"backend={config.backend!r} has no kernel for it: take 'auto', with which it runs on library calls"
         return None

@@ -133,12 +133,15 @@ class ResLoRAExperts(AdapterLayer):
         return TargetParameter(root.get_submodule(owner), own.removesuffix(PARAMETER_ADAPTER))
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
-        """A and B, its own and those of the earlier blocks that its shortcut reads, on one device."""
-        parts: list[Any] = [self]
-        if self.config.shortcut == "block":
-            parts += self.neighbours.earlier
-        device = self.lora_A.device
-        return [(part.lora_A.to(device), part.lora_B.to(device)) for part in parts]
+        """A and B, its own and those of the earlier blocks that its shortcut reads, on one device; of all in force."""
+        device, found = self.lora_A.device, []
+        for layer in self.in_sum:
+            earlier = layer.neighbours.earlier if layer.config.shortcut == "block" else ()
+            ratio = layer.scaling / self.scaling
+            for part in (layer, *earlier):
+                b = part.lora_B.to(device)
+                found.append((part.lora_A.to(device), b if ratio == 1 else b * ratio))
+        return found
 
     def forward(self, *_: Any) -> Tensor:
         """An adapter of a parameter is not called: it takes part while the module runs that holds the parameter.

@@ -13,7 +13,12 @@ from ..config import ResLoRAConfig
 
 @torch.no_grad()
 def fill(config: ResLoRAConfig, lora_A: Tensor, lora_B: Tensor) -> None:
-    """A random start: A [r, K] by ``config.init_lora_weights``, B [N, r] zero."""
+    """A random start: A [r, K] by ``config.init_lora_weights``, B [N, r] zero, or both random with B A = 0."""
+    if config.init_lora_weights == "orthogonal":
+        a, b = _orthogonal(config.r, lora_A.shape[1], len(lora_B))
+        lora_A.copy_(a)
+        lora_B.copy_(b)
+        return
     if config.init_lora_weights == "gaussian":
         nn.init.normal_(lora_A, std=1 / config.r)
     else:
@@ -69,3 +74,74 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float, group: Any =
     if group is not None:
         torch.distributed.all_reduce(squared, group=group)
     return squared.clamp_min(torch.finfo(wide).tiny).sqrt()
+
+
+def _orthogonal(r: int, k: int, n: int) -> tuple[Tensor, Tensor]:
+    """A [r, K] and B [N, r] that meet in no direction, as PEFT draws them: A = Q₀ᵀ X / 10, B = Y Q₁ / 10.
+
+    Q₀ and Q₁ [r/2, r] are the even and the odd rows of an orthogonal matrix; X [r/2, K] and Y [N, r/2] are normal.
+    """
+    q = torch.linalg.qr(torch.randn(r, r))[0]
+    x = torch.randn(k, r // 2)
+    y = torch.randn(r // 2, n)
+    return (x @ q[0::2]).T / 10, y.T @ q[1::2] / 10
+
+
+@torch.no_grad()
+def eva(r: int, count: int, total: Tensor, gram: Tensor) -> Tensor:
+    """A [r, K]: the r directions in which the inputs vary most (EVA, arXiv 2410.07170, Section 3.2). B is zero.
+
+    Args:
+        count: of inputs x; ``total`` [K] is their sum, ``gram`` [K, K] the sum of x xᵀ.
+    """
+    mean = total.double() / count
+    covariance = gram.double() - count * torch.outer(mean, mean)
+    directions = torch.linalg.eigh(covariance)[1].T.flip(0)[:r]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    signed: Tensor = directions * largest.sign()
+    return signed  # an eigenvector has no sign: its largest entry is positive
+
+
+@torch.no_grad()
+def corda(config: ResLoRAConfig, weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r, K] and B [N, r] from W C = U Σ Vᵀ, C [K, K] of the inputs (CorDA, arXiv 2406.05223, Section 3).
+
+    s B A = U_r Σ_r (Vᵀ C⁻¹)_r, of the r largest Σ ("corda", instruction-previewed) or the r smallest ("corda_kpm",
+    knowledge-preserved). C is damped by a share of its mean diagonal, 1 % or as much more as its inverse needs.
+    """
+    w, c = weight.float(), covariance.float()
+    unit, share = torch.eye(len(c), device=c.device), 0.01
+    while True:
+        damped = c + share * c.diagonal().mean() * unit
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, unit) < 0.05:
+            break
+        share *= 2
+        if not math.isfinite(share):
+            raise ValueError("init_lora_weights='corda': the inputs hold NaN or Inf")
+    u, sizes, v = torch.linalg.svd(w @ damped, full_matrices=False)
+    v = v @ inverse
+    chosen = slice(-config.r, None) if config.init_lora_weights == "corda_kpm" else slice(config.r)
+    root = (sizes[chosen] / config.scaling).sqrt()
+    return root[:, None] * v[chosen], u[:, chosen] * root
+
+
+@torch.no_grad()
+def lora_ga(config: ResLoRAConfig, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r, K] and B [N, r] from the gradient of W, G = U Σ Vᵀ (LoRA-GA, arXiv 2407.05000, Section 3).
+
+    A has the first r rows of Vᵀ, B the next r columns of U Σ times N^¼ / √γ, γ = 16, as PEFT has it (its direction
+    "ArB2r" and scale "stable"). The singular triplets come from randomised iterations.
+    """
+    r, g = config.r, gradient.float()
+    u, sizes, v = torch.svd_lowrank(g, q=min(4 * r, *g.shape), niter=4)
+    columns = slice(r, 2 * r)
+    return v.T[:r], u[:, columns] * sizes[columns] * (len(g) ** 0.25 / 16**0.5)
+
+
+@torch.no_grad()
+def loftq(config: ResLoRAConfig, weight: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r, K] and B [N, r] with s B A the principal part of W - Q (LoftQ, arXiv 2310.08659, Eq. 8), for a given Q."""
+    u, sizes, v = torch.linalg.svd((weight.to(quantized) - quantized).float(), full_matrices=False)
+    root = (sizes[: config.r] / config.scaling).sqrt()
+    return root[:, None] * v[: config.r], u[:, : config.r] * root

@@ -16,10 +16,11 @@ from ..forward_state import ForwardState, outside, recomputing
 from ..ops import Operands, fused_linear
 from ..quantizers import quantizer_of
 from ..side_channel import SideChannel
-from .adapter import ADAPTER_PARAMETERS, AdapterLayer
+from .adapter import ADAPTER_PARAMETERS, AdapterLayer, joined
 from .initialization import from_weight, row_norms
 from .linear_map import why_not_linear
 from .offloading import device_of, held, hold, hook_like, unhooked
+from .several import in_parts
 from .shortcuts import Call, call_of, carried, hands_on, rows
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,6 +59,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
     is_linear: ClassVar[bool] = True  # a map that "all-linear" means
     shares_projections: ClassVar[bool] = True  # whether one layer of a group may project x for this one
     fused: ClassVar[bool] = True  # a kernel may serve it
+    takes_samples: ClassVar[bool] = True
     zero_at_start: ClassVar[str] = "lora_B"  # so that the layer begins as the frozen one
     _base: tuple[type[nn.Module], dict[str, Any]]  # class and own attributes of the frozen layer
 
@@ -281,21 +283,31 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def reset_lora_parameters(self) -> None:
         """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""
-        if self.start_A is None or self.start_B is None:
+        if self.start_A is None or self.start_B is None or self.config.starts_from_data:
             super().reset_lora_parameters()
         else:
             a, b = from_weight(self.config, self.dense_weight(torch.float32))
             with torch.no_grad():
-                self.start_A.copy_(self.lora_A.copy_(a))
-                self.start_B.copy_(-self.lora_B.copy_(b))
+                self.lora_A.copy_(a)
+                self.lora_B.copy_(b)
+        self.take_off_start()
         if self.lora_magnitude_vector is not None:
             with torch.no_grad():
                 self.lora_magnitude_vector.copy_(torch.linalg.vector_norm(self.dense_weight(torch.float32), dim=1))
+
+    @torch.no_grad()
+    def take_off_start(self) -> None:
+        """Let the layer compute what the frozen one does with A and B as they are, where its start is taken off."""
+        if self.start_A is not None and self.start_B is not None:
+            self.start_A.copy_(self.lora_A)
+            self.start_B.copy_(-self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to y [..., out_features]."""
         if self.merged or self.disabled:
             return self.frozen_forward(x)
+        if self.division:
+            return in_parts(self, self.division, x)
         state = self._open_pass()
         received: tuple[Tensor, ...] = ()
         if state is not None:
@@ -332,6 +344,10 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         seed = self._new_seed(x.device) if p > 0 else None
         operands = Operands(x, self.frozen_weight, bias, residual, seed, a_stack, b_stack)
         return fused_linear(operands, side, p, config.backend)
+
+    def _projected(self, x: Tensor, a_stack: tuple[Tensor, ...], p: float) -> Tensor:
+        """h = D(x) A_stackᵀ [..., R_a] by itself."""
+        return nn.functional.linear(nn.functional.dropout(x, p) if p > 0 else x, joined(a_stack, 0).to(x.dtype))
 
     def _new_seed(self, device: torch.device) -> Tensor:
         """What the mask of one call is drawn from."""

@@ -22,6 +22,7 @@ class AttentionOutput(ResLoRALinear):
 
     fused: ClassVar[bool] = False
     shares_projections: ClassVar[bool] = False
+    takes_samples: ClassVar[bool] = False
 
     @staticmethod
     def stands_in_for(module: nn.Module) -> bool:
@@ -38,6 +39,7 @@ class ResLoRAMultiheadAttention(ResLoRALinear, nn.MultiheadAttention):
     is_linear: ClassVar[bool] = False
     fused: ClassVar[bool] = False
     shares_projections: ClassVar[bool] = False
+    takes_samples: ClassVar[bool] = False
 
     @property
     def weight(self) -> Any:  # type: ignore[override]
@@ -87,6 +89,8 @@ class ResLoRAMultiheadAttention(ResLoRALinear, nn.MultiheadAttention):
                 f"shortcut={config.shortcut!r} hands on what becomes of a layer's input, of which PyTorch runs no "
                 "projection: take 'block' or 'none'"
             )
+        if config.linear_start:
+            return f"init_lora_weights={config.init_lora_weights!r} is for linear layers: take True, 'pissa' or 'olora'"
         if config.use_dora:
             return "use_dora is for linear layers: set it to False"
         if config.backend in ("triton", "cuda"):
@@ -121,10 +125,12 @@ class _Summed:
 
 
 def _summed(layer: ResLoRALinear) -> Tensor:
-    """W + s B A, or W where the adapter is passed over."""
+    """W + s B A of all adapters in force, or W where they are passed over."""
     weight: Tensor = layer.weight
     if layer.merged or layer.disabled:
         return weight
-    call = layer._call(())
-    a, b = joined(call.a_stack, 0), joined(call.b_stack, 1)
-    return torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=layer.scaling)
+    for each in layer.in_sum:
+        call = each._call(())
+        a, b = joined(call.a_stack, 0), joined(call.b_stack, 1)
+        weight = torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=each.scaling)
+    return weight

@@ -51,6 +51,7 @@ class TensorParallelResLoRALinear(ResLoRALinear):
     adds them up, once in a backward.
     """
 
+    sums = takes_samples = False  # whose u is a term of a sum over processes
     shares_projections = False  # they tell one x by its identity, and each layer takes parts of its own
 
     @staticmethod

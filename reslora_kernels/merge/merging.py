@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapt.coverage import table
 from ..adapt.execution import call_with, undisturbed
 from ..adapt.record import adapted_layers, complete_layers, record_of, root_of
+from ..adapt.trained_tokens import heads_with_adapters
 from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
 from ..dtensors import is_sharded, refuse_fsdp
@@ -287,8 +288,9 @@ def _check_statistics(statistics: Statistics | None, layers: dict[str, AdapterLa
 def _refuse_tied(root: nn.Module, layers: dict[str, AdapterLayer]) -> None:
     owners: dict[int, str] = {}
     weights = {id(layer.weight): name for name, layer in layers.items()}
+    tied = {f"{head}.weight" for heads in heads_with_adapters(root).values() for head in heads}  # change alike
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        if id(parameter) in weights:
+        if id(parameter) in weights and name not in tied:
             first = owners.setdefault(id(parameter), name)
             module, other = root.get_submodule(name.rpartition(".")[0]), root.get_submodule(first.rpartition(".")[0])
             if module is not other:

@@ -51,7 +51,7 @@ class Adapters:
         for layer in names_of_experts(plans):
             layers[layer].config = without_hand_over(layers[layer].config)
         self.records[name] = record
-        self._hang(record)
+        self._hang([record])
         build_chains(self.root, plans)
 
     def forget(self, name: str) -> None:
@@ -60,11 +60,26 @@ class Adapters:
             for hook in record.hooks:
                 hook.remove()
             if self.in_force == name:
-                self._hang(None)
+                self._hang([])
 
     def put_in_force(self, names: Sequence[str]) -> None:
-        """Let the chains of this adapter run, and those of no other."""
-        self._hang(next((self.records[name] for name in names if name in self.records), None))
+        """Let the chains of these adapters run, and those of no other. The first one's record is the model's."""
+        self._hang([self.records[name] for name in names if name in self.records])
+
+    @contextmanager
+    def for_a_while(self, names: Sequence[str]) -> Iterator[None]:
+        """``put_in_force`` for the block."""
+        record = self.root.__dict__.get("_reslora")
+        before = [] if record is None else [record.name, *record.together]
+        self.put_in_force(names)
+        try:
+            yield
+        finally:
+            self.put_in_force(before)
+
+    def layers_of(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The layers of these adapters by name."""
+        return {name: self.records[name].layers or {} for name in names if name in self.records}
 
     def refuse_merged_but(self, names: Sequence[str]) -> None:
         """ValueError while an adapter is merged that is not one of these."""
@@ -72,12 +87,14 @@ class Adapters:
         if merged:
             raise ValueError(f"adapter {merged[0]!r} is merged into the weights: call unmerge_adapter() first")
 
-    def _hang(self, chosen: Record | None) -> None:
+    def _hang(self, chosen: Sequence[Record]) -> None:
         self.root.__dict__.pop("_reslora", None)
         for record in self.records.values():
-            record.put_in_force(record is chosen)
-        if chosen is not None:
-            self.root.__dict__["_reslora"] = chosen
+            record.put_in_force(any(record is one for one in chosen))
+            record.together = ()
+        if chosen:
+            chosen[0].together = tuple(record.name for record in chosen[1:])
+            self.root.__dict__["_reslora"] = chosen[0]
 
 
 def refuse_taken_off_hooks(root: nn.Module) -> None:
@@ -108,11 +125,3 @@ def adapters_of(root: nn.Module) -> Adapters:
     """Those of the model, which has none before the first call."""
     adapters: Adapters = root.__dict__.setdefault("_reslora_adapters", Adapters(root))
     return adapters
-
-
-def only_one(adapter_names: str | Sequence[str]) -> list[str]:
-    """The names as a list; ValueError if there are several."""
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    if len(names) > 1:
-        raise ValueError(f"one ResLoRA adapter can be in force at a time, got {names}: activate or merge one of them")
-    return names

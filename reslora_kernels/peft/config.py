@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from peft import PeftConfig, PeftType
@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftType
 from ..config import ALL_LINEAR, ResLoRAConfig
 
 RESLORA = "RESLORA"
-ABSENT = ("target_parameters", "split_expert_r")  # PEFT would wrap the parameters with its own LoRA
+ABSENT = ("target_parameters", "split_expert_r", "ensure_weight_tying")  # which PEFT builds with LoRA layers of its own
 
 
 def extend_peft_types() -> None:
@@ -34,7 +34,8 @@ class ResLoRAPeftConfig(PeftConfig):
     """Configuration of ResLoRA (arXiv 2402.18039) for ``get_peft_model``.
 
     ``task_type``, ``inference_mode`` and the like are PEFT's; every other field is that of ``ResLoRAConfig`` and means
-    the same, but for these. ``target_parameters`` is for ``apply_reslora`` alone.
+    the same, but for these. ``target_parameters``, ``split_expert_r`` and ``ensure_weight_tying`` are for
+    ``apply_reslora`` alone: a ValueError here.
 
     Args:
         target_modules: None takes PEFT's choice for LoRA in models that it knows.
@@ -71,8 +72,19 @@ class ResLoRAPeftConfig(PeftConfig):
     merge: str = "least_squares"
     norm_window: int = 100
     backend: str = "auto"
+    target_parameters: InitVar[list[str] | None] = None
+    split_expert_r: InitVar[bool] = False
+    ensure_weight_tying: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self, target_parameters: list[str] | None, split_expert_r: bool, ensure_weight_tying: bool
+    ) -> None:
+        for name, value in zip(ABSENT, (target_parameters, split_expert_r, ensure_weight_tying), strict=True):
+            if value:
+                raise ValueError(
+                    f"{name}={value!r} has no place in a PeftModel of this method: adapt the model with "
+                    f"apply_reslora(model, ResLoRAConfig({name}=...)), which saves, loads and exports it"
+                )
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(RESLORA)
         self.native()

@@ -101,11 +101,12 @@ def from_native(path: str | os.PathLike[str], out: str | os.PathLike[str], *, ta
     if saved.chains is not None and saved.chains_from != "structure":
         chains = {plan.title: plan.names for plan in saved.chains if not plan.experts}
     about = parsed_json((folder / CONFIG_NAME).read_bytes(), f"{CONFIG_NAME} is not valid JSON")
-    if config.target_parameters:
-        raise ValueError(
-            f"{CONFIG_NAME}: target_parameters={list(config.target_parameters)} have no place in a PeftModel of this "
-            "method: export_peft(model, path) writes them as a LoRA adapter of PEFT"
-        )
+    for name in ("target_parameters", "ensure_weight_tying"):
+        if value := getattr(config, name):
+            raise ValueError(
+                f"{CONFIG_NAME}: {name}={value!r} has no place in a PeftModel of this method: export_peft(model, path) "
+                "writes such an adapter as one of PEFT's LoRA"
+            )
     values: dict[str, Any] = {name: value for name, value in config.to_dict().items() if name not in ABSENT}
     peft_config = ResLoRAPeftConfig(
         **values, chains=chains, task_type=task_type, inference_mode=True,

@@ -13,7 +13,8 @@ from ..layers.kinds import KINDS, kind_of
 from ..layers.linear import ResLoRALinear, share_hooks
 from ..layers.offloading import bare_forward, hook_like
 from ..layers.quantized_linear import QuantizedResLoRALinear
-from .adapters import Adapters, only_one
+from ..layers.several import Part, in_parts, parts_for
+from .adapters import Adapters
 
 
 class _BesideItsBase:
@@ -65,7 +66,7 @@ def _nothing_more_to_share(base_layer: nn.Module) -> None:
 
 
 class ResLoRALayer(nn.Module, BaseTunerLayer):
-    """A frozen linear layer, ``base_layer``, and its adapters by name in ``reslora_adapter``, of which one is in force.
+    """A frozen linear layer, ``base_layer``, and its adapters by name in ``reslora_adapter``: those in force sum.
 
     Args:
         base_layer: a module that ``layers.kinds`` has a kind of adapted layer for. Its hooks become this layer's,
@@ -93,6 +94,7 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.reslora_adapter = nn.ModuleDict()
         self.adapters = adapters
+        self.samples: list[str] | None = None  # the adapter of each sample of the batch, for the time of a forward
         self.training = base_layer.training
         share_hooks(base_layer, self)
         hook_like(base_layer, self, _nothing_more_to_share)
@@ -117,14 +119,14 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
         return self.kind is QuantizedResLoRALinear and self.merged
 
     @property
-    def adapter_in_force(self) -> ResLoRALinear | None:
-        name = next((name for name in self.active_adapters if name in self.reslora_adapter), None)
-        adapter: ResLoRALinear | None = None if name is None else self.reslora_adapter[name]
-        return adapter
+    def in_force(self) -> tuple[ResLoRALinear, ...]:
+        """Its adapters in force."""
+        held = self.reslora_adapter
+        return tuple([held[name] for name in self.active_adapters if name in held])
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's, for one adapter; ValueError for several, or while another one is merged."""
-        names = only_one(adapter_names)
+        """As PEFT's; ValueError while another adapter is merged."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.adapters.refuse_merged_but(names)
         super().set_adapter(names, inference_mode=inference_mode)
         self.adapters.put_in_force(names)
@@ -154,12 +156,17 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] to y [..., out_features], with the adapter in force if there is one."""
-        adapter = self.adapter_in_force
-        if adapter is None or self.disable_adapters:
+        """x [..., in_features] to y [..., out_features], with the adapters in force if there are any."""
+        adapters = self.in_force
+        if self.disable_adapters or (not adapters and self.samples is None):
             y: Tensor = bare_forward(self.base_layer)(x)  # its hooks are this layer's, which have run
             return y
-        y = adapter(x)
+        if self.samples is not None:
+            held = dict(self.reslora_adapter)
+            return in_parts(next(iter(held.values())), parts_for(self.samples, held), x)
+        if len(adapters) > 1:
+            return in_parts(adapters[0], (Part(adapters),), x)
+        y = adapters[0](x)
         return y
 
     def extra_repr(self) -> str:

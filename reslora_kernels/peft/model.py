@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from ..adapt.apply import replace_modules
+from ..adapt.switching import refuse_in_sum, refuse_samples
 from ..adapt.targets import adaptable, passed_over
 from ..config import ALL_LINEAR, MergeMethod
 from ..dtensors import initialised, refuse_partitioned, refuse_sharded, refuse_zero3
+from ..layers.several import BASE, names_by_module
 from ..merge.merging import MergeReport, merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics
 from ..merge.unloading import fit_in
-from .adapters import adapters_of, only_one, refuse_taken_off_hooks
+from .adapters import adapters_of, refuse_taken_off_hooks
 from .layer import ResLoRALayer
 
 
 class ResLoRAModel(BaseTuner):
-    """A model with ResLoRA adapters, of which one is in force at a time.
+    """A model with ResLoRA adapters. Those in force sum; ``adapter_names`` in a forward has one for each sample.
 
-    What cannot be right is refused by name: several adapters in force at once, batches that mix adapters
-    (``adapter_names`` in a forward), merges that need data and get none.
+    What cannot be right is refused by name: DoRA beside another adapter, merges of several adapters at once, or that
+    need data and get none.
     """
 
     prefix = "reslora_"
@@ -132,8 +135,10 @@ class ResLoRAModel(BaseTuner):
         replace_modules(self.model, {id(child): new_module})
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's, for one adapter; a merged one is unmerged first, as PEFT does."""
-        only_one(adapter_name)
+        """As PEFT's: several adapters sum. A merged one is unmerged first, as PEFT does."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if len(names) > 1:
+            refuse_in_sum(adapters_of(self.model).layers_of(names))
         if self._merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
@@ -151,12 +156,28 @@ class ResLoRAModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: a batch runs through one ResLoRA adapter; split it, and "
-                "call set_adapter for each part"
-            )
-        yield
+        names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
+        if names is None:
+            yield
+            return
+        adapters, used = adapters_of(self.model), [name for name in dict.fromkeys(names) if name != BASE]
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if self._merged:
+            raise ValueError("Cannot pass `adapter_names` while an adapter is merged: call unmerge_adapter() first")
+        if unknown := sorted(set(used) - adapters.records.keys()):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        refuse_samples(adapters.layers_of(used))
+        names_of = names_by_module(self.model, names, beams if isinstance(beams, int) else 1)
+        with adapters.for_a_while(used), ExitStack() as hooks:
+            for module in self.model.modules():
+                if isinstance(module, ResLoRALayer):
+                    module.samples = names_of(module)
+                    hooks.callback(setattr, module, "samples", None)
+                elif isinstance(module, AuxiliaryTrainingWrapper):
+                    hand = module.register_forward_pre_hook(_HandNames(names_of(module)), with_kwargs=True)
+                    hooks.callback(hand.remove)
+            yield
 
     @property
     def _merged(self) -> bool:
@@ -188,7 +209,7 @@ class ResLoRAModel(BaseTuner):
         Raises:
             TypeError, ValueError: as ``merge_reslora``, or another adapter is named. The model is unchanged then.
         """
-        names = self.active_adapters if adapter_names is None else only_one(adapter_names)
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
         if names != self.active_adapters:
             raise ValueError(f"adapter_names must be the adapter in force, {self.active_adapters}, got {names}")
         if self._merged and not _any_given(method, calibration, statistics):
@@ -245,6 +266,16 @@ class ResLoRAModel(BaseTuner):
         if dense:
             fit_in(model, dense)
         return model
+
+
+class _HandNames:
+    """Forward pre-hook of what PEFT trains whole: the adapter of each sample."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"adapter_names": self.names}
 
 
 def _any_given(*arguments: Any) -> bool:

@@ -1,0 +1,224 @@
+"""Starts beside PiSSA and OLoRA: each against PEFT's, and the model as its base where it is to be so."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig, EvaConfig
+from peft.tuners.lora.eva import initialize_lora_eva_weights
+from torch import Tensor, nn
+
+from reslora_kernels import (
+    ResLoRAConfig,
+    apply_reslora,
+    load_adapter,
+    merge_reslora,
+    save_adapter,
+    start_adapters,
+)
+from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels.layers.initialization import fill
+from reslora_kernels.testing import relative_error
+
+from .models import FAMILIES, llama, logits, randomize
+
+TARGETS = ["q_proj", "down_proj"]
+BATCHES = [FAMILIES["llama"].batch(seed) for seed in range(2)]
+SINGLE = [{"input_ids": row[None], "labels": row[None]} for row in BATCHES[0]["input_ids"]]  # as CorDA in PEFT has it
+
+
+def ours(start: str, **changes: Any) -> nn.Module:
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "shortcut": "none"}
+    return apply_reslora(llama(), ResLoRAConfig(**fields | {"init_lora_weights": start} | changes))
+
+
+def peft_config(start: str, **changes: Any) -> LoraConfig:
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}
+    return LoraConfig(**fields | {"init_lora_weights": start} | changes)
+
+
+def pairs(model: nn.Module, theirs: Any) -> list[tuple[Any, Tensor, Tensor]]:
+    """Each layer of ours with A and B of PEFT's."""
+    layers = adapted_layers(model)
+    assert len(layers) == 2 * 3
+    others = [theirs.base_model.model.get_submodule(name) for name in layers]
+    return [
+        (layer, other.lora_A["default"].weight, other.lora_B["default"].weight)
+        for layer, other in zip(layers.values(), others, strict=True)
+    ]
+
+
+def test_orthogonal_is_drawn_as_in_peft() -> None:
+    layer = get_peft_model(llama(), peft_config("orthogonal")).base_model.model.model.layers[0].self_attn.q_proj
+    a, b = torch.empty(4, 32), torch.empty(32, 4)
+    torch.manual_seed(3)
+    layer.orthogonal_init("default")
+    torch.manual_seed(3)
+    fill(ResLoRAConfig(r=4, init_lora_weights="orthogonal"), a, b)
+    assert torch.equal(a, layer.lora_A["default"].weight)
+    assert torch.equal(b, layer.lora_B["default"].weight)
+    assert float((b @ a).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("shortcut", ["none", "input", "block"])
+def test_orthogonal_begins_as_the_base_and_trains_both_at_once(shortcut: Any) -> None:
+    model = ours("orthogonal", shortcut=shortcut)
+    assert relative_error(logits(model), logits(llama())) < 1e-5
+    model(**BATCHES[0]).loss.backward()
+    assert all(bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
+
+
+def test_eva_is_that_of_peft() -> None:
+    theirs = get_peft_model(llama(), peft_config("eva", eva_config=EvaConfig(rho=1.0)))
+    initialize_lora_eva_weights(theirs, BATCHES[:1], show_progress_bar=False)
+    model = start_adapters(ours("eva"), BATCHES[:1])
+    for layer, a, b in pairs(model, theirs):
+        assert not b.any() and not layer.lora_B.any()
+        assert torch.allclose(layer.lora_A @ layer.lora_A.T, torch.eye(4), atol=1e-5)
+        assert float(nn.functional.cosine_similarity(layer.lora_A, a).min()) > 0.99
+    assert torch.equal(logits(model), logits(llama()))
+
+
+def test_eva_leaves_out_what_does_not_count() -> None:
+    batch = BATCHES[0]["input_ids"]
+    mask = torch.ones_like(batch)
+    mask[:, -4:] = 0
+    padded = start_adapters(ours("eva"), [{"input_ids": batch, "attention_mask": mask}])
+    cut = start_adapters(ours("eva"), [{"input_ids": batch[:, :-4]}])
+    for one, other in zip(adapted_layers(padded).values(), adapted_layers(cut).values(), strict=True):
+        assert relative_error(one.lora_A, other.lora_A) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_is_that_of_peft(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # PEFT's file takes its dataclass from attrs, which PEFT does not require
+    monkeypatch.setitem(sys.modules, "attr", SimpleNamespace(dataclass=dataclasses.dataclass))
+    from peft.tuners.lora.corda import preprocess_corda
+
+    base = llama()
+    config = peft_config("corda", corda_config=CordaConfig(corda_method=method))
+
+    def run() -> None:
+        for batch in SINGLE:
+            base(**batch)
+
+    preprocess_corda(base, config, run)
+    theirs = get_peft_model(base, config)
+    model = start_adapters(ours("corda" if method == "ipm" else "corda_kpm"), SINGLE)
+    for layer, a, b in pairs(model, theirs):
+        assert relative_error(layer.lora_B @ layer.lora_A, b @ a) < 1e-2
+        if method == "ipm":
+            assert relative_error(layer.lora_A.abs(), a.abs()) < 1e-2
+    assert relative_error(logits(model), logits(llama())) < 1e-5
+
+
+def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every randomised decomposition draw the same."""
+    decompose = torch.svd_lowrank
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(5)
+        return decompose(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "svd_lowrank", again)
+
+
+def test_lora_ga_is_that_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    loraga = pytest.importorskip("peft.tuners.lora.loraga", reason="this PEFT has no LoRA-GA")
+    from peft.tuners.lora.config import LoraGAConfig
+
+    seeded(monkeypatch)
+    base, config = llama(), peft_config("lora_ga", lora_ga_config=LoraGAConfig())
+
+    def step() -> None:
+        for batch in BATCHES:
+            base(**batch).loss.backward()
+
+    loraga.preprocess_loraga(base, config, step)
+    theirs = get_peft_model(base, config)
+    model = start_adapters(ours("lora_ga"), BATCHES)
+    for layer, a, b in pairs(model, theirs):
+        assert relative_error(layer.lora_A, a) < 1e-2
+        assert relative_error(layer.lora_B, b) < 1e-2
+    assert relative_error(logits(model), logits(llama())) < 1e-5
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
+def test_with_every_shortcut_the_model_begins_as_its_base(start: str, shortcut: Any, tmp_path: Path) -> None:
+    model = start_adapters(ours(start, shortcut=shortcut), BATCHES)
+    assert all(layer.lora_A.any() for layer in adapted_layers(model).values())
+    assert relative_error(logits(model), logits(llama())) < 1e-5
+    randomize(model)
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(llama(), tmp_path)), logits(model))
+    if shortcut in ("none", "block"):
+        before = logits(model)
+        merge_reslora(model)
+        assert relative_error(logits(model), before) < 1e-4
+
+
+def test_loftq_is_that_of_peft_and_nearer_to_the_plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from peft.utils import loftq_utils
+
+    base, plain = llama(), dict(llama().state_dict())
+    for layer in base.model.layers:
+        for owner, name in ((layer.self_attn, "q_proj"), (layer.mlp, "down_proj")):
+            linear = getattr(owner, name)
+            quantized = bitsandbytes.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
+            )
+            quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, quant_type="nf4", requires_grad=False)
+            setattr(owner, name, quantized.to("cpu"))
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 4, "target_modules": TARGETS, "shortcut": "none"}
+    model = apply_reslora(base, ResLoRAConfig(init_lora_weights="loftq", **fields))
+    exact, rounded = logits(llama()), logits(model)
+    start_adapters(model, weights=plain)
+    assert relative_error(logits(model), exact) < relative_error(rounded, exact)
+    move = torch.Tensor.to
+    monkeypatch.setattr(  # PEFT computes on a GPU, whatever there is
+        torch.Tensor, "to", lambda self, *a, **k: move(self, *a, **{n: v for n, v in k.items() if n != "device"})
+    )
+    for name, one in adapted_layers(model).items():
+        a, b = loftq_utils._loftq_init_new(one.base_layer.weight, plain[f"{name}.weight"], 4, 4)
+        assert relative_error(one.lora_B @ one.lora_A, b @ a) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "orthogonal", "r": 3}, "must be even"),
+        ({"start": "orthogonal", "shortcut": "middle"}, "which shortcut='middle' multiplies"),
+        ({"start": "loftq", "shortcut": "block"}, "take shortcut='none'"),
+        ({"start": "loftq", "use_dora": True}, "use_dora"),
+        ({"start": "eva", "target_modules": ["embed_tokens"]}, "is for linear layers: take True"),
+    ],
+    ids=str,
+)
+def test_what_has_no_start_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ours(**changes)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ValueError, match="is there from the beginning"):
+        start_adapters(ours("pissa"), BATCHES)
+    with pytest.raises(ValueError, match="give calibration="):
+        start_adapters(ours("eva"))
+    with pytest.raises(ValueError, match="at least one batch"):
+        start_adapters(ours("corda"), [])
+    with pytest.raises(ValueError, match="give labels in the batches"):
+        start_adapters(ours("lora_ga"), [{"input_ids": BATCHES[0]["input_ids"]}])
+    with pytest.raises(ValueError, match="is for a quantised base"):
+        start_adapters(ours("loftq"), weights={})
+    with pytest.raises(ValueError, match="lower r"):
+        start_adapters(ours("lora_ga", r=20), BATCHES)
