@@ -5,37 +5,54 @@ Each library is a ``Quantizer`` in ``QUANTIZERS``. It is imported when a weight 
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 
-class Quantizer(Protocol):
+class Quantizer:
     """A library that holds weights quantised; ``library`` is what it is called in messages."""
 
     library: str
 
-    def recognises(self, linear: nn.Linear) -> bool:
-        """Whether the module's weight is held by it; it is asked of every one, and must not import the library."""
+    def recognises(self, linear: nn.Module) -> bool:
+        """Whether it is a linear layer whose weight is held by the library; asked of every module, without importing
+        the library."""
+        raise NotImplementedError
 
-    def shards(self, linear: nn.Linear) -> bool:
-        """Whether FSDP2 can cut the weight as it is held, and ``dequantize`` read it put together."""
-
-    def dtype(self, linear: nn.Linear) -> torch.dtype:
+    def dtype(self, linear: Any) -> torch.dtype:
         """The floating dtype that the weight was quantised from, or is computed in."""
+        raise NotImplementedError
 
-    def dequantize(self, linear: nn.Linear) -> Tensor:
+    def dequantize(self, linear: Any) -> Tensor:
         """The weight [N, K] in floating point, a new tensor on the weight's device."""
+        raise NotImplementedError
+
+    def why_not(self, linear: Any) -> str | None:
+        """What keeps such a layer from being adapted, and what to do instead; None where nothing does."""
+        return None
+
+    def shards(self, linear: Any) -> bool:
+        """Whether FSDP2 can cut the weight as it is held, and ``dequantize`` read it put together."""
+        return False
+
+    def held(self, linear: Any) -> Tensor:
+        """What the weight is held in."""
+        return cast(Tensor, linear.weight)
+
+    def runs(self, linear: Any) -> bool:
+        """Whether the layer's own forward runs where it is."""
+        return True
 
 
-class BitsAndBytes:
+class BitsAndBytes(Quantizer):
     """NF4, FP4 and LLM.int8 weights (Transformers' ``BitsAndBytesConfig``)."""
 
     library = "bitsandbytes"
 
-    def recognises(self, linear: nn.Linear) -> bool:
-        return type(linear).__module__.startswith("bitsandbytes.")
+    def recognises(self, linear: nn.Module) -> bool:
+        return isinstance(linear, nn.Linear) and type(linear).__module__.startswith("bitsandbytes.")
 
     def shards(self, linear: nn.Linear) -> bool:
         """4 bits are cut as packed; the scales, an eighth of them, stay whole. LLM.int8's scales hang on the weight."""
@@ -64,16 +81,13 @@ class BitsAndBytes:
         return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales))
 
 
-class TorchAO:
+class TorchAO(Quantizer):
     """int8, int4 and float8 weight-only tensors (``quantize_``, Transformers' ``TorchAoConfig``)."""
 
     library = "torchao"
 
-    def recognises(self, linear: nn.Linear) -> bool:
+    def recognises(self, linear: nn.Module) -> bool:
         return type(linear) is nn.Linear and type(linear.weight).__module__.startswith("torchao.")
-
-    def shards(self, linear: nn.Linear) -> bool:
-        return False
 
     def dtype(self, linear: nn.Linear) -> torch.dtype:
         return linear.weight.dtype
@@ -83,20 +97,169 @@ class TorchAO:
         return cast(Tensor, weight.dequantize())
 
 
-QUANTIZERS: tuple[Quantizer, ...] = (BitsAndBytes(), TorchAO())
+class Float8(Quantizer):
+    """Weights in 8-bit floating point with scales beside them, as Transformers holds them: ``FineGrainedFP8Config``
+    (DeepSeek-V3's checkpoints), ``FbgemmFp8Config``, and compressed-tensors' under ``use_optimized_inference``.
+
+    The layers' own forward rounds x to 8 bits too, which is not repeated, and needs a GPU's kernels.
+    """
+
+    library = "Transformers' FP8"
+
+    def recognises(self, linear: nn.Module) -> bool:
+        kind = type(linear)
+        if not isinstance(linear, nn.Linear) or kind.__name__ not in _FLOAT8:
+            return False
+        return kind.__module__.startswith("transformers.") and linear.weight.dtype.itemsize == 1
+
+    def why_not(self, linear: Any) -> str | None:
+        if linear.weight.is_floating_point():
+            return None
+        return (
+            "an FP8Linear with weights of 4 bits, which no backward reads: load the model with "
+            "FineGrainedFP8Config(dequantize=True)"
+        )
+
+    def runs(self, linear: Any) -> bool:
+        return not linear.weight.is_cpu
+
+    def dtype(self, linear: Any) -> torch.dtype:
+        return torch.float32  # that of the scales
+
+    def dequantize(self, linear: Any) -> Tensor:
+        weight: Tensor = linear.weight.detach().float()
+        scales: Tensor = linear.weight_scale_inv if hasattr(linear, "weight_scale_inv") else linear.weight_scale
+        scales, block = scales.detach().float(), getattr(linear, "block_size", None)
+        if block is None:  # one for the weight, or one for each row
+            return weight * (scales if scales.numel() == 1 else scales.view(-1, 1))
+        rows = scales.repeat_interleave(block[0], 0)[: len(weight)]
+        return weight * rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+
+
+class HQQ(Quantizer):
+    """``HQQLinear`` (Transformers' ``HqqConfig``), which is no ``nn.Linear``."""
+
+    library = "hqq"
+
+    def recognises(self, linear: nn.Module) -> bool:
+        return type(linear).__name__ == "HQQLinear" and type(linear).__module__.startswith("hqq.")
+
+    def held(self, linear: Any) -> Tensor:
+        return cast(Tensor, linear.W_q)
+
+    def dtype(self, linear: Any) -> torch.dtype:
+        return cast(torch.dtype, linear.compute_dtype)
+
+    def dequantize(self, linear: Any) -> Tensor:
+        return cast(Tensor, linear.dequantize())
+
+
+class Quanto(Quantizer):
+    """``QLinear`` of optimum-quanto (Transformers' ``QuantoConfig``, diffusers)."""
+
+    library = "optimum.quanto"
+
+    def recognises(self, linear: nn.Module) -> bool:
+        return isinstance(linear, nn.Linear) and type(linear).__module__.startswith("optimum.quanto.")
+
+    def why_not(self, linear: Any) -> str | None:
+        if linear.activation_qtype is None:
+            return None
+        return "a QLinear that quantises its input and output too: quantise the weights alone (activations=None)"
+
+    def dtype(self, linear: Any) -> torch.dtype:
+        return cast(torch.dtype, linear.weight.dtype)
+
+    def dequantize(self, linear: Any) -> Tensor:
+        weight = linear.qweight  # of weights that are not frozen, worked out now
+        return cast(Tensor, weight.dequantize() if hasattr(weight, "dequantize") else weight)
+
+
+class GPTQ(Quantizer):
+    """GPTQ checkpoints as GPTQModel loads them for PyTorch's own operations (``BACKEND.TORCH``), on a CPU too.
+
+    Its other layers pack the weight anew for a kernel of theirs.
+    """
+
+    library = "gptqmodel"
+
+    def recognises(self, linear: nn.Module) -> bool:
+        kind = type(linear)
+        return kind.__module__ == "gptqmodel.nn_modules.qlinear.torch" and kind.__name__ == "TorchLinear"
+
+    def held(self, linear: Any) -> Tensor:
+        return cast(Tensor, linear.qweight)
+
+    def dtype(self, linear: Any) -> torch.dtype:
+        return cast(torch.dtype, linear.scales.dtype)
+
+    def dequantize(self, linear: Any) -> Tensor:
+        return cast(Tensor, linear.dequantize_weight()).T.contiguous()
+
+
+class Unread(Quantizer):
+    """Layers that hold their weight as nothing here reads it: known, to be refused by name."""
+
+    library = "another library"
+
+    def recognises(self, linear: nn.Module) -> bool:
+        return _library_of(linear) is not None
+
+    def why_not(self, linear: Any) -> str:
+        library = _library_of(linear)
+        assert library is not None
+        return (
+            f"a {type(linear).__name__} whose weight {library} holds quantised, in a form that is not read: "
+            f"{_INSTEAD[library]}"
+        )
+
+    def dtype(self, linear: Any) -> torch.dtype:
+        return torch.float32
+
+    def dequantize(self, linear: Any) -> Tensor:
+        raise TypeError(self.why_not(linear))
+
+
+_FLOAT8 = ("FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear")
+_INSTEAD = {
+    "gptqmodel": "load the model with GPTQModel's backend=BACKEND.TORCH, whose layers are read, or with plain weights",
+    "awq": "load it with plain weights, or in 4 bits by bitsandbytes",
+    "auto_gptq": "load it with GPTQModel's backend=BACKEND.TORCH, or with plain weights",
+    "compressed_tensors": "load it with CompressedTensorsConfig(dequantize=True), as its first forward does anyway",
+    "aqlm": "load it with plain weights",
+    "eetq": "load it with plain weights, or in 8 bits by bitsandbytes",
+    "vptq": "load it with plain weights",
+    "quark": "load it with plain weights",
+}
+
+
+def _library_of(linear: nn.Module) -> str | None:
+    """The library of a layer with sizes of its own, or of a plain one that it has attached itself to."""
+    scheme = getattr(linear, "quantization_scheme", None)
+    if isinstance(linear, nn.Linear) and type(scheme).__module__.startswith("compressed_tensors."):
+        return "compressed_tensors"
+    library = type(linear).__module__.partition(".")[0]
+    return library if library in _INSTEAD and hasattr(linear, "in_features") else None
+
+
+QUANTIZERS: tuple[Quantizer, ...] = (BitsAndBytes(), TorchAO(), Float8(), HQQ(), Quanto(), GPTQ(), Unread())
 
 
 def quantizer_of(module: nn.Module) -> Quantizer | None:
     """The quantiser that holds the module's weight; None for a plain weight and for what is no linear layer."""
-    if not isinstance(module, nn.Linear):
-        return None
     return next((quantizer for quantizer in QUANTIZERS if quantizer.recognises(module)), None)
+
+
+def held_in(module: Any) -> Any:
+    """The tensor that a quantised layer holds its weight in, or the weight of the plain layer in its place."""
+    quantizer = quantizer_of(module)
+    return module.weight if quantizer is None else quantizer.held(module)
 
 
 class QuantizedWeight:
     """The weight [N, K] of a quantised linear layer for ``ops.lora_linear``, which unpacks it for each pass."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: Any) -> None:
         quantizer = quantizer_of(linear)
         assert quantizer is not None
         self.linear, self._quantizer = linear, quantizer
@@ -104,7 +267,12 @@ class QuantizedWeight:
 
     @property
     def device(self) -> torch.device:
-        return self.linear.weight.device
+        return self._quantizer.held(self.linear).device
+
+    @property
+    def runs(self) -> bool:
+        """Whether the layer's own forward runs where it is."""
+        return self._quantizer.runs(self.linear)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file as load
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
+from transformers.integrations.finegrained_fp8 import FP8Linear, _dequantize_fp8_weight
 
 from reslora_kernels import (
     ResLoRAConfig,
@@ -44,14 +46,22 @@ BATCH = FAMILIES["llama"].batch(5)
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
 
-def _with_bitsandbytes(model: nn.Module, make: Callable[[nn.Linear], nn.Linear]) -> nn.Module:
+def _replaced(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """The model with other layers in the place of those that the tests adapt."""
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and name.endswith(TARGETS):
-            quantized = make(linear)
-            quantized.load_state_dict(linear.state_dict())
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, quantized.to("cpu"))
+            setattr(model.get_submodule(parent), leaf, make(linear))
     return model.requires_grad_(False)
+
+
+def _with_bitsandbytes(model: nn.Module, make: Callable[[nn.Linear], nn.Linear]) -> nn.Module:
+    def quantized(linear: nn.Linear) -> nn.Module:
+        layer = make(linear)
+        layer.load_state_dict(linear.state_dict())
+        return layer.to("cpu")
+
+    return _replaced(model, quantized)
 
 
 def four_bits(kind: str) -> Callable[[nn.Module], nn.Module]:
@@ -60,6 +70,48 @@ def four_bits(kind: str) -> Callable[[nn.Module], nn.Module]:
         return bitsandbytes.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.float32, quant_type=kind)
 
     return lambda model: _with_bitsandbytes(model, make)
+
+
+def with_hqq(model: nn.Module) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    how = BaseQuantizeConfig(nbits=4, group_size=8)
+    return _replaced(model, lambda linear: HQQLinear(linear, how, compute_dtype=torch.float32, device="cpu"))
+
+
+def with_quanto(model: nn.Module) -> nn.Module:
+    from optimum.quanto import freeze, qint8, quantize
+
+    quantize(model, weights=qint8, include=[f"*{name}" for name in TARGETS])
+    freeze(model)
+    return model.requires_grad_(False)
+
+
+def with_gptq(model: nn.Module) -> nn.Module:
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    def quantized(linear: nn.Linear) -> nn.Module:
+        n, k = linear.weight.shape
+        layer = TorchLinear(
+            bits=4, group_size=16, sym=True, desc_act=False, in_features=k, out_features=n, bias=False,
+            pack_dtype=torch.int32, register_buffers=True,
+        )  # fmt: skip
+        layer.qweight.random_(-(2**31), 2**31 - 1)
+        layer.qzeros.fill_(0x77777777)
+        layer.scales.fill_(0.02)
+        layer.post_init()
+        return layer
+
+    return _replaced(model, quantized)
+
+
+LIBRARIES = {"hqq": "hqq", "quanto": "optimum", "gptq": "gptqmodel"}
+
+
+def missing(kind: str) -> Any:
+    """A mark for what is quantised by a library that is not here."""
+    library = LIBRARIES.get(kind, "torch")
+    return pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"{library} is not installed")
 
 
 def eight_bits(model: nn.Module) -> nn.Module:
@@ -78,6 +130,22 @@ def with_torchao(config: Any) -> Callable[[nn.Module], nn.Module]:
     return quantize
 
 
+def float8(block: tuple[int, int] | None) -> Callable[[nn.Module], nn.Module]:
+    """Transformers' layer, with a scale for each block of a weight or one for all of it."""
+
+    def quantized(linear: nn.Linear) -> nn.Module:
+        (n, k), weight = linear.weight.shape, linear.weight.detach()
+        rows, columns = block or (n, k)
+        layer = FP8Linear(k, n, block_size=block)
+        scales = torch.nn.functional.max_pool2d(weight.abs()[None], (rows, columns), ceil_mode=True)[0] / 448
+        whole = scales.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
+        layer.weight = nn.Parameter((weight / whole).to(torch.float8_e4m3fn), requires_grad=False)
+        layer.weight_scale_inv = nn.Parameter(scales if block else scales[0, 0])
+        return layer
+
+    return lambda model: _replaced(model, quantized)
+
+
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "nf4": four_bits("nf4"),
     "fp4": four_bits("fp4"),
@@ -85,8 +153,12 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torchao int8": with_torchao(Int8WeightOnlyConfig()),
     "torchao int4": with_torchao(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16))),
     "torchao float8": with_torchao(Float8WeightOnlyConfig()),
+    "fp8 in blocks": float8((12, 20)),
+    "hqq": with_hqq,
+    "quanto": with_quanto,
+    "gptq": with_gptq,
 }
-each_kind = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize("kind", [pytest.param(kind, marks=missing(kind)) for kind in KINDS])
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +203,8 @@ def test_computes_what_it_does_on_the_dequantised_weights(kind: str, shortcut: s
 @each_kind
 def test_at_the_start_it_is_the_base_model(kind: str) -> None:
     """LLM.int8 rounds activations, ResLoRA does not; torchao may multiply in another order."""
-    base, model = KINDS[kind](llama()), apply_reslora(KINDS[kind](llama()), config())
+    model = apply_reslora(KINDS[kind](llama()), config())
+    base = dense_base(kind) if kind == "fp8 in blocks" else KINDS[kind](llama())  # whose own kernels are a GPU's
     assert relative_error(logits(model), logits(base)) < (0.1 if kind in ("llm.int8", "torchao float8") else 1e-5)
 
 
@@ -178,7 +251,7 @@ def test_merging_keeps_the_adapter_apart_or_dequantises(kind: str) -> None:
     report = merge_reslora(model, dequantize=True)
     assert {row.rank for row in report.rows} == {4, 8, 12}
     merged = logits(model)
-    assert relative_error(merged, expected) < (5e-3 if kind == "llm.int8" else 1e-5)  # LLM.int8 merges in float16
+    assert relative_error(merged, expected) < (5e-3 if kind in ("llm.int8", "gptq") else 1e-5)  # they merge in float16
     unmerge_reslora(model)
     assert torch.equal(logits(model), expected)
 
@@ -238,6 +311,64 @@ def test_weights_that_an_evaluation_on_the_cpu_has_packed_are_read_right() -> No
     if linear.support_avx512bf16_for_cpu:
         assert linear.weight.quant_state.packing_format_for_cpu
     assert relative_error(QuantizedWeight(linear).unpacked(torch.float32), before) < 2**-7
+
+
+@pytest.mark.parametrize("block", [None, (12, 20)], ids=["one scale", "blocks"])
+def test_float8_is_read_as_transformers_reads_it(block: Any) -> None:
+    layer: Any = float8(block)(llama()).get_submodule("model.layers.0.mlp.down_proj")
+    found = QuantizedWeight(layer).unpacked(torch.float32)
+    expected = _dequantize_fp8_weight(layer.weight, layer.weight_scale_inv, block, torch.float32)
+    assert torch.equal(found, expected)
+    assert relative_error(found, llama().get_submodule("model.layers.0.mlp.down_proj").weight) < 0.05
+
+
+def test_float8_with_a_scale_for_each_row() -> None:
+    from transformers.integrations.fbgemm_fp8 import FbgemmFp8Linear
+
+    layer = FbgemmFp8Linear(6, 4, bias=False)
+    layer.weight = nn.Parameter(torch.randn(4, 6).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale = nn.Parameter(torch.rand(4, 1))
+    model = randomize(apply_reslora(nn.Sequential(layer), ResLoRAConfig(r=2, shortcut="none")))
+    adapter, x = next(iter(adapted_layers(model).values())), torch.randn(3, 6)
+    expected = layer.weight.float() * layer.weight_scale + adapter.scaling * adapter.lora_B @ adapter.lora_A
+    assert relative_error(model(x), x @ expected.T) < ROUNDING
+
+
+def test_weights_of_4_bits_in_float8s_layer_are_refused() -> None:
+    layer = FP8Linear(8, 8)
+    layer.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="dequantize=True"):
+        apply_reslora(nn.Sequential(layer), ResLoRAConfig(target_modules=["0"]))
+
+
+def of_library(path: str, **attributes: Any) -> type[nn.Module]:
+    """A linear layer of a class as a library has it, which is not installed here."""
+    return type(path.rpartition(".")[2], (nn.Linear,), {"__module__": path.rpartition(".")[0], **attributes})
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gptqmodel.nn_modules.qlinear.marlin.MarlinLinear", "backend=BACKEND.TORCH, whose layers are read"),
+        ("awq.modules.linear.gemm.WQLinear_GEMM", "whose weight awq holds quantised"),
+        ("aqlm.inference.QuantizedLinear", "whose weight aqlm holds quantised, in a form that is not read"),
+        ("eetq.modules.qlinear.W8A16Linear", "or in 8 bits by bitsandbytes"),
+        ("optimum.quanto.nn.qlinear.QLinear", "quantise the weights alone"),
+    ],
+)
+def test_what_is_not_read_is_refused_with_the_way_out(path: str, message: str) -> None:
+    layer = of_library(path, activation_qtype="qint8")(8, 8)
+    with pytest.raises(ValueError, match=message):
+        apply_reslora(nn.Sequential(layer), ResLoRAConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"matches (nothing|no linear layer)"):  # "all-linear" leaves it out
+        apply_reslora(nn.Sequential(layer), ResLoRAConfig())
+
+
+def test_compressed_tensors_are_refused_with_the_way_out() -> None:
+    layer = nn.Linear(8, 8)
+    layer.quantization_scheme = type("QuantizationScheme", (), {"__module__": "compressed_tensors.quantization"})()
+    with pytest.raises(ValueError, match=r"CompressedTensorsConfig\(dequantize=True\)"):
+        apply_reslora(nn.Sequential(layer), ResLoRAConfig(target_modules=["0"]))
 
 
 X = torch.arange(2, 11)[None]

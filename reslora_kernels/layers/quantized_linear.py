@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import QuantizedWeight, quantizer_of
+from ..quantizers import QuantizedWeight, held_in, quantizer_of
 from .linear import ResLoRALinear, share_hooks
 from .offloading import bare_forward, hook_like, unhooked
 
@@ -24,7 +24,7 @@ class QuantizedResLoRALinear(ResLoRALinear):
     @property
     def weight(self) -> Any:  # type: ignore[override]
         """The weight as its library holds it."""
-        return self.base_layer.weight
+        return held_in(self.base_layer)
 
     @property
     def bias(self) -> Any:  # type: ignore[override]
@@ -48,7 +48,9 @@ class QuantizedResLoRALinear(ResLoRALinear):
         return QuantizedWeight(self.base_layer).unpacked(dtype)
 
     def frozen_forward(self, x: Tensor) -> Tensor:
-        """By the library's own matmul; merged, in the merged weight's dtype."""
+        """By the library's own matmul, where it has one here; merged, in the merged weight's dtype."""
+        if not self.merged and not (weight := QuantizedWeight(self.base_layer)).runs:
+            return nn.functional.linear(x, weight.unpacked(x.dtype), self.bias)
         dtype = self.base_layer.weight.dtype if self.merged else x.dtype
         y: Tensor = bare_forward(self.base_layer)(x.to(dtype))  # its hooks are this layer's, which have run
         return y.to(x.dtype)
@@ -59,7 +61,12 @@ class QuantizedResLoRALinear(ResLoRALinear):
 
     @staticmethod
     def why_not(module: Any) -> str | None:
-        return None
+        quantizer = quantizer_of(module)
+        return None if quantizer is None else quantizer.why_not(module)
+
+    @staticmethod
+    def weight_of(module: Any) -> Any:
+        return held_in(module.base_layer if isinstance(module, QuantizedResLoRALinear) else module)
 
     @classmethod
     def check_base(cls, linear: Any) -> None:

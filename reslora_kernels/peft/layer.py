@@ -14,6 +14,7 @@ from ..layers.linear import ResLoRALinear, share_hooks
 from ..layers.offloading import bare_forward, hook_like
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.several import Part, in_parts, parts_for
+from ..quantizers import held_in
 from .adapters import Adapters
 
 
@@ -44,7 +45,7 @@ class _BesideItsBase:
 
     @property
     def weight(self) -> Any:
-        return self.base_layer.weight
+        return held_in(self.base_layer)
 
     @property
     def bias(self) -> Any:
@@ -101,7 +102,7 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
 
     def add(self, adapter_name: str, config: ResLoRAConfig, random_b: bool = False) -> None:
         """A new adapter, in the dtype of the weight as PEFT's are, which casts it afterwards if asked to."""
-        dtype = self.base_layer.weight.dtype
+        dtype = self.kind.weight_of(self.base_layer).dtype
         holder: Any = self
         adapter = ADAPTERS[self.kind].from_linear(holder, config, dtype if dtype.is_floating_point else None)
         if random_b:
