@@ -38,6 +38,7 @@ EXACT = [
     "nf4 in bfloat16 fsdp",
     "torchao ddp",
     "offloaded",
+    *(KINDS := [f"kinds {kind} {shortcut}" for kind in ("ddp", "fsdp") for shortcut in ("none", "block")]),
 ]
 
 
@@ -71,6 +72,14 @@ def test_adapters_are_saved_whole_under_their_names(reports: list[Report], name:
         assert result["equal"]
         assert result.get("full_state_dict", True)
         assert result.get("outputs", 0.0) < 1e-12
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_layers_are_saved_whole(reports: list[Report], name: str) -> None:
+    """Embedding, attention with its output, convolution and experts."""
+    for result in found(reports, name):
+        assert result["equal"]
+        assert result["kinds"] == 5
 
 
 def test_one_replica_of_several_saves(reports: list[Report]) -> None:

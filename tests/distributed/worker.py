@@ -25,7 +25,7 @@ from reslora_kernels.training import ResLoRACallback
 
 from ..models import llama, randomize
 from ..test_training import trained, trainer
-from . import fsdp
+from . import fsdp, other_kinds
 from .residual import (
     FORMS,
     SHORTCUTS,
@@ -228,7 +228,7 @@ QUANTIZED: dict[str, Scenario] = {
 }
 
 
-SCENARIOS = DDP | fsdp.SCENARIOS | PIPELINE | fsdp.RECIPES | TRAINER | QUANTIZED
+SCENARIOS = DDP | fsdp.SCENARIOS | PIPELINE | fsdp.RECIPES | TRAINER | QUANTIZED | other_kinds.SCENARIOS
 
 
 if __name__ == "__main__":
