@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benchmarks.gpu_check.__main__ import model_tables
-from reslora_kernels.bench import model_cases, peers
+from reslora_kernels.bench import model_cases, providers
 from reslora_kernels.bench.cases import LORA, SETS, Case
 from reslora_kernels.bench.providers import PROVIDERS
 from reslora_kernels.bench.results import TIMED, ModelMeasurement
@@ -79,8 +79,8 @@ def fused_linear_lora(
 
 @pytest.mark.parametrize("version", [LoRA_W, OlderLoRA_W])
 def test_unsloth_is_called_as_it_is_written(version: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_unsloth", lambda: SimpleNamespace(LoRA_W=version))
-    monkeypatch.setattr(peers, "_gpu_library_missing", lambda *_: None)
+    monkeypatch.setattr(providers, "_unsloth", lambda: SimpleNamespace(LoRA_W=version))
+    monkeypatch.setattr(providers, "_gpu_library_missing", lambda *_: None)
     for found, expected in zip(results("unsloth"), results("plain"), strict=True):
         torch.testing.assert_close(found, expected)
     dropping = CASE.replace(p=0.5)
@@ -91,7 +91,7 @@ def test_unsloth_is_called_as_it_is_written(version: Any, monkeypatch: pytest.Mo
 
 
 def test_lorafusion_is_called_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_lorafusion", lambda: SimpleNamespace(fused_linear_lora=fused_linear_lora))
+    monkeypatch.setattr(providers, "_lorafusion", lambda: SimpleNamespace(fused_linear_lora=fused_linear_lora))
     almost_none = CASE.replace(p=PROVIDERS["lorafusion"].least_p)
     for found, expected in zip(results("lorafusion", almost_none), results("plain"), strict=True):
         torch.testing.assert_close(found, expected)
@@ -101,14 +101,14 @@ def test_lorafusion_is_called_as_it_is_written(monkeypatch: pytest.MonkeyPatch) 
 def test_a_library_that_is_not_there_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, gpu = SETS["peers"](True)[1], torch.device("cuda")
     assert case.p > 0 and LORA in case.compiled
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
     assert PROVIDERS[name].missing(case, LORA, gpu) == f"{name} is not installed"
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: object())
 
     def broken() -> None:
         raise ImportError("no kernel\nimage")
 
-    monkeypatch.setattr(peers, f"_{name}", broken)
+    monkeypatch.setattr(providers, f"_{name}", broken)
     assert PROVIDERS[name].missing(case, LORA, CPU) == f"{name} needs a GPU"
     assert PROVIDERS[name].missing(case, LORA, gpu) == f"{name} cannot be imported: ImportError: no kernel"
 

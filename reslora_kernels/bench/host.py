@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from reslora_kernels.backends import stubs
 from reslora_kernels.bench import timing
 from reslora_kernels.bench.cases import LORA, Method
-from reslora_kernels.bench.peers import SCALING, HandWritten
+from reslora_kernels.bench.providers import SCALING, HandWritten
 from reslora_kernels.bench.results import FAILED, SKIPPED, TIMED, Measurement
 from reslora_kernels.bench.suite import Bench, fill
 from reslora_kernels.bench.timing import check_alive, one_line

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reslora_kernels.cli.examples import Chat, Completion, Example, Text, parse_record, read_examples
-from reslora_kernels.cli.finetune.preparation import split_rows
+from reslora_kernels.cli.finetune import split_rows
 from reslora_kernels.cli.tokenization import IGNORED, Encoded, Row, collate, encode
 
 USER, ANSWER = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "b"}'
