@@ -22,7 +22,7 @@ from .merge.combination import add_weighted_adapter
 from .merge.merging import merge_reslora, unmerge_reslora
 from .merge.statistics import collect_statistics
 from .merge.unloading import merge_and_unload, unload
-from .training.fsdp2 import shard_reslora
+from .training.many_gpus import shard_reslora
 from .training.methods import RankAllocator, loraplus_groups, restart_reslora
 from .training.starts import start_adapters
 

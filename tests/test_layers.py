@@ -73,7 +73,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("kinds",),
     ),
     "adapt": (
-        ("record", "obstacles", "execution", "structure"),
+        ("record", "obstacles", "execution"),
         ("checkpoints",),
         ("targets",),
         ("coverage", "linking", "trained_tokens"),
@@ -95,7 +95,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("peft_import",),
     ),
     "peft": (("config", "adapters"), ("layer", "files"), ("model",)),
-    "training": (("trainer", "methods", "fsdp2", "starts"),),
+    "training": (("trainer", "methods", "many_gpus", "starts"),),
 }
 FREE = ("bench", "cli", "peft", "__main__")  # may import what they like; all else imports with torch alone
 

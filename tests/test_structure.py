@@ -21,8 +21,8 @@ from reslora_kernels import (
     save_adapter,
     set_adapter,
 )
+from reslora_kernels.adapt.linking import places, structural_chains
 from reslora_kernels.adapt.record import adapted_layers
-from reslora_kernels.adapt.structure import places, structural_chains
 from reslora_kernels.config import PARAMETER_ADAPTER
 from reslora_kernels.files.adapter_format import read
 

@@ -19,10 +19,9 @@ from ..layers.shortcuts import hands_on
 from ..quantizers import keep_order
 from . import trained_tokens
 from .checkpoints import guard, undefined
-from .linking import build_chains, confirm_order
+from .linking import ChainPlan, Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from .obstacles import refuse_foreign_hooks
 from .record import Record, adapted_layers, checked_name, without_compiled
-from .structure import ChainPlan, Chains, names_of_experts, plan_chains
 from .targets import find_targets, with_heads_saved
 
 

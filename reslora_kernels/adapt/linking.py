@@ -1,27 +1,273 @@
-"""Linking an adapted model: its chains, the hooks that open their forward passes, and a run that confirms the order."""
+"""The chains of a model: read off the names of its modules or given, linked, and confirmed by a run where one is known.
+
+Reading takes no forward, so no batch and no entry point can change the chains. A module's name is a path. Its depth
+positions count blocks: the indices into lists of blocks, and whether a diffusers UNet's ``down_blocks``, ``mid_block``
+or ``up_blocks`` holds it. The path without them is the module's role. A chain holds the layers of one role with equal
+sizes and rank, ordered by depth. Where the names do not say how the layers follow, ``chains=`` of apply_reslora does.
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..config import PARAMETER_ADAPTER, ResLoRAConfig
 from ..dtensors import refuse_zero3
 from ..forward_state import scope_pass
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.checkpointing import CarryThroughCheckpoints
-from ..layers.kinds import is_linear, link
+from ..layers.kinds import config_of, is_linear, kind_of, link, signature_of
 from ..layers.shared_input import SharedInput
 from ..layers.shortcuts import hands_on
 from ..quantizers import keep_order
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
 from .record import Record, adapted_layers, record_of
-from .structure import ChainPlan, names_of_experts
+
+_UNET = ("down_blocks", "mid_block", "up_blocks")
+_ATTRIBUTE = re.compile(r"(layer|block|stage)s?_?(\d+)")  # layer1, layer2, .. are a list as well
+_MODELS = re.compile(r"(encoder|decoder|tower|branche|model|net|view)s")  # names of lists of whole models
+
+
+class ChainPlan(NamedTuple):
+    """A chain by the names of its layers, in order. ``experts``: they see a choice of the tokens."""
+
+    title: str
+    names: list[str]
+    experts: bool = False
+
+
+def names_of_experts(plans: Iterable[ChainPlan]) -> list[str]:
+    """The layers that see a choice of the tokens, chain by chain."""
+    return [name for plan in plans if plan.experts for name in plan.names]
+
+
+class Place(NamedTuple):
+    """Where a layer stands: its role, its depth positions, and whether it belongs to an expert."""
+
+    role: str
+    depth: tuple[int, ...]
+    expert: bool
+
+
+def structural_chains(
+    model: nn.Module, layers: Mapping[str, Any], config: ResLoRAConfig, apart: Iterable[str] = ()
+) -> list[ChainPlan]:
+    """The chains of ``layers``, which can be adapted and are in ``model`` by name, without those in ``apart``."""
+    place, apart = places(model), set(apart)
+    groups: dict[_Alike, list[str]] = {}
+    for name, layer in layers.items():
+        if name not in apart:
+            role, _, expert = place[name]
+            rank = config_of(config, name, layer).r
+            role += f" ({experts} experts)" if (experts := getattr(layer, "num_experts", 0)) else ""
+            groups.setdefault(_Alike(role, signature_of(layer), rank, expert), []).append(name)
+    return [
+        ChainPlan(_title(key, list(groups)), sorted(names, key=lambda name: place[name].depth), key.expert)
+        for key, names in groups.items()
+    ]
+
+
+class _Alike(NamedTuple):
+    """What the layers of a chain have in common."""
+
+    role: str
+    signature: tuple[Any, ...]
+    rank: int
+    expert: bool
+
+
+def _title(key: _Alike, keys: Sequence[_Alike]) -> str:
+    """The role, with the sizes, the form and the rank where they tell chains apart."""
+    of_role = [other for other in keys if other.role == key.role]
+    k, n, *form = key.signature
+    title = key.role
+    if len({other.signature[:2] for other in of_role}) > 1:
+        title += f" {k}->{n}"
+    if len({other.signature[2:] for other in of_role if other.signature[:2] == (k, n)}) > 1:
+        title += f" {form}"
+    return title + (f" r={key.rank}" if len({other.rank for other in of_role}) > 1 else "")
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """The place of every layer that can be adapted of ``model``, by the name that ``named_modules`` gives it.
+
+    Of parameters too, by the names of their adapters.
+    """
+    found: dict[str, Place] = {}
+    _descend(model, None, "", _Path(), found, set())
+    return found
+
+
+class _Path(NamedTuple):
+    """The way down to a module: its name in parts, and the depth positions as (place in ``parts``, number)."""
+
+    parts: tuple[str, ...] = ()
+    depth: tuple[tuple[int, int], ...] = ()
+    expert: bool = False
+    repeated: bool = False  # whether the block around has others like it
+    since: int = 0  # parts after the last depth position
+
+    def named(self, part: str, expert: bool = False) -> _Path:
+        return self._replace(parts=(*self.parts, part), since=self.since + 1, expert=self.expert or expert)
+
+    def counted(self, part: str, number: int, repeated: bool) -> _Path:
+        depth = (*self.depth, (len(self.parts), number))
+        return self._replace(parts=(*self.parts, part), depth=depth, repeated=repeated, since=0)
+
+    @property
+    def place(self) -> Place:
+        counted = [at for at, _ in self.depth]
+        role = [_star(part) if at in counted else part for at, part in enumerate(self.parts)]
+        for at in counted:
+            if at - 1 in counted and self.parts[at - 1] in _UNET:  # down_blocks.1 stands beside mid_block
+                role[at] = ""
+        return Place(".".join(filter(None, role)), tuple(number for _, number in self.depth), self.expert)
+
+
+def _star(part: str) -> str:
+    return "*_block" if part in _UNET else re.sub(r"\d+$", "*", part)
+
+
+def _descend(
+    module: nn.Module, owner: nn.Module | None, name: str, path: _Path, found: dict[str, Place], seen: set[int]
+) -> None:
+    """Fill ``found`` for ``module``, a child of ``owner``, and all that is below it."""
+    seen.add(id(module))
+    if isinstance(module, nn.Linear) or kind_of(module) is not None:
+        found[name] = path.place
+    for own in module._parameters:
+        adapter = own + PARAMETER_ADAPTER
+        found[f"{name}.{adapter}" if name else adapter] = path.named(own, expert=True).place
+    step = _Steps(module, owner, path)
+    for part, child in module.named_children():
+        if id(child) not in seen:
+            _descend(child, module, f"{name}.{part}" if name else part, step.to(part), found, seen)
+
+
+class _Steps:
+    """The steps from one module to its children. A number counts blocks, or tells the roles inside a block apart."""
+
+    def __init__(self, module: nn.Module, owner: nn.Module | None, path: _Path) -> None:
+        self.path = path
+        self.called = path.parts[-1] if path.parts else ""
+        self.numbers = _numbers(module, inside=bool(path.depth))
+        listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        elements = [child for part, child in module.named_children() if part in self.numbers]
+        self.elements = [element for element in elements if _layer_names(element)]
+        self.alike = len({(type(element), _layer_names(element)) for element in self.elements}) == 1
+        self.blocks = self.alike and kind_of(self.elements[0]) is None and _layer_names(self.elements[0]) != _ONE
+        self.normed = any("norm" in type(part).__name__.lower() for one in self.elements[:1] for part in one.modules())
+        self.choice = listed and self.alike and len(self.elements) > 1 and not self.normed and bool(path.depth)
+        named = listed and "expert" in self.called.lower() and "shared" not in self.called.lower()
+        self.experts = named or (self.choice and _routed(module, owner, len(self.elements)))
+
+    def to(self, part: str) -> _Path:
+        """A list counts blocks at the top of a model, and as a stage: right inside a block, with like elements."""
+        path, number, repeated = self.path, self.numbers.get(part), len(self.elements) > 1
+        if path.expert or self.experts:
+            return path.named(part, expert=True)
+        if number is None or _MODELS.fullmatch(self.called):
+            return path.named(part)
+        if not path.depth or (self.called in _UNET and path.since == 0) or (self.blocks and path.since <= 1):
+            return path.counted(part, number, repeated)
+        if self.blocks and self.normed:  # the list around is one of whole models, this one of the blocks in one of them
+            return path._replace(depth=()).counted(part, number, repeated)
+        return path.named(part, expert=self.blocks and self.choice and path.repeated)
+
+
+def _numbers(module: nn.Module, inside: bool) -> dict[str, int]:
+    """The children of ``module`` that a number tells apart. ``inside`` a block, only the elements of lists are."""
+    names = [part for part, _ in module.named_children()]
+    numbers = {part: int(part) for part in names if part.isdecimal()}
+    if sum(part in names for part in _UNET) > 1:
+        numbers |= {part: _UNET.index(part) for part in names if part in _UNET}
+    stems = [found for part in names if not inside and (found := _ATTRIBUTE.fullmatch(part))]
+    for found in stems:
+        if sum(other[1] == found[1] for other in stems) > 1:
+            numbers[found[0]] = int(found[2])
+    return numbers
+
+
+_ONE = ("convolution",)  # with its norm and activation, it is a layer of a block and no block
+
+
+def _layer_names(module: nn.Module) -> tuple[str, ...]:
+    """The linear layers in a module. Of one without, only whether it holds other layers that can be adapted.
+
+    The first block of a stage of convolutions has another one in its shortcut, and is like the others all the same.
+    """
+    layers = [(name, part) for name, part in module.named_modules() if kind_of(part) is not None]
+    linear = tuple(name for name, part in layers if is_linear(part))
+    return linear or ((_ONE if len(layers) == 1 else ("convolutions",)) if layers else ())
+
+
+def _routed(container: nn.Module, owner: nn.Module | None, count: int) -> bool:
+    """Whether a matrix beside ``container`` has one output for each of its ``count`` elements, as a router has."""
+    beside = [child for child in owner.children() if child is not container] if owner is not None else []
+    matrices = [p for child in beside for name, p in child.named_parameters() if name.count(".") < 2]
+    matrices += [] if owner is None else owner.parameters(recurse=False)
+    return any(p.dim() == 2 and count in p.shape and p.shape[0] != p.shape[1] for p in matrices)
+
+
+Chains = Mapping[str, Sequence[str]] | Sequence[Sequence[str]]
+
+
+def plan_chains(
+    model: nn.Module, targets: Mapping[str, nn.Module], config: ResLoRAConfig, chains: Chains | None
+) -> list[ChainPlan]:
+    """The given chains, then those of the structure, of the layers that no given chain names.
+
+    Raises:
+        TypeError: ``chains`` is neither a list of lists of names nor a dict of such lists.
+        ValueError: a chain is empty, names a layer that is not adapted or is in a chain already, or holds layers of
+            other sizes or ranks.
+    """
+    given = [] if chains is None else _checked(chains, targets, config)
+    named = [name for plan in given for name in plan.names]
+    return given + structural_chains(model, targets, config, apart=named)
+
+
+def _checked(chains: Any, targets: Mapping[str, nn.Module], config: ResLoRAConfig) -> list[ChainPlan]:
+    if isinstance(chains, Mapping):
+        plans = [ChainPlan(title, _names(f"chains[{title!r}]", names)) for title, names in chains.items()]
+        if not all(isinstance(title, str) and title for title in chains):
+            raise TypeError(f"chains must have non-empty str as keys, got {list(chains)!r}")
+    elif isinstance(chains, Sequence) and not isinstance(chains, (str, bytes)):
+        plans = [ChainPlan(f"chains[{i}]", _names(f"chains[{i}]", names)) for i, names in enumerate(chains)]
+    else:
+        raise TypeError(f"chains must be a list of lists of names, or a dict of them, got {type(chains).__name__}")
+    taken: dict[str, str] = {}
+    for title, names, _ in plans:
+        for name in names:
+            if name not in targets:
+                raise ValueError(f"chains: {name!r} of chain {title!r} is no adapted layer; they are {_some(targets)}")
+            if name in taken:
+                raise ValueError(f"chains: {name!r} is in chain {taken[name]!r} and again in chain {title!r}")
+            taken[name] = title
+        sizes = {name: (*signature_of(targets[name]), config_of(config, name, targets[name]).r) for name in names}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"chains: the layers of chain {title!r} differ in (in_features, out_features, r): {sizes}")
+    return plans
+
+
+def _names(where: str, names: Any) -> list[str]:
+    if not isinstance(names, Sequence) or isinstance(names, (str, bytes)) or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"{where} must be a list of names, got {names!r}")
+    if not names:
+        raise ValueError(f"{where} must hold at least one name, got none")
+    return list(names)
+
+
+def _some(names: Mapping[str, object], most: int = 20) -> str:
+    listed = ", ".join(list(names)[:most])
+    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
 
 
 def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:

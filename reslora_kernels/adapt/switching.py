@@ -19,6 +19,7 @@ from ..dtensors import refuse_sharded
 from ..layers.adapter import AdapterLayer
 from ..layers.several import BASE, names_by_module, parts_for
 from .apply import apply_reslora, put_in_place, replace_modules
+from .linking import Chains
 from .record import (
     Record,
     SetAside,
@@ -29,7 +30,6 @@ from .record import (
     refuse_beside,
     root_of,
 )  # fmt: skip
-from .structure import Chains
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -28,7 +28,7 @@ from reslora_kernels.cli.options import (
 )
 from reslora_kernels.layers.adapter import AdapterLayer
 from reslora_kernels.layers.shortcuts import hands_on
-from reslora_kernels.training.layouts import Footprint, Sizes, Split, footprints
+from reslora_kernels.training.many_gpus import Footprint, Sizes, Split, footprints
 
 GIB = 2**30
 PROBE = 4099  # tokens of the trial run; a prime, so that a dimension of this size is one of tokens

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..adapt.linking import ChainPlan
 from ..adapt.record import without_compiled
-from ..adapt.structure import ChainPlan
 from ..config import ResLoRAConfig
 from ..layers.adapter import ADAPTER_PARAMETERS
 

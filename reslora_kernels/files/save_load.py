@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adapt.apply import adapt
 from ..adapt.checkpoints import Beside, beside, check_shared, named_parameters
-from ..adapt.linking import confirm_order
+from ..adapt.linking import ChainPlan, confirm_order, names_of_experts, structural_chains
 from ..adapt.obstacles import refuse_foreign_hooks
 from ..adapt.record import (
     Record,
@@ -25,7 +25,6 @@ from ..adapt.record import (
     refuse_restarted,
     root_of,
 )
-from ..adapt.structure import ChainPlan, names_of_experts, structural_chains
 from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
 from ..adapt.trained_tokens import token_shapes

@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..adapt.apply import replace_modules, without_hand_over
-from ..adapt.linking import build_chains, confirm_order
+from ..adapt.linking import Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from ..adapt.obstacles import refuse_foreign_hooks
 from ..adapt.record import Record
-from ..adapt.structure import Chains, names_of_experts, plan_chains
 from ..config import ResLoRAConfig
 from ..layers.linear import ResLoRALinear
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reslora_kernels.backends import select
-from reslora_kernels.bench import cases, model_cases, providers, session, suite, timing
+from reslora_kernels.bench import cases, model_cases, providers, suite, timing
 from reslora_kernels.bench.cases import LORA, Case, Method
 from reslora_kernels.bench.model_cases import ModelCase
 from reslora_kernels.bench.models import run_model
@@ -32,6 +32,7 @@ from reslora_kernels.bench.workload import (
     replayed,
     saved_bytes,
 )
+from reslora_kernels.cli import bench as command
 from reslora_kernels.cli import main
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def tiny_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.SETS, "quick", lambda gpu: two)
     monkeypatch.setitem(model_cases.MODEL_SETS, "models", lambda gpu, quick: [])
     monkeypatch.setitem(model_cases.MODEL_SETS, "growth", lambda gpu, quick: [])
-    monkeypatch.setattr(session, "measure_rates", lambda dtypes, device, clock: Rates({"float32": 1e11}, 1e10))
+    monkeypatch.setattr(command, "measure_rates", lambda dtypes, device, clock: Rates({"float32": 1e11}, 1e10))
 
 
 def changed(name: str, change: Callable[[Layers, Workload], Layers]) -> Provider:
@@ -142,14 +143,14 @@ def test_a_provider_that_raises_is_no_end_of_the_run(bench: suite.Bench) -> None
 def test_a_lost_gpu_keeps_the_results_so_far(
     tiny_sets: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sound = session.run_case
+    sound = command.run_case
 
     def vanishing(bench: suite.Bench, set_name: str, case: Case, *rest: object) -> object:
         if case.m == 5:
             raise timing.DeviceLostError("the GPU is lost: unspecified launch failure")
         return sound(bench, set_name, case, *rest)
 
-    monkeypatch.setattr(session, "run_case", vanishing)
+    monkeypatch.setattr(command, "run_case", vanishing)
     path = tmp_path / "result.json"
     assert main(["bench", "--quick", "--provider", "ours-torch", "--output", str(path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -164,14 +165,14 @@ def test_a_lost_gpu_keeps_the_results_so_far(
 def test_an_interrupt_keeps_the_results_so_far(
     tiny_sets: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sound = session.run_case
+    sound = command.run_case
 
     def interrupted(bench: suite.Bench, set_name: str, case: Case, *rest: object) -> object:
         if case.m == 5:
             raise KeyboardInterrupt
         return sound(bench, set_name, case, *rest)
 
-    monkeypatch.setattr(session, "run_case", interrupted)
+    monkeypatch.setattr(command, "run_case", interrupted)
     path = tmp_path / "result.json"
     assert main(["bench", "--quick", "--provider", "plain", "--output", str(path)]) == 130
     assert read(path).stopped == "interrupted" and len(read(path).measurements) == 3
@@ -197,7 +198,7 @@ def test_the_command_writes_json_and_csv(tiny_sets: None, tmp_path: Path, capsys
 
 def test_no_case_begins_after_the_budget(tiny_sets: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = iter([0.0, 0.5, 100.0, 200.0, 300.0, 400.0])
-    monkeypatch.setattr(session.time, "monotonic", lambda: next(clock, 500.0))
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock, 500.0))
     path = tmp_path / "result.json"
     assert main(["bench", "--quick", "--provider", "plain", "--budget-seconds", "60", "--output", str(path)]) == 0
     result = read(path)
@@ -255,7 +256,7 @@ def test_sets_hold_the_shapes_of_the_literature() -> None:
 
 
 def test_a_case_that_another_set_covers_is_measured_once() -> None:
-    tasks = session.Settings(("standard", "lorafusion-coarse", "compiled", "ranks")).tasks(True)
+    tasks = command.Settings(("standard", "lorafusion-coarse", "compiled", "ranks")).tasks(True)
     names = [str(case) for _, case in tasks]
     assert names.count("M=8192 4096->4096 r=16 bfloat16") == 2  # once more for torch.compile alone
     assert [name for name, case in tasks if isinstance(case, Case) and case.compiled] == ["compiled"]

@@ -24,7 +24,7 @@ from reslora_kernels.cli import main
 from reslora_kernels.cli.loading import adapted_without_weights
 from reslora_kernels.cli.plan import blocks_of, cut_parameters, sizes_of
 from reslora_kernels.forward_state import ForwardState
-from reslora_kernels.training.layouts import Sizes, Split, footprints
+from reslora_kernels.training.many_gpus import Sizes, Split, footprints
 
 from ..models import llama
 
