@@ -56,8 +56,8 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
     "backends": (("kinds",), ("hopper", "native", "select"), ("torch",), ("triton", "cuda"), ("stubs",)),
     "ops": (("arguments",), ("registered", "grouped"), ("function",)),
     "layers": (
-        ("initialization", "linear_map", "offloading", "shortcuts"),
-        ("chain", "shared_input", "several"),
+        ("initialization", "offloading", "shortcuts"),
+        ("chain", "several"),
         ("adapter",),
         ("linear", "adapted_weight"),
         ("experts",),

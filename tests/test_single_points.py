@@ -28,7 +28,7 @@ from reslora_kernels.adapt.targets import endings_of, find_targets, role_of
 from reslora_kernels.config import matches, with_parents
 from reslora_kernels.files.peft_export import _is_in
 from reslora_kernels.forward_state import ForwardState, Passes, outside
-from reslora_kernels.layers.shared_input import MOST_ROWS
+from reslora_kernels.layers.chain import MOST_ROWS
 from reslora_kernels.ops import lora_linear
 
 

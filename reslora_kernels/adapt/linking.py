@@ -20,10 +20,9 @@ from ..config import PARAMETER_ADAPTER, ResLoRAConfig
 from ..dtensors import refuse_zero3
 from ..forward_state import scope_pass
 from ..layers.adapter import AdapterLayer
-from ..layers.chain import Chain
+from ..layers.chain import Chain, SharedInput
 from ..layers.checkpointing import CarryThroughCheckpoints
 from ..layers.kinds import config_of, is_linear, kind_of, link, signature_of
-from ..layers.shared_input import SharedInput
 from ..layers.shortcuts import hands_on
 from ..quantizers import keep_order
 from .execution import Execution, call_with, record_order, undisturbed

@@ -12,8 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ..checks import check_module
 from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
-from ..layers.chain import Chain
-from ..layers.shared_input import SharedInput
+from ..layers.chain import Chain, SharedInput
 
 TOKENS = "trained_tokens"  # the parameter of an embedding that holds the rows which train whole
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from ..backends.select import BackendChoice
 from ..config import ResLoRAConfig
 from ..dtensors import is_dtensor
-from .chain import Chain, Neighbours
+from .chain import Chain, Neighbours, SharedInput
 from .initialization import fill
 from .several import Beside, Part
-from .shared_input import SharedInput
 
 _BESIDE = "beside_"
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "start_A", "start_B")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import dropout
 from ..backends import select
-from ..checks import check_floating, check_int
+from ..checks import check_floating, check_int, why_not_linear
 from ..config import ResLoRAConfig, checked_config
 from ..forward_state import ForwardState, outside, recomputing
 from ..ops import Operands, fused_linear
@@ -18,7 +18,6 @@ from ..quantizers import quantizer_of
 from ..side_channel import SideChannel
 from .adapter import ADAPTER_PARAMETERS, AdapterLayer, joined
 from .initialization import from_weight, row_norms
-from .linear_map import why_not_linear
 from .offloading import device_of, held, hold, hook_like, unhooked
 from .several import in_parts
 from .shortcuts import Call, call_of, carried, hands_on, rows
