@@ -24,6 +24,7 @@ from .merge.statistics import collect_statistics
 from .merge.unloading import merge_and_unload, unload
 from .training.many_gpus import shard_reslora
 from .training.methods import RankAllocator, loraplus_groups, restart_reslora
+from .training.pipeline import pipeline_reslora
 from .training.starts import start_adapters
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "loraplus_groups",
     "merge_and_unload",
     "merge_reslora",
+    "pipeline_reslora",
     "restart_reslora",
     "save_adapter",
     "set_adapter",

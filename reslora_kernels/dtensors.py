@@ -80,30 +80,44 @@ def refuse_flat(model: nn.Module) -> None:
         raise ValueError("FullyShardedDataParallel (FSDP1) is not supported: use shard_reslora(model, blocks)")
 
 
-def refuse_partitioned(model: nn.Module) -> None:
-    """ValueError for a model whose parameters DeepSpeed's ZeRO-3 has spread over processes: each holds a part, or none.
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of a parameter while it is whole, where ZeRO-3 may have spread it."""
+    return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
 
-    They have their whole shape (``ds_shape``) and no values but while they are gathered.
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has spread a parameter over processes, each of which holds a part of it, or none.
+
+    It has its whole shape (``ds_shape``) and no values but while it is gathered.
     """
+    return hasattr(parameter, "ds_shape") and tuple(parameter.shape) != whole_shape(parameter)
+
+
+def refuse_partitioned(model: nn.Module) -> None:
+    """ValueError for a model of which ZeRO-3 has spread a parameter."""
     for name, parameter in model.named_parameters():
-        whole = getattr(parameter, "ds_shape", None)
-        if whole is not None and tuple(parameter.shape) != tuple(whole):
+        if is_partitioned(parameter):
             raise ValueError(
                 f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3: gather it first "
-                "(deepspeed.zero.GatheredParameters, in all processes), or train with ZeRO-2 or shard_reslora"
+                "(deepspeed.zero.GatheredParameters), or call save_adapter in all processes and go on in one"
             )
+
+
+def under_zero3(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 manages a parameter of ``model``, gathered or not (``ds_id``)."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def refuse_zero3(model: nn.Module) -> None:
     """ValueError for a model of which DeepSpeed's ZeRO-3 manages a parameter, gathered or not (``ds_id``).
 
-    It gathers what a layer owns for that layer's own forward, and layers of a chain read their neighbours' adapters.
+    It gathers what a module owns for that module's own forward; PEFT's layers hold weight and adapters in other ones.
     """
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise ValueError(
-                f"parameter {name!r} is managed by DeepSpeed ZeRO-3, which does not gather the adapters that layers "
-                "share: train with ZeRO-2, or with FSDP2 (shard_reslora)"
+                f"parameter {name!r} is managed by DeepSpeed ZeRO-3, which does not gather what PEFT's layers "
+                "share: train with ZeRO-2, with FSDP2 (shard_reslora), or adapt the model with apply_reslora"
             )
 
 
@@ -146,13 +160,22 @@ def whole(tensor: Tensor) -> Tensor:
 def gathered(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
     """Every tensor whole, in main memory, and the device mesh that they were sharded over (None if none was).
 
-    With a mesh, all its processes must call this together and the result is the same in all of them.
+    With a mesh, all its processes must call this together and the result is the same in all of them. Of parameters
+    that DeepSpeed's ZeRO-3 has spread it is that of its process group.
     """
+    spread: list[Any] = [tensor for tensor in tensors.values() if hasattr(tensor, "ds_id")]
+    if spread:
+        from deepspeed import zero
+        from torch.distributed.device_mesh import DeviceMesh
+
+        with zero.GatheredParameters(spread):
+            whole = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        return whole, DeviceMesh.from_group(spread[0].ds_process_group, spread[0].device.type)
     if not initialised():
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, None
     from torch.distributed.tensor import DTensor
 
-    whole: dict[str, Tensor] = {}
+    whole = {}
     mesh = None
     for name, tensor in tensors.items():
         plain = tensor.detach()

@@ -167,6 +167,19 @@ class ForwardState:
         if sweep.missed is None or not sweep.comes_too_late(sweep.latest):
             sweep.append(sweep.latest, (h, *earlier))
 
+    def receive(self, layer: Member, tensors: tuple[Tensor, ...]) -> None:
+        """Begin with what ``layer``, which ran elsewhere, has handed on."""
+        self._sweep.append(layer, tensors)
+        self._sweep.latest = layer
+
+    def handed_by(self, layer: Member) -> list[tuple[Tensor, ...]]:
+        """What the calls of ``layer`` have handed on and nobody has taken."""
+        found, sweep = _handed_in(self._sweep, layer), self._paused
+        while sweep is not None:
+            found += _handed_in(sweep, layer)
+            sweep = sweep.next
+        return found
+
     def leave(self) -> None:
         """A module around the chain, inside the one whose forward is the pass, has ended its forward."""
         self._left = True
@@ -206,6 +219,15 @@ class ForwardState:
         if self._projected is None or self._projected[0] is not x or self._projected[1] != _version(x):
             return None
         return self._projected[2].pop(index, None)
+
+
+def _handed_in(sweep: _Sweep, layer: Member) -> list[tuple[Tensor, ...]]:
+    found, entry = [], sweep.first
+    while entry is not None:
+        if _same(entry.layer, layer):
+            found.append(entry.tensors)
+        entry = entry.next
+    return found
 
 
 def _same(one: Member, other: Member) -> bool:

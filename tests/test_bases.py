@@ -533,3 +533,11 @@ def test_diffusers_hooks_after_adapting() -> None:
     hooks.apply_layerwise_casting(model, **cast, skip_modules_classes=(ResLoRALinear,))
     assert torch.isfinite(model(input_ids=X).logits).all()
     assert all(torch.equal(p, adapters[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
+def test_adapters_that_go_away_with_the_weights_are_refused_where_they_would_not_train(shortcut: str) -> None:
+    """huggingface/accelerate#3770, huggingface/accelerate#3785: training ran, and changed nothing."""
+    model = kept_on_cpu(adapted_in_place(llama(), shortcut), Path())
+    with pytest.raises(ValueError, match=r"cpu_offload.*first, then apply_reslora"):
+        model(input_ids=X, labels=X)

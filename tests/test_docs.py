@@ -245,7 +245,7 @@ def test_every_kind_of_table_is_shown(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SEVERAL_PROCESSES = {"ddp", "fsdp2", "fsdp2_accelerate", "tensor_parallel"}
+SEVERAL_PROCESSES = {"ddp", "fsdp2", "fsdp2_accelerate", "fsdp2_nf4", "pipeline", "tensor_parallel", "zero3_accelerate"}
 SCRIPT_NEEDS = {
     "language_trainer": ("transformers", "accelerate"),
     "language_sft": ("trl",),

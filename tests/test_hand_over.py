@@ -5,6 +5,7 @@ Hooks see every call of every adapted layer; ``reference`` says what each must h
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.forward_state import ForwardState
 from reslora_kernels.testing import max_error, relative_error
 
+from .distributed.residual import residual
 from .models import randomize
 
 SHORTCUTS = [("input", 1), ("middle", 2), ("middle", -1), ("block", 2)]
@@ -454,3 +456,17 @@ def test_nothing_crosses_packed_samples(shortcut: str, pre_num: int) -> None:
         *(torch.autograd.grad((y * direction).sum(), trained) for y in (together, alone)), strict=True
     ):
         assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
+def test_a_model_that_has_lost_blocks_is_not_silently_another(shortcut: str) -> None:
+    """A stage of a pipeline cut out of an adapted model: its first layers would be layer 0, or read what is gone."""
+    model = residual(shortcut)
+    x, cut = torch.randn(1, 2, 6, dtype=torch.float64), copy.deepcopy(model)
+    del cut.blocks[:2]
+    if shortcut == "none":
+        cut(x)
+        return
+    with pytest.raises(ValueError, match=r"'blocks\.0\.up'.*pipeline_reslora"):
+        cut(x)
+    model(x)

@@ -73,8 +73,8 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("kinds",),
     ),
     "adapt": (
-        ("record", "obstacles", "execution"),
-        ("checkpoints",),
+        ("record", "execution"),
+        ("checkpoints", "obstacles"),
         ("targets",),
         ("coverage", "linking", "trained_tokens"),
         ("apply",),
@@ -95,7 +95,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("peft_import",),
     ),
     "peft": (("config", "adapters"), ("layer", "files"), ("model",)),
-    "training": (("trainer", "methods", "many_gpus", "starts"),),
+    "training": (("trainer", "methods", "many_gpus", "pipeline", "starts"),),
 }
 FREE = ("bench", "cli", "peft", "__main__")  # may import what they like; all else imports with torch alone
 

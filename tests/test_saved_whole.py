@@ -283,9 +283,9 @@ class TestNothingIsSavedThatCannotBeLoaded:
         elif fault == "no layer":
             model.model.layers[1].self_attn.q_proj = layer.leave()
         else:
-            for parameter in model.parameters():
+            for parameter in layer.parameters():
                 parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
-        with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj|ZeRO-3"):
+        with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj"):
             save_adapter(model, tmp_path)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
         assert same(load_adapter(tiny(), tmp_path), good)

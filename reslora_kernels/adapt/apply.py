@@ -11,7 +11,7 @@ from torch import nn
 from ..backends import select
 from ..checks import check_bool, check_module
 from ..config import ResLoRAConfig, checked_config, matches
-from ..dtensors import placements_of, refuse_fsdp, refuse_zero3
+from ..dtensors import is_partitioned, placements_of, refuse_fsdp
 from ..layers.adapter import AdapterLayer
 from ..layers.experts import ResLoRAExperts, TargetParameter
 from ..layers.kinds import config_of, kind_of, weight_of
@@ -62,7 +62,7 @@ def apply_reslora(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: nothing matches, a match is no plain ``nn.Linear`` or has its ``forward`` replaced by another than
-            accelerate's hooks, or the model is adapted, sharded over processes or managed by ZeRO-3 already; the
+            accelerate's hooks, or the model is adapted or sharded over processes already; the
             message names it or lists the candidates. Or ``chains`` names a layer that is not adapted, names one twice,
             or puts layers of other sizes or ranks into one chain.
         RuntimeError: ``config.backend`` cannot run on this machine. In every case the model is left as it was.
@@ -71,7 +71,6 @@ def apply_reslora(
     checked_config(config)
     check_bool("autocast_adapter_dtype", autocast_adapter_dtype)
     refuse_fsdp(model, "adapted", "call apply_reslora first, then shard_reslora")
-    refuse_zero3(model)
     checked_name(adapter_name)
     select.check(config.backend)
     config = with_heads_saved(config, model)
@@ -116,12 +115,21 @@ def adapt(
 
 
 def _refuse_layouts(targets: Mapping[str, nn.Module], plans: Sequence[ChainPlan], config: ResLoRAConfig) -> None:
-    """ValueError where a tensor parallel plan spreads another target than an nn.Linear, or parts of a chain unlike."""
+    """ValueError where a tensor parallel plan spreads another target than an nn.Linear, or parts of a chain unlike.
+
+    And where ZeRO-3 has spread a weight whose values adapters start from.
+    """
     for name, base in targets.items():
         if not isinstance(base, nn.Linear) and placements_of(getattr(base, "weight", None)) != "whole":
             raise ValueError(
                 f"{name!r} is spread by a tensor parallel plan and is no nn.Linear: leave it out of the plan, or out "
                 "of target_modules and target_parameters"
+            )
+        if is_partitioned(getattr(base, "weight", None)) and (config.has_start or config.use_dora):
+            raise ValueError(
+                f"the weight of {name!r}, from whose values use_dora and init_lora_weights="
+                f"{config.init_lora_weights!r} start, is partitioned by DeepSpeed ZeRO-3: gather it first (with "
+                "deepspeed.zero.GatheredParameters(model.parameters()) in all processes)"
             )
     if config.shortcut == "none":
         return

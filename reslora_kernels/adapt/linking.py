@@ -13,11 +13,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from ..config import PARAMETER_ADAPTER, ResLoRAConfig
-from ..dtensors import refuse_zero3
 from ..forward_state import scope_pass
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain, SharedInput
@@ -27,6 +25,7 @@ from ..layers.shortcuts import hands_on
 from ..quantizers import keep_order
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
+from .obstacles import Surroundings
 from .record import Record, adapted_layers, record_of
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
@@ -280,19 +279,7 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
         record.groups += [SharedInput(group) for group in groups if all(layer.shares_projections for layer in group)]
     _open_passes(model)
     if layers:
-        refuse = RefuseZeRO3(next(iter(layers.values())))
-        record.hooks.append(model.register_forward_pre_hook(refuse))
-
-
-class RefuseZeRO3:
-    """Forward pre-hook of an adapted model, which DeepSpeed gets hold of after it was adapted."""
-
-    def __init__(self, layer: AdapterLayer) -> None:
-        self.layer = layer
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and hasattr(self.layer.lora_A, "ds_id"):
-            refuse_zero3(model)
+        record.hooks.append(model.register_forward_pre_hook(Surroundings(record, layers)))
 
 
 def _open_passes(model: nn.Module) -> None:

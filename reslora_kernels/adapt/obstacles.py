@@ -1,5 +1,7 @@
 """What keeps a layer from being adapted as it stands: an owner that reads its weight, or another library's hooks.
 
+And what others do to a model after it was adapted: blocks taken out, adapters taken off the device, ZeRO-3.
+
 Owners that read the weight itself, past the module, are those of Mamba's dt_proj, of the projections of
 nn.MultiheadAttention and WavLM's attention, and, in its fused training path, of Mamba's out_proj. The owner's source
 tells: its forward, and the methods that it calls, name ``self.<layer>.weight`` as a value, not for its dtype or shape
@@ -11,15 +13,21 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import ResLoRAConfig, matches, with_parents
+from ..dtensors import refuse_zero3
+from ..layers.adapter import AdapterLayer
+from ..layers.chain import Chain
 from ..layers.offloading import is_hooked, offloader
 from ..layers.tensor_parallel import is_parallelized
+from .record import Record
 
 _FACTS = ("dtype", "device", "shape", "ndim", "size", "dim", "requires_grad", "is_cuda")  # nothing of the values
 _CHECKS = ("isinstance", "hasattr", "getattr", "type")
@@ -146,3 +154,94 @@ def _whose(linear: nn.Module) -> str:
     forward = vars(linear)["forward"]
     forward = getattr(forward, "func", forward)
     return f"{getattr(forward, '__module__', '?')}.{getattr(forward, '__qualname__', type(forward).__name__)}"
+
+
+class Surroundings:
+    """Forward pre-hook of an adapted model: meets what others have done to it after it was adapted."""
+
+    def __init__(self, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
+        self.record, self.layers = record, layers
+        self.first = next(iter(layers.values()))
+        self.told: object = None  # the parameter under whose ds_id ZeRO-3 was told who reads what
+        self.ends = _ends(record, layers)
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for chain, name, layer in self.ends:
+            if chain.active and self.record.layers is None and not _holds(_at(model, name), layer):
+                _refuse_gone(model, chain, name, layer)
+        a = self.first.lora_A
+        if a.is_meta and a.requires_grad and torch.is_grad_enabled() and offloader(self.first) is not None:
+            raise ValueError(
+                "accelerate has taken the adapters off the device with the weights, where they get no gradients: call "
+                "cpu_offload, disk_offload or dispatch_model first, then apply_reslora or load_adapter"
+            )
+        if hasattr(a, "ds_id"):
+            self._under_zero3(model, a)
+
+    def _under_zero3(self, model: nn.Module, a: Any) -> None:
+        if self.record.layers is not None:
+            refuse_zero3(model)
+        if self.record.together or self.record.tied:
+            raise ValueError(
+                "several adapters in force, and heads with their embedding's adapter (ensure_weight_tying), read what "
+                "DeepSpeed's ZeRO-3 does not gather for them: train with ZeRO-2, or with FSDP2 (shard_reslora)"
+            )
+        if self.told != (id(a), a.ds_id):
+            tell_zero3(self.layers)
+            self.told = id(a), a.ds_id
+
+
+def _ends(record: Record, layers: Mapping[str, AdapterLayer]) -> list[tuple[Chain[AdapterLayer], str, AdapterLayer]]:
+    """The first and the last layer of a chain in each stack of blocks, which are gone if some of its blocks are."""
+    names = {id(layer): name for name, layer in layers.items()}
+    stacks: dict[str, Chain[AdapterLayer]] = {}
+    for chain in record.chains:
+        if any(chain.reach):
+            stacks.setdefault(re.split(r"\.\d+\.", names[id(chain.layers[0])])[0], chain)
+    return [(chain, names[id(chain.layers[at])], chain.layers[at]) for chain in stacks.values() for at in (0, -1)]
+
+
+def _at(model: nn.Module, name: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+    return module
+
+
+def _holds(place: nn.Module | None, layer: AdapterLayer) -> bool:
+    """Whether ``layer`` is in force at a place, by itself or beside that of another adapter."""
+    if place is layer or not isinstance(place, AdapterLayer):
+        return place is layer
+    return any(layer is other for part in place.division for other in part.layers)
+
+
+def _refuse_gone(model: nn.Module, chain: Chain[AdapterLayer], name: str, layer: AdapterLayer) -> None:
+    """ValueError if ``layer`` is not in the model under another name either, nor the model a part of a pipeline."""
+    state = chain.passes.current()
+    if (state is None or state.owner is model) and not any(_holds(module, layer) for module in model.modules()):
+        raise ValueError(
+            f"layer {name!r} of chain {chain.name!r} is no longer in the model, and others read of it: adapt the part "
+            "that is left by itself, so that its chains end with it, or let them go on with pipeline_reslora"
+        )
+
+
+def tell_zero3(layers: Mapping[str, AdapterLayer]) -> None:
+    """Let DeepSpeed's ZeRO-3 gather for each layer what it reads of others, for its forward and for its backward.
+
+    Raises:
+        ValueError: a layer reads parameters for which that does not do: of a module inside it or around it.
+    """
+    from deepspeed import zero
+
+    for name, layer in layers.items():
+        if not layer.holds_all_it_reads:
+            raise ValueError(
+                f"layer {name!r} (a {type(layer).__name__}) reads parameters that DeepSpeed's ZeRO-3 does not gather "
+                "for it: train with ZeRO-2, or with FSDP2 (shard_reslora)"
+            )
+        for other, kinds in layer.reads():
+            for own, parameter in other.adapter_parameters().items():
+                if own[-1] in kinds:
+                    zero.register_external_parameter(layer, parameter)

@@ -35,6 +35,7 @@ class Record:
     kept: set[str] = field(default_factory=set)  # other parameters that are saved though frozen: the base lacks them
     tables: dict[str, Any] = field(default_factory=dict)  # embeddings of which some rows train whole, by name
     tied: list[Any] = field(default_factory=list)  # what gives heads the adapters of embeddings, as chains are active
+    spread: str = ""  # why the adapters here are not those that were trained, while they are not
     restarts: int = 0  # how often restart_reslora has changed the weights for good
     merged: Any = None  # what merge_reslora did, while it is in force
     hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes
@@ -103,8 +104,10 @@ def without_compiled(name: str) -> str:
 
 
 def complete_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """``adapted_layers``; ValueError, which names it, if one is no longer in the model."""
+    """``adapted_layers``; ValueError, which names it, if one is no longer in the model or was trained elsewhere."""
     layers = adapted_layers(model)
+    if record_of(model).spread:
+        raise ValueError(record_of(model).spread)
     gone = sorted(set(record_of(model).layer_names) - layers.keys())
     if gone:
         raise ValueError(

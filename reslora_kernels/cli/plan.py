@@ -103,7 +103,7 @@ def show(found: list[Footprint], sizes: Sizes, gpus: int, gpu_memory: float, tok
         answer = one.fits(gpu_memory * GIB)
         held = (one.weights, one.gathered, one.adapters, one.optimizer, one.activations, one.recomputed)
         numbers = (*held, one.total(answer != "yes"), one.sent)
-        table.add_row(one.layout, *(f"{part / GIB:.2f}" for part in numbers), one.note or answer)
+        table.add_row(one.layout, *(f"{part / GIB:.2f}" for part in numbers), answer)
     console.print(table)
     console.print(
         f"of the activations, {sizes.handed * tokens / 2**20:.1f} MiB are handed from layer to layer, r values of a "

@@ -29,7 +29,7 @@ from ..adapt.switching import in_place_of_the_active_one
 from ..adapt.targets import find_targets
 from ..adapt.trained_tokens import token_shapes
 from ..checks import check_bool, check_module
-from ..dtensors import fill, gathered, is_fsdp, one_writer, refuse_flat, refuse_partitioned, reshard
+from ..dtensors import fill, gathered, is_fsdp, one_writer, refuse_flat, refuse_partitioned, reshard, whole_shape
 from ..layers.adapter import AdapterLayer
 from ..layers.kinds import config_of, shapes_of, signature_of, weight_of
 from ..layers.offloading import offloader
@@ -91,7 +91,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         TypeError, ValueError: ``model`` is not adapted, was restarted or has lost an adapted layer; its parameters are
-            on the meta device, partitioned by ZeRO-3, or hold NaN or Inf. The folder is as it was then.
+            on the meta device, or hold NaN or Inf. The folder is as it was then.
         NotADirectoryError: ``path`` is a file.
         RuntimeError: the process that writes failed.
     """
@@ -99,7 +99,6 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     refuse_restarted(model)
     refuse_beside(model, "saved", "call save_pretrained of the PeftModel, then reslora_kernels.peft.to_native")
     refuse_flat(model)
-    refuse_partitioned(model)
     reshard(model)
     others = beside(model)
     tensors = _own_parameters(layers) | others.trained | others.frozen
@@ -196,6 +195,7 @@ def load_adapter(
         saved = saved.unwrapped()
     if adapted:
         _check_agreement(record, saved, {id(layer): name for name, layer in layers.items()})
+    _refuse_without_values(layers)
     _check_fit(saved, model_root, layers)
     if not adapted:
         plans = settled_chains(saved, model, layers)
@@ -238,6 +238,12 @@ def _check_agreement(record: Record, saved: SavedAdapter, names: Mapping[int, st
         )
 
 
+def _refuse_without_values(layers: Mapping[str, Any]) -> None:
+    for name, layer in layers.items():
+        if weight_of(layer).is_meta and (not isinstance(layer, nn.Module) or offloader(layer) is None):
+            raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
+
+
 def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) -> None:
     """Refuse an adapter that is not this model's: same layers, sizes, chains that cover each layer once."""
     missing, unexpected = sorted(layers.keys() - saved.layers), sorted(saved.layers - layers.keys())
@@ -248,14 +254,12 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) 
     shapes: dict[str, tuple[int, ...]] = {}
     signatures = {name: signature_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
-        if weight_of(layer).is_meta and (not isinstance(layer, nn.Module) or offloader(layer) is None):
-            raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
         of_a, of_b = shapes_of(layer, config_of(saved.config, name, layer).r)
         for kind in ("lora", "start") if saved.config.has_start else ("lora",):
             if saved.config.use_dora:
                 shapes[f"{name}.lora_magnitude_vector"] = (signatures[name][1],)
             shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = of_a, of_b
-    others = {name: tuple(parameter.shape) for name, parameter in named_parameters(root).items()}
+    others = {name: whole_shape(parameter) for name, parameter in named_parameters(root).items()}
     tokens = token_shapes(root, saved.config)
     for name in (*saved.beside, *(tokens.keys() - set(saved.trained))):
         if name not in others | tokens or name in shapes or name not in saved.tensors:

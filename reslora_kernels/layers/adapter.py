@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class AdapterLayer(nn.Module):
     sums: ClassVar[bool] = True  # whether other adapters may be in force in the same place
     takes_samples: ClassVar[bool] = False  # whether each sample of a batch may run through an adapter of its own
     division: tuple[Part, ...] = ()  # where it is in force with others, or for some samples only
+    holds_all_it_reads: ClassVar[bool] = False  # whether it is called, on parameters of its own and of its neighbours
 
     def base_in(self, root: nn.Module, name: str) -> Any:
         """What ``leave`` left in ``root`` under the layer's name."""
@@ -189,6 +191,17 @@ class AdapterLayer(nn.Module):
     def whole_B(self) -> Tensor:
         """The B of the equations [..., out_features, r or 2r]."""
         return joined(self.b_parts, -1)
+
+    def reads(self) -> Iterator[tuple[AdapterLayer, str]]:
+        """Layers of which a forward of this one reads parameters as well, and which of them: "A", or "A" and "B"."""
+        earlier, following = self.neighbours
+        if self.config.shortcut == "block":
+            yield from ((cast(AdapterLayer, other), "AB") for other in earlier)
+        if self.config.shortcut == "input" and following is not None:
+            yield cast(AdapterLayer, following), "A"
+        for other in self.shared.layers[self.index + 1 :] if self.shared is not None else ():
+            yield cast(AdapterLayer, other), "A"
+            yield from ((third, "A") for third, _ in cast(AdapterLayer, other).reads())
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """What the adapter adds to the frozen layer's parameters, by name."""

@@ -57,6 +57,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     is_linear: ClassVar[bool] = True  # a map that "all-linear" means
     shares_projections: ClassVar[bool] = True  # whether one layer of a group may project x for this one
+    holds_all_it_reads: ClassVar[bool] = True
     fused: ClassVar[bool] = True  # a kernel may serve it
     takes_samples: ClassVar[bool] = True
     zero_at_start: ClassVar[str] = "lora_B"  # so that the layer begins as the frozen one

@@ -23,6 +23,7 @@ class AttentionOutput(ResLoRALinear):
     fused: ClassVar[bool] = False
     shares_projections: ClassVar[bool] = False
     takes_samples: ClassVar[bool] = False
+    holds_all_it_reads: ClassVar[bool] = False
 
     @staticmethod
     def stands_in_for(module: nn.Module) -> bool:
@@ -40,6 +41,7 @@ class ResLoRAMultiheadAttention(ResLoRALinear, nn.MultiheadAttention):
     fused: ClassVar[bool] = False
     shares_projections: ClassVar[bool] = False
     takes_samples: ClassVar[bool] = False
+    holds_all_it_reads: ClassVar[bool] = False
 
     @property
     def weight(self) -> Any:  # type: ignore[override]

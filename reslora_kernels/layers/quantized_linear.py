@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ class QuantizedResLoRALinear(ResLoRALinear):
     The quantised layer is the child ``base_layer``, as in PEFT. One dequantised weight [N, K] exists at a time, while
     its pass runs; no pass keeps one for the next. LLM.int8's rounding of x (bitsandbytes) is not repeated.
     """
+
+    holds_all_it_reads: ClassVar[bool] = False
 
     base_layer: nn.Linear
 

@@ -52,6 +52,7 @@ class TensorParallelResLoRALinear(ResLoRALinear):
     """
 
     sums = takes_samples = False  # whose u is a term of a sum over processes
+    holds_all_it_reads = False
     shares_projections = False  # they tell one x by its identity, and each layer takes parts of its own
 
     @staticmethod

@@ -15,7 +15,7 @@ from ..adapt.record import adapted_layers, complete_layers, record_of, root_of
 from ..adapt.trained_tokens import heads_with_adapters
 from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
-from ..dtensors import is_sharded, refuse_fsdp
+from ..dtensors import is_sharded, refuse_fsdp, refuse_partitioned
 from ..layers.adapter import AdapterLayer
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
@@ -187,6 +187,7 @@ def compute_updates(
 ) -> dict[str, LowRankUpdate]:
     """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``."""
     layers = complete_layers(model)
+    refuse_partitioned(model)
     refuse_fsdp(model, "merged or exported", "save_adapter(model, path), then load and merge it in one process")
     if (sequential or joint_steps) and is_sharded(model):
         raise ValueError(

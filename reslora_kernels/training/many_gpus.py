@@ -228,7 +228,6 @@ class Footprint:
     activations: float
     recomputed: float
     sent: float
-    note: str = ""
 
     def total(self, recompute: bool) -> float:
         held = self.weights + self.gathered + self.adapters + self.optimizer
@@ -253,7 +252,7 @@ def footprints(sizes: Sizes, gpus: int, tokens: int, tensor_parallel: int | None
     if plan > 1:
         across = f" x FSDP2 {gpus // plan}" if gpus > plan else ""
         yield sharded(sizes, gpus // plan, plan, tokens, f"TP {plan}{across}")
-    yield replace(sharded(sizes, gpus, 1, tokens, "ZeRO-3"), note="not supported: use FSDP2")
+    yield sharded(sizes, gpus, 1, tokens, "ZeRO-3")
     yield replicated(sizes.quantized(), gpus, tokens, "NF4 + DDP", sizes.widest)
     nf4 = sharded(sizes.quantized(), gpus, 1, tokens, "NF4 + FSDP2")
     yield replace(nf4, gathered=nf4.gathered + sizes.widest)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..adapt.record import adapted_layers, record_of, refuse_beside
 from ..checks import check_int, check_module, check_number
+from ..dtensors import refuse_sharded
 from ..layers.adapter import AdapterLayer
 from ..merge.merging import MergeReport, merge_reslora
 
@@ -80,7 +81,7 @@ class RankAllocator:
         beta1, beta2: of the exponential means of sensitivity and of its uncertainty.
 
     Raises:
-        TypeError, ValueError: ``model`` is not adapted, or a number is not as above.
+        TypeError, ValueError: ``model`` is not adapted or is sharded over processes, or a number is not as above.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class RankAllocator:
         beta1: float = 0.85,
         beta2: float = 0.85,
     ) -> None:
+        refuse_sharded(model, "given ranks by their values", "use DDP, or set ranks by hand (rank_pattern)")
         self.layers = adapted_layers(model)
         of_experts = [name for name, layer in self.layers.items() if layer.lora_A.dim() != 2]
         if of_experts:

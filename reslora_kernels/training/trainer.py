@@ -11,7 +11,7 @@ import torch
 
 from ..adapt.record import adapted_layers
 from ..config import MergeMethod
-from ..dtensors import initialised, is_sharded
+from ..dtensors import initialised, is_sharded, under_zero3
 from ..files.adapter_format import write_durably
 from ..files.save_load import load_adapter, save_adapter
 from ..layers.adapter import AdapterLayer
@@ -47,7 +47,7 @@ class AdapterCheckpoints:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's. A sharded model is gathered from all processes, which all come here."""
-        if is_sharded(self.model):
+        if is_sharded(self.model) or under_zero3(self.model):
             self._save_adapters(output_dir)
         else:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""Run by torchrun: a script of examples/ as it stands, DDP training that survives the death of a rank, or DeepSpeed.
+"""Run by torchrun: a script of examples/ as it stands, or DDP training that survives the death of a rank.
 
-In the second one rank kills itself in the middle of a step. After the restart the training goes on from the last
+In the latter one rank kills itself in the middle of a step. After the restart the training goes on from the last
 checkpoint to its end. Then the same processes train once more from the start, undisturbed, and compare bit for bit.
 """
 
@@ -20,10 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from reslora_kernels import checkpoint_context, load_adapter, save_adapter
+from reslora_kernels import load_adapter, save_adapter
 
-from .residual import SHORTCUTS, STEPS, Batch, adapters, batch, difference, loss_of, residual, share, shared_data
-from .residual import train as train_in_form
+from .residual import adapters, loss_of, residual, shared_data
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LENGTH, EVERY, KILLED_AT = 8, 3, 4
@@ -112,6 +111,10 @@ def run_example(name: str, folder: Path) -> None:
         from .accelerated import FSDPOnCPU
 
         accelerate.Accelerator = FSDPOnCPU
+    if name == "zero3_accelerate":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at run time otherwise
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     gc.collect()  # gloo's threads are to end before the interpreter does
     if os.environ["RANK"] == "0":
@@ -122,75 +125,10 @@ def run_example(name: str, folder: Path) -> None:
         (folder / "report.json").write_text(json.dumps({"trained": all(moved), "layers": len(moved)}))
 
 
-def rows(step: int) -> Batch:
-    return batch(step, torch.float32)
-
-
-def zero_equals_one_process(shortcut: str, form: str, folder: Path) -> dict[str, Any]:
-    """DeepSpeed's ZeRO-2 in float32."""
-    import deepspeed
-
-    model = residual(shortcut, dtype=torch.float32)
-    if form == "plain":
-        for block in model.blocks:
-            block.recompute = {"use_reentrant": False, "context_fn": checkpoint_context(model)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=trained,
-        optimizer=torch.optim.AdamW(trained, lr=1e-2),
-        config={
-            "train_micro_batch_size_per_gpu": 4,
-            "gradient_accumulation_steps": 2 if form == "accumulated" else 1,
-            "gradient_clipping": 0.5,
-            "zero_optimization": {"stage": 2},
-            "zero_allow_untested_optimizer": True,
-        },
-    )
-    losses = []
-    for step in range(STEPS):
-        total = 0.0
-        for micro in (0, 1) if form == "accumulated" else (0,):
-            loss = loss_of(engine, share(rows(step + 50 * micro)))
-            if form == "two_forwards":
-                loss = loss - 0.3 * loss_of(engine, share(rows(step + 50)))
-            engine.backward(loss)
-            engine.step()
-            total += float(loss.detach()) / (2 if form == "accumulated" else 1)
-        losses.append(total)
-    alone = residual(shortcut, dtype=torch.float32)
-    expected = train_in_form(alone, rows, form), adapters(alone)
-    if dist.get_rank() == 0:
-        save_adapter(engine, folder / shortcut)
-    dist.barrier()
-    loaded, own = adapters(load_adapter(residual(shortcut, dtype=torch.float32), folder / shortcut)), adapters(engine)
-    return {
-        "difference": difference(losses, engine, expected),
-        "equal": all(torch.equal(loaded[name], tensor) for name, tensor in own.items()),
-    }
-
-
-def run_deepspeed(folder: Path) -> None:
-    import deepspeed
-
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at run time otherwise
-    deepspeed.init_distributed(
-        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=size, auto_mpi_discovery=False
-    )
-    forms = ("plain", "two_forwards", "accumulated")
-    report = {f"{form} {s}": zero_equals_one_process(s, form, folder) for s in SHORTCUTS for form in forms}
-    (folder / f"report.{rank}.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def main(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     if name == "elastic":
         run_elastic(folder)
-    elif name == "deepspeed":
-        run_deepspeed(folder)
     else:
         run_example(name, folder)
 

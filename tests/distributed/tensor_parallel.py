@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from reslora_kernels import (
+    RankAllocator,
     ResLoRAConfig,
     add_adapter,
     apply_reslora,
@@ -336,6 +337,25 @@ def shard(model: Any, **kwargs: Any) -> Any:
     return shard_reslora(model, model.blocks, mesh=MESH["dp"], **kwargs)
 
 
+def experts(folder: Path) -> dict[str, Any]:
+    """Experts that a plan of Transformers spreads, as ``target_parameters``."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=8, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    plan = DistributedConfig(tp_plan="auto", tp_size=4)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder / "experts")  # the first process writes
+    dist.barrier()
+    model = Qwen3MoeForCausalLM.from_pretrained(folder / "experts", distributed_config=plan)
+    before = [type(module) for module in model.modules()]
+    wanted = ResLoRAConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"], shortcut="block")
+    found = refused(lambda: apply_reslora(model, wanted))
+    return found if before == [type(module) for module in model.modules()] else {"error": "changed", "message": ""}
+
+
 def refusals(folder: Path) -> dict[str, Any]:
     model = parallel("input")
     half_a_plan = parallelize_module(base(), MESH["tp"], {"blocks.0.up": ColwiseParallel()})
@@ -345,6 +365,8 @@ def refusals(folder: Path) -> dict[str, Any]:
         "adapted first": refused(lambda: parallelize_module(residual("input"), MESH["tp"], plan(False))),
         "half a chain": refused(lambda: apply_reslora(half_a_plan, hidden)),
         "no mesh": refused(lambda: shard_reslora(model, model.blocks)),
+        "ranks": refused(lambda: RankAllocator(model, target_r=1, total_step=9)),
+        "experts": experts(folder),
         "sequential": refused(lambda: merge_reslora(model, calibration=[batch(0)[0]], sequential=True)),
         "switched": refused(lambda: add_adapter(model, "other", hidden)),
         "torchao": refused(lambda: shard(quantized("block", None))),

@@ -254,6 +254,8 @@ def test_plan_of_transformers_goes_on_after_unloading(four: list[Report]) -> Non
         ("adapted first", "call parallelize_module"),
         ("half a chain", "'blocks.1.up' is whole"),
         ("no mesh", "give mesh="),
+        ("ranks", "rank_pattern"),
+        ("experts", "spread by a tensor parallel plan"),
         ("sequential", "load and merge it in one process"),
         ("switched", "cannot be switched"),
         ("torchao", "quantised by torchao and cannot be cut"),
@@ -268,12 +270,58 @@ def test_tensor_parallel_refuses_with_the_alternative(four: list[Report], action
         assert message in result[action]["message"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-def test_deepspeed_zero_2_equals_one_process(tmp_path: Path) -> None:
-    for report in run_ranks("tests.distributed.launched", tmp_path, "deepspeed", DS_ACCELERATOR="cpu"):
-        for name, result in report.items():
-            assert result["difference"] < 1e-5, name
-            assert result["equal"], name
+EXACT_UNDER_ZERO = [
+    *(f"zero {stage} {form} {shortcut}" for stage in (2, 3) for form in FORMS for shortcut in SHORTCUTS),
+    "zero 3 dora",
+    "zero 3 projections",
+    *(f"made in parts {shortcut}" for shortcut in SHORTCUTS),
+    "from_pretrained",
+]
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+    return run_ranks("tests.distributed.zero", tmp_path_factory.mktemp("processes"), DS_ACCELERATOR="cpu")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", EXACT_UNDER_ZERO)
+def test_deepspeed_equals_one_process(zero: list[Report], name: str) -> None:
+    """In float32. huggingface/peft#2500, huggingface/peft#2450: what ZeRO-3 saved was empty, trained heads too."""
+    for result in found(zero, name):
+        assert result["difference"] < 1e-5
+        assert result.get("equal", True), "saved is something else than trained"
+        assert result.get("apart", True) and result.get("spread", True), "ZeRO-3 has spread nothing"
+
+
+@needs_deepspeed
+def test_zero_3_holds_no_weight_between_its_layers(zero: list[Report]) -> None:
+    for result in found(zero, "gathered"):
+        assert result["kept"] < result["all"] / 10
+
+
+@needs_deepspeed
+def test_zero_3_goes_on_from_its_own_checkpoint(zero: list[Report]) -> None:
+    assert all(result["equal"] for result in found(zero, "resumed"))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("merge", "partitioned by DeepSpeed ZeRO-3"),
+        ("export", "partitioned by DeepSpeed ZeRO-3"),
+        ("load", "partitioned by DeepSpeed ZeRO-3"),
+        ("dora", "GatheredParameters"),
+        ("pissa", "GatheredParameters"),
+        ("attention", "train with ZeRO-2"),
+    ],
+)
+def test_zero_3_refuses_with_the_alternative(zero: list[Report], action: str, message: str) -> None:
+    for result in found(zero, "refusals"):
+        assert result[action]["error"] == "ValueError", result[action]
+        assert message in result[action]["message"]
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
@@ -313,8 +361,15 @@ def test_accelerate_equals_one_process(tmp_path: Path) -> None:
         assert "mixed torch.Tensor and DTensor" in report["its own wrap policy"]["message"]
 
 
+@needs_deepspeed
+def test_example_of_zero_3(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "-m", "tests.distributed.launched", "zero3_accelerate", str(tmp_path)]
+    run_command(command, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="true", ACCELERATE_USE_DEEPSPEED="true")
+    assert json.loads((tmp_path / "report.json").read_text()) == {"trained": True, "layers": 28}
+
+
 @needs_accelerate
-@pytest.mark.parametrize("example", ["ddp", "fsdp2", "fsdp2_accelerate", "tensor_parallel"])
+@pytest.mark.parametrize("example", ["ddp", "fsdp2", "fsdp2_accelerate", "fsdp2_nf4", "pipeline", "tensor_parallel"])
 def test_example(tmp_path: Path, example: str) -> None:
     restart = ["--max-restarts", "2"]  # torchrun's own store now and then loses a process that ends
     run_command([*TORCHRUN, *restart, "-m", "tests.distributed.launched", example, str(tmp_path)])
