@@ -36,7 +36,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -78,33 +78,27 @@ class Statistics:
     shared_accesses: int
 
 
-def build(
-    folder: Path, csrc: Path = CSRC, options: Sequence[str] = FAST, objects: Mapping[str, Path] | None = None
-) -> Path:
-    """Compiles ``csrc`` with the emulator to an extension module in ``folder``; returns its path.
-
-    Each object file lies beside it; ``objects`` are those, by their source's name, that another build has made.
-    """
+def build(folder: Path, csrc: Path = CSRC, options: Sequence[str] = FAST) -> Path:
+    """Compiles ``csrc`` with the emulator to an extension module in ``folder``; returns its path."""
     includes = [f"-I{HERE}", f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     sources = [*sorted(csrc.glob("*.cu")), csrc / "bindings.cpp", *sorted(HERE.glob("emulator*.cpp"))]
     has_sm90 = ["-DRESLORA_HAS_SM90"] * any(source.stem.endswith("_sm90") for source in csrc.glob("*.cu"))
-    made_before = objects or {}
 
     def compile_one(source: Path) -> Path:
-        if source.name in made_before:
-            return made_before[source.name]
         made = folder / f"{source.name}.o"
-        _run(["g++", *OPTIONS, *has_sm90, *options, *includes, "-x", "c++", "-c", str(source), "-o", str(made)])
+        compile_and_link(["-c", "-x", "c++", str(source)], made, [*has_sm90, *options, *includes])
         return made
 
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(compile_one, sources))
     module = folder / MODULE
-    _run(["g++", "-shared", *options, *map(str, compiled), "-o", str(module)])
+    compile_and_link(["-shared", *map(str, compiled)], module, options)
     return module
 
 
-def _run(command: list[str]) -> None:
+def compile_and_link(what: Sequence[str], made: Path, options: Sequence[str]) -> None:
+    """RuntimeError with all that the compiler says unless it is content."""
+    command = ["g++", *OPTIONS, *options, *what, "-o", str(made)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode or "warning:" in finished.stderr:
         raise RuntimeError(f"{' '.join(command)}\n{finished.stderr}")
@@ -122,6 +116,11 @@ def load(path: Path) -> ModuleType:
 def set_seed(path: Path, seed: int) -> None:
     """What the scheduler and the copies do from here on."""
     ctypes.CDLL(str(path)).reslora_emulator_seed(ctypes.c_uint(seed))
+
+
+def plant(path: Path, fault: int) -> None:
+    """Which of the faults that a test has compiled in is there from here on; 0 for none."""
+    ctypes.CDLL(str(path)).reslora_emulator_plant(ctypes.c_int(fault))
 
 
 def take_statistics(path: Path) -> Statistics:

@@ -59,6 +59,7 @@ std::vector<Thread> threads;
 unsigned char* shared = nullptr;
 std::int64_t shared_size = 0, shared_begin = 0;
 std::mt19937 chance(0);
+int planted = 0;
 Statistics statistics{};
 
 namespace {
@@ -331,6 +332,7 @@ void launch(const char* name, Place size, int count, int shared_bytes, const std
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 EXPORTED void reslora_emulator_seed(unsigned seed) { emulator::chance.seed(seed); }
+EXPORTED void reslora_emulator_plant(int fault) { emulator::planted = fault; }
 EXPORTED void reslora_emulator_statistics(std::int64_t* values, bool reset) {
     std::memcpy(values, &emulator::statistics, sizeof emulator::statistics);
     if (reset) emulator::statistics = {};

@@ -70,6 +70,7 @@ extern std::vector<Thread> threads;
 extern unsigned char* shared;
 extern std::int64_t shared_size, shared_begin;  // begin: its address on the device
 extern std::mt19937 chance;
+extern int planted;  // which of the faults that a test has compiled in is there; 0: none
 extern Statistics statistics;
 
 // Ends the launch with this message; from a thread or from an event.

@@ -1,24 +1,30 @@
-"""python -m tests.cuda_on_cpu.run_calls MODULE SEEDS [VARIANT]: small exact calls through an emulated extension.
+"""python -m tests.cuda_on_cpu.run_calls MODULE: small exact calls through an emulated extension, as stdin asks.
 
-With a variant of the Hopper kernel, calls for that.
-
-Prints the first wrong result or bank conflict and exits with 1; what the emulator or a sanitizer finds ends it too.
+A line asks for "SEEDS VARIANT FAULT": calls for that variant of the Hopper kernel, or for the others if it is "off",
+with that fault planted. They run in a process of their own, forked from this one, which has imported what they need.
+It prints the first wrong result or bank conflict and exits with 1; what the emulator or a sanitizer finds ends it too.
+The answer is a line as well: its exit code and all that it has printed, as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from reslora_kernels.backends import cuda, hopper, native
 
 from ..kernels.calls import Call, draw, run, truth
-from . import load, set_seed, take_statistics
+from . import load, plant, set_seed, take_statistics
 
 BF16 = torch.bfloat16
+MOST_SECONDS = 600  # of processor time, for what never ends
 CALLS = [
     Call("two passes, several tiles", 100, 104, 520, 34, 17, BF16, BF16, hand=(17, 34), residual=True),
     Call("one pass", 100, 104, 264, 32, 16, BF16, BF16, hand=(16, 32), residual=True),
@@ -37,11 +43,8 @@ HOPPER_CALLS = [
 ]
 
 
-def main(module: str, seeds: int, variant: str = "off") -> int:
+def run_calls(path: Path, seeds: int, variant: str) -> int:
     """0 if every result is exact whatever the schedule, and no access of ldmatrix met a bank twice."""
-    path = Path(module)
-    extension = load(path)
-    native.load = lambda: extension  # type: ignore[assignment]
     os.environ[hopper.VARIABLE] = variant
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     for seed in range(seeds):
@@ -61,5 +64,29 @@ def main(module: str, seeds: int, variant: str = "off") -> int:
     return 0
 
 
+def answer(path: Path, seeds: int, variant: str, fault: int) -> list[Any]:
+    """[exit code, output] of those calls in a fork."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if not child:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS))
+            plant(path, fault)
+            raise SystemExit(run_calls(path, seeds, variant))
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        return [os.waitstatus_to_exitcode(status), output.read()]
+
+
+def main(module: str) -> None:
+    path = Path(module)
+    extension = load(path)
+    native.load = lambda: extension  # type: ignore[assignment]
+    for line in sys.stdin:
+        seeds, variant, fault = line.split()
+        print(json.dumps(answer(path, int(seeds), variant, int(fault))), flush=True)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))
+    main(sys.argv[1])

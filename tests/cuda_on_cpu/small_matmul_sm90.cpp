@@ -1,4 +1,4 @@
-// c = a b with what host_ptx_sm90.h has, but copies between blocks, for tests/test_hopper_on_cpu.py: exact on integers,
+// c = a b with what host_ptx_sm90.h has, but copies between blocks, for tests/test_cuda_on_cpu.py: exact on integers,
 // whatever the schedule. A producer copies tiles of a and b, two warpgroups multiply, and c leaves through shared memory.
 // Two blocks of a cluster share their tile of b, of which each copies half to both.
 #include <cstdio>
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(THREADS) matmul(const __grid_constant__ Params
                                                    : wgmma_descriptor(s.b[turn.stage], 0, 1024);
                 wgmma_fence();
                 for (int i = 0; i < K / 16; ++i)
-                    wgmma<N, B_MN_MAJOR>(acc, a + i * 2, b + i * (B_MN_MAJOR ? 128 : 2), Element{});
+                    wgmma<N, B_MN_MAJOR, Element>(acc, a + i * 2, b + i * (B_MN_MAJOR ? 128 : 2), Element{});
                 wgmma_commit();
                 wgmma_wait<1>();
                 if (before >= 0) release(before);
@@ -160,8 +160,9 @@ void check(const char* name) {
 
 }  // namespace reslora
 
-int main(int, char** arguments) {
+int main(int, char** arguments) {  // seeds, and which fault is planted
     using namespace reslora;
+    emulator::planted = std::atoi(arguments[2]);
     try {
         for (int seed = 0; seed < std::atoi(arguments[1]); ++seed) {
             emulator::chance.seed(seed);
