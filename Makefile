@@ -11,7 +11,7 @@ BUILD_CUDA := $(or $(RESLORA_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,0
 REQUIREMENTS := pyproject.toml setup.py build_cuda.py build_host.py $(wildcard csrc/host*) $(CONSTRAINTS)
 REQUIREMENTS += $(if $(filter-out 0,$(BUILD_CUDA)),$(wildcard csrc/*.*))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PARALLEL := --numprocesses auto --dist loadfile
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := RESLORA_CUDA=$(BUILD_CUDA) $(PIP) install --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
