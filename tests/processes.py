@@ -227,6 +227,18 @@ def build(kind: str, source: Path, **variables: str) -> subprocess.CompletedProc
     return run_build([sys.executable, "-c", HOOK, kind, str(source.parent / "out")], source, **variables)
 
 
+def leave_out(csrc: Path, *types: str) -> None:
+    """Puts kernels of bfloat16 where those of "Fp16", "Tf32" or "Ieee" are asked for: of one type less to compile."""
+    launch = csrc / "launch.cuh"
+    for name in types:
+        text = launch.read_text()
+        assert text.count(f"use({name}Math{{}})") == 1
+        launch.write_text(text.replace(f"use({name}Math{{}})", "use(Bf16Math{})"))
+    for source in csrc.glob("*_sm90.cu") if "Fp16" in types else ():
+        assert source.read_text().count("<Fp16>") == 1
+        source.write_text(source.read_text().replace("<Fp16>", "<Bf16>"))
+
+
 def built_wheel(source: Path) -> Path:
     (wheel,) = (source.parent / "out").glob("*.whl")
     return wheel

@@ -24,8 +24,6 @@ from . import cuda_on_cpu, processes
 REASON = cuda_on_cpu.unavailable_reason()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 ROOT = Path(__file__).parents[1]
-# All faults are planted in bfloat16, so that nothing else need be compiled.
-ONE_TYPE = re.compile(r"case MATH_FLOAT16:.*?default: return use\(IeeeMath\{\}\);", re.DOTALL)
 SMALL = cuda_on_cpu.HERE / "small_matmul_sm90.cpp"
 
 
@@ -290,9 +288,7 @@ class Calls:
 def csrc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of csrc/ with all faults, and the kernels for one type."""
     folder = shutil.copytree(cuda_on_cpu.CSRC, tmp_path_factory.mktemp("planted") / "csrc")
-    text, found = ONE_TYPE.subn("default: return use(Bf16Math{});", (folder / LAUNCH).read_text())
-    assert found == 1
-    (folder / LAUNCH).write_text(text)
+    processes.leave_out(folder, "Fp16", "Tf32", "Ieee")
     for path in folder.iterdir():
         path.write_text(with_faults(path.read_text(), path.name, FAULTS))
     return folder

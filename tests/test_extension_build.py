@@ -26,6 +26,7 @@ from .processes import (
     copy_source,
     fake_driver,
     fake_nvcc,
+    leave_out,
     names_in,
     record_of,
     run,
@@ -107,10 +108,11 @@ def test_host_extension_that_cannot_be_built_is_left_out_or_insisted_on(source: 
 
 @needs_sources
 def test_extension_needs_system_libraries_alone(source: Path) -> None:
-    """The one real build: csrc/ as it is, for one architecture, by this machine's nvcc."""
+    """The one real build: every source of csrc/, for one architecture and type, by this machine's nvcc."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("needs nvcc")
+    leave_out(source / "csrc", "Fp16", "Tf32", "Ieee")
     wheel = pip_wheel(source, RESLORA_CUDA="1", RESLORA_CUDA_ARCHS="90a", CUDA_HOME=str(Path(nvcc).parents[1]))
     record = record_of(wheel)
     assert (record["CUDA_BUILT"], record["CUDA_ARCHS"]) == (True, ("90a",))
