@@ -1,4 +1,4 @@
-"""Run by torchrun: a script of examples/ as it stands, or DDP training that survives the death of a rank.
+"""Run by torchrun: scripts of examples/ as they stand, or DDP training that survives the death of a rank.
 
 In the latter one rank kills itself in the middle of a step. After the restart the training goes on from the last
 checkpoint to its end. Then the same processes train once more from the start, undisturbed, and compare bit for bit.
@@ -7,11 +7,14 @@ checkpoint to its end. Then the same processes train once more from the start, u
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import runpy
 import signal
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from reslora_kernels import load_adapter, save_adapter
 from .residual import adapters, loss_of, residual, shared_data
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SEVERAL_PROCESSES = ("ddp", "fsdp2", "fsdp2_accelerate", "fsdp2_nf4", "pipeline", "tensor_parallel")
 LENGTH, EVERY, KILLED_AT = 8, 3, 4
 
 
@@ -101,8 +105,37 @@ def run_elastic(folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def run_examples(folder: Path) -> None:
+    """On the CPU, each in a fork of this process, which imports for all, and with a store of its own."""
+    for library in ("accelerate", "transformers"):
+        importlib.import_module(library)
+    codes = {}
+    for name in SEVERAL_PROCESSES:
+        (folder / name).mkdir(exist_ok=True)
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": free_port(folder / name)}
+        child = os.fork()
+        if not child:
+            return run_example(name, folder / name)
+        codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if any(codes.values()):
+        raise SystemExit(f"exit codes {codes}")
+    return None
+
+
+def free_port(folder: Path) -> str:
+    """That the first rank finds, of this attempt."""
+    file = folder / f"port-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    if os.environ["RANK"] == "0":
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            file.with_suffix(".written").write_text(str(server.getsockname()[1]))
+        file.with_suffix(".written").rename(file)
+    while not file.exists():
+        time.sleep(0.01)
+    return file.read_text()
+
+
 def run_example(name: str, folder: Path) -> None:
-    """On the CPU; reports whether every adapter of it has trained."""
+    """Reports whether every adapter of it has trained."""
     os.chdir(folder)
     sys.path.insert(0, str(EXAMPLES))
     if name == "fsdp2_accelerate":
@@ -133,6 +166,8 @@ def main(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     if name == "elastic":
         run_elastic(folder)
+    elif name == "examples":
+        run_examples(folder)
     else:
         run_example(name, folder)
 

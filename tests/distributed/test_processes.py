@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from ..processes import Report, run_command, run_ranks
+from ..processes import REPOSITORY, Report, environment, run, run_command, run_ranks
+from .launched import SEVERAL_PROCESSES
 from .residual import FORMS, SHORTCUTS, adapters, residual
 
 pytestmark = [
@@ -368,9 +369,20 @@ def test_example_of_zero_3(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text()) == {"trained": True, "layers": 28}
 
 
-@needs_accelerate
-@pytest.mark.parametrize("example", ["ddp", "fsdp2", "fsdp2_accelerate", "fsdp2_nf4", "pipeline", "tensor_parallel"])
-def test_example(tmp_path: Path, example: str) -> None:
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder with one for each of them, and what torchrun has printed."""
+    folder = tmp_path_factory.mktemp("examples")
     restart = ["--max-restarts", "2"]  # torchrun's own store now and then loses a process that ends
-    run_command([*TORCHRUN, *restart, "-m", "tests.distributed.launched", example, str(tmp_path)])
-    assert json.loads((tmp_path / "report.json").read_text()) == {"trained": True, "layers": 28}
+    command = [*TORCHRUN, *restart, "-m", "tests.distributed.launched", "examples", str(folder)]
+    finished = run(command, cwd=REPOSITORY, env=environment())
+    return folder, finished.stdout + finished.stderr
+
+
+@needs_accelerate
+@pytest.mark.parametrize("example", SEVERAL_PROCESSES)
+def test_example(examples: tuple[Path, str], example: str) -> None:
+    folder, output = examples
+    report = folder / example / "report.json"
+    assert report.exists(), output
+    assert json.loads(report.read_text()) == {"trained": True, "layers": 28}
