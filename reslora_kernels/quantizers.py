@@ -5,6 +5,7 @@ Each library is a ``Quantizer`` in ``QUANTIZERS``. It is imported when a weight 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -175,17 +176,15 @@ class Quanto(Quantizer):
         return cast(Tensor, weight.dequantize() if hasattr(weight, "dequantize") else weight)
 
 
-class GPTQ(Quantizer):
-    """GPTQ checkpoints as GPTQModel loads them for PyTorch's own operations (``BACKEND.TORCH``), on a CPU too.
-
-    Its other layers pack the weight anew for a kernel of theirs.
+class GPTQModel(Quantizer):
+    """GPTQ and AWQ checkpoints as GPTQModel loads them for PyTorch's own operations, on a CPU too (``BACKEND.TORCH``
+    and ``BACKEND.AWQ_TORCH``). Its other layers pack the weight anew for a kernel of theirs.
     """
 
     library = "gptqmodel"
 
     def recognises(self, linear: nn.Module) -> bool:
-        kind = type(linear)
-        return kind.__module__ == "gptqmodel.nn_modules.qlinear.torch" and kind.__name__ == "TorchLinear"
+        return f"{type(linear).__module__}.{type(linear).__name__}" in (_GPTQ, _AWQ)
 
     def held(self, linear: Any) -> Tensor:
         return cast(Tensor, linear.qweight)
@@ -194,7 +193,11 @@ class GPTQ(Quantizer):
         return cast(torch.dtype, linear.scales.dtype)
 
     def dequantize(self, linear: Any) -> Tensor:
-        return cast(Tensor, linear.dequantize_weight()).T.contiguous()
+        if _GPTQ.endswith(f".{type(linear).__name__}"):
+            return cast(Tensor, linear.dequantize_weight()).T.contiguous()
+        reader = import_module("gptqmodel.quantization.awq.utils.packing_utils")
+        held = linear.qweight, linear.qzeros, linear.scales
+        return cast(Tensor, reader.dequantize_gemm(*held, linear.bits, linear.group_size)).T.contiguous()
 
 
 class Unread(Quantizer):
@@ -220,10 +223,12 @@ class Unread(Quantizer):
         raise TypeError(self.why_not(linear))
 
 
+_GPTQ = "gptqmodel.nn_modules.qlinear.torch.TorchLinear"
+_AWQ = "gptqmodel.nn_modules.qlinear.torch_awq.AwqTorchLinear"
 _FLOAT8 = ("FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear")
 _INSTEAD = {
-    "gptqmodel": "load the model with GPTQModel's backend=BACKEND.TORCH, whose layers are read, or with plain weights",
-    "awq": "load it with plain weights, or in 4 bits by bitsandbytes",
+    "gptqmodel": "load it with GPTQModel's backend=BACKEND.TORCH (AWQ_TORCH), which is read, or with plain weights",
+    "awq": "load it with GPTQModel's backend=BACKEND.AWQ_TORCH, or with plain weights",
     "auto_gptq": "load it with GPTQModel's backend=BACKEND.TORCH, or with plain weights",
     "compressed_tensors": "load it with CompressedTensorsConfig(dequantize=True), as its first forward does anyway",
     "aqlm": "load it with plain weights",
@@ -242,7 +247,7 @@ def _library_of(linear: nn.Module) -> str | None:
     return library if library in _INSTEAD and hasattr(linear, "in_features") else None
 
 
-QUANTIZERS: tuple[Quantizer, ...] = (BitsAndBytes(), TorchAO(), Float8(), HQQ(), Quanto(), GPTQ(), Unread())
+QUANTIZERS: tuple[Quantizer, ...] = (BitsAndBytes(), TorchAO(), Float8(), HQQ(), Quanto(), GPTQModel(), Unread())
 
 
 def quantizer_of(module: nn.Module) -> Quantizer | None:

@@ -105,7 +105,25 @@ def with_gptq(model: nn.Module) -> nn.Module:
     return _replaced(model, quantized)
 
 
-LIBRARIES = {"hqq": "hqq", "quanto": "optimum", "gptq": "gptqmodel"}
+LIBRARIES = {"hqq": "hqq", "quanto": "optimum", "gptq": "gptqmodel", "awq": "gptqmodel"}
+
+
+def with_awq(model: nn.Module) -> nn.Module:
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    def quantized(linear: nn.Linear) -> nn.Module:
+        n, k = linear.weight.shape
+        layer = AwqTorchLinear(
+            bits=4, group_size=16, sym=True, desc_act=False, in_features=k, out_features=n, bias=False,
+            register_buffers=True,
+        )  # fmt: skip
+        layer.qweight.random_(-(2**31), 2**31 - 1)
+        layer.qzeros.fill_(0x77777777)
+        layer.scales.fill_(0.02)
+        layer.post_init()
+        return layer
+
+    return _replaced(model, quantized)
 
 
 def missing(kind: str) -> Any:
@@ -157,6 +175,7 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "hqq": with_hqq,
     "quanto": with_quanto,
     "gptq": with_gptq,
+    "awq": with_awq,
 }
 each_kind = pytest.mark.parametrize("kind", [pytest.param(kind, marks=missing(kind)) for kind in KINDS])
 
@@ -205,7 +224,9 @@ def test_at_the_start_it_is_the_base_model(kind: str) -> None:
     """LLM.int8 rounds activations, ResLoRA does not; torchao may multiply in another order."""
     model = apply_reslora(KINDS[kind](llama()), config())
     base = dense_base(kind) if kind == "fp8 in blocks" else KINDS[kind](llama())  # whose own kernels are a GPU's
-    assert relative_error(logits(model), logits(base)) < (0.1 if kind in ("llm.int8", "torchao float8") else 1e-5)
+    assert relative_error(logits(model), logits(base)) < (
+        0.1 if kind in ("llm.int8", "torchao float8", "awq") else 1e-5
+    )
 
 
 @each_kind
@@ -251,7 +272,9 @@ def test_merging_keeps_the_adapter_apart_or_dequantises(kind: str) -> None:
     report = merge_reslora(model, dequantize=True)
     assert {row.rank for row in report.rows} == {4, 8, 12}
     merged = logits(model)
-    assert relative_error(merged, expected) < (5e-3 if kind in ("llm.int8", "gptq") else 1e-5)  # they merge in float16
+    assert relative_error(merged, expected) < (
+        5e-3 if kind in ("llm.int8", "gptq", "awq") else 1e-5
+    )  # they merge in float16
     unmerge_reslora(model)
     assert torch.equal(logits(model), expected)
 
@@ -349,7 +372,7 @@ def of_library(path: str, **attributes: Any) -> type[nn.Module]:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("gptqmodel.nn_modules.qlinear.marlin.MarlinLinear", "backend=BACKEND.TORCH, whose layers are read"),
+        ("gptqmodel.nn_modules.qlinear.marlin.MarlinLinear", r"backend=BACKEND.TORCH \(AWQ_TORCH\), which is read"),
         ("awq.modules.linear.gemm.WQLinear_GEMM", "whose weight awq holds quantised"),
         ("aqlm.inference.QuantizedLinear", "whose weight aqlm holds quantised, in a form that is not read"),
         ("eetq.modules.qlinear.W8A16Linear", "or in 8 bits by bitsandbytes"),
@@ -362,6 +385,14 @@ def test_what_is_not_read_is_refused_with_the_way_out(path: str, message: str) -
         apply_reslora(nn.Sequential(layer), ResLoRAConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match=r"matches (nothing|no linear layer)"):  # "all-linear" leaves it out
         apply_reslora(nn.Sequential(layer), ResLoRAConfig())
+
+
+def test_a_bias_that_cannot_train_is_refused() -> None:
+    layer: Any = of_library("hqq.core.quantize.HQQLinear")(8, 8)
+    layer.W_q = layer._parameters.pop("weight")
+    layer.bias = layer._parameters.pop("bias").detach()
+    with pytest.raises(ValueError, match="bias='lora_only' would not train it"):
+        apply_reslora(nn.Sequential(layer), ResLoRAConfig(target_modules=["0"], bias="lora_only"))
 
 
 def test_compressed_tensors_are_refused_with_the_way_out() -> None:

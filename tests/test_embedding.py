@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from reslora_kernels import (
     ResLoRAConfig,
+    adapters_per_sample,
     add_adapter,
     apply_reslora,
     disable_adapter,
@@ -400,7 +401,16 @@ def test_a_tied_head_goes_through_files_and_merges(make: Any, table: str, tmp_pa
     add_adapter(ours, "second", ResLoRAConfig(r=2, target_modules=".*(c_attn|q_proj)"))
     assert torch.equal(logits(set_adapter(ours, "second")), logits(make()))
     assert torch.equal(logits(set_adapter(ours, "default")), before)
-    unload(ours)
+    with pytest.raises(ValueError, match="in a head too"), adapters_per_sample(ours, ["default", "__base__"]):
+        pass
+    add_adapter(ours, "third", ResLoRAConfig(r=2, target_modules=f".*{table}", ensure_weight_tying=True))
+    disturbed(set_adapter(ours, ["default", "third"]))
+    summed = logits(ours)
+    assert relative_error(summed, before) > 0.01
+    with disable_adapter(ours):
+        assert torch.equal(logits(ours), logits(make()))
+    assert torch.equal(logits(ours), summed)
+    unload(set_adapter(ours, "default"))
     assert torch.equal(logits(ours), logits(make()))
 
 
@@ -416,6 +426,12 @@ def test_what_peft_trains_whole_and_ties_comes_over(whole: dict[str, Any], tmp_p
     ours = load_peft_adapter(gemma3(), tmp_path)
     assert relative_error(logits(ours), logits(theirs.eval())) < 1e-5
     assert ours.lm_head.weight is ours.get_input_embeddings().weight
+
+
+def test_trained_tokens_are_everyones() -> None:
+    model = apply_reslora(gpt2(), ResLoRAConfig(r=2, target_modules=["c_attn"], trainable_token_indices=[3]))
+    with pytest.raises(ValueError, match="those of every sample"), adapters_per_sample(model, ["default", "__base__"]):
+        pass
 
 
 def test_a_head_has_one_adapter(tmp_path: Path) -> None:

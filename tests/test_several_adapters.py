@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from reslora_kernels import (
     ResLoRAConfig,
@@ -191,6 +193,25 @@ def test_switching_back_leaves_one_alone_as_it_was() -> None:
         assert sorted(model.state_dict()) == alone[name][1]
 
 
+@pytest.mark.parametrize("pair", [("input", "middle"), ("block", "none")])
+def test_a_sum_is_compiled_pickled_and_autocast(pair: tuple[str, str]) -> None:
+    torch.manual_seed(0)
+    configs = [{"r": 2 + i, "lora_alpha": 3, "shortcut": shortcut} for i, shortcut in enumerate(pair)]
+    model = set_adapter(adapted(Blocks(), a=configs[0], b=configs[1]), ["a", "b"])
+    x = torch.randn(3, 5, 6)
+    expected = model(x)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    assert relative_error(compiled(x), expected) < 1e-6
+    assert counter.frame_count == 1
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(model(x), expected) < 0.05
+    with torch.no_grad(), adapters_per_sample(model.eval(), ["b", "__base__", "a"]):
+        mixed = model(x)
+        assert relative_error(torch.compile(model, backend="eager")(x), mixed) < 1e-6
+
+
 def convolutional() -> tuple[nn.Module, Tensor, list[str]]:
     return (
         nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2)),
@@ -321,6 +342,10 @@ def test_a_peft_model_does_the_same(shortcut: str) -> None:
     assert relative_error(logits(model), logits(set_adapter(native, ["a", "b"]))) < 1e-12
     with pytest.raises(ValueError, match="in force together"):
         model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(llama().double()))
+    with pytest.raises(ValueError, match="of the PeftModel"), disable_adapter(model):
+        pass
     with torch.no_grad(), adapters_per_sample(native, names):
         expected = native(tokens).logits
     with torch.no_grad():

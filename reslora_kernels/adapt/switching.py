@@ -131,7 +131,7 @@ def adapters_per_sample(model: nn.Module, names: Sequence[str], *, num_beams: in
     """Inside the ``with`` block, sample i of every batch runs through adapter ``names[i]``; "__base__" is none of them.
 
     For inference. Every sample gets what it would get alone, whatever the adapters' shortcuts: each layer runs the
-    samples of one adapter together.
+    samples of one adapter together. Biases and modules that train are everyone's.
 
     Args:
         names: a name for each sample of the batch, its first dimension.
@@ -140,8 +140,8 @@ def adapters_per_sample(model: nn.Module, names: Sequence[str], *, num_beams: in
     Raises:
         TypeError: ``names`` is no list or tuple.
         ValueError: the model is in training mode, merged or sharded, no adapter has such a name, or one of them holds
-            what cannot run for some samples only: DoRA, experts, ``nn.MultiheadAttention``, tensor parallel layers.
-            Inside the block: a layer sees another number of samples.
+            what cannot run for some samples only: DoRA, experts, ``nn.MultiheadAttention``, tensor parallel layers, a
+            tied head, trained tokens. Inside the block: a layer sees another number of samples.
     """
     check_int("num_beams", num_beams, 1, None)
     if isinstance(names, str) or not isinstance(names, Sequence):
@@ -156,6 +156,8 @@ def adapters_per_sample(model: nn.Module, names: Sequence[str], *, num_beams: in
     _check_names(record, used)
     adapters = {name: _layers(root, name) for name in used}
     refuse_samples(adapters)
+    if record.tables:
+        raise ValueError("trained tokens (trainable_token_indices) are those of every sample: split the batch")
     set_adapter(model, used)
     places = layers_in_place(model)
     sums = {name: layer.division for name, layer in places.items()}
@@ -175,8 +177,7 @@ def refuse_samples(adapters: Mapping[str, Mapping[str, AdapterLayer]]) -> None:
     """ValueError for adapters that cannot run for some samples of a batch only."""
     for adapter, layers in adapters.items():
         for name, layer in layers.items():
-            if layer.config.use_dora or not layer.takes_samples:
-                what = "uses DoRA" if layer.config.use_dora else f"is a {type(layer).__name__}"
+            if (what := layer.refuses_samples()) is not None:
                 raise ValueError(
                     f"adapter {adapter!r} cannot run for single samples of a batch: layer {name!r} {what}. Split the "
                     "batch, and call set_adapter for each part"
@@ -218,7 +219,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     if record_of(model).merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) first")
-    parts = (*layers_in_place(model).values(), *record_of(model).tables.values())
+    if record_of(model).together:
+        refuse_beside(model, "disabled", "call disable_adapter() of the PeftModel")
+    layers = [layer for place in layers_in_place(model).values() for layer in (place, *place.beside)]
+    parts = (*layers, *record_of(model).tables.values())
     before = {part: part.disabled for part in parts}
     try:
         for part in before:

@@ -138,9 +138,19 @@ class AdapterLayer(nn.Module):
             del self._modules[name]
         self._sum_up()
 
+    @property
+    def beside(self) -> tuple[Any, ...]:
+        """The layers of the other adapters that are in force in this place."""
+        return tuple(module.layer for module in self._modules.values() if isinstance(module, Beside))
+
     def _sum_up(self) -> None:
-        others = tuple(module.layer for module in self._modules.values() if isinstance(module, Beside))
-        self.division = (Part((self, *others)),) if others else ()
+        self.division = (Part((self, *self.beside)),) if self.beside else ()
+
+    def refuses_samples(self) -> str | None:
+        """Why the layer cannot run for some samples of a batch only; None where it can."""
+        if self.config.use_dora:
+            return "uses DoRA"
+        return None if self.takes_samples else f"is a {type(self).__name__}"
 
     @property
     def in_sum(self) -> tuple[Any, ...]:

@@ -48,6 +48,10 @@ class ResLoRAEmbedding(ResLoRALinear):
         """A column of ones is as long as the one-hot rows: their norm is all that is asked of them."""
         super()._observe(self.lora_A.new_ones(x.numel(), 1), residual)
 
+    def refuses_samples(self) -> str | None:
+        tied = "has its adapter in a head too (ensure_weight_tying)" if self.config.ensure_weight_tying else None
+        return super().refuses_samples() or tied
+
     def reset_lora_parameters(self) -> None:
         with torch.no_grad():
             nn.init.zeros_(self.lora_A)

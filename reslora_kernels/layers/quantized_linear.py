@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..config import ResLoRAConfig
 from ..quantizers import QuantizedWeight, held_in, quantizer_of
 from .linear import ResLoRALinear, share_hooks
 from .offloading import bare_forward, hook_like, unhooked
@@ -65,6 +66,12 @@ class QuantizedResLoRALinear(ResLoRALinear):
     def why_not(module: Any) -> str | None:
         quantizer = quantizer_of(module)
         return None if quantizer is None else quantizer.why_not(module)
+
+    @staticmethod
+    def refuses(module: Any, config: ResLoRAConfig) -> str | None:
+        if config.bias == "none" or module.bias is None or isinstance(module.bias, nn.Parameter):
+            return None
+        return f"its bias is held as no parameter, so that bias={config.bias!r} would not train it: take 'none'"
 
     @staticmethod
     def weight_of(module: Any) -> Any:
