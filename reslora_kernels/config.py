@@ -16,6 +16,7 @@ Shortcut = Literal["none", "input", "block", "middle"]
 MergeMethod = Literal["input", "weights", "least_squares"]
 BackendName = Literal["auto", "torch", "triton", "cuda"]
 Bias = Literal["none", "all", "lora_only"]
+Gates = Literal["none", "scalar", "rank"]
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 256
@@ -66,6 +67,9 @@ class ResLoRAConfig:
         bias: which biases train: "none", "all", or "lora_only" (those of the adapted layers).
         shortcut: "none" (LoRA, Eq. 1), "input" (Eq. 2), "block" (Eq. 3), "middle" (Eq. 4).
         pre_num: how many earlier blocks of the chain ``block`` and ``middle`` use; -1 means all (``input`` uses one).
+        gates: learned factors of the shortcut's terms, u = c ⊙ h + Σ g_k ⊙ (the k-th earlier one): "scalar" learns a
+            number for each term, "rank" r of them. Not with "none" or ``pre_num=0``, which have no such terms.
+        gates_init: what every g starts from, c from 1: 1 is the paper's shortcut, 0 plain LoRA at the first step.
         merge: how ``merge_reslora`` turns the trained shortcut into a plain update, unless told otherwise there.
         norm_window: number of most recent batches over which the norms for merging are averaged.
         backend: "auto", or the backend that must serve every layer.
@@ -95,6 +99,8 @@ class ResLoRAConfig:
     bias: Bias = "none"
     shortcut: Shortcut = "block"
     pre_num: int = 1
+    gates: Gates = "none"
+    gates_init: float = 1.0
     merge: MergeMethod = "least_squares"
     norm_window: int = 100
     backend: BackendName = "auto"
@@ -118,6 +124,9 @@ class ResLoRAConfig:
         self._refuse_start_that_moves()
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("shortcut", self.shortcut, get_args(Shortcut))
+        _check_choice("gates", self.gates, get_args(Gates))
+        check_number("gates_init", self.gates_init, "a finite number", lambda v: True)
+        self._check_gates()
         _check_choice("merge", self.merge, get_args(MergeMethod))
         _check_choice("backend", self.backend, get_args(BackendName))
         freeze = object.__setattr__
@@ -163,6 +172,20 @@ class ResLoRAConfig:
                 "init_lora_weights='loftq' starts from what quantisation took from each layer's own weight, and "
                 f"shortcut={self.shortcut!r} adds that of other layers: take shortcut='none', or another start"
             )
+
+    def _check_gates(self) -> None:
+        """ValueError for gates without terms to weigh, and for a start of gates that are not there."""
+        if self.gates == "none":
+            if self.gates_init != 1:
+                raise ValueError(f"gates_init={self.gates_init!r} is for gates='scalar' or 'rank', got gates='none'")
+            return
+        for name, value, allowed, why in (
+            ("shortcut", self.shortcut, self.shortcut != "none", "has no terms for them"),
+            ("pre_num", self.pre_num, self.shortcut == "input" or self.pre_num != 0, "leaves no terms for them"),
+            ("use_dora", self.use_dora, not self.use_dora, "learns the length of the rows in another way"),
+        ):
+            if not allowed:
+                raise ValueError(f"gates={self.gates!r} must be 'none' with {name}={value!r}, which {why}")
 
     def _refuse_beside_parameters(self) -> None:
         """ValueError for what an adapter of a parameter has no equation for."""

@@ -27,17 +27,27 @@ def low_rank_term(
     dropped: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
+    gates: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """What layer n adds to its frozen output, [..., N]; ``dropped[n]`` is D_n(x_n)."""
+    """What layer n adds to its frozen output, [..., N]; ``dropped[n]`` is D_n(x_n).
+
+    Row k of ``gates[n]``, [1 + earlier ones, 1 or r], is what the k-th term is multiplied by between A and B; its own
+    is the first. None means 1.
+    """
+
+    def gated(k: int, h: Tensor) -> Tensor:
+        return h if gates is None else h * gates[n][k]
+
     if shortcut == "none":  # Eq. 1
         return scaling * (dropped[n] @ a[n].T) @ b[n].T
     if shortcut == "input":  # Eq. 2, with x_{-1} := x_0
-        return scaling * ((dropped[n] + dropped[max(n - 1, 0)]) @ a[n].T) @ b[n].T
+        inputs = dropped[n], dropped[max(n - 1, 0)]
+        return scaling * _sum([gated(k, x @ a[n].T) for k, x in enumerate(inputs)]) @ b[n].T
     window = range(earlier(pre_num, n) + 1)
     if shortcut == "block":  # Eq. 3
-        return scaling * _sum([dropped[n] @ a[n - k].T @ b[n - k].T for k in window])
+        return scaling * _sum([gated(k, dropped[n] @ a[n - k].T) @ b[n - k].T for k in window])
     if shortcut == "middle":  # Eq. 4
-        return scaling * _sum([dropped[n - k] @ a[n - k].T for k in window]) @ b[n].T
+        return scaling * _sum([gated(k, dropped[n - k] @ a[n - k].T) for k in window]) @ b[n].T
     raise ValueError(f"shortcut must be 'none', 'input', 'block' or 'middle', got {shortcut!r}")
 
 
@@ -51,12 +61,13 @@ def chain_forward(
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     dropout: Dropout | None = None,
+    gates: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Outputs y_n = x_n W_nᵀ + b_n + low-rank term, [..., N] each. ``dropout(n, x)`` is D_n(x_n); None means p = 0."""
     dropped = [x if dropout is None else dropout(n, x) for n, x in enumerate(xs)]
     return [
         torch.nn.functional.linear(x, weights[n], biases[n])
-        + low_rank_term(shortcut, pre_num, scaling, n, dropped, lora_As, lora_Bs)
+        + low_rank_term(shortcut, pre_num, scaling, n, dropped, lora_As, lora_Bs, gates)
         for n, x in enumerate(xs)
     ]
 

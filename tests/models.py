@@ -175,6 +175,9 @@ def randomize(model: nn.Module, seed: int = 1) -> nn.Module:
         for parameter in (layer.lora_A, layer.lora_B):
             values = torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5
             parameter.copy_(values)
+    for layer in adapted_layers(model).values():
+        if layer.lora_gates is not None:
+            layer.lora_gates.copy_(1 + 0.5 * torch.randn(layer.lora_gates.shape, generator=generator))
     return model
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.convergence.settings import BASELINE, Sizes
 from benchmarks.convergence.tasks.kinds import Task
 from reslora_kernels import ResLoRAConfig, apply_reslora
-from reslora_kernels.config import Shortcut
+from reslora_kernels.config import Gates, Shortcut
 
 R, ALPHA = 4, 8
 
@@ -36,10 +36,18 @@ class Method:
     ratio: float | None = None
 
 
-def _reslora(title: str, shortcut: Shortcut, pre_num: int = 2, r: int = R, ratio: float | None = None) -> Method:
+def _reslora(
+    title: str,
+    shortcut: Shortcut,
+    pre_num: int = 2,
+    r: int = R,
+    ratio: float | None = None,
+    gates: Gates = "none",
+    gates_init: float = 1.0,
+) -> Method:
     def adapt(model: nn.Module, task: Task, steps: int) -> nn.Module:
         config = ResLoRAConfig(
-            r=r, lora_alpha=2 * r, shortcut=shortcut, pre_num=pre_num,
+            r=r, lora_alpha=2 * r, shortcut=shortcut, pre_num=pre_num, gates=gates, gates_init=gates_init,
             target_modules=list(task.targets), modules_to_save=list(task.trained_whole) or None,
         )  # fmt: skip
         return apply_reslora(model, config)
@@ -59,20 +67,35 @@ def _peft(title: str, config_of: Callable[[Any, int], Any], **more: Any) -> Meth
     return Method(title, adapt, **more)
 
 
-METHODS = {
+_SHORTCUTS: dict[str, tuple[Shortcut, int]] = {  # by name: the shortcut, and pre_num
+    "input": ("input", 1),
+    "block": ("block", 2),
+    "middle": ("middle", 2),
+    "block-1": ("block", 1),
+    "middle-1": ("middle", 1),
+    "block-4": ("block", 4),
+    "middle-4": ("middle", 4),
+    "block-all": ("block", -1),
+    "middle-all": ("middle", -1),
+}
+GATES: dict[str, tuple[Gates, float]] = {  # by the name's ending: of what shape, and where they start
+    "gates": ("rank", 1.0),
+    "gates-0": ("rank", 0.0),
+    "scalar": ("scalar", 1.0),
+    "scalar-0": ("scalar", 0.0),
+}
+
+
+def _title(shortcut: str, pre_num: int) -> str:
+    reach = "" if shortcut == "input" else ", all" if pre_num == -1 else f", {pre_num}"
+    return f"ResLoRA {shortcut}{reach}"
+
+
+UNGATED = {
     BASELINE: _reslora("LoRA r=4", "none"),
     "lora-8": _reslora("LoRA r=8", "none", r=8),
     "lora-16": _reslora("LoRA r=16", "none", r=16),
-    "input": _reslora("ResLoRA input", "input"),
-    "block": _reslora("ResLoRA block, 2", "block"),
-    "middle": _reslora("ResLoRA middle, 2", "middle"),
-    **{
-        f"{shortcut}-{'all' if pre_num == -1 else pre_num}": _reslora(
-            f"ResLoRA {shortcut}, {'all' if pre_num == -1 else pre_num}", shortcut, pre_num
-        )
-        for shortcut in ("block", "middle")
-        for pre_num in (1, 4, -1)
-    },
+    **{name: _reslora(_title(*chosen), *chosen) for name, chosen in _SHORTCUTS.items()},
     "adalora": _peft(
         "AdaLoRA",
         lambda peft, steps: peft.AdaLoraConfig(
@@ -89,6 +112,14 @@ METHODS = {
     "loha": _peft("LoHa", lambda peft, steps: peft.LoHaConfig(r=R, alpha=ALPHA)),
     "lokr": _peft("LoKr", lambda peft, steps: peft.LoKrConfig(r=R, alpha=ALPHA)),
 }
+METHODS = UNGATED | {
+    f"{name}-{ending}": _reslora(
+        f"{_title(*chosen)}, {'scalar ' if gates == 'scalar' else ''}gates from {start:g}", *chosen,
+        gates=gates, gates_init=start,
+    )
+    for name, chosen in _SHORTCUTS.items()
+    for ending, (gates, start) in GATES.items()
+}  # fmt: skip
 
 
 def adapted(base: nn.Module, task: Task, method: str, steps: int, seed: int) -> nn.Module:

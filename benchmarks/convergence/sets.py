@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.convergence import measures, runs
-from benchmarks.convergence.methods import METHODS, adapted, base_of
+from benchmarks.convergence.methods import GATES, METHODS, UNGATED, adapted, base_of
 from benchmarks.convergence.settings import BASELINE, GRADIENT_STEPS, Budget, Experiments, Given, Sizes
 from benchmarks.convergence.tasks import tasks_of
 from benchmarks.convergence.tasks.kinds import AT_A_TIME, Task, doing, pieces, say, spoken
@@ -171,7 +171,8 @@ def of_given(
     names = tuple(dict.fromkeys((BASELINE, *methods.split(","))))
     for name in names:
         if name not in METHODS:
-            raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {name!r}")
+            gated = f"a shortcut's with {', '.join(f'-{ending}' for ending in GATES)} after it"
+            raise ValueError(f"--methods must be of {', '.join(UNGATED)}, or {gated}, got {name!r}")
     try:
         numbers = tuple(float(rate) for rate in rates.split(","))
     except ValueError:

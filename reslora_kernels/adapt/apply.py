@@ -146,7 +146,9 @@ def _refuse_layouts(targets: Mapping[str, nn.Module], plans: Sequence[ChainPlan]
 
 def without_hand_over(config: ResLoRAConfig) -> ResLoRAConfig:
     """The same, without a hand-over."""
-    return replace(config, shortcut="none") if hands_on(config.shortcut, config.pre_num) else config
+    if not hands_on(config.shortcut, config.pre_num):
+        return config
+    return replace(config, shortcut="none", gates="none", gates_init=1.0)
 
 
 def _swap(

@@ -49,12 +49,18 @@ class Coverage:
 
     shortcut: str
     pre_num: int
+    gates: str
     order: str
     layers: tuple[LayerRow, ...]
     unmatched: tuple[tuple[str, str], ...]
     others: tuple[OtherRow, ...]
     trainable_parameters: int
     total_parameters: int
+
+    @property
+    def said_of_shortcut(self) -> str:
+        gates = "" if self.gates == "none" else f", gates {self.gates!r}"
+        return f"shortcut {self.shortcut!r}, pre_num {self.pre_num}{gates}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values only, ready for JSON."""
@@ -79,7 +85,7 @@ class Coverage:
         ]
         share = 100 * self.trainable_parameters / max(1, self.total_parameters)
         parts = [
-            f"shortcut {self.shortcut!r}, pre_num {self.pre_num}; chains from {self.order}",
+            f"{self.said_of_shortcut}; chains from {self.order}",
             table(header, rows),
             f"trainable parameters: {self.trainable_parameters:,} of {self.total_parameters:,} ({share:.3f} %)",
         ]
@@ -106,6 +112,7 @@ def inspect(model: nn.Module) -> Coverage:
     return Coverage(
         shortcut=record.config.shortcut,
         pre_num=record.config.pre_num,
+        gates=record.config.gates,
         order=f"{record.order}; {record.note}" if record.note else record.order,
         layers=tuple(_row(layer, names, record) for layer in linked),
         unmatched=record.unmatched,

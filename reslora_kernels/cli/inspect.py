@@ -25,6 +25,7 @@ from reslora_kernels.cli.options import (
     DEFAULTS,
     Backend,
     ExcludeModules,
+    Gates,
     LayersToTransform,
     PreNum,
     Rank,
@@ -48,6 +49,7 @@ def inspect(
     layers_to_transform: LayersToTransform = None,
     shortcut: Shortcut = DEFAULTS["shortcut"],
     pre_num: PreNum = DEFAULTS["pre_num"],
+    gates: Gates = DEFAULTS["gates"],
     backend: Backend = DEFAULTS["backend"],
     device: Annotated[
         str | None,
@@ -72,6 +74,7 @@ def inspect(
             layers_to_transform=layers_to_transform,
             shortcut=shortcut,
             pre_num=pre_num,
+            gates=gates,
             backend=backend,
         )
     if device is not None:
@@ -100,7 +103,7 @@ def show(coverage: Coverage) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     console.print(
-        f"shortcut {coverage.shortcut!r}, pre_num {coverage.pre_num}; chains from {escape(coverage.order)}",
+        f"{coverage.said_of_shortcut}; chains from {escape(coverage.order)}",
         highlight=False,
     )
     layers = Table(title="Adapted layers", title_justify="left")

@@ -30,6 +30,9 @@ LayersToTransform = Annotated[
 ]
 Shortcut = Annotated[str, typer.Option("--shortcut", help="none (LoRA), input, block or middle.")]
 PreNum = Annotated[int, typer.Option("--pre-num", help="Earlier blocks that block and middle use; -1 for all.")]
+Gates = Annotated[
+    str, typer.Option("--gates", help="Learned factors of the shortcut's terms: none, scalar, or rank for r of each.")
+]
 Backend = Annotated[str, typer.Option("--backend", help="auto, torch, triton or cuda.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")

@@ -179,8 +179,8 @@ def cut_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def split_adapter(style: str | None, kind: str, size: float) -> Split:
-    """An adapter's parameter under its layer's style: A is cut with rowwise W, B and magnitudes with colwise."""
-    cut = style is not None and ("rowwise" in style) == kind.endswith("_A")
+    """An adapter's parameter under its layer's style: A is cut with rowwise W, B and magnitudes with colwise W."""
+    cut = style is not None and kind != "lora_gates" and ("rowwise" in style) == kind.endswith("_A")
     return Split(cut=size) if cut else Split(whole=size)
 
 

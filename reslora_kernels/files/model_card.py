@@ -55,9 +55,10 @@ class Card:
 
     def _method(self) -> str:
         config = self.config
+        gates = "" if config.gates == "none" else f"gates `{config.gates}`, "
         return (
             f"Trained with [ResLoRA](https://arxiv.org/abs/2402.18039): shortcut `{config.shortcut}`, pre_num "
-            f"{config.pre_num}, r {config.r}, lora_alpha {config.lora_alpha:g}. Merged into plain LoRA by "
+            f"{config.pre_num}, {gates}r {config.r}, lora_alpha {config.lora_alpha:g}. Merged into plain LoRA by "
             f"reslora_kernels {__version__}."
         )
 

@@ -15,7 +15,7 @@ from ..adapt.checkpoints import check_shared, named_parameters
 from ..adapt.record import TOKENS, adapted_layers, record_of
 from ..adapt.targets import endings_of
 from ..adapt.trained_tokens import tied_heads, token_shapes
-from ..config import PARAMETER_ADAPTER, ResLoRAConfig, Shortcut, pattern_matches
+from ..config import PARAMETER_ADAPTER, Gates, ResLoRAConfig, Shortcut, pattern_matches
 from ..layers.kinds import kind_of, shapes_of
 from .adapter_format import checked_folder, parsed_json, parsed_tensors, regular
 from .peft_compatibility import parameter_of, targets_in, unflattened, wrapper_names
@@ -33,6 +33,8 @@ def load_peft_adapter(
     *,
     shortcut: Shortcut = "none",
     pre_num: int = 1,
+    gates: Gates = "none",
+    gates_init: float = 1.0,
     example_inputs: Any = None,
     autocast_adapter_dtype: bool = True,
 ) -> nn.Module:
@@ -40,13 +42,13 @@ def load_peft_adapter(
 
     With shortcut "none" the model computes what PEFT's does. With another shortcut every layer has the same A and B,
     and the shortcut's terms are added from the first step on: the adapter is where training starts, not what the model
-    computes then. To start exactly from it, let PEFT merge it into the base model (``merge_and_unload``) and call
-    ``apply_reslora``.
+    computes then. To start exactly from it, take gates that start at 0, or let PEFT merge it into the base model
+    (``merge_and_unload``) and call ``apply_reslora``.
 
     Args:
         model: the base model; changed in place.
         path: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        shortcut, pre_num: as in ``ResLoRAConfig``.
+        shortcut, pre_num, gates, gates_init: as in ``ResLoRAConfig``.
         example_inputs, autocast_adapter_dtype: as for ``apply_reslora``.
 
     Returns:
@@ -66,7 +68,8 @@ def load_peft_adapter(
     untied = _without_tied(model, about, matrices)
     about["ensure_weight_tying"] = len(untied) < len(matrices)  # PEFT knows heads by the names of their embeddings
     matrices = untied
-    config = _config_of(about, model, matrices, shortcut, pre_num)
+    chosen = {"shortcut": shortcut, "pre_num": pre_num, "gates": gates, "gates_init": gates_init}
+    config = _config_of(about, model, matrices, chosen)
     _check_fit(config, model, matrices, others)
     apply_reslora(model, config, example_inputs=example_inputs, autocast_adapter_dtype=autocast_adapter_dtype)
     layers, parameters = adapted_layers(model), named_parameters(model)
@@ -184,7 +187,7 @@ def _without_base_weights(model: nn.Module, adapted: set[str], others: dict[str,
 
 
 def _config_of(
-    about: dict[str, Any], model: nn.Module, matrices: dict[tuple[str, str], Tensor], shortcut: Shortcut, pre_num: int
+    about: dict[str, Any], model: nn.Module, matrices: dict[tuple[str, str], Tensor], chosen: dict[str, Any]
 ) -> ResLoRAConfig:
     names = sorted({name for name, _ in matrices})
     parameters = [name for name in names if name.endswith(PARAMETER_ADAPTER)]
@@ -209,8 +212,7 @@ def _config_of(
             alpha_pattern=pattern("alpha_pattern"),
             target_modules=endings_of(model, modules) if (modules := [n for n in names if n not in parameters]) else [],
             target_parameters=list(map(parameter_of, parameters)) or None,
-            shortcut=shortcut,
-            pre_num=pre_num,
+            **chosen,
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{CONFIG}: {error}") from None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt.apply import adapt
+from ..adapt.apply import adapt, without_hand_over
 from ..adapt.checkpoints import Beside, beside, check_shared, named_parameters
 from ..adapt.linking import ChainPlan, confirm_order, names_of_experts, structural_chains
 from ..adapt.obstacles import refuse_foreign_hooks
@@ -33,7 +33,7 @@ from ..dtensors import fill, gathered, is_fsdp, one_writer, refuse_flat, refuse_
 from ..layers.adapter import AdapterLayer
 from ..layers.kinds import config_of, shapes_of, signature_of, weight_of
 from ..layers.offloading import offloader
-from ..layers.shortcuts import hands_on
+from ..layers.shortcuts import gates_shape, hands_on
 from .adapter_format import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, checked_folder, encoded, parsed, read, write
 
 
@@ -71,7 +71,7 @@ def settled_chains(saved: SavedAdapter, model: nn.Module, layers: Mapping[str, n
 
 _MUST_AGREE = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "split_expert_r", "use_rslora", "use_dora", "has_start",
-    "shortcut", "pre_num", "trainable_token_indices", "ensure_weight_tying",
+    "shortcut", "pre_num", "gates", "trainable_token_indices", "ensure_weight_tying",
 )  # fmt: skip
 
 
@@ -244,6 +244,20 @@ def _refuse_without_values(layers: Mapping[str, Any]) -> None:
             raise ValueError(f"model has no values yet: weight of {name!r} is on the meta device")
 
 
+def _shapes_of_gates(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """By the places in the chains that are linked in a model which loads the adapter."""
+    if saved.config.gates == "none":
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for _, names, experts in saved.chains or structural_chains(root, layers, saved.config):
+        for position, name in enumerate(names):
+            config = config_of(saved.config, name, layers.get(name))
+            shape = gates_shape(without_hand_over(config) if experts else config, position)
+            if shape is not None and name in layers:
+                shapes[f"{name}.lora_gates"] = shape
+    return shapes
+
+
 def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) -> None:
     """Refuse an adapter that is not this model's: same layers, sizes, chains that cover each layer once."""
     missing, unexpected = sorted(layers.keys() - saved.layers), sorted(saved.layers - layers.keys())
@@ -259,6 +273,7 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) 
             if saved.config.use_dora:
                 shapes[f"{name}.lora_magnitude_vector"] = (signatures[name][1],)
             shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = of_a, of_b
+    shapes |= _shapes_of_gates(saved, root, layers)
     others = {name: whole_shape(parameter) for name, parameter in named_parameters(root).items()}
     tokens = token_shapes(root, saved.config)
     for name in (*saved.beside, *(tokens.keys() - set(saved.trained))):

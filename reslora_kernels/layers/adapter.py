@@ -14,9 +14,10 @@ from ..dtensors import is_dtensor
 from .chain import Chain, Neighbours, SharedInput
 from .initialization import fill
 from .several import Beside, Part
+from .shortcuts import gates_shape
 
 _BESIDE = "beside_"
-ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "start_A", "start_B")
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_gates", "start_A", "start_B")
 
 
 class Observer(Protocol):
@@ -38,6 +39,7 @@ class AdapterLayer(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude_vector: nn.Parameter | None
+    lora_gates: nn.Parameter | None
     start_A: nn.Parameter | None
     start_B: nn.Parameter | None
     weight: Any
@@ -114,6 +116,7 @@ class AdapterLayer(nn.Module):
             nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if config.use_dora else None
         )
         self.register_parameter("lora_magnitude_vector", magnitude)
+        self.register_parameter("lora_gates", None)
         self.merged = self.disabled = False
         self.chain: Chain[Any] | None = None
         self.position = 0
@@ -121,6 +124,7 @@ class AdapterLayer(nn.Module):
         self.index = 0  # in ``shared``
         self.observer: Observer | None = None
         self.replacement: tuple[Tensor, Tensor] | None = None  # (A, B) of a plain update that stands in, while merging
+        self.fit_gates()
         if init_values:
             self.reset_lora_parameters()
 
@@ -213,13 +217,43 @@ class AdapterLayer(nn.Module):
             yield cast(AdapterLayer, other), "A"
             yield from ((third, "A") for third, _ in cast(AdapterLayer, other).reads())
 
+    @property
+    def gates(self) -> Tensor | None:
+        """c and the g of the equations [1 + terms, 1 or r], c first; None where all are 1."""
+        return None if self.config.gates == "none" else self._parameters["lora_gates"]
+
+    @property
+    def whole_gates(self) -> Tensor | None:
+        """The same, whole in every process."""
+        return self.gates
+
+    def fit_gates(self) -> None:
+        """Have as many gates as the layer's place in its chain has terms: fresh ones, where there are others."""
+        shape, held = gates_shape(self.config, self.position), self._parameters["lora_gates"]
+        if shape == (None if held is None else tuple(held.shape)):
+            return
+        if shape is None:
+            self.register_parameter("lora_gates", None)
+            return
+        empty = torch.empty(shape, dtype=self.lora_A.dtype, device=self.lora_A.device)
+        self.register_parameter("lora_gates", nn.Parameter(empty, requires_grad=self.lora_A.requires_grad))
+        self.reset_gates()
+
+    @torch.no_grad()
+    def reset_gates(self) -> None:
+        """c = 1, and every g as ``config.gates_init`` says."""
+        if self.lora_gates is not None:
+            self.lora_gates.fill_(self.config.gates_init)
+            self.lora_gates[0] = 1.0
+
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """What the adapter adds to the frozen layer's parameters, by name."""
         return {name: value for name in ADAPTER_PARAMETERS if (value := self._parameters.get(name)) is not None}
 
     def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that ``adapter_parameters`` have while they are whole."""
-        return {name: self._shape_of(name[-1]) for name in self.adapter_parameters()}
+        gates = gates_shape(self.config, self.position) or ()
+        return {name: gates if name == "lora_gates" else self._shape_of(name[-1]) for name in self.adapter_parameters()}
 
     def _shape_of(self, kind: str) -> tuple[int, ...]:
         matrices = {"A": (self.config.r, self.in_features), "B": (self.out_features, self.config.r)}
@@ -228,6 +262,7 @@ class AdapterLayer(nn.Module):
     def reset_lora_parameters(self) -> None:
         """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""
         fill(self.config, self.lora_A, self.lora_B)
+        self.reset_gates()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As for any module, but not spread over processes: a plan would cut A, which it does not know, by its rows."""
@@ -270,7 +305,8 @@ class AdapterLayer(nn.Module):
     def _describe(self) -> str:
         """What ``extra_repr`` says of the adapter."""
         place = f", position={self.position} of {self.chain_length}" if self.chain is not None else ""
-        return f"r={self.config.r}, shortcut={self.config.shortcut!r}{place}"
+        gates = "" if self.config.gates == "none" else f", gates={self.config.gates!r}"
+        return f"r={self.config.r}, shortcut={self.config.shortcut!r}{gates}{place}"
 
 
 def joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:

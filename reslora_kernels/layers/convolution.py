@@ -18,7 +18,7 @@ from ..quantizers import QUANTIZERS
 from .adapter import joined
 from .linear import ResLoRALinear
 from .offloading import hold
-from .shortcuts import Call
+from .shortcuts import Call, folded
 
 _CONVOLUTIONS: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -85,7 +85,7 @@ class ResLoRAConvolution(ResLoRALinear):
         return patches.movedim(x.dim() - dims - 1, -dims - 1).flatten(-dims - 1)
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
-        a_stack, b_stack, c, residual, hand = call
+        a_stack, b_stack, c, residual, hand, _ = folded(call)
         base, b = self._like, joined(b_stack, 1).to(x.dtype)
         channels = -len(base.kernel_size) - 1
         if a_stack:

@@ -56,6 +56,7 @@ class ResLoRAEmbedding(ResLoRALinear):
         with torch.no_grad():
             nn.init.zeros_(self.lora_A)
             nn.init.normal_(self.lora_B)
+        self.reset_gates()
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
         y = self._looked_up(x, self.weight)

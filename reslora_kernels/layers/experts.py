@@ -62,6 +62,7 @@ class ResLoRAExperts(AdapterLayer):
 
     A token's expert index selects the matrices in its own block and in the earlier ones. ``input`` and ``middle`` hand
     tokens' values from block to block, and an expert sees other tokens in each: with those the layer is plain LoRA.
+    Gates are the same for all experts of a block.
 
     As PEFT has it for ``target_parameters``, which dimension is N and which is K is read off the layout: [E, N, K],
     or [E, K, N] where the module has ``is_transposed``. Llama 4's experts are transposed without saying so, so that A
@@ -138,8 +139,10 @@ class ResLoRAExperts(AdapterLayer):
         for layer in self.in_sum:
             earlier = layer.neighbours.earlier if layer.config.shortcut == "block" else ()
             ratio = layer.scaling / self.scaling
-            for part in (layer, *earlier):
+            gates = (None,) * (1 + len(earlier)) if layer.gates is None else layer.gates.unbind()
+            for part, gate in zip((layer, *earlier), gates, strict=True):
                 b = part.lora_B.to(device)
+                b = b if gate is None else b * gate.to(device)
                 found.append((part.lora_A.to(device), b if ratio == 1 else b * ratio))
         return found
 

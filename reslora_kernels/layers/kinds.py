@@ -99,7 +99,7 @@ def link(layers: Sequence[AdapterLayer], root: nn.Module | None = None, *, name:
             raise ValueError(f"layers[{i}] is already linked, at position {layer.position} of its chain")
         if _signature(layer) != _signature(layers[0]):
             raise ValueError(
-                f"layers must agree in (in_features, out_features, r, shortcut, pre_num): layers[{i}] has "
+                f"layers must agree in (in_features, out_features, r, shortcut, pre_num, gates): layers[{i}] has "
                 f"{_signature(layer)}, layers[0] has {_signature(layers[0])}"
             )
     if len({id(layer) for layer in layers}) != len(layers):
@@ -109,6 +109,7 @@ def link(layers: Sequence[AdapterLayer], root: nn.Module | None = None, *, name:
     chain = Chain(layers, name)
     for position, layer in enumerate(layers):
         layer.chain, layer.position = chain, position
+        layer.fit_gates()
     config = layers[0].config
     chain.introduce(reach(config.shortcut, config.pre_num, len(layers)))
     if root is not None:
@@ -118,7 +119,7 @@ def link(layers: Sequence[AdapterLayer], root: nn.Module | None = None, *, name:
 
 def _signature(layer: AdapterLayer) -> tuple[Any, ...]:
     config = layer.config
-    sizes = layer.in_features, layer.out_features, config.r, config.shortcut, config.pre_num
+    sizes = layer.in_features, layer.out_features, config.r, config.shortcut, config.pre_num, config.gates
     if isinstance(layer, ResLoRALinear):
         return (*sizes, *layer.form(layer.holds_weight))
     return (*sizes, layer.num_experts) if isinstance(layer, ResLoRAExperts) else sizes

@@ -20,7 +20,7 @@ from .adapter import ADAPTER_PARAMETERS, AdapterLayer, joined
 from .initialization import from_weight, row_norms
 from .offloading import device_of, held, hold, hook_like, unhooked
 from .several import in_parts
-from .shortcuts import Call, call_of, carried, hands_on, rows
+from .shortcuts import Call, call_of, carried, folded, hands_on, rows, weighed
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = (
@@ -274,12 +274,13 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
     @property
     def a_stack(self) -> tuple[Tensor, ...]:
         """The A matrices [., K], its own and others', that one forward of this layer multiplies by."""
-        return self._call(()).a_stack
+        config = self.config
+        return call_of(config.shortcut, config.pre_num, self, *self.neighbours, ()).a_stack
 
     @property
     def rank_of_call(self) -> int:
         """R_a, the rows of ``a_stack``."""
-        return rows(self.a_stack)
+        return rows(folded(self._call(())).a_stack)
 
     def reset_lora_parameters(self) -> None:
         """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""
@@ -290,6 +291,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
             with torch.no_grad():
                 self.lora_A.copy_(a)
                 self.lora_B.copy_(b)
+            self.reset_gates()
         self.take_off_start()
         if self.lora_magnitude_vector is not None:
             with torch.no_grad():
@@ -329,7 +331,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         if self.observer is not None and not recomputing():
             self._observe(x, residual)
         if handed is not None and state is not None:
-            state.hand_on(*carried(self.config.shortcut, self.config.pre_num, received, handed))
+            state.hand_on(*carried(self.config, received, handed))
         return y
 
     def leading(self, x: Tensor) -> torch.Size:
@@ -338,7 +340,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
         """``lora_linear`` of the layer: y, and the rows of h = x A_stackᵀ that ``call.hand`` asks for."""
-        a_stack, b_stack, c, residual, hand = call
+        a_stack, b_stack, c, residual, hand, _ = call if call.gate is None else folded(call)
         config = self.config
         side = SideChannel(c, config.scaling) if hand is None else SideChannel(c, config.scaling, *hand)
         seed = self._new_seed(x.device) if p > 0 else None
@@ -356,7 +358,10 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
     def _observe(self, x: Tensor, residual: Tensor | None) -> None:
         """Tell the observer of a call."""
         assert self.observer is not None
-        self.observer.observe(x, self.whole_A, residual)
+        a, gates = self.whole_A, self.whole_gates
+        if gates is not None and residual is None and self.config.shortcut == "input":  # its own input, once more
+            residual = weighed(x.to(a.dtype) @ a.T, gates[1])
+        self.observer.observe(x, a, residual)
 
     def _dora_scale(self, call: Call) -> Tensor | None:
         """m / ‖W + ΔW‖ [N], ΔW being the layer's own update; None without ``use_dora``."""
@@ -390,7 +395,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def _call(self, received: tuple[Tensor, ...]) -> Call:
         """The layer's part in its chain, given what was handed to it."""
-        return call_of(self.config.shortcut, self.config.pre_num, self, *self.neighbours, received)
+        return call_of(self.config.shortcut, self.config.pre_num, self, *self.neighbours, received, self.gates)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe()}"

@@ -105,6 +105,6 @@ def _contribution(layer: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         call, layer._projected(x, call.a_stack, config.lora_dropout if layer.training else 0.0)
     )
     if handed is not None and state is not None:
-        state.hand_on(*carried(config.shortcut, config.pre_num, received, handed))
+        state.hand_on(*carried(config, received, handed))
     assert call.residual is not None
     return call.residual, call.b_stack

@@ -33,6 +33,8 @@ class Layout(NamedTuple):
             return self.cut
         if parameter in ("lora_A", "start_A"):
             return 1 if self.cut == 1 else None
+        if parameter == "lora_gates":
+            return None
         return 0 if self.cut == 0 else None  # B, bias and magnitude have a value or a row for each of the N outputs
 
 
@@ -85,13 +87,27 @@ class TensorParallelResLoRALinear(ResLoRALinear):
 
     def _adapt(self, config: ResLoRAConfig, adapter_dtype: torch.dtype | None, init_values: bool = True) -> None:
         super()._adapt(config, adapter_dtype, init_values)
+        self._spread_parameters(*self.adapter_parameters())
+        if self._parameters.get("bias") is not None and self.layout.dimension_of("bias") is None:
+            _hook(self._parameters["bias"])
+
+    def fit_gates(self) -> None:
+        super().fit_gates()
+        if self.lora_gates is not None and is_dtensor(self.lora_A):
+            self._spread_parameters("lora_gates")
+
+    def _spread_parameters(self, *names: str) -> None:
+        """Give every process of the plan its part of those of the adapter's parameters that are plain tensors yet."""
         from torch.distributed.tensor import distribute_tensor
 
-        for name, parameter in self.adapter_parameters().items():
+        for name in names:
+            parameter = self._parameters[name]
+            assert parameter is not None
+            if is_dtensor(parameter):
+                continue
             spread = distribute_tensor(parameter.detach(), self._mesh, self._placements(name))
             self.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-        for name in (*self.adapter_parameters(), "bias"):
-            if self._parameters.get(name) is not None and self.layout.dimension_of(name) is None:
+            if self.layout.dimension_of(name) is None:
                 _hook(self._parameters[name])
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -134,6 +150,14 @@ class TensorParallelResLoRALinear(ResLoRALinear):
     @property
     def whole_B(self) -> Tensor:
         return torch.cat([whole(p) for p in (self.lora_B, self.start_B) if p is not None], 1)
+
+    @property
+    def gates(self) -> Tensor | None:
+        return None if self.config.gates == "none" else self._own("lora_gates")
+
+    @property
+    def whole_gates(self) -> Tensor | None:
+        return None if self.lora_gates is None else whole(self.lora_gates)
 
     @property
     def frozen_weight(self) -> Any:
@@ -220,7 +244,7 @@ class TensorParallelResLoRALinear(ResLoRALinear):
             x = _cut_last(x.detach(), mesh, self.in_features).full_tensor()
             if residual is not None:
                 residual = DTensor.from_local(residual.detach(), mesh, [Partial()], run_check=False).full_tensor()
-        self.observer.observe(x, self.whole_A, residual)
+        super()._observe(x, residual)
 
     def _dora_scale(self, call: Call) -> Tensor | None:
         """m / ‖W + ΔW‖ of this process's rows; rowwise the norms are summed over the processes, [N] values."""

@@ -10,6 +10,7 @@ with v_n the shortcut's part of u_n. The rank stays r.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
-from ..layers.shortcuts import hands_on
+from ..layers.shortcuts import hands_on, spread
 from ..reference import earlier
 from .statistics import LayerStatistics
 
@@ -70,11 +71,12 @@ def updates_of_chain(
             )
         return updates
     a, b = [_wide(layer.whole_A) for layer in layers], [_wide(layer.whole_B) for layer in layers]
+    gates = [gates_of(layer) for layer in layers]
     if shortcut in ("none", "block"):
         windows = [range(earlier(m, n) + 1 if shortcut == "block" else 1) for n in range(len(layers))]
         return [
             LowRankUpdate(
-                torch.cat([a[n - k].to(a[n].device) for k in window], dim=-2),
+                torch.cat([a[n - k].to(a[n].device) * gates[n][k] for k in window], dim=-2),
                 torch.cat([b[n - k].to(b[n].device) for k in window], dim=-1),
                 layers[n].scaling, "exact", 0.0,
             )
@@ -85,14 +87,15 @@ def updates_of_chain(
         merged_a = _input_by_weights(layers, a, b)
     else:
         merged_a = [
-            a[n] * (2.0 if shortcut == "input" else 1.0)
+            a[n] * (gates[n][0] + gates[n][1] if shortcut == "input" else gates[n][0])
             if alone[n] or statistics is None
-            else _merged_a(shortcut, m, method, n, a, statistics, regularization, chain.name)
+            else _merged_a(shortcut, m, method, n, a, gates[n], statistics, regularization, chain.name)
             for n in range(len(layers))
         ]
     updates = []
     for n, layer in enumerate(layers):
-        error = relative_error(statistics[n], a[n], b[n], merged_a[n], b[n]) if statistics else None
+        own = a[n] * gates[n][0]
+        error = relative_error(statistics[n], own, b[n], merged_a[n], b[n]) if statistics else None
         error = 0.0 if alone[n] else error
         updates.append(LowRankUpdate(merged_a[n], b[n], layer.scaling, "exact" if alone[n] else method, error))
     return updates
@@ -100,7 +103,20 @@ def updates_of_chain(
 
 def plain_update(layer: AdapterLayer) -> LowRankUpdate:
     """A layer's own A and B, for one that never ran."""
-    return LowRankUpdate(_wide(layer.whole_A), _wide(layer.whole_B), layer.scaling, NEVER_RAN, None)
+    return LowRankUpdate(own_a(layer), _wide(layer.whole_B), layer.scaling, NEVER_RAN, None)
+
+
+def own_a(layer: AdapterLayer) -> Tensor:
+    """diag(c) A [..., R, K] in float32 or better: by it x becomes the layer's own part of u."""
+    return _wide(layer.whole_A) * gates_of(layer)[0]
+
+
+def gates_of(layer: AdapterLayer) -> Sequence[Tensor | float]:
+    """What the rows of A are multiplied by in each term of a layer's u, its own first: [R, 1], or 1.0 without gates."""
+    gates = layer.whole_gates
+    if gates is None:
+        return [1.0] * (1 + layer.chain_length)
+    return [spread(_wide(gate), layer.whole_A.shape[-2])[:, None] for gate in gates]
 
 
 def _merged_a(
@@ -109,23 +125,25 @@ def _merged_a(
     method: str,
     n: int,
     a: list[Tensor],
+    gates: Sequence[Tensor | float],
     statistics: list[LayerStatistics],
     regularization: float,
     name: str,
 ) -> Tensor:
     """The matrix [r, K] that takes A_n's place in ``input`` and ``middle``, for n >= 1."""
+    own = a[n] * gates[0]
     if method == "least_squares":
-        return a[n] + least_squares(statistics[n], regularization, f"layer {n} of chain {name!r}").to(a[n].dtype)
+        return own + least_squares(statistics[n], regularization, f"layer {n} of chain {name!r}").to(a[n].dtype)
     window = range(1, earlier(m, n) + 1)
     if shortcut == "input":  # merge_bi
-        return a[n] * (1 + statistics[n - 1].norm_of_x() / statistics[n].norm_of_x())
+        return a[n] * (gates[0] + gates[1] * (statistics[n - 1].norm_of_x() / statistics[n].norm_of_x()))
     if method == "input":  # by norms of x_n A_nᵀ
-        return a[n] * (1 + sum(statistics[n - k].norm_of_h() / statistics[n].norm_of_h() for k in window))
-    shares = {k: statistics[n - k].norm_of_x() / statistics[n].norm_of_x() for k in window}
-    total = a[n].clone()
-    for k, share in shares.items():
-        total += share * a[n - k].to(total.device)
-    return total
+        shares = [gates[k] * (statistics[n - k].norm_of_h() / statistics[n].norm_of_h()) for k in window]
+        return a[n] * (gates[0] + sum(shares))
+    for k in window:
+        share = gates[k] * (statistics[n - k].norm_of_x() / statistics[n].norm_of_x())
+        own = own + share * a[n - k].to(own.device)
+    return own
 
 
 def _input_by_weights(layers: list[AdapterLayer], a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
@@ -133,8 +151,8 @@ def _input_by_weights(layers: list[AdapterLayer], a: list[Tensor], b: list[Tenso
     merged: list[Tensor] = []
     norms: list[float] = []
     for n, layer in enumerate(layers):
-        alpha = norms[n - 2] / norms[n - 1] if n >= 2 else 1.0
-        merged.append((1 + alpha) * a[n])
+        alpha, gates = norms[n - 2] / norms[n - 1] if n >= 2 else 1.0, gates_of(layer)
+        merged.append((gates[0] + gates[1] * alpha) * a[n])
         norms.append(float((layer.dense_weight(torch.float32) + layer.scaling * b[n] @ merged[n]).norm()))
     return merged
 

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from ..adapt.execution import call_with, undisturbed
 from ..layers.adapter import AdapterLayer
-from .closed_form import LowRankUpdate, cholesky_factor, relative_error
+from .closed_form import LowRankUpdate, cholesky_factor, own_a, relative_error
 from .sequential import Kept, replaced
 from .statistics import LayerStatistics
 
@@ -99,7 +99,7 @@ def joint_updates(
     fitted = {}
     for layer, update in updates.items():
         a, b = (matrix.detach() for matrix in found[layer].update())
-        error = relative_error(statistics[layer], layer.whole_A.detach(), layer.whole_B.detach(), a, b)
+        error = relative_error(statistics[layer], own_a(layer), layer.whole_B.detach(), a, b)
         fitted[layer] = LowRankUpdate(a, b, update.scaling, "joint", error)
     return fitted
 

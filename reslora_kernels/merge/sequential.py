@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,7 +18,7 @@ from ..adapt.execution import call_with, undisturbed
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.shortcuts import hands_on
-from .closed_form import LowRankUpdate, least_squares, plain_update, relative_error, updates_of_chain
+from .closed_form import LowRankUpdate, least_squares, own_a, plain_update, relative_error, updates_of_chain
 from .statistics import LayerStatistics, observed
 
 BYTES = 2**30  # that one Kept holds, on the tensors' device
@@ -93,9 +92,9 @@ def sequential_updates(
 def _fitted(layer: AdapterLayer, seen: LayerStatistics, regularization: float, where: str) -> LowRankUpdate:
     if not seen.calls:
         return plain_update(layer)
-    wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
-    a, b = layer.whole_A.detach().to(wide), layer.whole_B.detach().to(wide)
-    fitted = a + least_squares(seen, regularization, where).to(wide)
+    a, b = own_a(layer), layer.whole_B.detach()
+    b = b.to(a.dtype)
+    fitted = a + least_squares(seen, regularization, where).to(a.dtype)
     return LowRankUpdate(fitted, b, layer.scaling, "least_squares", relative_error(seen, a, b, fitted, b))
 
 

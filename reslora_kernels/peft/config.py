@@ -68,6 +68,8 @@ class ResLoRAPeftConfig(PeftConfig):
     bias: str = "none"
     shortcut: str = "block"
     pre_num: int = 1
+    gates: str = "none"
+    gates_init: float = 1.0
     chains: dict[str, list[str]] | list[list[str]] | None = None
     merge: str = "least_squares"
     norm_window: int = 100

@@ -33,7 +33,7 @@ def loraplus_groups(
         model: adapted; what does not train is left out.
         lr: of every lora_A and of other matrices that train.
         loraplus_lr_ratio: lora_B and all biases learn at ``lr`` times this, which LoRA+ wants well above 1.
-        weight_decay: of all but the biases.
+        weight_decay: of all but the biases and gates, which start at 1 and mean nothing at 0. Gates learn at ``lr``.
 
     Returns:
         Groups with ``params``, ``lr`` and ``weight_decay``; none of them is empty.
@@ -50,12 +50,15 @@ def loraplus_groups(
     if not any(layer.lora_B.requires_grad for layer in layers):
         raise ValueError("model has no ResLoRALinear that trains: adapt it first, with apply_reslora or load_adapter")
     of_b = {id(layer.lora_B) for layer in layers}
+    gates = {id(layer.lora_gates) for layer in layers}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fast = lr * loraplus_lr_ratio
+    matrices = [p for p in trained if p.dim() != 1 and id(p) not in of_b | gates]
     groups = [
-        {"params": [p for p in trained if p.dim() != 1 and id(p) not in of_b], "lr": lr, "weight_decay": weight_decay},
+        {"params": matrices, "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in trained if id(p) in of_b], "lr": fast, "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() == 1], "lr": fast, "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in gates], "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -26,6 +26,7 @@ from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.checkpointing import CarryThroughCheckpoints
 from ..layers.shortcuts import hands_on
+from ..reference import earlier
 
 _LENT = "_lent"
 
@@ -274,8 +275,9 @@ class AdaptedPipeline:
             before = [layer for layer in chain.layers if self._part_of[id(layer)] <= border]
             if before and len(before) < len(chain) and _is_handed(chain):
                 config = before[-1].config
-                several = config.shortcut == "middle" and config.pre_num != -1
-                found.append(Crossing(chain, before[-1], min(config.pre_num, len(before)) if several else 1))
+                summed = config.pre_num == -1 and config.gates == "none"
+                several = config.shortcut == "middle" and not summed
+                found.append(Crossing(chain, before[-1], earlier(config.pre_num, len(before)) if several else 1))
         return found
 
     def _find_loans(self) -> list[Loan]:

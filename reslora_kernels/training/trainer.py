@@ -45,6 +45,11 @@ class AdapterCheckpoints:
         with _adapters_on_top(model):
             super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As the Trainer's, without gates, which weight decay would close."""
+        names: list[str] = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        return [name for name in names if not name.endswith(".lora_gates")]
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's. A sharded model is gathered from all processes, which all come here."""
         if is_sharded(self.model) or under_zero3(self.model):

@@ -37,6 +37,7 @@ from reslora_kernels.layers.linear import ResLoRALinear
 from ..models import randomize
 from .residual import (
     FORMS,
+    GATED,
     SHORTCUTS,
     Residual,
     Scenario,
@@ -264,6 +265,10 @@ SCENARIOS: dict[str, Scenario] = {
     },
     "fsdp root resharded too": partial(equals_one_process, "input", "two_forwards", reshard_after_forward=True),
     "fsdp trained biases": partial(equals_one_process, "middle", "plain", config={"bias": "all"}),
+    **{
+        f"fsdp gates {shortcut}": partial(equals_one_process, shortcut, "plain", config={"gates": "rank"})
+        for shortcut in GATED
+    },
     "fsdp hybrid": hybrid,
     "fsdp on meta": on_meta,
     **{

@@ -23,6 +23,7 @@ from reslora_kernels.dtensors import gathered, reshard
 from ..models import randomize
 
 SHORTCUTS = ("none", "input", "block", "middle")
+GATED = SHORTCUTS[1:]  # those with terms that gates can weigh
 STEPS = 3
 Batch = tuple[Tensor, Tensor]
 Scenario = Callable[[Path], dict[str, Any]]
@@ -133,7 +134,9 @@ def adapters(model: nn.Module) -> dict[str, Tensor]:
     """The adapters by name, whole."""
     reshard(model)
     named = adapted_layers(model).items()
-    tensors = {f"{name}.{kind}": getattr(layer, kind) for name, layer in named for kind in ("lora_A", "lora_B")}
+    kinds = ("lora_A", "lora_B", "lora_gates")
+    held = {f"{name}.{kind}": getattr(layer, kind) for name, layer in named for kind in kinds}
+    tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
     return {name: tensor.clone() for name, tensor in gathered(tensors)[0].items()}
 
 

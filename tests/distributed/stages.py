@@ -297,6 +297,7 @@ SCENARIOS: dict[str, Scenario] = {
     **{f"recomputed {s}": partial(pipelined, s, Schedule1F1B, 2, recomputed=True) for s in SHORTCUTS[1:]},
     "all earlier blocks middle": partial(pipelined, "middle", Schedule1F1B, 4, all_four=True, pre_num=-1),
     "all earlier blocks block": partial(pipelined, "block", Schedule1F1B, 4, all_four=True, pre_num=-1),
+    "gates middle": partial(pipelined, "middle", Schedule1F1B, 4, all_four=True, pre_num=-1, gates="rank"),
     **{
         f"passed through {s}": partial(pipelined, s, Schedule1F1B, 4, all_four=True, layers_to_transform=(0, 3))
         for s in SHORTCUTS[1:]

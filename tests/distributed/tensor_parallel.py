@@ -49,6 +49,7 @@ from reslora_kernels.training.methods import restart_reslora
 from ..models import randomize
 from .fsdp import refused
 from .residual import (
+    GATED,
     SHORTCUTS,
     Residual,
     Scenario,
@@ -430,6 +431,9 @@ SCENARIOS: dict[str, Scenario] = {
     "tp dora": partial(equals_one_process, "middle", use_dora=True),
     "tp dora block": partial(equals_one_process, "block", use_dora=True),
     "tp start": partial(equals_one_process, "middle", init_lora_weights="pissa", pre_num=-1),
+    **{f"tp gates {shortcut}": partial(equals_one_process, shortcut, gates="rank", pre_num=-1) for shortcut in GATED},
+    **{f"merged gates {shortcut}": partial(merged, shortcut, gates="rank") for shortcut in GATED},
+    "tp x fsdp gates": partial(with_fsdp, "middle", gates="scalar"),
     **{f"tp x fsdp {shortcut}": partial(with_fsdp, shortcut) for shortcut in SHORTCUTS},
     "tp x fsdp dora": partial(with_fsdp, "input", use_dora=True, bias="lora_only"),
     **{f"merged {shortcut}": partial(merged, shortcut) for shortcut in SHORTCUTS},

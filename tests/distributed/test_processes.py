@@ -16,7 +16,7 @@ import torch
 
 from ..processes import REPOSITORY, Report, environment, run, run_command, run_ranks
 from .launched import SEVERAL_PROCESSES
-from .residual import FORMS, SHORTCUTS, adapters, residual
+from .residual import FORMS, GATED, SHORTCUTS, adapters, residual
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,6 +33,7 @@ EXACT = [
     *(f"fsdp recomputed {where} {shortcut}" for where in ("inside", "outside") for shortcut in SHORTCUTS[1:]),
     "fsdp calibrated",
     "fsdp exported",
+    *(f"{kind} gates {shortcut}" for kind in ("ddp", "fsdp") for shortcut in GATED),
     *(f"recipe {kind} {shortcut}" for kind in ("ignored", "bank") for shortcut in SHORTCUTS),
     *(f"pipeline {shortcut}" for shortcut in SHORTCUTS),
     *(f"nf4 {kind} {shortcut}" for kind in ("ddp", "fsdp") for shortcut in SHORTCUTS),
@@ -187,6 +188,8 @@ EXACT_IN_PARTS = [
     "tp dora block",
     "tp start",
     *(f"tp recomputed {shortcut}" for shortcut in SHORTCUTS[1:]),
+    *(f"{kind} gates {shortcut}" for kind in ("tp", "merged") for shortcut in GATED),
+    "tp x fsdp gates",
     "tp restarted",
     "tp x fsdp dora",
     "merged dora",

@@ -28,6 +28,7 @@ EXACT = [
         for shortcut in SHORTCUTS
     ),
     *(f"{kind} {shortcut}" for kind in ("recomputed", "passed through") for shortcut in SHORTCUTS[1:]),
+    "gates middle",
     *(f"all earlier blocks {shortcut}" for shortcut in ("block", "middle")),
     "start",
     "dora",

@@ -28,6 +28,7 @@ from ..test_training import trained, trainer
 from . import fsdp, other_kinds
 from .residual import (
     FORMS,
+    GATED,
     SHORTCUTS,
     STEPS,
     Block,
@@ -68,6 +69,7 @@ DDP: dict[str, Scenario] = {
         for form in FORMS
         for shortcut in SHORTCUTS
     },
+    **{f"ddp gates {shortcut}": partial(equals_one_process, shortcut, "plain", gates="rank") for shortcut in GATED},
     "ddp saved": saved_under_plain_names,
 }
 

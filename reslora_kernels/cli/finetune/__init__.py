@@ -36,6 +36,7 @@ from reslora_kernels.cli.options import (
     DType,
     ExcludeModules,
     ExtraRank,
+    Gates,
     JointSteps,
     LayersToTransform,
     LoraAlpha,
@@ -83,6 +84,10 @@ def finetune(
     bias: Annotated[str, typer.Option("--bias", help="Which biases train: none, all or lora_only.")] = "none",
     shortcut: Shortcut = DEFAULTS["shortcut"],
     pre_num: PreNum = DEFAULTS["pre_num"],
+    gates: Gates = DEFAULTS["gates"],
+    gates_init: Annotated[
+        float, typer.Option("--gates-init", help="Where those of earlier terms start: 1, or 0 for LoRA at first.")
+    ] = DEFAULTS["gates_init"],
     merge_method: Annotated[
         str, typer.Option("--merge-method", help="How the shortcut merges later: input, weights or least_squares.")
     ] = DEFAULTS["merge"],
@@ -133,7 +138,7 @@ def finetune(
     config = make_config(
         r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=target_modules,
         exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, use_rslora=use_rslora, bias=bias,
-        shortcut=shortcut, pre_num=pre_num, merge=merge_method, backend=backend,
+        shortcut=shortcut, pre_num=pre_num, gates=gates, gates_init=gates_init, merge=merge_method, backend=backend,
     )  # fmt: skip
     check_fits(config, config.merge, "--merge-method", sequential, joint_steps, extra_rank)
     torch_dtype(torch_dtype_name)
