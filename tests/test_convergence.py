@@ -74,7 +74,7 @@ def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
     (lost,) = (line for line in first if json.loads(line)["spec"] == dataclasses.asdict(spec))
     kept = [line for line in first if line != lost]
     file.write_text("".join(kept) + lost[:100])  # killed while it wrote
-    run(tmp_path, "--tasks", "python", "--jobs", "2")
+    run(tmp_path, "--tasks", "python")
     *others, last = file.read_text().splitlines(keepends=True)
     again = json.loads(last)
     assert others == kept and again["curve"] == json.loads(lost)["curve"]

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from benchmarks.convergence.__main__ import app
 from benchmarks.convergence.methods import adapted, base_of
 from benchmarks.convergence.runs import read_all
 from benchmarks.convergence.settings import Sizes
@@ -237,6 +239,12 @@ def started(arguments: list[str], cache: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def run_here(arguments: list[str]) -> str:
+    result = CliRunner().invoke(app, ["run", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
 def arguments(kind: str, model: str, data: str, out: Path, **more: object) -> list[str]:
     options = {"sequence": 48, "held-out": 4, "seeds": 1, "device": "cpu", "batch": 2, "kind": kind, "model": model}
     options |= {"data": data, "out": out} | more
@@ -246,14 +254,17 @@ def arguments(kind: str, model: str, data: str, out: Path, **more: object) -> li
 @pytest.mark.slow
 def test_two_runs_at_a_time_give_what_one_does(llama: str, written: Any, tmp_path: Path) -> None:
     """From the command line: processes that are started for runs find what they are to do by its module's name."""
-    data, curves = written({"train.jsonl": GSM8K}), []
-    for jobs in "12":
-        options = {"steps": 4, "rates": "1e-2,2e-2", "seeds": 2, "jobs": jobs, "methods": "lora"}
-        process = started(arguments("decoder", llama, data, tmp_path / jobs, **options), tmp_path / "cache")
-        said, _ = process.communicate()
-        assert process.returncode == 0, said
-        found = read_all(tmp_path / jobs).values()
-        curves.append([point["loss"] for result in found for point in result["curve"]])
+    options = {"steps": 4, "rates": "1e-2,2e-2", "seeds": 2, "methods": "lora"}
+    calls = [
+        arguments("decoder", llama, written({"train.jsonl": GSM8K}), tmp_path / jobs, jobs=jobs, **options)
+        for jobs in "12"
+    ]
+    run_here(calls[0])
+    process = started(calls[1], tmp_path / "cache")
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    found = [read_all(tmp_path / jobs).values() for jobs in "12"]
+    curves = [[point["loss"] for result in results for point in result["curve"]] for results in found]
     assert len(curves[0]) == 2 * (1 + 1) + 2 * (1 + 4) and curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
@@ -263,7 +274,7 @@ def test_a_killed_run_goes_on_where_it_was(roberta: str, written: Any, tmp_path:
     data, outs = written({"train.jsonl": PAIRS["sst2"] * 3}), (tmp_path / "whole", tmp_path / "killed")
     options = {"steps": 40, "evaluations": 40, "rates": "1e-2", "methods": "lora,block-1", "merged-seeds": 1}
     calls = [arguments("encoder", roberta, data, out, **options) for out in outs]
-    whole = started(calls[0], tmp_path).communicate()[0]
+    whole = run_here(calls[0])
     assert "2 runs and 2 merges, about" in whole and "final runs: 1 of 2 done" in whole, whole
     killed = started(calls[1], tmp_path)
     while not any(outs[1].glob("unfinished/*.pt")):
@@ -274,7 +285,7 @@ def test_a_killed_run_goes_on_where_it_was(roberta: str, written: Any, tmp_path:
     assert not read_all(outs[1])
     (left,) = outs[1].glob("unfinished/*.pt")
     assert 0 < torch.load(left)["step"] < 40
-    assert "final runs: 2 of 2 done" in started(calls[1], tmp_path).communicate()[0]
+    assert "final runs: 2 of 2 done" in run_here(calls[1])
     expected, found = (read_all(out) for out in outs)
     assert len(found) == 2 and not any(outs[1].glob("unfinished/*.pt"))
     for spec, result in expected.items():
