@@ -19,9 +19,8 @@ from .layers.checkpointing import checkpoint_context
 from .layers.kinds import link
 from .layers.linear import ResLoRALinear
 from .merge.combination import add_weighted_adapter
-from .merge.merging import merge_reslora, unmerge_reslora
+from .merge.merging import merge_and_unload, merge_reslora, unload, unmerge_reslora
 from .merge.statistics import collect_statistics
-from .merge.unloading import merge_and_unload, unload
 from .training.many_gpus import shard_reslora
 from .training.methods import RankAllocator, loraplus_groups, restart_reslora
 from .training.pipeline import pipeline_reslora

@@ -86,7 +86,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("sequential",),
         ("joint_fit",),
         ("merging",),
-        ("unloading", "combination"),
+        ("combination",),
     ),
     "files": (
         ("adapter_format", "model_card", "peft_compatibility"),

@@ -27,7 +27,7 @@ from reslora_kernels import (  # noqa: E402
 )
 from reslora_kernels.adapt.record import adapted_layers  # noqa: E402
 from reslora_kernels.files.adapter_format import read  # noqa: E402
-from reslora_kernels.merge.unloading import merge_and_unload  # noqa: E402
+from reslora_kernels.merge.merging import merge_and_unload  # noqa: E402
 from reslora_kernels.peft import ResLoRAPeftConfig, from_native, to_native  # noqa: E402
 
 from . import processes  # noqa: E402

@@ -189,7 +189,7 @@ def goals_table(speed: dict[str, Any]) -> Any:
 
 def model_tables(speed: dict[str, Any]) -> list[Any]:
     """A training step of each model, with what others publish for one like it."""
-    from reslora_kernels.bench.comparison import model_table
+    from reslora_kernels.bench.report import model_table
     from reslora_kernels.bench.results import ModelMeasurement
 
     rows = [ModelMeasurement(**row) for row in speed["models"]]

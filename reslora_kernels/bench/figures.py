@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reslora_kernels.bench.comparison import share
-from reslora_kernels.bench.results import TIMED, Measurement, ModelMeasurement, Result
+from reslora_kernels.bench.results import TIMED, Measurement, ModelMeasurement, Result, share
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,11 @@ class Result:
             os.replace(staged, target)
 
 
+def share(row: Measurement, phase: str) -> float | None:
+    """Of the floor that the row reached: floor / median."""
+    return row.floor_seconds[phase] / row.seconds[phase][1] if phase in row.floor_seconds else None
+
+
 def new_result(device: torch.device, settings: dict[str, Any]) -> Result:
     """An empty result of this machine and commit."""
     commit, changed = commit_of(SOURCE)

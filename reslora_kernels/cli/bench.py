@@ -19,13 +19,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from reslora_kernels.bench import cases, comparison, providers, results, timing
+from reslora_kernels.bench import cases, providers, results, timing
 from reslora_kernels.bench.cases import SETS, Case
 from reslora_kernels.bench.experts import EXPERTS_SETS, ExpertsCase, run_experts
 from reslora_kernels.bench.host import HOST_SETS, HostCase, run_host
 from reslora_kernels.bench.model_cases import MODEL_SETS, ModelCase
 from reslora_kernels.bench.models import run_model
 from reslora_kernels.bench.providers import Provider
+from reslora_kernels.bench.report import compare_results, show_comparison, show_result, write_report
 from reslora_kernels.bench.suite import Bench, run_case
 from reslora_kernels.bench.timing import DeviceLostError, clock_of, measure_rates, one_line
 from reslora_kernels.cli.options import torch_device
@@ -90,8 +91,8 @@ def compare(
     ] = 0.03,
 ) -> None:
     """Print what got slower than the noise explains. The exit status is 1 if anything did."""
-    found = comparison.compare(results.read(old), results.read(new), threshold)
-    comparison.show(found, Console())
+    found = compare_results(results.read(old), results.read(new), threshold)
+    show_comparison(found, Console())
     if found.worse:
         raise typer.Exit(1)
 
@@ -104,8 +105,6 @@ def report(
     ] = None,
 ) -> None:
     """Draw a result file as one HTML file that needs nothing else, and its figures as PNG."""
-    from reslora_kernels.bench.report import write_report
-
     folder = out if out is not None else result.with_suffix("")
     check_writable("--out", folder)
     written = write_report(results.read(result), folder)
@@ -260,7 +259,7 @@ def run_session(
     finally:
         result.seconds = round(time.monotonic() - started, 1)
         result.write(path)
-        comparison.show_result(result, console)
+        show_result(result, console)
         console.print(f"Written: {path} and {path.with_suffix('.csv').name}", soft_wrap=True, highlight=False)
     return result
 

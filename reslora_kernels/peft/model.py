@@ -19,9 +19,8 @@ from ..adapt.targets import adaptable, passed_over
 from ..config import ALL_LINEAR, MergeMethod
 from ..dtensors import initialised, refuse_partitioned, refuse_sharded, refuse_zero3
 from ..layers.several import BASE, names_by_module
-from ..merge.merging import MergeReport, merge_reslora, unmerge_reslora
+from ..merge.merging import MergeReport, fit_in, merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics
-from ..merge.unloading import fit_in
 from .adapters import adapters_of, refuse_taken_off_hooks
 from .layer import ResLoRALayer
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from reslora_kernels.bench import comparison, figures, timing
+from reslora_kernels.bench import figures, timing
 from reslora_kernels.bench.cases import LORA, Case, Method
-from reslora_kernels.bench.report import write_report
+from reslora_kernels.bench.report import compare_results, write_report
 from reslora_kernels.bench.results import FAILED, REFUSED, TIMED, Measurement, ModelMeasurement, Result, read
 from reslora_kernels.bench.suite import AGAIN, fill
 from reslora_kernels.cli import main
@@ -89,7 +89,7 @@ def test_a_planted_slowdown_of_ten_per_cent_is_found() -> None:
     slower_machine = {name: 1.3 * seconds for name, seconds in TIMES.items()}
     planted = slower_machine | {"ours-torch": 1.1 * slower_machine["ours-torch"]}
     new = result(planted, FakeClock(2, jitter=0.05, drift=1e-4))
-    found = comparison.compare(old, new)
+    found = compare_results(old, new)
     assert {change.provider for change in found.slower} == {"ours-torch lora"}
     assert {change.phase for change in found.slower} == set(timing.PHASES)
     assert all(change.change == pytest.approx(0.1, abs=0.03) for change in found.slower)
@@ -102,7 +102,7 @@ def test_a_planted_slowdown_of_ten_per_cent_is_found() -> None:
 def test_two_runs_agree_within_the_stated_noise(jitter: float) -> None:
     for seed in range(5):
         old, new = (result(TIMES, FakeClock(s, jitter), rounds=40) for s in (seed, 100 + seed))
-        found = comparison.compare(old, new)
+        found = compare_results(old, new)
         assert not found.worse and not found.faster
         assert found.compared == 3 * len(timing.PHASES)
 
@@ -198,7 +198,7 @@ def test_what_was_timed_and_now_fails_is_worse(tmp_path: Path) -> None:
     old, new = result(TIMES, FakeClock(1)), result(TIMES, FakeClock(1))
     row = new.measurements[1]
     row.status, row.reason, row.seconds, row.times_frozen = FAILED, "out of memory", {}, {}
-    found = comparison.compare(old, new)
+    found = compare_results(old, new)
     assert found.broken == [f"{row.case}, plain lora: failed now, out of memory"] and found.worse
     assert read(write(new, tmp_path / "new.json")) == new
 
@@ -228,7 +228,7 @@ def test_an_unreadable_result_is_one_clear_line(
 
 def test_results_with_nothing_in_common_are_refused() -> None:
     with pytest.raises(ValueError, match="no measurement in common"):
-        comparison.compare(result(TIMES, FakeClock()), Result({}, None, None, "2026-01-01", {}))
+        compare_results(result(TIMES, FakeClock()), Result({}, None, None, "2026-01-01", {}))
 
 
 BROWSER = next(

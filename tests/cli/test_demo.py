@@ -15,8 +15,7 @@ from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.cli import demo as command
 from reslora_kernels.cli import main
 from reslora_kernels.cli.demo import fine_tuning
-from reslora_kernels.cli.demo.fine_tuning import Curve, adapted, evaluate, new_model, steps_to_reach
-from reslora_kernels.cli.demo.settings import QUICK, Settings
+from reslora_kernels.cli.demo.fine_tuning import QUICK, Curve, Settings, adapted, evaluate, new_model, steps_to_reach
 
 for library in command.LIBRARIES:
     pytest.importorskip(library)

@@ -16,7 +16,7 @@ from benchmarks.convergence.settings import Sizes
 from benchmarks.convergence.tasks import sources
 from benchmarks.convergence.tasks.kinds import Batch, Task, evaluating, pieces, pieces_by_length, told
 from reslora_kernels.cli.demo import fine_tuning
-from reslora_kernels.cli.demo.settings import Settings
+from reslora_kernels.cli.demo.fine_tuning import Settings
 
 IGNORED = -100
 PROBLEM_BYTES = 112

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 from reslora_kernels.cli.demo.experiment import run_experiment
+from reslora_kernels.cli.demo.fine_tuning import BASELINE, FULL, QUICK, TITLES, Settings
 from reslora_kernels.cli.demo.report import REPORT_NAME, WRITTEN, as_dict, is_report, show_results, write_report
-from reslora_kernels.cli.demo.settings import BASELINE, FULL, QUICK, TITLES, Settings
 from reslora_kernels.cli.options import check_choice
 from reslora_kernels.cli.output import check_writable, whole_folder
 from reslora_kernels.config import Shortcut

@@ -23,8 +23,11 @@ from reslora_kernels.adapt.coverage import inspect
 from reslora_kernels.adapt.record import record_of
 from reslora_kernels.cli.demo import fine_tuning
 from reslora_kernels.cli.demo.fine_tuning import (
+    BASELINE,
     EVALUATION_BATCH,
+    TITLES,
     Curve,
+    Settings,
     StepTime,
     adapted,
     evaluate,
@@ -36,7 +39,6 @@ from reslora_kernels.cli.demo.fine_tuning import (
     steps_to_reach,
     time_steps,
 )
-from reslora_kernels.cli.demo.settings import BASELINE, TITLES, Settings
 from reslora_kernels.config import MergeMethod, Shortcut
 from reslora_kernels.files.peft_export import export_peft
 from reslora_kernels.files.save_load import save_adapter

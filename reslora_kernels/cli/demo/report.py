@@ -19,8 +19,7 @@ from rich.table import Table
 from reslora_kernels._version import __version__
 from reslora_kernels.bench.figures import DARK, LIGHT, Theme, new_figure, png
 from reslora_kernels.cli.demo.experiment import Results, Run
-from reslora_kernels.cli.demo.fine_tuning import DEFINITION, HELD_OUT_MODULES
-from reslora_kernels.cli.demo.settings import BASELINE, Settings
+from reslora_kernels.cli.demo.fine_tuning import BASELINE, DEFINITION, HELD_OUT_MODULES, Settings
 from reslora_kernels.config import Shortcut
 
 
