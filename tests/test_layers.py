@@ -51,7 +51,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
     "tuning": (("launch", "gpus"), ("tiles",), ("forms",)),
     "kernels": (
         ("device", "direct"),
-        ("augmented_matmul", "project", "low_rank_grads", "outer_products", "keep_mask", "grouped_matmul"),
+        ("augmented_matmul", "project", "low_rank_grads", "outer_products", "grouped_matmul"),
     ),
     "backends": (("kinds",), ("hopper", "native", "select"), ("torch",), ("triton", "cuda"), ("stubs",)),
     "ops": (("arguments",), ("registered", "grouped"), ("function",)),
@@ -65,7 +65,6 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
             "checkpointing",
             "quantized_linear",
             "tensor_parallel",
-            "transposed_linear",
             "convolution",
             "embedding",
             "multihead_attention",
@@ -94,7 +93,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("peft_export",),
         ("peft_import",),
     ),
-    "peft": (("config", "adapters"), ("layer", "files"), ("model",)),
+    "peft": (("config", "layer"), ("files",), ("model",)),
     "training": (("trainer", "methods", "many_gpus", "pipeline", "starts"),),
 }
 FREE = ("bench", "cli", "peft", "__main__")  # may import what they like; all else imports with torch alone

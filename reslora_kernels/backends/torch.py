@@ -204,7 +204,7 @@ def scaled_product(t: Tensor, b: Tensor, scale: float, like: Tensor | None = Non
 def _keep_mask(dropout: Dropout, rows: int, columns: int) -> Tensor:
     """``dropout.keep_mask``, by one kernel or one compiled pass where there is one."""
     if _kernel_draws(dropout.seed):
-        from ..kernels.keep_mask import keep_mask
+        from ..kernels.device import keep_mask
 
         with kinds.on_device(dropout.seed):
             return keep_mask(dropout.seed, rows, columns, dropout.p)

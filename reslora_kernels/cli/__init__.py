@@ -1,8 +1,8 @@
 """The command ``reslora``.
 
 Convention for a command: a module ``cli/<name>.py`` (or package ``cli/<name>/``) with one plain function of the same
-name, whose parameters carry typer annotations and whose docstring is the help text; ``app.COMMANDS`` lists it. A
-command with verbs of its own has a typer ``application`` instead.
+name, whose parameters carry typer annotations and whose docstring is the help text; ``app.COMMANDS`` lists it,
+``app.HOMES`` the module of one that shares another's. A command with verbs of its own has a typer ``application``.
 
 - The module is imported only when its command runs, so it imports what it needs at the top, optional extras excepted.
 - A failure that a user can mend is a ValueError, TypeError, OSError, RuntimeError or ImportError. It becomes one line

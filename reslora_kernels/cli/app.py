@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "Export an adapter as a PEFT LoRA adapter.",
     "verify": "Check every backend of this machine against the golden vectors.",
 }
+HOMES = {"export": "merge"}  # the modules of commands that have none of their own
 EXPECTED = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -49,8 +50,8 @@ class CommandGroup(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """The command called ``name``: the function of that name in ``cli/<name>``, or its ``application``."""
-    module = importlib.import_module(f"reslora_kernels.cli.{name}")
+    """The command called ``name``: the function of that name in its module, or that module's ``application``."""
+    module = importlib.import_module(f"reslora_kernels.cli.{HOMES.get(name, name)}")
     if hasattr(module, "application"):
         return typer.main.get_command(module.application)
     single = typer.Typer(add_completion=False)

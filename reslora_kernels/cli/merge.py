@@ -1,7 +1,11 @@
-"""``reslora merge``: an adapter folded into its base model; and the options and data that export has, too."""
+"""``reslora merge`` and ``reslora export``: an adapter folded into its base model, or written as a PEFT LoRA adapter.
+
+PEFT, Transformers and inference servers load the latter. The options and the calibration data are those of both.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Sequence
@@ -27,6 +31,7 @@ from reslora_kernels.cli.loading import (
 from reslora_kernels.cli.output import check_replaceable, whole_folder
 from reslora_kernels.cli.tokenization import Row, encode, max_length_for
 from reslora_kernels.config import MergeMethod, ResLoRAConfig
+from reslora_kernels.files.peft_export import export_peft
 from reslora_kernels.layers.shortcuts import hands_on
 from reslora_kernels.merge.merging import merge_reslora
 
@@ -199,3 +204,24 @@ def as_batches(rows: Sequence[Row]) -> list[dict[str, Tensor]]:
 def on_device(batches: Sequence[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
     """Token ids are small, so all of them may move at once; a list can be run through more than once."""
     return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+
+@with_merge_options
+def export(
+    adapter: Annotated[str, typer.Argument(help="Folder of a saved adapter.")],
+    base: Annotated[str, typer.Option("--base", help="Folder of the base model, or its id on the Hugging Face Hub.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to save the PEFT adapter in.")],
+    pattern: Annotated[
+        bool, typer.Option("--pattern", help="Exact rank per module (rank_pattern) instead of one padded rank.")
+    ] = False,
+    *,
+    options: MergeOptions,
+) -> None:
+    """Export ADAPTER as a PEFT LoRA adapter, and print the max_lora_rank that a server needs for it.
+
+    Data is needed where ``reslora merge`` needs it.
+    """
+    prepared = options.prepare(adapter, base, out, "adapter_config.json")
+    with whole_folder(out) as folder:
+        report = export_peft(prepared.model, folder, **prepared.arguments, pattern=pattern)
+    typer.echo(str(dataclasses.replace(report, path=out)))

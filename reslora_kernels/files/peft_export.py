@@ -22,9 +22,9 @@ from ..checks import check_bool
 from ..config import MergeMethod
 from ..dtensors import class_of, gathered, mesh_of, one_writer, refuse_partitioned, reshard
 from ..layers.adapter import AdapterLayer
+from ..layers.convolution import TransposedResLoRALinear
 from ..layers.experts import ResLoRAExperts
 from ..layers.linear import ResLoRALinear
-from ..layers.transposed_linear import TransposedResLoRALinear
 from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
 from ..merge.statistics import Statistics

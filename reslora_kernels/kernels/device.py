@@ -1,4 +1,8 @@
-"""What the Triton kernels share: descriptors, block loads, the dropout mask, the side channel's epilogue."""
+"""What the Triton kernels share: descriptors, block loads, the dropout mask, the side channel's epilogue.
+
+The mask is there as a tensor, too, made by one kernel: for library calls, which cannot draw it where they need it. In
+PyTorch's own operations it takes some ninety kernels over the whole of x, see ``dropout.keep_mask``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dropout as masks
+from ..tuning.launch import Launch
+
+MASK_ROWS, MASK_GROUPS = 4, 128  # of a program that draws a mask; a group has eight columns
 TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -198,3 +206,42 @@ def store_product(out, product, c, j, columns, rank, column_stride, rank_stride,
     else:
         at = out + c[None, :].to(tl.int64) * column_stride + j[:, None].to(tl.int64) * rank_stride
         tl.store(at, value, mask=(c < columns)[None, :] & (j < rank)[:, None])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def keep_mask_kernel(mask, seed, rows, columns, threshold, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """mask [rows, columns], uint8: 1 where the element is kept."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    column = tl.program_id(1) * GROUPS * 8 + tl.arange(0, GROUPS * 8)
+    keep = unpack_bits(keep_bytes(tl.load(seed), row, group, threshold), ROWS, GROUPS, 8)
+    at = mask + row[:, None].to(tl.int64) * columns + column[None, :]
+    tl.store(at, keep.to(tl.uint8), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+def keep_mask_launch(mask: Tensor, seed: Tensor, p: float) -> Launch:
+    """Fills mask, bool [M, K], as ``dropout.keep_mask`` does."""
+    rows, columns = mask.shape
+    return Launch(
+        "keep_mask",
+        keep_mask_kernel,
+        (triton.cdiv(rows, MASK_ROWS), triton.cdiv(columns, 8 * MASK_GROUPS)),
+        {
+            "mask": mask.view(torch.uint8),
+            "seed": seed,
+            "rows": rows,
+            "columns": columns,
+            "threshold": masks.threshold(p),
+            "ROWS": MASK_ROWS,
+            "GROUPS": MASK_GROUPS,
+        },
+        {"num_warps": 4},
+    )
+
+
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """``dropout.keep_mask`` by one launch; ``seed`` is on the GPU that draws."""
+    mask = seed.new_empty(rows, columns, dtype=torch.bool)
+    if mask.numel():
+        keep_mask_launch(mask, seed, p).run()
+    return mask

@@ -11,7 +11,7 @@ from ..config import ResLoRAConfig
 from ..forward_state import scope_pass
 from .adapter import AdapterLayer
 from .chain import Chain
-from .convolution import ResLoRAConvolution
+from .convolution import ResLoRAConvolution, TransposedResLoRALinear
 from .embedding import ResLoRAEmbedding
 from .experts import ResLoRAExperts, TargetParameter, shapes
 from .linear import ResLoRALinear
@@ -19,7 +19,6 @@ from .multihead_attention import AttentionOutput, ResLoRAMultiheadAttention
 from .quantized_linear import QuantizedResLoRALinear
 from .shortcuts import reach
 from .tensor_parallel import TensorParallelResLoRALinear
-from .transposed_linear import TransposedResLoRALinear
 
 KINDS: tuple[type[ResLoRALinear], ...] = (
     QuantizedResLoRALinear, TensorParallelResLoRALinear, AttentionOutput, ResLoRALinear, TransposedResLoRALinear,

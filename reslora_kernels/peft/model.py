@@ -21,8 +21,7 @@ from ..dtensors import initialised, refuse_partitioned, refuse_sharded, refuse_z
 from ..layers.several import BASE, names_by_module
 from ..merge.merging import MergeReport, fit_in, merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics
-from .adapters import adapters_of, refuse_taken_off_hooks
-from .layer import ResLoRALayer
+from .layer import ResLoRALayer, adapters_of, refuse_taken_off_hooks
 
 
 class ResLoRAModel(BaseTuner):

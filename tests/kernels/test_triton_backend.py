@@ -119,7 +119,7 @@ def test_same_bits_in_any_order_of_programs(call: Call, device: torch.device, in
 
 @pytest.mark.parametrize(("rows", "columns", "p"), [(9, 1030, 0.1), (3, 5, 0.5), (0, 8, 0.5)])
 def test_the_mask_by_itself_is_every_backends(rows: int, columns: int, p: float, device: torch.device) -> None:
-    from reslora_kernels.kernels.keep_mask import keep_mask
+    from reslora_kernels.kernels.device import keep_mask
 
     seed = torch.tensor(SEED, device=device)
     assert torch.equal(keep_mask(seed, rows, columns, p), masks.keep_mask(seed, rows, columns, p))
