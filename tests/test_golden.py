@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reslora_kernels import ResLoRALinear, apply_reslora, collect_statistics, link, merge_reslora, reference
 from reslora_kernels.backends import select
-from reslora_kernels.cli import main, verify
+from reslora_kernels.cli import doctor, main
 from reslora_kernels.testing import GoldenCase, golden_cases, max_error
 
 CASES = [pytest.param(case, id=case.name) for case in golden_cases()]
@@ -129,7 +129,7 @@ def test_every_case_passes_on_every_usable_backend(capsys: pytest.CaptureFixture
 def test_wrong_value_fails(tensor: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     case = golden_cases()[0]
     wrong = {**case.tensors, tensor: case.tensors[tensor] + 1e-9}
-    monkeypatch.setattr(verify, "golden_cases", lambda: (replace(case, tensors=wrong), *golden_cases()[1:]))
+    monkeypatch.setattr(doctor, "golden_cases", lambda: (replace(case, tensors=wrong), *golden_cases()[1:]))
     assert main(["verify"]) == 1
     lines = capsys.readouterr().out.splitlines()
     failures = [line for line in lines if line.startswith("FAIL")]
@@ -140,14 +140,14 @@ def test_wrong_value_fails(tensor: str, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_nan_fails() -> None:
     case = golden_cases()[0]
     poisoned = {**case.tensors, "y.0": torch.full_like(case.tensors["y.0"], float("nan"))}
-    assert verify.check_case(replace(case, tensors=poisoned), "torch").failure is not None
+    assert doctor.check_case(replace(case, tensors=poisoned), "torch").failure is not None
 
 
 def test_failing_backend_is_a_failed_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(*arguments: object) -> None:
         raise RuntimeError("illegal instruction")
 
-    monkeypatch.setattr(verify, "chain_results", broken)
+    monkeypatch.setattr(doctor, "chain_results", broken)
     assert main(["verify"]) == 1
     output = capsys.readouterr().out
     assert "RuntimeError: illegal instruction" in output
@@ -156,34 +156,34 @@ def test_failing_backend_is_a_failed_check(monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case.name)
 def test_backend_without_float64_is_held_to_the_tolerance_rule(
-    case: verify.GoldenCase, monkeypatch: pytest.MonkeyPatch
+    case: doctor.GoldenCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object) -> None:
         raise ValueError("float64 is not supported")
 
-    monkeypatch.setattr(verify, "served_dtype", lambda *arguments: torch.float32)
-    check = verify.check_case(case, "torch")
+    monkeypatch.setattr(doctor, "served_dtype", lambda *arguments: torch.float32)
+    check = doctor.check_case(case, "torch")
     assert check.failure is None
     assert check.dtype == "float32"
     monkeypatch.undo()
     monkeypatch.setattr(select, "explain", refuse)
-    assert verify.served_dtype(case, "torch") is torch.float32
+    assert doctor.served_dtype(case, "torch") is torch.float32
 
 
 def test_float32_error_beyond_the_rule_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     case = golden_cases()[0]
-    results = verify.chain_results(case, "torch", torch.float32)
+    results = doctor.chain_results(case, "torch", torch.float32)
     results["dx"][1] *= 1 + 1e-5
-    monkeypatch.setattr(verify, "served_dtype", lambda *arguments: torch.float32)
-    monkeypatch.setattr(verify, "chain_results", lambda *arguments: results)
-    failure = verify.check_case(case, "torch").failure
+    monkeypatch.setattr(doctor, "served_dtype", lambda *arguments: torch.float32)
+    monkeypatch.setattr(doctor, "chain_results", lambda *arguments: results)
+    failure = doctor.check_case(case, "torch").failure
     assert failure is not None
     assert "dx.1" in failure
 
 
 def test_golden_tensors_are_left_as_they_were() -> None:
     case = golden_cases()[0]
-    errors = [verify.check_case(case, "torch").error for _ in range(2)]
+    errors = [doctor.check_case(case, "torch").error for _ in range(2)]
     assert errors[0] == errors[1]
     assert not any(tensor.requires_grad for tensor in case.tensors.values())
 
@@ -191,6 +191,6 @@ def test_golden_tensors_are_left_as_they_were() -> None:
 def test_installation_without_golden_vectors_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verify, "golden_cases", tuple)
+    monkeypatch.setattr(doctor, "golden_cases", tuple)
     assert main(["verify"]) == 2
     assert "holds no golden vectors" in capsys.readouterr().err

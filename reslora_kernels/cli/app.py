@@ -21,7 +21,7 @@ COMMANDS = {
     "export": "Export an adapter as a PEFT LoRA adapter.",
     "verify": "Check every backend of this machine against the golden vectors.",
 }
-HOMES = {"export": "merge"}  # the modules of commands that have none of their own
+HOMES = {"export": "merge", "verify": "doctor"}  # the modules of commands that have none of their own
 EXPECTED = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 
 

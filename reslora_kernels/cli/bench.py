@@ -21,8 +21,7 @@ from rich.table import Table
 
 from reslora_kernels.bench import cases, providers, results, timing
 from reslora_kernels.bench.cases import SETS, Case
-from reslora_kernels.bench.experts import EXPERTS_SETS, ExpertsCase, run_experts
-from reslora_kernels.bench.host import HOST_SETS, HostCase, run_host
+from reslora_kernels.bench.host import EXPERTS_SETS, HOST_SETS, ExpertsCase, HostCase, run_experts, run_host
 from reslora_kernels.bench.model_cases import MODEL_SETS, ModelCase
 from reslora_kernels.bench.models import run_model
 from reslora_kernels.bench.providers import Provider

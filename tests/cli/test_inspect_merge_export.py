@@ -12,7 +12,7 @@ import transformers
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, save_adapter
 from reslora_kernels.adapt.record import adapted_layers
-from reslora_kernels.cli import export, loading, main, merge
+from reslora_kernels.cli import loading, main, merge
 from reslora_kernels.cli.options import parse_names
 
 RUN = ", confirmed by a run"
@@ -307,6 +307,6 @@ def test_failure_while_writing_leaves_nothing(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(merge, "save_merged", full)
-    monkeypatch.setattr(export, "export_peft", full)
+    monkeypatch.setattr(merge, "export_peft", full)
     assert main([name, str(adapters["block"]), "--base", str(base), "--out", str(tmp_path / "out")]) == 2
     assert list(tmp_path.iterdir()) == []

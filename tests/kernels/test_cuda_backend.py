@@ -14,7 +14,7 @@ import torch
 
 from reslora_kernels.backends import cuda, native, select
 from reslora_kernels.backends import torch as plain
-from reslora_kernels.cli.verify import check_case
+from reslora_kernels.cli.doctor import check_case
 from reslora_kernels.dropout import Dropout
 from reslora_kernels.ops import lora_linear
 from reslora_kernels.side_channel import Needs, SideChannel

@@ -17,7 +17,7 @@ from reslora_kernels import ResLoRAConfig, ResLoRALinear, link
 from reslora_kernels import dropout as masks
 from reslora_kernels.backends import select, triton
 from reslora_kernels.backends import torch as plain
-from reslora_kernels.cli.verify import check_case
+from reslora_kernels.cli.doctor import check_case
 from reslora_kernels.dropout import Dropout
 from reslora_kernels.ops import lora_linear
 from reslora_kernels.ops.grouped import Groups, add_low_rank, fused_experts
