@@ -76,7 +76,10 @@ def write_plainly(model: nn.Module) -> dict[str, nn.Parameter]:
     adapted = adapted_layers(model)
     names = {id(layer): name for name, layer in adapted.items()}
     found: dict[str, nn.Parameter] = {}
-    for chain in record_of(model).chains:
+    record = record_of(model)
+    for hook in record.hooks:  # which open the chains' passes, and look for their layers
+        hook.remove()
+    for chain in record.chains:
         plain = PlainChain()
         for layer in chain.layers:
             name = names[id(layer)]
