@@ -14,21 +14,32 @@ namespace {
 
 constexpr int64_t FEW_ROWS = 32;         // up to here dB is written as it is, beyond as its transpose
 constexpr int64_t FEW_VALUES = 1 << 15;  // of y: up to here a copy of our own beats PyTorch's in many threads
+constexpr int64_t FEW_TO_READ = 1 << 18;  // of x: up to here another read of it beats copies of the M x r side
 
-// What a call is beside its tensors: (side = (c, scaling, hand_start, hand_stop), p, depth, ...), a tuple of Python's.
+// What a call is beside its tensors, a tuple of Python's:
+// (side = (c, scaling, hand_start, hand_stop), p, depth, widths, passes_x, height, ...).
 struct Call {
     double c, scaling, p;
-    int64_t start, stop, depth;
+    int64_t start, stop, depth, height;
+    std::vector<int64_t> widths;  // of the parts in which what is handed on is given to others that read x; or none
+    bool passes_x;
 
     explicit Call(PyObject* call) {
         PyObject* side = PyTuple_GET_ITEM(call, 0);
         c = PyFloat_AsDouble(PyTuple_GET_ITEM(side, 0)), scaling = PyFloat_AsDouble(PyTuple_GET_ITEM(side, 1));
         start = PyLong_AsLongLong(PyTuple_GET_ITEM(side, 2)), stop = PyLong_AsLongLong(PyTuple_GET_ITEM(side, 3));
         p = PyFloat_AsDouble(PyTuple_GET_ITEM(call, 1)), depth = PyLong_AsLongLong(PyTuple_GET_ITEM(call, 2));
+        PyObject* parts = PyTuple_GET_ITEM(call, 3);
+        for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(parts); at++)
+            widths.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(parts, at)));
+        passes_x = PyTuple_GET_ITEM(call, 4) == Py_True, height = PyLong_AsLongLong(PyTuple_GET_ITEM(call, 5));
         if (PyErr_Occurred()) {
             PyErr_Clear();
             throw NotServed();
         }
+        int64_t total = 0;
+        for (const int64_t width : widths) total += width;
+        if (!widths.empty() && total != stop - start) throw NotServed();
     }
     bool hands_on() const { return stop > start; }
 };
@@ -60,9 +71,10 @@ struct Stack {
         }
         return whole;
     }
-    // How many of the matrices make u, of `own` columns, where the others are just what is handed on; else all.
-    int64_t of_u(int64_t own, const Call& call) const {
-        if (call.hands_on() && call.start == own && call.stop == total())
+    // How many of the matrices make u, of `own` columns, where the others are just what is handed on, and a product
+    // of their own with x, of so many `values`, costs least; else all.
+    int64_t of_u(int64_t own, const Call& call, int64_t values) const {
+        if (call.widths.empty() && values <= FEW_TO_READ && call.start == own && call.stop == total())
             for (int64_t at = 1; at < count(); at++)
                 if (ends[at] == own) return at;
         return count();
@@ -83,49 +95,66 @@ Dropout dropout_of(PyObject* seed, const Call& call) {
 }
 
 struct Outputs {
-    Tensor handed, u;  // each in memory of its own: who writes to what is handed on does not write to what is kept
+    Tensor handed, u;  // each in memory of its own, but where what is handed on goes to others that read x
 };
 
+// u = c h[:, :own] + residual
+Tensor u_of(const Tensor& h, int64_t own, const Tensor& residual, const Call& call, int32_t dtype) {
+    Tensor u = empty(h.sizes[0], own, dtype);
+    const Tensor mine = h.columns(0, own);
+    if (residual) {
+        copy(u, residual, dtype);
+        add_multiple(u, mine, call.c, dtype);
+    } else
+        set_to_multiple(u, mine, call.c, dtype);
+    return u;
+}
+
 // u [M, R_b] and what is handed on [M, stop - start]
-void project(const Tensor& x, const Stack& a, int64_t own, const Tensor& residual, const Call& call, int32_t dtype,
-             Outputs& out) {
-    const int64_t m = x.sizes[0], count = a.of_u(own, call);
+Outputs project(const Tensor& x, const Stack& a, int64_t own, const Tensor& residual, const Call& call, int32_t dtype) {
+    Outputs out;
+    const int64_t m = x.sizes[0], count = a.of_u(own, call, m * x.sizes[1]), columns = call.stop - call.start;
     const bool apart = count < a.count();
     Tensor low = a.joined(0, count, dtype).transposed();
     if (apart) {
-        out.handed = empty(m, call.stop - call.start, dtype);
+        out.handed = empty(m, columns, dtype);
         product(out.handed, x, a.joined(count, a.count(), dtype).transposed(), 1, 0);
     }
     if ((apart || !call.hands_on()) && low.sizes[1] == own) {
         out.u = empty(m, own, dtype);
         if (residual) copy(out.u, residual, dtype);
         product(out.u, x, low, call.c, residual ? 1 : 0);
-        return;
+        return out;
     }
     Tensor h = empty(m, a.total(), dtype);
     product(h, x, low, 1, 0);
-    const bool whole = call.start == 0 && call.stop == a.total();
-    out.u = empty(m, own, dtype);
-    Tensor mine = h.columns(0, own);
-    if (residual) {
-        copy(out.u, residual, dtype);
-        add_multiple(out.u, mine, call.c, dtype);
-    } else
-        set_to_multiple(out.u, mine, call.c, dtype);
-    if (whole)
+    out.u = u_of(h, own, residual, call, dtype);
+    if (columns == a.total())
         out.handed = std::move(h);
+    else if (!call.widths.empty())
+        out.handed = h.columns(call.start, columns);
     else if (call.hands_on()) {
-        out.handed = empty(m, call.stop - call.start, dtype);
-        copy(out.handed, h.columns(call.start, call.stop - call.start), dtype);
+        out.handed = empty(m, columns, dtype);
+        copy(out.handed, h.columns(call.start, columns), dtype);
     }
+    return out;
+}
+
+// The same where h is known: views of it as far as they can be
+Outputs taken(const Tensor& h, int64_t own, const Tensor& residual, const Call& call, int32_t dtype) {
+    Outputs out;
+    out.u = residual || call.c != 1 ? u_of(h, own, residual, call, dtype) : h.columns(0, own);
+    if (call.hands_on()) out.handed = h.columns(call.start, call.stop - call.start);
+    return out;
 }
 
 // A matrix [M, columns] with x's leading dimensions
 Tensor like_tokens(Tensor&& matrix, const Tensor& x) {
     if (x.dim == 2 || !matrix) return std::move(matrix);
-    std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(x.dim, 1);
+    std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(x.dim, matrix.strides[1]);
     sizes.back() = matrix.sizes[1];
-    for (int64_t at = x.dim - 1; at > 0; at--) strides[at - 1] = strides[at] * sizes[at];
+    strides[x.dim - 2] = matrix.strides[0];
+    for (int64_t at = x.dim - 2; at > 0; at--) strides[at - 1] = strides[at] * sizes[at];
     Handle made;
     check(torch.reinterpret(matrix.handle, x.dim, sizes.data(), strides.data(), 0, &made), "_reinterpret_tensor");
     return Tensor(made, true);
@@ -141,25 +170,28 @@ PyObject* packed(std::vector<Tensor>& tensors) {
     return made;
 }
 
-constexpr Py_ssize_t LEADING = 6;  // arguments of forward before the stacks
+constexpr Py_ssize_t LEADING = 7;  // arguments of forward before the stacks
 
 std::vector<Tensor> forward_pass(PyObject* const* arguments, Py_ssize_t count) {
     const int32_t dtype = dtype_of(arguments[0]);
     const Tensor given = tensor_of(arguments[0], dtype), weight = matrix_of(arguments[1], dtype);
     const Tensor bias = tensor_of(arguments[2], dtype), given_residual = tensor_of(arguments[3], dtype);
-    const Call call(arguments[5]);
+    const Tensor given_h = tensor_of(arguments[4], dtype);
+    const Call call(arguments[6]);
     if (given.dim < 2 || given.sizes[given.dim - 1] != weight.sizes[1]) throw NotServed();
     const int64_t n = weight.sizes[0], k = weight.sizes[1], b_count = count - LEADING - call.depth;
     if (call.depth < 0 || b_count < 1 || (bias && (bias.dim != 1 || bias.sizes[0] != n))) throw NotServed();
     const Stack a(arguments + LEADING, call.depth, 0, k, dtype);
     const Stack b(arguments + LEADING + call.depth, b_count, 1, n, dtype);
     const int64_t own = b.total();
-    if (a.count() ? a.total() < own || call.start < 0 || call.stop > a.total() : !given_residual || call.hands_on())
-        throw NotServed();
+    const int64_t height = given_h ? given_h.sizes[given_h.dim - 1] : a.total();
+    if (a.count() ? bool(given_h) : !given_h && (!given_residual || call.hands_on())) throw NotServed();
+    if ((a.count() || given_h) && (height < own || call.start < 0 || call.stop > height)) throw NotServed();
     if (given_residual && (!same_leading(given_residual, given) || given_residual.sizes[given.dim - 1] != own))
         throw NotServed();
-    const Dropout dropout = dropout_of(arguments[4], call);
-    const Tensor x = tokens(given), residual = tokens(given_residual);
+    if (given_h && (!same_leading(given_h, given) || height != call.height)) throw NotServed();
+    const Dropout dropout = dropout_of(arguments[5], call);
+    const Tensor x = tokens(given), residual = tokens(given_residual), h = tokens(given_h);
 
     WithoutGIL released;
     const int64_t m = x.sizes[0];
@@ -170,9 +202,10 @@ std::vector<Tensor> forward_pass(PyObject* const* arguments, Py_ssize_t count) {
             dropped = empty(m, k, dtype);
             dropout.apply(dropped, x, dtype);
         }
-        project(dropout ? dropped : x, a, own, residual, call, dtype, out);
-    }
-    const Tensor& u = a.count() ? out.u : residual;
+        out = project(dropout ? dropped : x, a, own, residual, call, dtype);
+    } else if (h)
+        out = taken(h, own, residual, call, dtype);
+    const Tensor& u = out.u ? out.u : residual;
     Tensor low_b = b.joined(0, b.count(), dtype).transposed();
     std::vector<int64_t> sizes(given.sizes, given.sizes + given.dim);
     sizes.back() = n;
@@ -191,7 +224,12 @@ std::vector<Tensor> forward_pass(PyObject* const* arguments, Py_ssize_t count) {
     }
     std::vector<Tensor> outputs;
     outputs.push_back(std::move(shaped));
-    outputs.push_back(like_tokens(std::move(out.handed), given));
+    int64_t start = 0;
+    for (const int64_t width : call.widths) {
+        outputs.push_back(like_tokens(out.handed.columns(start, width), given));
+        start += width;
+    }
+    if (call.widths.empty()) outputs.push_back(like_tokens(std::move(out.handed), given));
     outputs.push_back(std::move(out.u));
     return outputs;
 }
@@ -229,29 +267,41 @@ void gradients_of_b(const Stack& b, const Tensor& dy, const Tensor& u, double sc
     }
 }
 
-// h's gradient in up to two parts, each of some matrices of A: factor * left
+// What a gradient of h comes from beside du: gradients of what was handed on, each of some columns of h
+struct Handed {
+    int64_t start;
+    Tensor gradient;
+};
+
+// dh = c pad(du) + the gradients of what was handed on, [M, height]
+Tensor gradient_of_h(int64_t height, const Tensor& du, const std::vector<Handed>& handed, const Call& call,
+                     int32_t dtype) {
+    Tensor dh = empty(du.sizes[0], height, dtype);
+    std::memset(dh.data(), 0, dh.sizes[0] * height * (dtype == torch.float32 ? 4 : 8));
+    set_to_multiple(dh.columns(0, du.sizes[1]), du, call.c, dtype);
+    for (const Handed& part : handed)
+        add_multiple(dh.columns(part.start, part.gradient.sizes[1]), part.gradient, 1, dtype);
+    return dh;
+}
+
+// It in up to two parts, each of some matrices of A: factor * left
 struct Part {
     int64_t from, to;
     Tensor left;
     double factor;
 };
 
-std::vector<Part> gradient_of_h(const Stack& a, const Tensor& du, const Tensor& dhanded, const Call& call,
-                                int32_t dtype) {
-    const int64_t own = du.sizes[1], count = a.of_u(own, call);
+std::vector<Part> parts_of_h(const Stack& a, const Tensor& du, const std::vector<Handed>& handed, const Call& call,
+                             int64_t values, int32_t dtype) {
+    const int64_t own = du.sizes[1], count = a.of_u(own, call, values);
     std::vector<Part> parts;
     if (count < a.count()) {
         parts.push_back({0, count, du.borrowed(), call.c});
-        if (dhanded) parts.push_back({count, a.count(), dhanded.borrowed(), 1});
-    } else if (!dhanded && a.total() == own) {
+        if (!handed.empty()) parts.push_back({count, a.count(), handed[0].gradient.borrowed(), 1});
+    } else if (handed.empty() && a.total() == own)
         parts.push_back({0, count, du.borrowed(), call.c});
-    } else {
-        Tensor dh = empty(du.sizes[0], a.total(), dtype);
-        std::memset(dh.data(), 0, dh.sizes[0] * dh.sizes[1] * (dtype == torch.float32 ? 4 : 8));
-        set_to_multiple(dh.columns(0, own), du, call.c, dtype);
-        if (dhanded) add_multiple(dh.columns(call.start, dhanded.sizes[1]), dhanded, 1, dtype);
-        parts.push_back({0, count, std::move(dh), 1});
-    }
+    else
+        parts.push_back({0, count, gradient_of_h(a.total(), du, handed, call, dtype), 1});
     return parts;
 }
 
@@ -259,50 +309,71 @@ bool is_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
     return tensor && tensor.dim == 2 && tensor.sizes[0] == rows && tensor.sizes[1] == columns;
 }
 
-constexpr Py_ssize_t LEADING_BACK = 8;  // arguments of backward before the stacks
+constexpr Py_ssize_t LEADING_BACK = 9;  // arguments of backward before the stacks
+
+std::vector<Handed> gradients_of_handed(PyObject* given, const Call& call, int64_t m, int32_t dtype) {
+    std::vector<Handed> handed;
+    const bool whole = call.widths.empty();
+    if (PyTuple_GET_SIZE(given) > Py_ssize_t(whole ? 1 : call.widths.size())) throw NotServed();
+    int64_t start = call.start;
+    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(given); at++) {
+        const int64_t width = whole ? call.stop - call.start : call.widths[at];
+        Tensor gradient = tokens(tensor_of(PyTuple_GET_ITEM(given, at), dtype));
+        if (gradient && !is_matrix(gradient, m, width)) throw NotServed();
+        if (gradient) handed.push_back({start, std::move(gradient)});
+        start += width;
+    }
+    return handed;
+}
 
 std::vector<Tensor> backward_pass(PyObject* const* arguments, Py_ssize_t count) {
     const int32_t dtype = dtype_of(arguments[0]);
-    const Tensor given = tensor_of(arguments[0], dtype), given_dhanded = tensor_of(arguments[1], dtype);
-    const Call call(arguments[2]);
-    bool needs[4];  // dx, da, db, dresidual
-    for (int at = 0; at < 4; at++) needs[at] = PyTuple_GET_ITEM(arguments[3], at) == Py_True;
-    const Tensor given_x = tensor_of(arguments[4], dtype), weight = matrix_of(arguments[5], dtype);
-    const Tensor u = tensor_of(arguments[6], dtype);
+    const Tensor given = tensor_of(arguments[0], dtype), given_onto = tensor_of(arguments[2], dtype);
+    const Call call(arguments[3]);
+    bool needs[5];  // dx, da, db, dresidual, dh
+    for (int at = 0; at < 5; at++) needs[at] = PyTuple_GET_ITEM(arguments[4], at) == Py_True;
+    const Tensor given_x = tensor_of(arguments[5], dtype), weight = matrix_of(arguments[6], dtype);
+    const Tensor u = tensor_of(arguments[7], dtype);
     const int64_t n = weight.sizes[0], k = weight.sizes[1];
     const Stack a(arguments + LEADING_BACK, call.depth, 0, k, dtype);
     const Stack b(arguments + LEADING_BACK + call.depth, count - LEADING_BACK - call.depth, 1, n, dtype);
     if (given.dim < 2 || given.sizes[given.dim - 1] != n) throw NotServed();
-    const Dropout dropout = dropout_of(arguments[7], call);
-    const Tensor dy = tokens(given), dhanded = tokens(given_dhanded), x = tokens(given_x);
+    const Dropout dropout = dropout_of(arguments[8], call);
+    const Tensor dy = tokens(given), x = tokens(given_x), onto = tokens(given_onto);
     const int64_t m = dy.sizes[0], own = b.total();
+    const std::vector<Handed> handed = gradients_of_handed(arguments[1], call, m, dtype);
     if ((needs[1] && a.count() && !is_matrix(x, m, k)) || (needs[2] && !is_matrix(u, m, own))) throw NotServed();
-    if (dhanded && !is_matrix(dhanded, m, call.stop - call.start)) throw NotServed();
+    if (onto && (dropout || !needs[0] || !is_matrix(onto, m, k))) throw NotServed();
 
     WithoutGIL released;
     const bool through_a = a.count() && (needs[0] || needs[1]);
     std::vector<Tensor> gradients, of_b;
     Tensor dx, du;
     if (needs[2]) gradients_of_b(b, dy, u, call.scaling, dtype, of_b);
-    if (needs[3] || through_a) {
+    if (needs[3] || needs[4] || through_a) {
         du = empty(m, own, dtype);
         product(du, dy, b.joined(0, b.count(), dtype), call.scaling, 0);
     }
     std::vector<Part> parts;
-    if (through_a) parts = gradient_of_h(a, du, dhanded, call, dtype);
+    if (through_a) parts = parts_of_h(a, du, handed, call, m * k, dtype);
     if (needs[0]) {
         std::vector<int64_t> sizes(given.sizes, given.sizes + given.dim);
         sizes.back() = k;
-        dx = empty(sizes.data(), given.dim, dtype);
+        dx = onto ? given_onto.borrowed() : empty(sizes.data(), given.dim, dtype);
         const Tensor flat = tokens(dx);
         for (const Part& part : parts)
-            product(flat, part.left, a.joined(part.from, part.to, dtype), part.factor, part.from ? 1 : 0);
+            product(flat, part.left, a.joined(part.from, part.to, dtype), part.factor, part.from || onto ? 1 : 0);
         if (dropout && !parts.empty()) dropout.apply(flat, flat, dtype);
-        product(flat, dy, weight, 1, parts.empty() ? 0 : 1);
+        product(flat, dy, weight, 1, parts.empty() && !onto ? 0 : 1);
     }
     gradients.push_back(std::move(dx));
     gradients.emplace_back(), gradients.emplace_back();  // of weight and bias
     gradients.push_back(needs[3] ? like_tokens(du.alias(), given) : Tensor());
+    Tensor dh;
+    if (needs[4])
+        dh = handed.empty() && call.height == own && call.c == 1 ? du.alias()
+                                                                 : gradient_of_h(call.height, du, handed, call, dtype);
+    gradients.push_back(like_tokens(std::move(dh), given));
     gradients.emplace_back(), gradients.emplace_back();  // of seed and call
     if (needs[1] && a.count()) {
         Tensor dropped;
@@ -374,9 +445,9 @@ PyObject* keep_mask(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"open", open, METH_VARARGS, "Find libtorch; RuntimeError says what is missing."},
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL,
-     "(x, weight, bias, residual, seed, call, *a_stack, *b_stack) -> (y, handed, u), or None where not served."},
+     "(x, weight, bias, residual, h, seed, call, *a_stack, *b_stack) -> (y, *handed, u), or None where not served."},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL,
-     "(dy, dhanded, call, needs, x, weight, u, seed, *a_stack, *b_stack) -> a gradient for each argument of forward."},
+     "(dy, (dhanded, ...), onto, call, needs, x, weight, u, seed, *a_stack, *b_stack) -> gradients, as forward's."},
     {"keep_mask", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(keep_mask)), METH_FASTCALL,
      "(seed, rows, columns, least) -> bool [rows, columns], or None where not served."},
     {nullptr, nullptr, 0, nullptr},
@@ -387,4 +458,8 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_host", "Both passes of a laye
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__host() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__host() {
+    PyObject* module = PyModule_Create(&definition);
+    if (module && PyModule_AddIntConstant(module, "INTERFACE", 2)) Py_CLEAR(module);
+    return module;
+}

@@ -8,7 +8,7 @@ object, opaque to pytree (FSDP2 maps over dicts and dataclasses and copies them)
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -115,7 +115,7 @@ class ForwardState:
     runs several times in the pass, each time is a sweep of its own, or goes on with one that stopped a layer before.
     """
 
-    __slots__ = ("_backward", "_left", "_paused", "_projected", "_sweep", "owner", "thread")
+    __slots__ = ("_backward", "_left", "_paused", "_sweep", "owner", "reading", "thread")
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
@@ -124,14 +124,14 @@ class ForwardState:
         self._sweep = _Sweep()
         self._paused: _Sweep | None = None
         self._left = False  # whether a module around the chain has ended its forward since the latest call
-        self._projected: tuple[Tensor, int, dict[int, Tensor]] | None = None
+        self.reading: Any = None  # of a group: what ``layers.chain`` keeps of x
 
     def copy(self) -> ForwardState:
         """The same state, to go on from without changing this one."""
         other = ForwardState(self.owner)
         other._sweep = self._sweep.copy()
         other._paused = None if self._paused is None else self._paused.copy()
-        other._left, other._projected = self._left, self._projected
+        other._left, other.reading = self._left, self.reading
         return other
 
     @property
@@ -210,16 +210,6 @@ class ForwardState:
         sweep.next = None
         return sweep
 
-    def project_for(self, x: Tensor, projections: Mapping[int, Tensor]) -> None:
-        """A layer has multiplied its input x by the A of others, too: h [..., R_a] of each, by index in the group."""
-        self._projected = (x, _version(x), dict(projections))
-
-    def projection_of(self, index: int, x: Tensor) -> Tensor | None:
-        """h of the layer at ``index``, if it was worked out from this very x, which has not been written to since."""
-        if self._projected is None or self._projected[0] is not x or self._projected[1] != _version(x):
-            return None
-        return self._projected[2].pop(index, None)
-
 
 def _handed_in(sweep: _Sweep, layer: Member) -> list[tuple[Tensor, ...]]:
     found, entry = [], sweep.first
@@ -240,8 +230,9 @@ def keeps_versions(x: Tensor) -> bool:
     return torch.is_grad_enabled() if is_dynamo_compiling() else not x.is_inference()
 
 
-def _version(x: Tensor) -> int:
-    return 0 if is_dynamo_compiling() else x._version
+def version_of(x: Tensor) -> int:
+    """How often x has been written to; 0 where that is not counted: in compiled code, and of inference tensors."""
+    return 0 if is_dynamo_compiling() or x.is_inference() else x._version
 
 
 class Passes:

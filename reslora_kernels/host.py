@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64)  # that it serves
+INTERFACE = 2  # what the module's functions take: a module of an earlier build may take something else
 _CODES = (6, 7, 4, 11)  # c10::ScalarType of float32, float64, int64 and bool
 
 
@@ -31,6 +32,8 @@ def _opened() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("reslora_kernels._host")
     except ImportError:
         return None, _why_not_built()
+    if getattr(module, "INTERFACE", 1) != INTERFACE:
+        return None, f"{module.__file__} was built from other sources: build it anew"
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
     libraries = [os.path.join(folder, f"lib{name}.so") for name in ("torch_cpu", "torch_python")]
     with torch.inference_mode():

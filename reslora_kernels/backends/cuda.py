@@ -159,10 +159,11 @@ def backward(
     side: SideChannel,
     dropout: Dropout | None,
     needs: Needs,
+    onto: Tensor | None = None,
 ) -> Gradients:
-    """See ``backends.torch.backward``."""
+    """See ``backends.torch.backward``. The kernels add to nothing: with ``onto`` the library makes dx."""
     if not a_stack:  # nothing to fuse with the frozen matmul
-        return library.backward(dy, dhanded, x, weight, a_stack, b_stack, u, side, dropout, needs)
+        return library.backward(dy, dhanded, x, weight, a_stack, b_stack, u, side, dropout, needs, onto)
     a, b, setting = rows(a_stack), columns(b_stack), hopper.setting()
     dhanded = None if dhanded is None else dhanded.to(dy.dtype)
     x, u = x if needs.da else None, u if needs.db else None
@@ -171,18 +172,21 @@ def backward(
     dropout = dropout if needs.dx or needs.da else None
     operands = (dy, dhanded, x, weight, a, b, u, None if dropout is None else dropout.seed)
     p = None if dropout is None else dropout.p
-    kind, addresses = kinds.kind_of(operands, "backward", side, p, needs, types, precision(dy.dtype), setting)
+    alone = onto is None
+    kind, addresses = kinds.kind_of(operands, "backward", side, p, needs, types, alone, precision(dy.dtype), setting)
     with kinds.on_device(dy):
         prepared = _kinds.find(kind)
-        return Gradients(
-            *(
-                _run_first(
-                    kind, operands, lambda: _backward(dy, dhanded, x, weight, a, b, u, side, dropout, needs, types)
-                )
-                if prepared is None
-                else prepared.run(dy, addresses)
+        dx, da, db, dresidual, dh = (
+            _run_first(
+                kind, operands, lambda: _backward(dy, dhanded, x, weight, a, b, u, side, dropout, needs, types, alone)
             )
+            if prepared is None
+            else prepared.run(dy, addresses)
         )
+        if onto is not None and needs.dx:
+            assert dh is not None
+            dx = library.product_then_matmul(dh, a.to(dy.dtype), 1.0, None, dy, weight, onto)
+        return Gradients(dx, da, db, dresidual)
 
 
 def _backward(
@@ -197,13 +201,16 @@ def _backward(
     dropout: Dropout | None,
     needs: Needs,
     types: tuple[torch.dtype, torch.dtype],
+    alone: bool,
 ) -> list[Tensor | None]:
-    """dx, da, db and dresidual."""
+    """dx, da, db, dresidual, and dh in place of dx where that is not ``alone`` but added to something."""
     m, k, rank = dy.shape[0], weight.shape[1], a.shape[0]
-    dx = dy.new_empty(m, k) if needs.dx else None
+    dx = dy.new_empty(m, k) if needs.dx and alone else None
     da = a.new_empty(a.shape, dtype=types[0]) if needs.da else None
     db = b.new_empty(b.shape, dtype=types[1]) if needs.db else None
-    dh = workspace(dy, m, rank) if needs.dx or needs.da else None
+    dh = None
+    if needs.dx or needs.da:
+        dh = workspace(dy, m, rank) if alone else dy.new_empty(m, rank)
     dresidual = dy.new_empty(m, b.shape[1]) if needs.dresidual else None
     bits = workspace(dy, m, -(-k // 32), dtype=torch.int32) if needs.dx and dropout is not None else None
     keep_scale = 1.0 if dropout is None else dropout.keep_scale
@@ -221,7 +228,7 @@ def _backward(
         _augmented_matmul(dy, weight, dh, a, dx, keep_scale, keep=keep, keep_words=words, first=sums[0], second=sums[1])
     elif any(sums):
         native.load().finish(native.device_of(dy), *sums)
-    return [dx, da, db, dresidual]
+    return [dx, da, db, dresidual, None if alone else dh]
 
 
 def _as_copied(

@@ -108,10 +108,12 @@ def backward(
     side: SideChannel,
     dropout: Dropout | None,
     needs: Needs,
+    onto: Tensor | None = None,
 ) -> Gradients:
     """Gradients dx [M, K], da [R_a, K], db [N, R_b], dresidual [M, R_b]; None for one that is not needed.
 
     dy is [M, N], dhanded [M, hand_stop - hand_start] or None. x and u may be None where da and db are not needed.
+    To ``onto`` [M, K], where it is given and there is no dropout, dx is added, in its memory.
     """
     whole_b = columns(b)
     low_b = _in(whole_b, dy.dtype)
@@ -123,18 +125,20 @@ def backward(
         du = scaled_product(dy, low_b, side.scaling, u)
     dresidual = du if needs.dresidual else None
     if not a:
-        return Gradients(torch.mm(dy, weight) if needs.dx else None, None, db, dresidual)
+        plain = torch.mm if onto is None else onto.addmm_
+        return Gradients(plain(dy, weight) if needs.dx else None, None, db, dresidual)
     if not (needs.dx or needs.da):
         return Gradients(None, None, db, dresidual)
     assert du is not None
     whole_a = rows(a)
-    dh = _gradient_of_h(du, dhanded, whole_a.shape[0], side)
+    dh = gradient_of_h(du, dhanded, whole_a.shape[0], side)
     mask = None if dropout is None else _keep_mask(dropout, dy.shape[0], whole_a.shape[1])
     if needs.da:
         assert x is not None
         da = _in(torch.mm(dh.t(), _masked(x, mask, dropout)), whole_a.dtype)
     if needs.dx:
-        dx = _masked(torch.mm(dh, _in(whole_a, dy.dtype)), mask, dropout).addmm_(dy, weight)
+        low = torch.mm if onto is None else onto.addmm_
+        dx = _masked(low(dh, _in(whole_a, dy.dtype)), mask, dropout).addmm_(dy, weight)
     return Gradients(dx, da, db, dresidual)
 
 
@@ -186,8 +190,15 @@ def matrices_of_u(a: Stack, own: int, side: SideChannel) -> int:
     return len(a)
 
 
-def product_then_matmul(t: Tensor, b: Tensor, scale: float, bias: Tensor | None, x: Tensor, w: Tensor) -> Tensor:
-    """scale t b + bias + x w: the low-rank product [M, R] [R, N], then the matmul [M, K] [K, N] on it in place."""
+def product_then_matmul(
+    t: Tensor, b: Tensor, scale: float, bias: Tensor | None, x: Tensor, w: Tensor, onto: Tensor | None = None
+) -> Tensor:
+    """scale t b + bias + x w: the low-rank product [M, R] [R, N], then the matmul [M, K] [K, N] on it in place.
+
+    With ``onto`` [M, N] in place of a bias all of it is added to that, in its memory.
+    """
+    if onto is not None:
+        return onto.addmm_(t, b, alpha=scale).addmm_(x, w)
     y = scaled_product(t, b, scale) if bias is None else torch.addmm(bias, t, b, alpha=scale)
     return y.addmm_(x, w)
 
@@ -235,7 +246,7 @@ def _outer(dy: Tensor, u: Tensor, b: Tensor, scaling: float, dtype: torch.dtype)
     return scaled_product(u.t(), dy, scaling).t().to(dtype).contiguous()
 
 
-def _gradient_of_h(du: Tensor, dhanded: Tensor | None, rank: int, side: SideChannel) -> Tensor:
+def gradient_of_h(du: Tensor, dhanded: Tensor | None, rank: int, side: SideChannel) -> Tensor:
     """dh = c pad(du) + dh_out, [M, R_a]. A fresh tensor unless it equals du."""
     c, own = side.c, du.shape[1]
     if own == rank and dhanded is not None and dhanded.shape[1] == rank:

@@ -169,29 +169,30 @@ def backward(
     side: SideChannel,
     dropout: Dropout | None,
     needs: Needs,
+    onto: Tensor | None = None,
 ) -> Gradients:
-    """See ``backends.torch.backward``."""
+    """See ``backends.torch.backward``. The kernels add to nothing: with ``onto`` the library makes dx."""
     if not a_stack:  # nothing to fuse with the frozen matmul
-        return library.backward(dy, dhanded, x, weight, a_stack, b_stack, u, side, dropout, needs)
+        return library.backward(dy, dhanded, x, weight, a_stack, b_stack, u, side, dropout, needs, onto)
     a, b = rows(a_stack), columns(b_stack)
     draw = _Draw.of(dropout if needs.dx or needs.da else None)
     x, u = x if needs.da else None, u if needs.db else None
     operands = (dy, dhanded, x, weight, a, b, u, draw.seed)
-    kind, addresses = kinds.kind_of(operands, "backward", side, draw[1:], needs, precision(dy.dtype))
+    kind, addresses = kinds.kind_of(operands, "backward", side, draw[1:], needs, onto is None, precision(dy.dtype))
     with kinds.on_device(dy):
         prepared = _kinds.find(kind)
         if prepared is not None and not _direct().hooked():
             results = prepared.run(dy, addresses)
         elif _kinds.is_new(kind):
             with collected() as pass_made:
-                results = _backward(dy, dhanded, x, weight, a, b, u, side, draw, needs)
+                results = _backward(dy, dhanded, x, weight, a, b, u, side, draw, needs, onto is None)
             _kinds.keep(kind, _prepare(operands, tuple(results), pass_made, dy))
         else:
-            results = _backward(dy, dhanded, x, weight, a, b, u, side, draw, needs)
+            results = _backward(dy, dhanded, x, weight, a, b, u, side, draw, needs, onto is None)
         dx, da, db, dresidual, dh = results
         if needs.dx and dx is None:
             assert dh is not None
-            dx = library.product_then_matmul(dh, a.to(dy.dtype), 1.0, None, dy, weight)
+            dx = library.product_then_matmul(dh, a.to(dy.dtype), 1.0, None, dy, weight, onto)
     return Gradients(dx, da, db, dresidual)
 
 
@@ -206,8 +207,12 @@ def _backward(
     side: SideChannel,
     draw: _Draw,
     needs: Needs,
+    alone: bool,
 ) -> list[Tensor | None]:
-    """dx, da, db, dresidual, and dh where the library's matmul is to follow and make dx of it."""
+    """dx, da, db, dresidual, and dh where the library's matmul is to follow and make dx of it.
+
+    ``alone``: dx is added to nothing.
+    """
     from ..kernels.augmented_matmul import augmented_matmul
     from ..kernels.low_rank_grads import finish
     from ..tuning.forms import choose, reads_dy_once
@@ -217,7 +222,8 @@ def _backward(
     gpu, masked = gpu_of(dy.device), needs.dx and draw.seed is not None
     forms = ("two_pass",) if masked else ("two_pass", "library")
     choice = choose(gpu, m, k, n, rank, dy.dtype, precision(dy.dtype), forms, _aligned(dy, weight))
-    by_library = needs.dx and choice.tile is None
+    tile = choice.tile if alone else None
+    by_library = needs.dx and tile is None
     dh = dy.new_empty(m, rank) if by_library else workspace(dy, m, rank) if needs.dx or needs.da else None
     wanted = _Wanted(
         da=torch.empty_like(a, memory_format=torch.contiguous_format) if needs.da else None,
@@ -232,11 +238,11 @@ def _backward(
     gradients = _one_read if once else _two_reads
     left = gradients(gpu, wanted, dy, dhanded, x, k, b, u, draw, side)
     dx = None
-    if needs.dx and choice.tile is not None:
+    if needs.dx and tile is not None:
         assert dh is not None
         dx = dy.new_empty(m, k)
         augmented_matmul(
-            dy, weight, None, dh, a, dx, scale=draw.scale, gpu=gpu, tile=choice.tile, bits=wanted.bits, sums=left
+            dy, weight, None, dh, a, dx, scale=draw.scale, gpu=gpu, tile=tile, bits=wanted.bits, sums=left
         ).run()
     elif any(left):
         finish(*left, processors=gpu.processors).run()

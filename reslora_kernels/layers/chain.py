@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..forward_state import ForwardState, Member, Passes, keeps_versions
+from ..forward_state import ForwardState, Member, Passes, keeps_versions, version_of
+from ..ops.function import Sharing, setting_of
 from .shortcuts import Adapter, Call, for_others_too, rows, with_projection
 
 MOST_ROWS = 256  # of A matrices that one layer multiplies its input by for a group
@@ -76,9 +77,51 @@ class Reader(Protocol):
     replacement: Any
     shared: Any
     index: int
+    _is_full_backward_hook: Any  # False with hooks that ``register_backward_hook`` put there
 
     @property
     def a_stack(self) -> tuple[Tensor, ...]: ...
+
+
+class Reading:
+    """What the first layer to read x has made for the others, and x as it is to be read next.
+
+    Args:
+        given: x as the model gives it to each of them.
+        setting: what surrounded the call.
+        x: it, as the call passed it on.
+        stacks: the A matrices of the others, by index in the group; ``parts`` their h [..., R_a].
+    """
+
+    __slots__ = ("given", "projected", "setting", "version", "x")
+
+    def __init__(
+        self,
+        given: Tensor,
+        setting: object,
+        x: Tensor,
+        stacks: Mapping[int, tuple[Tensor, ...]],
+        parts: Sequence[Tensor],
+    ) -> None:
+        self.given, self.version, self.setting, self.x = given, version_of(given), setting, x
+        self.projected = {
+            index: (stack, [version_of(a) for a in stack], h)
+            for (index, stack), h in zip(stacks.items(), parts, strict=True)
+        }
+
+    def take(self, index: int, x: Tensor, setting: object, stack: tuple[Tensor, ...]) -> Tensor | None:
+        """h of the layer at ``index``, once: if it is of this very x and these A, as they are now, in this setting."""
+        if self.given is not x or self.version != version_of(x) or self.setting != setting:
+            return None
+        if index not in self.projected:
+            return None
+        used, versions, h = self.projected.pop(index)
+        if len(used) != len(stack):
+            return None
+        for one, other, version in zip(used, stack, versions, strict=True):
+            if one is not other or version_of(one) != version:
+                return None
+        return h
 
 
 class SharedInput:
@@ -92,25 +135,34 @@ class SharedInput:
             layer.shared, layer.index = self, index
 
     def run(
-        self, index: int, x: Tensor, call: Call, compute: Callable[[Call], tuple[Tensor, Tensor | None]]
+        self, index: int, x: Tensor, call: Call, compute: Callable[[Tensor, Call, Sharing | None], tuple[Any, ...]]
     ) -> tuple[Tensor, Tensor | None]:
-        """What ``compute(call)`` gives the layer at ``index``, with projections used that an earlier layer made."""
+        """y of the layer at ``index``, whose call on x is ``call``, and what it hands on.
+
+        ``compute`` makes a call on x as ``ops.fused_linear`` does.
+        """
         state = self._open_pass()
         if state is None or not keeps_versions(x):
-            return compute(call)
-        projected = state.projection_of(index, x)
-        if projected is not None:
-            call, handed = with_projection(call, projected)
-            return compute(call)[0], handed
+            y, handed = compute(x, call, None)
+            return y, handed
+        own = () if call.hand is None else (call.hand[1] - call.hand[0],)
+        setting, reading = setting_of(x), state.reading
+        h = reading.take(index, x, setting, call.a_stack) if reading is not None else None
+        if h is not None:
+            mine, handed = with_projection(call, h) if call.gate is not None else (call._replace(a_stack=(), h=h), None)
+            sharing = Sharing(own if mine.hand else (), passes_x=bool(reading.projected))
+            y, *parts, reading.x = compute(reading.x, mine, sharing)
+            return y, parts[0] if parts else handed
         later = self._later(index, call, x.device)
         if not later:
-            return compute(call)
-        y, h = compute(for_others_too(call, [a for stack in later.values() for a in stack]))
-        assert h is not None
-        own = call.hand[1] - call.hand[0] if call.hand else 0
-        handed, *parts = torch.split(h, [own, *map(rows, later.values())], dim=-1)
-        state.project_for(x, dict(zip(later, parts, strict=True)))
-        return y, handed if call.hand else None
+            y, handed = compute(x, call, None)
+            return y, handed
+        sharing = Sharing((*own, *map(rows, later.values())), passes_x=True)
+        whole = for_others_too(call, [a for stack in later.values() for a in stack])
+        y, *parts, passed = compute(x, whole, sharing)
+        handed = parts.pop(0) if own else None
+        state.reading = Reading(x, setting, passed, later, parts)
+        return y, handed
 
     def _later(self, index: int, call: Call, device: torch.device) -> dict[int, tuple[Tensor, ...]]:
         """The A stacks of the layers after ``index``, by index; none if they are too many rows for one projection."""
@@ -121,6 +173,11 @@ class SharedInput:
     def _open_pass(self) -> ForwardState | None:
         """The forward pass of the module around the layers, if projections can be shared in it now."""
         state = self.passes.current()
-        if state is None or state.is_stale or any(layer.replacement is not None for layer in self.layers):
+        if state is None or state.is_stale or any(map(_is_apart, self.layers)):
             return None
         return state
+
+
+def _is_apart(layer: Reader) -> bool:
+    """Whether a layer must have calls of its own: it is replaced, or an old kind of hook looks at its gradients."""
+    return layer.replacement is not None or layer._is_full_backward_hook is False

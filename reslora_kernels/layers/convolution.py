@@ -86,7 +86,7 @@ class ResLoRAConvolution(ResLoRALinear):
         return patches.movedim(x.dim() - dims - 1, -dims - 1).flatten(-dims - 1)
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
-        a_stack, b_stack, c, residual, hand, _ = folded(call)
+        a_stack, b_stack, c, residual, hand, _, _ = folded(call)
         base, b = self._like, joined(b_stack, 1).to(x.dtype)
         channels = -len(base.kernel_size) - 1
         if a_stack:

@@ -14,6 +14,7 @@ from ..checks import check_floating, check_int, why_not_linear
 from ..config import ResLoRAConfig, checked_config
 from ..forward_state import ForwardState, outside, recomputing
 from ..ops import Operands, fused_linear
+from ..ops.function import Sharing
 from ..quantizers import quantizer_of
 from ..side_channel import SideChannel
 from .adapter import ADAPTER_PARAMETERS, AdapterLayer, joined
@@ -325,7 +326,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         if self.shared is None or p > 0:
             y, handed = self._low_rank(x, inner_bias, p, call)
         else:
-            y, handed = self.shared.run(self.index, x, call, partial(self._low_rank, x, inner_bias, p))
+            y, handed = self.shared.run(self.index, x, call, partial(self._among_others, inner_bias))
         if scale is not None:
             y = (y * scale.to(y.dtype)) if bias is None else torch.addcmul(bias, y, scale.to(y.dtype))
         if self.observer is not None and not recomputing():
@@ -340,12 +341,20 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, p: float, call: Call) -> tuple[Tensor, Tensor | None]:
         """``lora_linear`` of the layer: y, and the rows of h = x A_stackᵀ that ``call.hand`` asks for."""
-        a_stack, b_stack, c, residual, hand, _ = call if call.gate is None else folded(call)
+        a_stack, b_stack, c, residual, hand, _, _ = call if call.gate is None else folded(call)
         config = self.config
         side = SideChannel(c, config.scaling) if hand is None else SideChannel(c, config.scaling, *hand)
         seed = self._new_seed(x.device) if p > 0 else None
         operands = Operands(x, self.frozen_weight, bias, residual, seed, a_stack, b_stack)
-        return fused_linear(operands, side, p, config.backend)
+        y, handed = fused_linear(operands, side, p, config.backend)
+        return y, handed
+
+    def _among_others(self, bias: Tensor | None, x: Tensor, call: Call, sharing: Sharing | None) -> tuple[Any, ...]:
+        """The same of one of a group that reads x, without dropout: see ``ops.fused_linear``."""
+        call = folded(call)
+        side = SideChannel(call.c, self.config.scaling, *(call.hand or (0, 0)))
+        operands = Operands(x, self.frozen_weight, bias, call.residual, None, call.a_stack, call.b_stack, call.h)
+        return fused_linear(operands, side, 0.0, self.config.backend, sharing)
 
     def _projected(self, x: Tensor, a_stack: tuple[Tensor, ...], p: float) -> Tensor:
         """h = D(x) A_stackᵀ [..., R_a] by itself."""

@@ -41,6 +41,7 @@ class Call(NamedTuple):
     residual: Tensor | None = None
     hand: tuple[int, int] | None = None
     gate: Tensor | None = None
+    h: Tensor | None = None  # x A_stackᵀ [..., R_a], where another layer has made it: then there is no a_stack
 
 
 def call_of(

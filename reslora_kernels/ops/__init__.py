@@ -71,4 +71,5 @@ def lora_linear(
     check_types(x, weight, bias, a_stack, b_stack, residual, scaling, c, p, seed, hand, backend)
     side = SideChannel(float(c), float(scaling), *(hand or (0, 0)))
     operands = Operands(x, weight, bias, residual, seed if p > 0 else None, a_stack, b_stack)
-    return fused_linear(operands, side, p, backend)
+    y, handed = fused_linear(operands, side, p, backend)
+    return y, handed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..side_channel import Stack
+from ..side_channel import SideChannel, Stack, width
 
 
 @runtime_checkable
@@ -33,6 +33,7 @@ class Operands(NamedTuple):
     seed: Tensor | None
     a: Stack
     b: Stack
+    h: Tensor | None = None  # x A_catᵀ [..., R_a], where it is known: then there is no a
 
     def unpacked(self) -> Operands:
         """With a dense weight: these operands where it is one."""
@@ -41,9 +42,22 @@ class Operands(NamedTuple):
 
     def cast(self, dtype: torch.dtype) -> Operands:
         """As autocast would give them to a linear layer; A and B stay as they are."""
-        x, weight, bias, residual, seed, a, b = self
+        x, weight, bias, residual, seed, a, b, h = self
         weight = _cast(weight, dtype) if isinstance(weight, Tensor) else weight
-        return Operands(_cast(x, dtype), weight, _cast(bias, dtype), _cast(residual, dtype), seed, a, b)  # type: ignore[arg-type]
+        x, bias, residual, h = (_cast(tensor, dtype) for tensor in (x, bias, residual, h))  # type: ignore[assignment]
+        return Operands(x, weight, bias, residual, seed, a, b, h)
+
+    def with_u(self, side: SideChannel) -> tuple[Operands, SideChannel, Tensor | None]:
+        """The same call without h, whose residual is u; and what of h is handed on."""
+        h, residual = self.h, self.residual
+        if h is None:
+            return self, side, None
+        own = width(self.b)
+        u = h if h.shape[-1] == own else h[..., :own]
+        u = u if side.c == 1 else u * side.c
+        u = u if residual is None else u + residual
+        handed = h[..., side.hand_start : side.hand_stop] if side.hands_on else None
+        return self._replace(residual=u, h=None), SideChannel(side.c, side.scaling), handed
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -94,7 +108,7 @@ def check_types(
 
 def check(operands: Operands, p: float) -> None:
     """ValueError unless shapes, dtypes and devices go together."""
-    x, weight, bias, residual, seed, a_stack, b_stack = operands
+    x, weight, bias, residual, seed, a_stack, b_stack, h = operands
     if x.dim() < 1 or len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x must be [..., K] and weight [N, K] with the same K, got x {list(x.shape)}, weight {list(weight.shape)}"
@@ -103,7 +117,7 @@ def check(operands: Operands, p: float) -> None:
     if not x.is_floating_point() or x.dtype != dtype:
         raise ValueError(f"x must have weight's floating dtype {dtype}, got {x.dtype}")
     n, k = weight.shape
-    if not b_stack or (not a_stack and residual is None):
+    if not b_stack or (not a_stack and residual is None and h is None):
         counts = f"{len(a_stack)} and {len(b_stack)} matrices"
         raise ValueError(f"a_stack and b_stack must not be empty, got {counts}; only with a residual can a_stack be")
     for name, stack, axis, size in (("a_stack", a_stack, 1, k), ("b_stack", b_stack, 0, n)):
@@ -118,6 +132,8 @@ def check(operands: Operands, p: float) -> None:
         raise ValueError(f"b_stack's total rank must not exceed a_stack's, got {r_b} and {r_a}")
     if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be [{n}] of {x.dtype}, got {list(bias.shape)} of {bias.dtype}")
+    if h is not None and (a_stack or h.dim() < 2 or h.shape[:-1] != x.shape[:-1] or h.shape[-1] < r_b):
+        raise ValueError(f"h must be {[*x.shape[:-1], r_b]} or wider, without an a_stack, got {list(h.shape)}")
     if residual is not None and residual.shape != (*x.shape[:-1], r_b):
         raise ValueError(f"residual must be {[*x.shape[:-1], r_b]}, got {list(residual.shape)}")
     if not 0 <= p < 1:

@@ -32,7 +32,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # the types whose operators no one else i
 _LIBRARY = ("auto", "torch")  # backends that are PyTorch's own operations on a CPU
 _form = attrgetter("shape", "dtype", "device")
 FEW_VALUES = 1 << 15  # of x and y together: below, Python and the dispatcher cost more than a further pass over them
-_LEADING = 6  # arguments of the Function before the stacks: x, weight, bias, residual, seed, call
+_LEADING = 7  # arguments of the Function before the stacks: x, weight, bias, residual, h, seed, call
 
 
 def _constant_in_graphs(function: Callable[..., bool]) -> Callable[..., bool]:
@@ -41,62 +41,102 @@ def _constant_in_graphs(function: Callable[..., bool]) -> Callable[..., bool]:
     return function
 
 
+class Sharing(NamedTuple):
+    """What a call does for others that read the same x after it."""
+
+    widths: tuple[int, ...]  # of the parts in which it hands on: its own first, if any, then one for each of them
+    passes_x: bool  # whether one of them is to read x as this call gives it on, see ``fused_linear``
+
+
 class _Call(NamedTuple):
-    """What both passes of a call share beside tensors; ``host`` reads the first three."""
+    """What both passes of a call share beside tensors; ``host`` reads the first six."""
 
     side: SideChannel
     p: float
     depth: int  # matrices in a_stack
+    widths: tuple[int, ...]  # as in ``Sharing``; none of a call by itself
+    passes_x: bool
+    height: int  # R_a of h, where that is given; else 0
     backend: str
+    on_host: bool  # whether ``host`` is asked first
     served: ModuleType | None = None  # the backend that was found; None where the ops serve
     composed: int = 0  # of a call that is made of operations which autograd knows: ``matrices_of_u``, or 1
-    on_host: bool = False  # whether ``host`` is asked first
 
 
-def fused_linear(operands: Operands, side: SideChannel, p: float, backend: str) -> tuple[Tensor, Tensor | None]:
-    """``ops.lora_linear`` for arguments of the right types; whether they go together is checked here."""
+def fused_linear(
+    operands: Operands, side: SideChannel, p: float, backend: str, sharing: Sharing | None = None
+) -> tuple[Any, ...]:
+    """``ops.lora_linear`` for arguments of the right types; whether they go together is checked here.
+
+    Returns:
+        y and what is handed on, or None. With ``sharing``, of one of several layers that read x one after the other:
+        y, each part of what is handed on, and x for the next of them to read. That has the values of x, and where
+        ``sharing.passes_x`` it is an output of this call: then the gradients of x are added up on their way back
+        through the calls, each product on top of the sum of those after it, and none is held in a tensor of its own.
+    """
     device = operands.x.device.type
     dtype = _autocast_dtype(device)
     if dtype is None:
-        return _called(operands, side, p, backend)
+        return _called(operands, side, p, backend, sharing)
     with torch.autocast(device, enabled=False):
-        return _called(operands.cast(dtype), side, p, backend)
+        return _called(operands.cast(dtype), side, p, backend, sharing)
 
 
-def _called(operands: Operands, side: SideChannel, p: float, backend: str) -> tuple[Tensor, Tensor | None]:
+def setting_of(x: Tensor) -> tuple[bool, torch.dtype | None]:
+    """What surrounds a call on x: calls in other surroundings share nothing."""
+    return torch.is_grad_enabled(), _autocast_dtype(x.device.type)
+
+
+def _called(operands: Operands, side: SideChannel, p: float, backend: str, sharing: Sharing | None) -> tuple[Any, ...]:
     """The call in no region of autocast."""
-    x, weight, bias, residual, seed, a_stack, b_stack = operands
+    x, weight, bias, residual, seed, a_stack, b_stack, h = operands
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._is_tracing() or not _is_eager(x):
-        return _traced(operands, side, p, backend, compiling)
-    if residual is not None or side.hand_stop:
+        return _in_parts(_traced(operands, side, p, backend, compiling), x, sharing)
+    if residual is not None or h is not None or side.hand_stop:
         refuse_recomputation()
     training = torch.is_grad_enabled() and _needs_gradient(operands)
-    if host.module is not None and x.is_cpu and x.dtype in host.DTYPES and backend in _LIBRARY:
-        call = _Call(side, p, len(a_stack), backend, on_host=True)
+    widths, passes_x = ((), False) if sharing is None else sharing
+    passes_x = passes_x and training and x.requires_grad
+    on_host = host.module is not None and x.is_cpu and x.dtype in host.DTYPES and backend in _LIBRARY
+    call = _Call(side, p, len(a_stack), widths, passes_x, 0 if h is None else h.shape[-1], backend, on_host)
+    if on_host:
         if not training:
-            outputs = host.module.forward(x, weight, bias, residual, seed, call, *a_stack, *b_stack)
+            outputs = host.module.forward(x, weight, bias, residual, h, seed, call, *a_stack, *b_stack)
             if outputs is not None:
-                y, handed, _ = outputs
-                return y, handed
-            call = _prepared(operands, side, p, backend)
+                return (*outputs[:-1], x) if widths else _in_parts(outputs[:2], x, sharing)
+            call = _prepared(operands, call)
     else:
-        call = _prepared(operands, side, p, backend)
+        call = _prepared(operands, call)
     if call.composed:
-        return _composed(operands, side, p, call.composed)
+        return _in_parts(_composed(operands, side, p, call.composed), x, sharing)
     if not training:
         y, handed, _ = _shaped(_forward(call, operands.unpacked()), x.shape)
-        return y, handed
-    outputs = _apply(x, weight, bias, residual, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
-    return outputs if side.hand_stop else (outputs, None)
+        return _in_parts((y, handed), x, sharing)
+    outputs = _apply(x, weight, bias, residual, h, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
+    if sharing is None:
+        return outputs if side.hand_stop else (outputs, None)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return outputs if passes_x else (*outputs, x)
+
+
+def _in_parts(outputs: tuple[Tensor, Tensor | None], x: Tensor, sharing: Sharing | None) -> tuple[Any, ...]:
+    """y and what is handed on; with ``sharing`` as ``fused_linear`` returns them, x being given on as it is."""
+    if sharing is None:
+        return outputs
+    y, handed = outputs
+    return (y, x) if handed is None else (y, *torch.split(handed, sharing.widths, -1), x)
 
 
 def _traced(
     operands: Operands, side: SideChannel, p: float, backend: str, compiling: bool
 ) -> tuple[Tensor, Tensor | None]:
     """A call that someone takes apart: a compiler, an exporter, a transform or a dispatch mode."""
-    x, weight, bias, residual, seed, a_stack, b_stack = operands
     check(operands, p)
+    if operands.h is not None:
+        operands, side, handed = operands.with_u(side)
+        return _traced(operands, side, p, backend, compiling)[0], handed
+    x, weight, bias, residual, seed, a_stack, b_stack, _ = operands
     if _exporting() if compiling else torch._C._is_tracing():
         # operations that every PyTorch and ONNX knows, for a graph that runs without this package
         return _composed(operands.unpacked(), side, p, library.matrices_of_u(a_stack, width(b_stack), side))
@@ -104,8 +144,8 @@ def _traced(
         return registered.in_plain_operations(operands.unpacked(), side, p)
     if compiling and seed is None and isinstance(weight, Tensor) and _is_library(backend, x.device.type):
         return _compiled(operands, side)
-    call = _Call(side, p, len(a_stack), backend)
-    outputs = _LoRALinear.apply(x, weight, bias, residual, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
+    call = _Call(side, p, len(a_stack), (), False, 0, backend, False)
+    outputs = _LoRALinear.apply(x, weight, bias, residual, None, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
     if side.hand_stop <= side.hand_start:
         return outputs, None
     y, handed = outputs
@@ -119,59 +159,70 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         # One starred parameter: without gradients torch.compile tells by their number whether there is a ctx.
-        x, weight, bias, residual, seed, call, *stacks = arguments
+        x, weight, bias, residual, h, seed, call, *stacks = arguments
         depth = call.depth
         ctx.packed = None
         outputs = host.module.forward(*arguments) if call.on_host else None
         if outputs is not None:
-            y, handed, u = outputs
+            y, *handed, u = outputs
             again = seed is None and x.numel() + y.numel() <= FEW_VALUES
         else:
-            operands = Operands(x, weight, bias, residual, seed, stacks[:depth], stacks[depth:])
+            operands = Operands(x, weight, bias, residual, seed, stacks[:depth], stacks[depth:], h)
             dense, again = operands.unpacked(), False
             if dense is not operands:
                 ctx.packed, weight = weight, None
             if call.on_host:
-                call = _prepared(operands, call.side, call.p, call.backend)
+                call = _prepared(operands, call)
             # y is shaped here and not by a view afterwards, on which FSDP2 could not count for its hooks; and as no
             # view of the op's output, or autograd refuses to change it in place (nn.ReLU(inplace=True)).
-            y, handed, u = _shaped(_forward(call, dense), x.shape)
+            y, whole, u = _shaped(_forward(call, dense), x.shape)
+            handed = [whole] if whole is None or not call.widths else torch.split(whole, call.widths, -1)
         needs = ctx.needs_input_grad
         need_da, need_db = True in needs[_LEADING : _LEADING + depth], True in needs[_LEADING + depth :]
         if not depth:
-            u = _tokens(residual).to(x.dtype)
+            u = _tokens(residual if u is None else u).to(x.dtype)
         ctx.save_for_backward(
             residual if again else None,
+            h if again else None,
             x if need_da or needs[1] or again else None,
             weight, u if need_db else None, seed, *stacks,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.kind = call, x.shape, x.dtype, Needs(needs[0], need_da, need_db, needs[3]), again
-        return y if handed is None else (y, handed)
+        ctx.kind = call, x.shape, x.dtype, (needs[0], need_da, need_db, needs[3], needs[4]), again
+        if call.passes_x:
+            return (y, x.detach()) if handed[0] is None else (y, *handed, x.detach())
+        return y if handed[0] is None else (y, *handed)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dhanded: Tensor | None = None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
-            return _gradients(ctx, dy, dhanded)
-        return _graph_of_gradients(ctx, dy, dhanded) if ctx.kind[-1] else _differentiated(ctx, dy, dhanded)
+            return _gradients(ctx, dy, *others)
+        return _graph_of_gradients(ctx, dy, *others) if ctx.kind[-1] else _differentiated(ctx, dy, *others)
 
 
-def _gradients(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any, ...]:
-    _, x, weight, u, seed, *stacks = saved = ctx.saved_tensors
+def _gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+    """A gradient for each argument; dx is added to the gradient of x passed on, the last of ``others``, in its memory.
+
+    Nobody else has that: it was made by the call that read x next, for this one.
+    """
+    _, _, x, weight, u, seed, *stacks = saved = ctx.saved_tensors
     call, shape, dtype, needs, _ = ctx.kind
-    if dy is None and dhanded is None:
-        return (None,) * (_LEADING + len(stacks))
+    dhanded, onto = (others[:-1], others[-1]) if call.passes_x else (others, None)
+    dh = next((each for each in dhanded if each is not None), None)
+    if dy is None and dh is None:
+        return onto, *(None,) * (_LEADING - 1 + len(stacks))
     if ctx.packed is not None:
         weight = ctx.packed.unpacked(dtype)
     if dy is None:
-        assert dhanded is not None
-        dy = dhanded.new_zeros(*shape[:-1], weight.shape[0])
+        assert dh is not None
+        dy = dh.new_zeros(*shape[:-1], weight.shape[0])
     gradients = None
     eager = not torch.compiler.is_compiling() and _is_eager(dy)
     if call.on_host and eager:
-        gradients = host.module.backward(dy, dhanded, call, needs, *saved[1:])
+        gradients = host.module.backward(dy, dhanded, onto, call, needs, *saved[2:])
     if gradients is None:
-        gradients = _by_backend(call, eager, dy, dhanded, needs, shape, (x, weight, u, seed, *stacks))
+        whole = _joined(dhanded, call.widths)
+        gradients = _by_backend(call, eager, dy, whole, onto, needs, shape, (x, weight, u, seed, *stacks))
     if True in ctx.needs_input_grad[1:3]:
         dx, _, _, *others = gradients
         _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
@@ -185,7 +236,8 @@ def _by_backend(
     eager: bool,
     dy: Tensor,
     dhanded: Tensor | None,
-    needs: Needs,
+    onto: Tensor | None,
+    needs: tuple[bool, ...],
     shape: torch.Size,
     saved: tuple[Any, ...],
 ) -> tuple[Any, ...]:
@@ -194,38 +246,55 @@ def _by_backend(
     a_stack, b_stack = stacks[: call.depth], stacks[call.depth :]
     if len(shape) != 2:
         dy, x = _tokens(dy), None if x is None else _tokens(x)
-        dhanded = None if dhanded is None else _tokens(dhanded)
+        dhanded, onto = (None if each is None else _tokens(each) for each in (dhanded, onto))
     dropout = None if seed is None else Dropout(seed, call.p)
+    need_dx, need_da, need_db, need_dresidual, need_dh = needs
+    wanted = Needs(need_dx, need_da, need_db, need_dresidual or need_dh)
     if not eager or (call.served is None and not call.on_host):
         gradients = registered.backward(
-            dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, needs, call.backend
+            dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, wanted, call.backend
         )
+        gradients = gradients if onto is None else gradients._replace(dx=gradients.dx + onto)
     else:
         served: Any = call.served or library
-        gradients = served.backward(dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, needs)
-    dx, da, db, dresidual = gradients
+        gradients = served.backward(dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, wanted, onto)
+    dx, da, db, du = gradients
+    dresidual = du if need_dresidual else None
+    dh = library.gradient_of_h(du, dhanded, call.height, call.side) if need_dh else None
     if len(shape) != 2:
         dx = None if dx is None else dx.view(shape)
-        dresidual = None if dresidual is None else dresidual.view(*shape[:-1], dresidual.shape[1])
-    return dx, None, None, dresidual, None, None, *_split(da, a_stack, 0), *_split(db, b_stack, 1)
+        dresidual, dh = (None if each is None else each.view(*shape[:-1], each.shape[1]) for each in (dresidual, dh))
+    return dx, None, None, dresidual, dh, None, None, *_split(da, a_stack, 0), *_split(db, b_stack, 1)
 
 
 _apply = super(torch.autograd.Function, _LoRALinear).apply  # without the part of ``apply`` that is for functorch
 _differentiated = once_differentiable(_gradients)
 
 
-def _graph_of_gradients(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> tuple[Any, ...]:
+def _joined(parts: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor | None:
+    """The gradient of what is handed on in parts."""
+    given = next((part for part in parts if part is not None), None)
+    if given is None or len(parts) == 1:
+        return given
+    leading = given.shape[:-1]
+    return torch.cat([given.new_zeros(*leading, n) if d is None else d for d, n in zip(parts, widths, strict=True)], -1)
+
+
+def _graph_of_gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
     """The gradients of a small call as what can be differentiated again, worked out from its inputs."""
     call, *_ = ctx.kind
-    residual, x, weight, _, _, *stacks = ctx.saved_tensors
-    given = (x, weight, None, residual, None, None, *stacks)
+    residual, h, x, weight, _, _, *stacks = ctx.saved_tensors
+    given = (x, weight, None, residual, h, None, None, *stacks)
     wanted = [index for index, needed in enumerate(ctx.needs_input_grad) if needed and index != 2]
     # apart from how they were made: one may be made from another
     apart = [tensor.view_as(tensor) if index in wanted else tensor for index, tensor in enumerate(given)]
-    x, weight, _, residual, _, _, *stacks = apart
-    operands = Operands(x, weight, None, residual, None, stacks[: call.depth], stacks[call.depth :])
+    x, weight, _, residual, h, _, _, *stacks = apart
+    operands = Operands(x, weight, None, residual, None, stacks[: call.depth], stacks[call.depth :], h)
     own = library.matrices_of_u(operands.a, width(operands.b), call.side)
-    pairs = zip(_composed(operands, call.side, 0.0, own), (dy, dhanded), strict=True)
+    made: tuple[Any, ...] = _composed(operands, call.side, 0.0, own)
+    if call.widths or call.passes_x:
+        made = _in_parts(made, x, Sharing(call.widths, True))
+    pairs = zip(made, (dy, *others), strict=False)  # x as it was given on, and nothing handed on, may have no gradient
     outputs, directions = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
     found = torch.autograd.grad(outputs, [apart[i] for i in wanted], directions, create_graph=True, allow_unused=True)
     gradients: list[Tensor | None] = [None] * len(given)
@@ -238,21 +307,27 @@ def _graph_of_gradients(ctx: Any, dy: Tensor | None, dhanded: Tensor | None) -> 
 
 def _forward(call: _Call, operands: Operands) -> Outputs:
     """The pass on operands whose weight is dense."""
-    x, weight, bias, residual, seed, a_stack, b_stack = operands
+    operands, side, handed = operands.with_u(call.side)
+    x, weight, bias, residual, seed, a_stack, b_stack, _ = operands
     if x.dim() != 2:
         x, residual = _tokens(x), None if residual is None else _tokens(residual)
     dropout = None if seed is None else Dropout(seed, call.p)
     if call.served is None:
-        return registered.forward(
-            Operands(x, weight, bias, residual, seed, a_stack, b_stack), call.side, call.p, call.backend
+        outputs = registered.forward(
+            Operands(x, weight, bias, residual, seed, a_stack, b_stack), side, call.p, call.backend
         )
-    outputs: Outputs = call.served.forward(x, weight, bias, a_stack, b_stack, residual, call.side, dropout)
-    return outputs
+    else:
+        outputs = call.served.forward(x, weight, bias, a_stack, b_stack, residual, side, dropout)
+    y, own, u = outputs
+    return Outputs(y, own if handed is None else _tokens(handed), u if a_stack else residual)
 
 
 def _composed(operands: Operands, side: SideChannel, p: float, own: int) -> tuple[Tensor, Tensor | None]:
     """The call without the Function."""
-    x, weight, bias, residual, seed, a_stack, b_stack = operands
+    if operands.h is not None:
+        operands, side, handed = operands.with_u(side)
+        return _composed(operands, side, p, own)[0], handed
+    x, weight, bias, residual, seed, a_stack, b_stack, _ = operands
     dropout = None if seed is None else Dropout(seed, p)
     if x.dim() == 2:
         return library.composed(x, weight, bias, a_stack, b_stack, residual, side, dropout, own)
@@ -291,23 +366,23 @@ def _is_eager(x: Tensor) -> bool:
     )
 
 
-def _prepared(operands: Operands, side: SideChannel, p: float, backend: str) -> _Call:
+def _prepared(operands: Operands, asked: _Call) -> _Call:
     """What is known of a kind of eager call; its arguments are checked where the kind is seen first."""
-    x, weight, bias, residual, seed, a_stack, b_stack = operands
+    x, weight, bias, residual, seed, a_stack, b_stack, h = operands
     kind = (
-        backend, side, p, len(a_stack), type(weight), _form(x),
+        asked, type(weight), _form(x), None if h is None else _form(h),
         _form(weight) if isinstance(weight, Tensor) else (weight.shape, weight.device),
         None if bias is None else _form(bias), None if residual is None else _form(residual),
         None if seed is None else _form(seed), *map(_form, a_stack), *map(_form, b_stack),
     )  # fmt: skip
     call: _Call | None = select.recall(kind)
     if call is None:
-        check(operands, p)
+        check(operands, asked.p)
         served = None
         if type(weight) in _PLAIN or not isinstance(weight, Tensor):
             dense = operands.unpacked().weight
             rank = height(a_stack) or width(b_stack)
-            served = select.choose(backend, _tokens(x), dense, rank)
+            served = select.choose(asked.backend, _tokens(x), dense, rank)
         small = (
             served is library
             and seed is None
@@ -315,17 +390,17 @@ def _prepared(operands: Operands, side: SideChannel, p: float, backend: str) -> 
             and prod(x.shape[:-1]) * sum(weight.shape) <= FEW_VALUES
             and all([matrix.dtype == x.dtype for matrix in (*a_stack, *b_stack)])
         )
-        composed = max(1, library.matrices_of_u(a_stack, width(b_stack), side)) if small else 0
-        call = _Call(side, p, len(a_stack), backend, served, composed)
+        composed = max(1, library.matrices_of_u(a_stack, width(b_stack), asked.side)) if small else 0
+        call = asked._replace(on_host=False, served=served, composed=composed)
         select.remember(kind, call)
     return call
 
 
 def _needs_gradient(operands: Operands) -> bool:
-    x, weight, bias, residual, _, a_stack, b_stack = operands
+    x, weight, bias, residual, _, a_stack, b_stack, h = operands
     if x.requires_grad or b_stack[0].requires_grad:
         return True
-    others = (weight, bias, residual, *a_stack, *b_stack)
+    others = (weight, bias, residual, h, *a_stack, *b_stack)
     return any(isinstance(t, Tensor) and t.requires_grad for t in others)
 
 

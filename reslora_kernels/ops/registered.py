@@ -156,7 +156,7 @@ def _backward_fake(
 
 def forward(operands: Operands, side: SideChannel, p: float, backend: str) -> Outputs:
     """The forward pass through the dispatcher, on x [M, K], residual [M, R_b] and a dense weight."""
-    x, weight, bias, residual, seed, a, b = operands
+    x, weight, bias, residual, seed, a, b, _ = operands
     a_cat = rows(a) if a else weight.new_empty(0, weight.shape[1])
     y, handed, u = torch.ops.reslora_kernels.lora_linear_forward(
         x,
@@ -205,7 +205,7 @@ def in_plain_operations(operands: Operands, side: SideChannel, p: float) -> tupl
     For functorch's vmap, grad, jvp and jacrev, none of the operations is in place, and no backend is asked: kernels and
     in-place writes have no rules for batched tensors and dual numbers.
     """
-    x, weight, bias, residual, seed, a_stack, b_stack = operands
+    x, weight, bias, residual, seed, a_stack, b_stack, _ = operands
     dropout = None if seed is None else Dropout(seed, p)
     b = torch.cat([part.to(x.dtype) for part in b_stack], 1)
     u, handed = None if residual is None else residual.to(x.dtype), None

@@ -13,8 +13,9 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,6 +28,7 @@ from reslora_kernels.backends import cuda, kinds, triton
 from reslora_kernels.backends import torch as library
 from reslora_kernels.dropout import Dropout
 from reslora_kernels.side_channel import Needs, SideChannel
+from reslora_kernels.testing import relative_error
 from reslora_kernels.tuning.launch import Launch
 from tests import cuda_on_cpu
 
@@ -106,6 +108,18 @@ def _twice(call: Call, device: torch.device, backend: Any) -> None:
     assert prepared.call_count == len(kept)
     for name, expected in truth(call, second).items():
         assert torch.equal(results[name], expected.to(results[name].dtype)), name
+    for _ in range(0 if call.p else 2):
+        onto = torch.full_like(second["x"], 3)
+        adding = SimpleNamespace(forward=backend.forward, backward=partial(_onto, backend, onto))
+        results = run(call, second, adding)
+        assert results["dx"].data_ptr() == onto.data_ptr()
+        for name, expected in truth(call, second).items():
+            assert relative_error(results[name], expected + (3 if name == "dx" else 0)) < 1e-2, name
+
+
+def _onto(backend: Any, onto: Tensor, *given: Any) -> Any:
+    """The backward pass whose dx is added to what the layer that read x next has found."""
+    return backend.backward(*given, onto)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
@@ -206,7 +220,7 @@ def test_tensor_maps_are_encoded_once_for_an_address(counted: dict[str, Any]) ->
 def _count() -> dict[str, Any]:
     from reslora_kernels.backends.stubs import stubbed_cuda, stubbed_triton
 
-    def empty(t: Tensor, b: Tensor, scale: float, bias: Tensor | None, x: Tensor, w: Tensor) -> Tensor:
+    def empty(t: Tensor, b: Tensor, scale: float, bias: Tensor | None, x: Tensor, w: Tensor, *onto: Any) -> Tensor:
         return x.new_empty(x.shape[0], w.shape[1])
 
     found: dict[str, Any] = {"launches": {}, "host calls": {}, "compiled": {}, "same": {}}
