@@ -42,7 +42,7 @@ def test_hand_written_has_no_dropout_and_addmm_draws_its_own() -> None:
 
 
 class LoRA_W(torch.autograd.Function):
-    """Takes what Unsloth's of 2026.10 takes: X [batch, tokens, K], and S A and B as they are trained."""
+    """Takes what Unsloth's of 2026.10.9 takes: X [batch, tokens, K], and S A and B as they are trained."""
 
     @staticmethod
     def forward(
@@ -63,6 +63,8 @@ class LoRA_W(torch.autograd.Function):
 
 
 class OlderLoRA_W(LoRA_W):
+    """Takes what it took until August 2026, at commit 015bdef0d94a."""
+
     @staticmethod
     def forward(ctx: Any, X: Tensor, W: Tensor, W_quant: None, A: Tensor, B: Tensor, S: float) -> Tensor:
         return LoRA_W.forward(ctx, X, W, W_quant, A, B, S)
@@ -72,7 +74,7 @@ def fused_linear_lora(
     x: Tensor, linear_w: Tensor, lora_a: Tensor, lora_b: Tensor, alpha: float,
     seed: int | None = None, dropout_p: float = 0.0, linear_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Takes what LoRAFusion's takes; alpha is s itself."""
+    """Takes what LoRAFusion's takes at commit c48d7fdb1b54; alpha is s itself."""
     assert x.dim() == 3 and seed is not None and dropout_p > 0 and linear_bias is None
     return x @ linear_w.T + alpha * (x @ lora_a.T @ lora_b.T)
 

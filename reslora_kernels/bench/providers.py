@@ -7,6 +7,10 @@ Each library is imported when asked for, and left out with the reason where it i
 around: Unsloth's fused forms write over x, so its form of one projection, LoRA_W, is timed; it takes 3-D inputs, and
 dropout in newer versions only. LoRAFusion takes 3-D inputs and needs p > 0; the seed comes from Python's ``random``
 unless given, and its dropout, like its sums by atomics, is not reproducible bit for bit.
+
+They are called as they were read, on 26 November 2026: Unsloth in the wheel 2026.10.9, whose LoRA_W takes
+(X, W, W_quant, A, B, S, dropout_p=None, bias=None), and at commit 015bdef0d94a of 22 August, whose takes no more than
+S; LoRAFusion at commit c48d7fdb1b54 of 17 September 2025, its newest. None of it has run here, which has no GPU.
 """
 
 from __future__ import annotations
