@@ -96,6 +96,7 @@ def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
         assert all((tmp_path / figure).stat().st_size > 3000 for figure in shown)
 
 
+@pytest.mark.slow
 def test_processes_append_at_the_same_time(tmp_path: Path) -> None:
     path = tmp_path / "all.jsonl"
     command = [sys.executable, "-c", APPEND_MANY, str(path)]
@@ -177,6 +178,7 @@ def test_gradient_norms_are_those_of_the_loss(tmp_path: Path, monkeypatch: pytes
         assert norms[name] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_texts_held_out_are_not_trained_on() -> None:
     for source in (sources.docstrings, sources.lines, sources.sentence_pairs):
         split = source()
