@@ -18,6 +18,16 @@ from .gpus import Gpu
 MAX_RANK = 1024
 
 
+def launch_options(num_warps: int, num_stages: int, registers: int) -> dict[str, int]:
+    """What Triton is told of a launch. ``registers``: the most of a thread, or 0 for what ptxas makes of it.
+
+    Left alone, ptxas spills a few values where that makes room for one block more on a multiprocessor, which shared
+    memory may have no room for. Told how many registers there are, it does not.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return options | {"maxnreg": registers} if registers else options
+
+
 @dataclass(frozen=True)
 class MatmulTile:
     """Blocks of the augmented matmul. ``halves``: the epilogue stores a tile in that many column blocks."""
@@ -32,9 +42,10 @@ class MatmulTile:
     group_m: int = 8
     persistent: bool = False
     tma: bool = False
+    registers: int = 0
 
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return launch_options(self.num_warps, self.num_stages, self.registers)
 
     def shared_bytes(self, itemsize: int, one_pass: bool = False) -> int:
         """Operand stages, and the epilogue's staging where the store goes through TMA."""
@@ -86,9 +97,10 @@ class StreamTile:
     num_stages: int
     tma: bool = False
     stream_first: bool = False
+    registers: int = 0
 
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return launch_options(self.num_warps, self.num_stages, self.registers)
 
     def _part(self, size: int, block: int) -> int:
         return max(1, ceil(size / (self.splits * block))) * block
@@ -130,7 +142,7 @@ class OuterTile(StreamTile):
 
 _LARGE = {
     "sm_80": (
-        MatmulTile(128, 256, 32, 8, 4),
+        MatmulTile(128, 256, 32, 8, 5),  # with 4 stages three registers too many are wanted
         MatmulTile(128, 128, 32, 4, 4),
         MatmulTile(64, 128, 64, 4, 3),
         MatmulTile(64, 64, 64, 4, 4),
@@ -148,7 +160,7 @@ _LARGE = {
         MatmulTile(64, 128, 64, 4, 3, tma=True),
     ),
     "sm_120": (
-        MatmulTile(128, 128, 32, 8, 3, halves=2, tma=True),
+        MatmulTile(128, 128, 32, 8, 3, halves=2, tma=True, registers=128),
         MatmulTile(64, 128, 32, 4, 4, tma=True),
         MatmulTile(64, 64, 64, 4, 4, tma=True),
     ),
@@ -160,9 +172,9 @@ _SMALL = {  # at most 64 rows: bound by reading the weight
     "sm_80": (MatmulTile(16, 64, 128, 4, 5), MatmulTile(32, 64, 128, 4, 4), MatmulTile(16, 32, 256, 4, 4)),
     "sm_89": (MatmulTile(16, 64, 128, 4, 4), MatmulTile(32, 64, 128, 4, 3), MatmulTile(16, 32, 128, 4, 5)),
     "sm_90": (
-        MatmulTile(16, 64, 128, 4, 5, tma=True),
+        MatmulTile(16, 64, 128, 4, 5, tma=True, registers=255),
         MatmulTile(32, 64, 128, 4, 5, tma=True),
-        MatmulTile(16, 32, 256, 4, 5, tma=True),
+        MatmulTile(16, 32, 256, 4, 5, tma=True, registers=255),
     ),
     "sm_100": (MatmulTile(16, 64, 128, 4, 5, tma=True), MatmulTile(32, 64, 128, 4, 5, tma=True)),
     "sm_120": (MatmulTile(16, 64, 128, 4, 4, tma=True), MatmulTile(32, 64, 128, 4, 3, tma=True)),
@@ -214,7 +226,8 @@ def matmul_tiles(
         if not aligned or scalar:  # operands pass through registers
             small = (min(tile.block_m, 64), min(tile.block_n, 32 if scalar else 64), min(tile.block_k, 32))
             tile = replace(tile, block_m=small[0], block_n=small[1], block_k=small[2], num_warps=4, halves=1)
-            tile = replace(tile, num_stages=min(tile.num_stages, 3))
+            registers = 168 if gpu.generation == "sm_100" else 0
+            tile = replace(tile, num_stages=min(tile.num_stages, 3), registers=registers)
         while not fits(tile, gpu, dtype.itemsize, one_pass) and (tile.num_stages > 2 or tile.block_k > 16):
             stages = tile.num_stages - 1 if tile.num_stages > 2 else tile.num_stages
             block_k = tile.block_k if tile.num_stages > 2 else tile.block_k // 2
@@ -284,5 +297,6 @@ def outer_tile(gpu: Gpu, m: int, columns: int, rank: int, dtype: torch.dtype, al
     splits = max(1, gpu.processors // max(1, ceil(columns / block_c)))
     warps = 8 if block_r >= 128 or block_c >= 128 else 4
     stages = 2 if gpu.generation == "gfx942" else 3
-    tile = OuterTile(block_m, block_c, block_r, splits, warps, stages, gpu.tma, gpu.shared_operands)
+    registers = 255 if gpu.generation == "sm_100" and warps == 8 else 0
+    tile = OuterTile(block_m, block_c, block_r, splits, warps, stages, gpu.tma, gpu.shared_operands, registers)
     return with_stages_that_fit(tile, gpu, dtype)
