@@ -69,6 +69,12 @@ FAULTS = [
     ),
     Fault("no swizzle", TILE, "turn % LINE + turn / LINE", "turn * 0", "bank conflicts"),
     Fault(
+        "neighbours that copy every other row", TILE, "return [[static_cast<unsigned>(thread_id()) / Tile::CHUNKS]];",
+        "static_cast<unsigned>(thread_id()) / Tile::CHUNKS % (ROWS_ON / 2) * 2 + "
+        "static_cast<unsigned>(thread_id()) / Tile::CHUNKS / (ROWS_ON / 2)",
+        "bank conflicts",
+    ),
+    Fault(
         "copies to another swizzle than is read", TILE, "const to = [[tile.chunk(row, chunk)]]",
         "tile.chunk(row, chunk ^ 1)", "is wrong",
     ),

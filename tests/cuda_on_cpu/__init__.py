@@ -8,7 +8,7 @@ The scheduler in ``emulator.cpp`` is as unkind as CUDA's programming model allow
 - shared memory is NaN when a block starts;
 - a barrier that some threads never reach, lanes of a warp at different instructions, a misaligned or out-of-bounds
   address of ldmatrix or cp.async, a copy in flight when the kernel ends: each is an error with the kernel's name;
-- bank conflicts of ldmatrix are counted, and of what goes through store_shared and load_shared;
+- bank conflicts of ldmatrix and cp.async are counted, and of what goes through store_shared and load_shared;
 - the blocks of a cluster run together, one far ahead of the others; shared memory begins at any multiple of 128 bytes;
 - what sm_90 does beside the threads (``emulator_async.cpp``, twins in ``host_ptx_sm90.h``) comes
   at once, at some time, or not before nothing else can: a bulk load's destination is NaN until it lands, a bulk store

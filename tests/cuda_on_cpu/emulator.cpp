@@ -103,6 +103,7 @@ void prepare(Thread& thread, int index) {
     thread.open.clear();
     thread.groups.clear();
     thread.accesses.clear();
+    thread.fills.clear();
     auto top = reinterpret_cast<std::uintptr_t>(thread.stack.data() + STACK_BYTES) & ~std::uintptr_t{15};
     void** frame = reinterpret_cast<void**>(top) - 2;  // start() sees the stack as after a call
     frame[1] = nullptr;
@@ -167,30 +168,44 @@ void one_event() {
     settle(*event);
 }
 
-// The banks that lanes need more than once of those that are served together, 128 bytes at a time.
-void count_conflicts(const Thread* lanes, std::size_t access) {
-    const int bytes = lanes->accesses[access].bytes, together = 128 / bytes;
+// The banks that lanes need more than once of those that are served together, 128 bytes at a time. Lanes that have made
+// another number of such accesses than ``count`` are not there.
+void count_conflicts(const Thread* lanes, std::vector<Access> Thread::*kind, std::size_t access, std::size_t count) {
+    int bytes = 0;
+    for (int lane = 0; lane < WARP; ++lane)
+        if ((lanes[lane].*kind).size() == count) bytes = (lanes[lane].*kind)[access].bytes;
+    const int together = 128 / bytes;
     for (int first = 0; first < WARP; first += together) {
         std::array<std::set<std::uintptr_t>, 32> words;
         std::size_t most = 1;
-        for (int lane = first; lane < first + together; ++lane)
+        for (int lane = first; lane < first + together; ++lane) {
+            if ((lanes[lane].*kind).size() != count) continue;
             for (int byte = 0; byte < bytes; byte += 4) {
-                const auto address = reinterpret_cast<std::uintptr_t>(lanes[lane].accesses[access].address) + byte;
+                const auto address = reinterpret_cast<std::uintptr_t>((lanes[lane].*kind)[access].address) + byte;
                 words[address / 4 % 32].insert(address / 4);
                 most = std::max(most, words[address / 4 % 32].size());
             }
+        }
         statistics.bank_conflicts += most - 1;
     }
     ++statistics.shared_accesses;
 }
 
+// Which copy of a thread goes with which of its neighbour is known of those that have made as many: the others have left
+// out whole tiles, of fewer rows than the block has threads for.
 void count_accesses() {
     for (std::size_t warp = 0; warp < threads.size(); warp += WARP) {
         const std::size_t count = threads[warp].accesses.size();
-        for (int lane = 0; lane < WARP; ++lane)
+        std::set<std::size_t> fills;
+        for (int lane = 0; lane < WARP; ++lane) {
             if (threads[warp + lane].accesses.size() != count) failure = "lanes of a warp with other shared accesses";
+            fills.insert(threads[warp + lane].fills.size());
+        }
         for (std::size_t access = 0; failure.empty() && access < count; ++access)
-            count_conflicts(&threads[warp], access);
+            count_conflicts(&threads[warp], &Thread::accesses, access, count);
+        for (const std::size_t made : fills)
+            for (std::size_t access = 0; failure.empty() && access < made; ++access)
+                count_conflicts(&threads[warp], &Thread::fills, access, made);
     }
 }
 

@@ -39,6 +39,7 @@ struct Thread {
     std::vector<Copy> open;                // issued, not yet in a group
     std::deque<std::vector<Copy>> groups;  // not yet waited for, oldest first
     std::vector<Access> accesses;
+    std::vector<Access> fills;  // by cp.async
     // What this thread brings to a warp-wide instruction, and where its result goes.
     const char* instruction = nullptr;
     const void* argument = nullptr;

@@ -46,6 +46,7 @@ inline void copy_async(void* to, const void* from, bool there) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) emulator::fail("cp.async: misaligned global address");
     const emulator::Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), there ? 16 : 0};
     ++emulator::statistics.copies;
+    emulator::current->fills.push_back({to, 16});
     if (emulator::chance() & 1) return emulator::land(copy);
     ++emulator::statistics.late_copies;
     std::memset(to, 0xFF, 16);

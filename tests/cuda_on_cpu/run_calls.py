@@ -44,7 +44,7 @@ HOPPER_CALLS = [
 
 
 def run_calls(path: Path, seeds: int, variant: str) -> int:
-    """0 if every result is exact whatever the schedule, and no access of ldmatrix met a bank twice."""
+    """0 if every result is exact whatever the schedule, and no access met a bank twice."""
     os.environ[hopper.VARIABLE] = variant
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     for seed in range(seeds):
