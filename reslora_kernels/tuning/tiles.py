@@ -160,7 +160,7 @@ _LARGE = {
         MatmulTile(64, 128, 64, 4, 3, tma=True),
     ),
     "sm_120": (
-        MatmulTile(128, 128, 32, 8, 3, halves=2, tma=True, registers=128),
+        MatmulTile(128, 128, 32, 8, 3, halves=2, tma=True),
         MatmulTile(64, 128, 32, 4, 4, tma=True),
         MatmulTile(64, 64, 64, 4, 4, tma=True),
     ),
@@ -226,7 +226,7 @@ def matmul_tiles(
         if not aligned or scalar:  # operands pass through registers
             small = (min(tile.block_m, 64), min(tile.block_n, 32 if scalar else 64), min(tile.block_k, 32))
             tile = replace(tile, block_m=small[0], block_n=small[1], block_k=small[2], num_warps=4, halves=1)
-            registers = 168 if gpu.generation == "sm_100" else 0
+            registers = 168 if gpu.generation == "sm_100" and not scalar else 0
             tile = replace(tile, num_stages=min(tile.num_stages, 3), registers=registers)
         while not fits(tile, gpu, dtype.itemsize, one_pass) and (tile.num_stages > 2 or tile.block_k > 16):
             stages = tile.num_stages - 1 if tile.num_stages > 2 else tile.num_stages
