@@ -166,7 +166,7 @@ class AdaptedWeight:
         layer = self._layer
         stacks = self._matrices()
         operands = Operands(x, self.frozen.mT, bias, None, None, [a for a, _ in stacks], [b for _, b in stacks])
-        y, _ = fused_linear(operands, SideChannel(1.0, layer.scaling), 0.0, layer.config.backend)
+        y: Tensor = fused_linear(operands, SideChannel(1.0, layer.scaling), 0.0, layer.config.backend)[0]
         return y
 
     def _matrices(self) -> list[tuple[Tensor, Tensor]]:

@@ -125,7 +125,7 @@ def _in_parts(outputs: tuple[Tensor, Tensor | None], x: Tensor, sharing: Sharing
     if sharing is None:
         return outputs
     y, handed = outputs
-    return (y, x) if handed is None else (y, *torch.split(handed, sharing.widths, -1), x)
+    return (y, x) if handed is None else (y, *torch.split(handed, list(sharing.widths), -1), x)
 
 
 def _traced(
@@ -224,10 +224,10 @@ def _gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any
         whole = _joined(dhanded, call.widths)
         gradients = _by_backend(call, eager, dy, whole, onto, needs, shape, (x, weight, u, seed, *stacks))
     if True in ctx.needs_input_grad[1:3]:
-        dx, _, _, *others = gradients
+        dx, _, _, *rest = gradients
         _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         flat = _tokens(dy)
-        return dx, flat.T @ _tokens(x) if need_dweight else None, flat.sum(0) if need_dbias else None, *others
+        return dx, flat.T @ _tokens(x) if need_dweight else None, flat.sum(0) if need_dbias else None, *rest
     return gradients
 
 
@@ -251,16 +251,15 @@ def _by_backend(
     need_dx, need_da, need_db, need_dresidual, need_dh = needs
     wanted = Needs(need_dx, need_da, need_db, need_dresidual or need_dh)
     if not eager or (call.served is None and not call.on_host):
-        gradients = registered.backward(
+        dx, da, db, du = registered.backward(
             dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, wanted, call.backend
         )
-        gradients = gradients if onto is None else gradients._replace(dx=gradients.dx + onto)
+        dx = dx if onto is None or dx is None else dx + onto
     else:
         served: Any = call.served or library
-        gradients = served.backward(dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, wanted, onto)
-    dx, da, db, du = gradients
+        dx, da, db, du = served.backward(dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, wanted, onto)
     dresidual = du if need_dresidual else None
-    dh = library.gradient_of_h(du, dhanded, call.height, call.side) if need_dh else None
+    dh = library.gradient_of_h(du, dhanded, call.height, call.side) if need_dh and du is not None else None
     if len(shape) != 2:
         dx = None if dx is None else dx.view(shape)
         dresidual, dh = (None if each is None else each.view(*shape[:-1], each.shape[1]) for each in (dresidual, dh))
