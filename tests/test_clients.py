@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from reslora_kernels import ResLoRAConfig, apply_reslora, export_peft, load_adapter, merge_reslora
 from reslora_kernels.training import AdapterCheckpoints
 
-from .cli.conftest import PROSE, make_tokenizer
+from .conftest import PROSE, make_tokenizer
 from .models import FAMILIES, llama, randomize, roberta, unet
 
 CONFIG = ResLoRAConfig(r=2, shortcut="input", target_modules=["q_proj", "v_proj"], lora_alpha=16)

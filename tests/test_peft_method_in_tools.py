@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 from reslora_kernels.peft import ResLoRAPeftConfig  # noqa: E402
 
 from . import processes  # noqa: E402
-from .cli.conftest import make_tokenizer  # noqa: E402
+from .conftest import make_tokenizer  # noqa: E402
 from .models import FAMILIES, llama, logits, randomize  # noqa: E402
 
 pytestmark = pytest.mark.slow

@@ -125,7 +125,7 @@ def test_workflow_runs_every_python_that_is_claimed() -> None:
 
 
 def test_scheduled_workflow_runs_every_session_of_nox() -> None:
-    jobs = yaml.safe_load((ROOT / ".github/workflows/versions.yml").read_text())["jobs"]
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     rows = jobs["versions"]["strategy"]["matrix"]["include"]
     pythons = re.findall(r'"(3\.\d+)"', (ROOT / "noxfile.py").read_text())
     expected = [f"oldest-{pythons[0]}", *(f"newest-{python}" for python in pythons)]

@@ -29,7 +29,7 @@ from reslora_kernels.reference import chain_forward
 from reslora_kernels.testing import relative_error
 from reslora_kernels.training import STATISTICS_NAME, AdapterCheckpoints, ResLoRACallback
 
-from .cli.conftest import make_tokenizer
+from .conftest import make_tokenizer
 from .distributed.residual import SHORTCUTS, Block, residual
 from .models import FAMILIES, llama, randomize
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check import hopper_launches, hopper_layers
-from benchmarks.gpu_check.goals import goals_of
 from benchmarks.gpu_check.hopper_launches import (
     IN_ONE_PASS,
     LIBRARY,
@@ -32,6 +31,7 @@ from benchmarks.gpu_check.hopper_launches import (
     compare_with_two_passes,
     launches_of,
 )
+from benchmarks.gpu_check.hopper_layers import goals_of
 from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper
 from reslora_kernels.bench import cases

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reslora_kernels.cli.loading import require
+from reslora_kernels.cli.options import require
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 ROLES = ("system", "developer", "user", "assistant", "tool")

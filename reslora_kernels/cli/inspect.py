@@ -14,13 +14,6 @@ from rich.table import Table
 from reslora_kernels.adapt.apply import apply_reslora
 from reslora_kernels.adapt.coverage import Coverage
 from reslora_kernels.adapt.coverage import inspect as coverage_of
-from reslora_kernels.cli.loading import (
-    adapted_without_weights,
-    load_model,
-    load_model_config,
-    model_class,
-    read_adapter_config,
-)
 from reslora_kernels.cli.options import (
     DEFAULTS,
     Backend,
@@ -32,7 +25,12 @@ from reslora_kernels.cli.options import (
     Shortcut,
     TargetModules,
     TrustRemoteCode,
+    adapted_without_weights,
+    load_model,
+    load_model_config,
     make_config,
+    model_class,
+    read_adapter_config,
     torch_device,
 )
 from reslora_kernels.files.save_load import load_adapter

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reslora_kernels.cli import options
 from reslora_kernels.cli.examples import read_examples
-from reslora_kernels.cli.loading import (
+from reslora_kernels.cli.options import (
     load_adapted,
     load_model_config,
     load_tokenizer,

@@ -14,7 +14,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from reslora_kernels.adapt.record import adapted_layers
-from reslora_kernels.cli.loading import adapted_without_weights, load_model_config
 from reslora_kernels.cli.options import (
     DEFAULTS,
     ExcludeModules,
@@ -24,6 +23,8 @@ from reslora_kernels.cli.options import (
     Shortcut,
     TargetModules,
     TrustRemoteCode,
+    adapted_without_weights,
+    load_model_config,
     make_config,
 )
 from reslora_kernels.layers.adapter import AdapterLayer

@@ -10,8 +10,7 @@ The layers, chains, merges and kernels are those of ``apply_reslora``; this only
 
 from peft.utils import register_peft_method
 
-from .config import ResLoRAPeftConfig, extend_peft_types
-from .files import from_native, to_native
+from .config import ResLoRAPeftConfig, extend_peft_types, from_native, to_native
 from .layer import ResLoRALayer
 from .model import ResLoRAModel
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from reslora_kernels import load_adapter
 from reslora_kernels.cli import finetune as command
-from reslora_kernels.cli import loading, main
+from reslora_kernels.cli import main, options
 from reslora_kernels.cli.tokenization import PLAIN_CHAT_TEMPLATE
 from reslora_kernels.testing import max_error
 
@@ -320,9 +320,9 @@ def test_resume_with_other_settings_is_refused(
 def test_missing_libraries_are_named_with_the_fix(
     tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed = loading.importlib.util.find_spec
+    installed = options.importlib.util.find_spec
     absent = {"transformers", "accelerate"}
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name in absent else installed(name))
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None if name in absent else installed(name))
     assert finetune(tmp_path / "run") == 2
     assert capsys.readouterr().err == (
         'reslora: error: transformers and accelerate are not installed; run: pip install "reslora_kernels[hf]"\n'

@@ -12,7 +12,8 @@ import transformers
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, load_adapter, save_adapter
 from reslora_kernels.adapt.record import adapted_layers
-from reslora_kernels.cli import loading, main, merge
+from reslora_kernels.cli import main, merge
+from reslora_kernels.cli import options as shared_options
 from reslora_kernels.cli.options import parse_names
 
 RUN = ", confirmed by a run"
@@ -262,7 +263,7 @@ def test_refused_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(shared_options, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     arguments = [command, str(adapters[shortcut]), "--base", str(base), "--out", str(tmp_path / "out"), *options]
     assert main(arguments) == 2
     error = capsys.readouterr().err

@@ -22,7 +22,7 @@ from torch import Tensor
 from reslora_kernels import ResLoRAConfig, apply_reslora
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.cli import main
-from reslora_kernels.cli.loading import adapted_without_weights
+from reslora_kernels.cli.options import adapted_without_weights
 from reslora_kernels.cli.plan import blocks_of, cut_parameters, sizes_of
 from reslora_kernels.forward_state import ForwardState
 from reslora_kernels.training.many_gpus import Sizes, Split, footprints

@@ -19,14 +19,6 @@ from reslora_kernels.adapt.apply import apply_reslora
 from reslora_kernels.adapt.coverage import inspect
 from reslora_kernels.adapt.targets import find_targets
 from reslora_kernels.cli.examples import Chat, read_examples
-from reslora_kernels.cli.loading import (
-    load_model,
-    load_model_config,
-    load_tokenizer,
-    model_without_weights,
-    require,
-    torch_dtype,
-)
 from reslora_kernels.cli.merge import check_fits
 from reslora_kernels.cli.options import (
     DEFAULTS,
@@ -48,8 +40,14 @@ from reslora_kernels.cli.options import (
     Split,
     TargetModules,
     TrustRemoteCode,
+    load_model,
+    load_model_config,
+    load_tokenizer,
     make_config,
+    model_without_weights,
+    require,
     torch_device,
+    torch_dtype,
 )
 from reslora_kernels.cli.output import check_writable
 from reslora_kernels.cli.tokenization import PLAIN_CHAT_TEMPLATE, Encoded, Row, encode, max_length_for

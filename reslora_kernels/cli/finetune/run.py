@@ -20,8 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from reslora_kernels._version import __version__
 from reslora_kernels.adapt.record import adapted_layers
-from reslora_kernels.cli.loading import save_merged
 from reslora_kernels.cli.merge import as_batches, needs_data, on_device
+from reslora_kernels.cli.options import save_merged
 from reslora_kernels.cli.output import whole_folder
 from reslora_kernels.cli.tokenization import Row, collate, pad_token
 from reslora_kernels.config import ResLoRAConfig
