@@ -128,7 +128,8 @@ Outputs project(const Tensor& x, const Stack& a, int64_t own, const Tensor& resi
     }
     Tensor h = empty(m, a.total(), dtype);
     product(h, x, low, 1, 0);
-    out.u = u_of(h, own, residual, call, dtype);
+    const bool lasts = !call.widths.empty() && !residual && call.c == 1;  // h, in what goes to others that read x
+    out.u = lasts ? h.columns(0, own) : u_of(h, own, residual, call, dtype);
     if (columns == a.total())
         out.handed = std::move(h);
     else if (!call.widths.empty())

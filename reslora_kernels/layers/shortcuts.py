@@ -68,10 +68,13 @@ def call_of(
     weights = (None,) * (1 + len(earlier) + len(handed)) if gates is None else gates.unbind()
     device = own[0].device  # neighbours may sit on another GPU
     if shortcut == "block":
-        b = _columns(b, weights[0])
-        for other, weight in zip(earlier, weights[1:], strict=False):
-            own, b = own + _on(device, other.a_parts), b + _columns(_on(device, other.b_parts), weight)
-        return Call(own, b)
+        of_each = [b]
+        for other in earlier:
+            own += _on(device, other.a_parts)
+            of_each.append(_on(device, other.b_parts))
+        if gates is not None:  # B diag(gate)
+            of_each = [tuple([part * g for part in parts]) for parts, g in zip(of_each, gates.unbind(), strict=False)]
+        return Call(own, sum(of_each, ()))
     handed = _on(device, handed)
     if shortcut == "input":
         before = handed[0] if handed else None
@@ -106,11 +109,6 @@ def weighed(h: Tensor, gate: Tensor | None) -> Tensor:
 def spread(gate: Tensor, rank: int) -> Tensor:
     """A gate [1 or r] for ``rank`` values: a layer that takes its start off has each of its r rows twice."""
     return gate if len(gate) in (1, rank) else gate.repeat(rank // len(gate))
-
-
-def _columns(parts: tuple[Tensor, ...], gate: Tensor | None) -> tuple[Tensor, ...]:
-    """B diag(gate) of each part."""
-    return parts if gate is None else tuple([part * gate for part in parts])
 
 
 def folded(call: Call) -> Call:
