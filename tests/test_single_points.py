@@ -365,3 +365,22 @@ def test_bits_at_the_threshold_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_mask_is_drawn_where_the_seed_is() -> None:
     mask = dropout.keep_mask(torch.empty((), dtype=torch.int64, device="meta"), 3, 20, 0.5)
     assert (mask.device.type, mask.shape) == ("meta", (3, 20))
+
+
+def test_what_others_handed_on_stays_when_one_is_taken_from_between() -> None:
+    givers = [SimpleNamespace(position=n) for n in range(3)]
+    state, shape = ForwardState(object()), torch.Size([2])
+    for n, giver in enumerate(givers):
+        state.enter(giver, [], shape)
+        state.hand_on((), torch.full((2, 1), float(n)))
+    asker = SimpleNamespace(position=3)
+    for n in (1, 2, 0):
+        assert state.enter(asker, [givers[n]], shape)[0].flatten()[0] == n
+
+
+def test_a_pass_is_open_for_hooks_that_were_there_before() -> None:
+    model, seen = Stack(), []
+    model.register_forward_pre_hook(lambda module, _: seen.append(module.layers[0].chain.passes.current() is not None))
+    apply_reslora(model, ResLoRAConfig(r=2, shortcut="input", target_modules=r"layers\.\d"))
+    model(torch.randn(2, 6, dtype=torch.float64))
+    assert seen == [True]
