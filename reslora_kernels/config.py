@@ -62,8 +62,9 @@ class ResLoRAConfig:
             B zero; "pissa" or "pissa_niter_<n>" (arXiv 2404.02948): the r largest singular triplets of W, the latter
             found by n randomised iterations; "olora" (arXiv 2406.01775): the first r columns and rows of W's QR
             decomposition; "orthogonal": both random, with B A = 0 (r even). What "eva", "corda", "corda_kpm", "lora_ga"
-            and "loftq" start from has to be shown: call ``start_adapters``; until then they are as True. "pissa",
-            "olora", "corda" and "lora_ga" take their start off again, so that the model begins as the frozen one.
+            and "loftq" start from has to be shown: call ``start_adapters``; until then they are as True, and a forward
+            that would train them is a RuntimeError. "pissa", "olora", "corda" and "lora_ga" take their start off again,
+            so that the model begins as the frozen one.
         bias: which biases train: "none", "all", or "lora_only" (those of the adapted layers).
         shortcut: "none" (LoRA, Eq. 1), "input" (Eq. 2), "block" (Eq. 3), "middle" (Eq. 4).
         pre_num: how many earlier blocks of the chain ``block`` and ``middle`` use; -1 means all (``input`` uses one).
@@ -167,7 +168,7 @@ class ResLoRAConfig:
                 )
         if self.init_lora_weights == "loftq" and self.use_dora:
             raise ValueError("init_lora_weights='loftq' moves weights whose lengths use_dora starts from: take False")
-        if self.init_lora_weights == "loftq" and self.shortcut != "none" and self.pre_num:
+        if self.init_lora_weights == "loftq" and self.shortcut != "none" and (self.pre_num or self.shortcut == "input"):
             raise ValueError(
                 "init_lora_weights='loftq' starts from what quantisation took from each layer's own weight, and "
                 f"shortcut={self.shortcut!r} adds that of other layers: take shortcut='none', or another start"

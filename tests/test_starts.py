@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -10,21 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig, EvaConfig
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from torch import Tensor, nn
 
 from reslora_kernels import (
     ResLoRAConfig,
+    add_adapter,
     apply_reslora,
     load_adapter,
     merge_reslora,
+    restart_reslora,
     save_adapter,
+    set_adapter,
     start_adapters,
 )
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.layers.initialization import fill
+from reslora_kernels.peft import ResLoRAPeftConfig
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, llama, logits, randomize
@@ -151,6 +156,83 @@ def test_lora_ga_is_that_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def copied(model: Any, folder: Path) -> Any:
+    return copy.deepcopy(model)
+
+
+def saved(model: Any, folder: Path) -> Any:
+    save_adapter(model, folder)
+    return load_adapter(llama(), folder)
+
+
+def filled(model: Any, folder: Path) -> Any:
+    save_adapter(model, folder)
+    return load_adapter(ours("eva", shortcut="block"), folder)
+
+
+def restored(model: Any, folder: Path) -> Any:
+    other = ours("eva", shortcut="block")
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def assigned(model: Any, folder: Path) -> Any:
+    with torch.device("meta"):
+        other: Any = ours("eva", shortcut="block")
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.model.rotary_emb = model.model.rotary_emb  # its buffers are in no state dict
+    return other
+
+
+@pytest.mark.parametrize("again", [copied, saved, filled, restored, assigned])
+def test_a_start_outlives_what_adapters_go_through(again: Any, tmp_path: Path) -> None:
+    model = again(start_adapters(ours("eva", shortcut="block"), BATCHES), tmp_path).train()
+    model(**BATCHES[0]).loss.backward()
+    assert not any(layer.detour for layer in adapted_layers(model).values())
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "corda_kpm", "lora_ga", "loftq"])
+def test_nothing_trains_or_is_saved_before_its_start(start: str, tmp_path: Path) -> None:
+    model: Any = ours(start)
+    assert torch.equal(logits(model), logits(llama())), "B is zero"
+    model(**BATCHES[0]).loss.backward()  # in evaluation mode: gradients are looked at
+    asked = rf"init_lora_weights='{start}'.*call start_adapters\(model, \S+\).*take init_lora_weights=True"
+    with pytest.raises(ValueError, match=asked):
+        save_adapter(model, tmp_path)
+    add_adapter(model, "other", ResLoRAConfig(r=2))
+    with pytest.raises(ValueError, match=asked):
+        set_adapter(model, ["default", "other"])
+    model.train()
+    whole = copy.deepcopy(model)
+    for run in (model, whole.model, torch.compile(model, backend="eager", fullgraph=True)):
+        with pytest.raises(RuntimeError, match=asked):
+            run(BATCHES[0]["input_ids"])
+    with torch.no_grad():
+        model(**BATCHES[0])
+    model.requires_grad_(False)(**BATCHES[0])
+
+
+def test_peft_asks_for_the_start_too(tmp_path: Path) -> None:
+    config = ResLoRAPeftConfig(r=4, target_modules=TARGETS, init_lora_weights="eva")
+    model = get_peft_model(llama(), config).train()
+    with pytest.raises(RuntimeError, match="call start_adapters"):
+        model(**BATCHES[0])
+    with pytest.raises(ValueError, match="nothing was saved"):
+        model.save_pretrained(tmp_path)
+    start_adapters(model, BATCHES)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).train()
+    again(**BATCHES[0]).loss.backward()
+
+
+def test_a_restart_asks_for_the_start_again() -> None:
+    model = start_adapters(ours("lora_ga"), BATCHES).train()
+    restart_reslora(model)
+    with pytest.raises(RuntimeError, match="call start_adapters"):
+        model(**BATCHES[0])
+    start_adapters(model, BATCHES)(**BATCHES[0]).loss.backward()
+
+
 @pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
 @pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
 def test_with_every_shortcut_the_model_begins_as_its_base(start: str, shortcut: Any, tmp_path: Path) -> None:
@@ -199,6 +281,7 @@ def test_loftq_is_that_of_peft_and_nearer_to_the_plain_weights(monkeypatch: pyte
         ({"start": "orthogonal", "r": 3}, "must be even"),
         ({"start": "orthogonal", "shortcut": "middle"}, "which shortcut='middle' multiplies"),
         ({"start": "loftq", "shortcut": "block"}, "take shortcut='none'"),
+        ({"start": "loftq", "shortcut": "input", "pre_num": 0}, "take shortcut='none'"),
         ({"start": "loftq", "use_dora": True}, "use_dora"),
         ({"start": "eva", "target_modules": ["embed_tokens"]}, "is for linear layers: take True"),
     ],

@@ -16,7 +16,7 @@ from torch import nn
 from ..checks import check_int
 from ..config import ResLoRAConfig, checked_config
 from ..dtensors import refuse_sharded
-from ..layers.adapter import AdapterLayer
+from ..layers.adapter import AdapterLayer, not_started
 from ..layers.several import BASE, names_by_module, parts_for
 from .apply import apply_reslora, put_in_place, replace_modules
 from .linking import Chains
@@ -119,6 +119,8 @@ def refuse_in_sum(adapters: Mapping[str, Mapping[str, AdapterLayer]]) -> None:
                     f"adapter {adapter!r} cannot be in force with others: layer {name!r} uses DoRA, whose norm is of "
                     "one update. Put it in force alone, or merge it"
                 )
+            if layer.unstarted:
+                raise ValueError(f"adapter {adapter!r} cannot be in force with others: {not_started(layer.config)}")
             if not layer.sums:
                 raise ValueError(
                     f"adapter {adapter!r} cannot be in force with others: layer {name!r} is spread by a tensor "

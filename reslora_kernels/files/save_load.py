@@ -30,7 +30,7 @@ from ..adapt.targets import find_targets
 from ..adapt.trained_tokens import token_shapes
 from ..checks import check_bool, check_module
 from ..dtensors import fill, gathered, is_fsdp, one_writer, refuse_flat, refuse_partitioned, reshard, whole_shape
-from ..layers.adapter import AdapterLayer
+from ..layers.adapter import AdapterLayer, not_started
 from ..layers.kinds import config_of, shapes_of, signature_of, weight_of
 from ..layers.offloading import offloader
 from ..layers.shortcuts import gates_shape, hands_on
@@ -90,14 +90,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         the folder.
 
     Raises:
-        TypeError, ValueError: ``model`` is not adapted, was restarted or has lost an adapted layer; its parameters are
-            on the meta device, or hold NaN or Inf. The folder is as it was then.
+        TypeError, ValueError: ``model`` is not adapted, was restarted or has lost an adapted layer; its adapters wait
+            for ``start_adapters``; its parameters are on the meta device, or hold NaN or Inf. The folder is as it was
+            then.
         NotADirectoryError: ``path`` is a file.
         RuntimeError: the process that writes failed.
     """
     layers = complete_layers(model)
     refuse_restarted(model)
     refuse_beside(model, "saved", "call save_pretrained of the PeftModel, then reslora_kernels.peft.to_native")
+    if any(layer.unstarted for layer in layers.values()):
+        raise ValueError(f"nothing was saved: {not_started(record_of(model).config)}")
     refuse_flat(model)
     reshard(model)
     others = beside(model)
@@ -213,6 +216,8 @@ def load_adapter(
             fill(parameters[key], tensor)
             if key in saved.trained:
                 parameters[key].requires_grad_(True)
+    for layer in adapted_layers(model).values():
+        layer.unstarted = False
     return model
 
 

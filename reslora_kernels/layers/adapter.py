@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -17,6 +17,7 @@ from .several import Beside, Part
 from .shortcuts import gates_shape
 
 _BESIDE = "beside_"
+_DETOURS = ("merged", "disabled", "unstarted", "division")
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_gates", "start_A", "start_B")
 
 
@@ -49,6 +50,10 @@ class AdapterLayer(nn.Module):
     sums: ClassVar[bool] = True  # whether other adapters may be in force in the same place
     takes_samples: ClassVar[bool] = False  # whether each sample of a batch may run through an adapter of its own
     division: tuple[Part, ...] = ()  # where it is in force with others, or for some samples only
+    merged: bool = False  # whether W holds the update
+    disabled: bool = False
+    unstarted: bool = False  # whether A and B wait for ``start_adapters``, and are random meanwhile
+    detour: bool = False  # whether any of these four is so: all that a forward looks at
     holds_all_it_reads: ClassVar[bool] = False  # whether it is called, on parameters of its own and of its neighbours
 
     def base_in(self, root: nn.Module, name: str) -> Any:
@@ -117,7 +122,7 @@ class AdapterLayer(nn.Module):
         )
         self.register_parameter("lora_magnitude_vector", magnitude)
         self.register_parameter("lora_gates", None)
-        self.merged = self.disabled = False
+        self.merged = self.disabled = self.unstarted = False
         self.chain: Chain[Any] | None = None
         self.position = 0
         self.shared: SharedInput | None = None
@@ -262,7 +267,22 @@ class AdapterLayer(nn.Module):
     def reset_lora_parameters(self) -> None:
         """Start afresh, as ``config.init_lora_weights`` says; the layer then computes what the frozen one does."""
         fill(self.config, self.lora_A, self.lora_B)
+        self.unstarted = self.config.starts_from_data
         self.reset_gates()
+
+    def refuse_unstarted(self) -> None:
+        """For whoever is about to train the layer. Before its start it computes what the frozen one does, B being zero.
+
+        Raises:
+            RuntimeError: its start is one from data and was never given, or loaded.
+        """
+        if self.unstarted:
+            raise RuntimeError(not_started(self.config))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _DETOURS:
+            self.__dict__["detour"] = any(getattr(self, each) for each in _DETOURS)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As for any module, but not spread over processes: a plan would cut A, which it does not know, by its rows."""
@@ -298,15 +318,32 @@ class AdapterLayer(nn.Module):
         """A checkpoint without this layer's adapter is a base checkpoint: it leaves the adapter as it is."""
         missing_keys: list[str] = args[2]
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._started_by(state_dict, prefix)
         own = {prefix + name for name in self.adapter_parameters()}
         if own.issubset(missing_keys):
             missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def _started_by(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """What is loaded has been started, or trained."""
+        if self.unstarted and {f"{prefix}lora_A", f"{prefix}lora_B"} <= state_dict.keys():
+            self.unstarted = False
 
     def _describe(self) -> str:
         """What ``extra_repr`` says of the adapter."""
         place = f", position={self.position} of {self.chain_length}" if self.chain is not None else ""
         gates = "" if self.config.gates == "none" else f", gates={self.config.gates!r}"
         return f"r={self.config.r}, shortcut={self.config.shortcut!r}{gates}{place}"
+
+
+def not_started(config: ResLoRAConfig) -> str:
+    """What to tell who trains or saves adapters that ``start_adapters`` never gave their start."""
+    how = config.init_lora_weights
+    shown = "weights=..." if how == "loftq" else "batches"
+    return (
+        f"init_lora_weights={how!r} starts from data, and these adapters have a random start: call "
+        f"start_adapters(model, {shown}) before they are trained, load trained ones, or take init_lora_weights=True, "
+        "which is such a random start"
+    )
 
 
 def joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:

@@ -307,10 +307,8 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to y [..., out_features]."""
-        if self.merged or self.disabled:
-            return self.frozen_forward(x)
-        if self.division:
-            return in_parts(self, self.division, x)
+        if self.detour and (detoured := self._detoured(x)) is not None:
+            return detoured
         state = self._open_pass()
         received: tuple[Tensor, ...] = ()
         if state is not None:
@@ -334,6 +332,16 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         if handed is not None and state is not None:
             state.hand_on(*carried(self.config, received, handed))
         return y
+
+    def _detoured(self, x: Tensor) -> Tensor | None:
+        """y where it is not that of this adapter alone; None where it is after all."""
+        if self.merged or self.disabled:
+            return self.frozen_forward(x)
+        if self.division:
+            return in_parts(self, self.division, x)
+        if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+            self.refuse_unstarted()
+        return None
 
     def leading(self, x: Tensor) -> torch.Size:
         """The shape of the tokens in x, for kinds of layers where that is not x without its last dimension."""

@@ -15,6 +15,7 @@ from ..adapt.linking import Chains, build_chains, confirm_order, names_of_expert
 from ..adapt.obstacles import refuse_foreign_hooks
 from ..adapt.record import Record
 from ..config import ResLoRAConfig
+from ..layers.adapter import AdapterLayer
 from ..layers.kinds import KINDS, kind_of
 from ..layers.linear import ResLoRALinear, share_hooks
 from ..layers.offloading import bare_forward, hook_like
@@ -169,6 +170,7 @@ class _BesideItsBase:
     def _load_from_state_dict(self, *args: Any) -> None:
         """A checkpoint without it lacks it: beside its base, an adapter is never part of a base checkpoint."""
         nn.Module._load_from_state_dict(self, *args)  # type: ignore[arg-type]
+        AdapterLayer._started_by(self, *args[:2])  # type: ignore[arg-type]
 
 
 ADAPTERS: dict[type[ResLoRALinear], type[ResLoRALinear]] = {

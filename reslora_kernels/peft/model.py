@@ -18,6 +18,7 @@ from ..adapt.switching import refuse_in_sum, refuse_samples
 from ..adapt.targets import adaptable, passed_over
 from ..config import ALL_LINEAR, MergeMethod
 from ..dtensors import initialised, refuse_partitioned, refuse_sharded, refuse_zero3
+from ..layers.adapter import not_started
 from ..layers.several import BASE, names_by_module
 from ..merge.merging import MergeReport, fit_in, merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics
@@ -285,6 +286,8 @@ def _refuse_unsound(model: nn.Module, adapter_name: str, tensors: Mapping[str, A
     for name, layer in model.named_modules():
         if isinstance(layer, ResLoRALayer) and adapter_name in layer.reslora_adapter:
             adapter = layer.reslora_adapter[adapter_name]
+            if adapter.unstarted:
+                raise ValueError(f"nothing was saved: {not_started(adapter.config)}")
             for own, shape in adapter.adapter_shapes().items():
                 key = f"{name}.reslora_adapter.{adapter_name}.{own}".replace("_fsdp_wrapped_module.", "")
                 found = tuple(tensors[key].shape) if key in tensors else None

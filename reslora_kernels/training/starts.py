@@ -87,6 +87,8 @@ def start_adapters(
     started = {name: gathered.factors() for name, gathered in seen.items() if gathered.count}
     for name, (a, b) in started.items():
         _start(layers[name], a, b)
+    for name in never:
+        layers[name].unstarted = False
     return model
 
 
@@ -245,6 +247,7 @@ def _refuse_wide(layer: Any, rank: int) -> None:
 def _start(layer: AdapterLayer, a: Tensor, b: Tensor) -> None:
     layer.lora_A.copy_(a)
     layer.lora_B.copy_(b)
+    layer.unstarted = False
     if isinstance(layer, ResLoRALinear):
         layer.take_off_start()
 
