@@ -18,7 +18,7 @@ from torch import nn
 from ..config import PARAMETER_ADAPTER, ResLoRAConfig
 from ..forward_state import scope_pass
 from ..layers.adapter import AdapterLayer
-from ..layers.chain import Chain, SharedInput
+from ..layers.chain import Chain, Entered, SharedInput
 from ..layers.checkpointing import CarryThroughCheckpoints
 from ..layers.kinds import config_of, is_linear, kind_of, link, signature_of
 from ..layers.shortcuts import hands_on
@@ -287,11 +287,17 @@ def _open_passes(model: nn.Module) -> None:
     record = record_of(model)
     names = {id(layer): name for name, layer in adapted_layers(model).items()}
     chains: dict[str, list[Chain[AdapterLayer]]] = {}
+    read: dict[str, list[Chain[AdapterLayer]]] = {}  # in which layers read what earlier ones hold
     groups: dict[str, list[SharedInput]] = {}
     for chain in record.chains:
+        ancestors = _common_ancestors(model, [names[id(layer)] for layer in chain.layers])
         if _hands_on(chain):
-            for ancestor in _common_ancestors(model, [names[id(layer)] for layer in chain.layers]):
+            for ancestor in ancestors:
                 chains.setdefault(ancestor, []).append(chain)
+        elif chain.reach[0]:
+            chain.entered = False
+            for ancestor in ancestors:
+                read.setdefault(ancestor, []).append(chain)
     for group in record.groups:
         innermost = _common_ancestors(model, [names[id(layer)] for layer in group.layers])[-1]
         groups.setdefault(innermost, []).append(group)
@@ -301,6 +307,8 @@ def _open_passes(model: nn.Module) -> None:
         if ancestor in chains:
             carry = CarryThroughCheckpoints(module, record.chains)
             record.hooks.append(module.register_forward_pre_hook(carry))
+    for ancestor, entered in read.items():
+        record.hooks.append(model.get_submodule(ancestor).register_forward_pre_hook(Entered(entered)))
 
 
 def _hands_on(chain: Chain[AdapterLayer]) -> bool:

@@ -17,6 +17,7 @@ from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.cli.options import (
     DEFAULTS,
     ExcludeModules,
+    Gates,
     LayersToTransform,
     PreNum,
     Rank,
@@ -52,6 +53,7 @@ def plan(
     layers_to_transform: LayersToTransform = None,
     shortcut: Shortcut = DEFAULTS["shortcut"],
     pre_num: PreNum = DEFAULTS["pre_num"],
+    gates: Gates = DEFAULTS["gates"],
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -68,6 +70,7 @@ def plan(
         layers_to_transform=layers_to_transform,
         shortcut=shortcut,
         pre_num=pre_num,
+        gates=gates,
     )
     if tensor_parallel is not None and gpus % tensor_parallel:
         raise ValueError(f"--tp must divide --gpus {gpus}, got {tensor_parallel}")

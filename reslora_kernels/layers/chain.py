@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
+from ..dtensors import initialised
 from ..forward_state import ForwardState, Member, Passes, keeps_versions, version_of
 from ..ops.function import Sharing, setting_of
 from .shortcuts import Adapter, Call, for_others_too, rows, with_projection
@@ -48,6 +50,7 @@ class Chain(Generic[LayerT]):
         self.passes = Passes()
         self.reach = (0, 0)
         self.active = True  # False while another adapter is: its layers are not in the model
+        self.entered = True  # False of a model's own chains until a module around the whole chain has run
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -59,6 +62,17 @@ class Chain(Generic[LayerT]):
             earlier, following = self.layers[max(0, n - before) : n], self.layers[n + 1 : n + 1 + after]
             layer.__dict__["neighbours"] = Neighbours(tuple(reversed(earlier)), *following)
 
+    def refuse_part(self, position: int) -> None:
+        """RuntimeError if a layer trains where another process may train the adapters before it that it reads."""
+        if is_dynamo_compiling() or not (torch.is_grad_enabled() and initialised()):
+            return
+        if torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                f"layer {position} of chain {self.name!r} reads A and B of layers before it, and no module around them "
+                "all has run in this process, one of several: a part of a model is trained alone. Let its chains go on "
+                "with pipeline_reslora, adapt the part by itself, or call the model that apply_reslora was given"
+            )
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.introduce(self.reach)
@@ -68,6 +82,18 @@ class Chain(Generic[LayerT]):
         """One forward pass through layers that were linked by hand, without a module around them."""
         with self.passes.opened_by_hand():
             yield
+
+
+class Entered:
+    """Forward pre-hook of a module around whole chains: their layers run in the model now, not in a part of it."""
+
+    def __init__(self, chains: Sequence[Chain[Any]]) -> None:
+        self.chains = list(chains)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not is_dynamo_compiling():
+            for chain in self.chains:
+                chain.entered = True
 
 
 class Reader(Protocol):

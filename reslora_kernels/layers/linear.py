@@ -403,7 +403,11 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
     def _open_pass(self) -> ForwardState | None:
         """The forward pass that the layer takes from and hands on to; None if it does neither."""
         chain, (earlier, following) = self.chain, self.neighbours
-        if chain is None or not (earlier or following) or not hands_on(self.config.shortcut, self.config.pre_num):
+        if chain is None or not (earlier or following):
+            return None
+        if not hands_on(self.config.shortcut, self.config.pre_num):
+            if earlier and not chain.entered:
+                chain.refuse_part(self.position)
             return None
         state = chain.passes.current()
         if state is None or state.is_stale:

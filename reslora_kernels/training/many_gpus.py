@@ -144,6 +144,7 @@ def _check_dtypes(
 
 
 MOMENTS = 2  # AdamW's, in the adapters' dtype
+LIVE = 10**9  # values: DeepSpeed's stage3_max_live_parameters
 NF4, NF4_SCALES = 1 / 2, 4 / 64  # bytes for a weight: 4 bits, and a float32 scale for each 64 of them
 
 
@@ -252,7 +253,7 @@ def footprints(sizes: Sizes, gpus: int, tokens: int, tensor_parallel: int | None
     if plan > 1:
         across = f" x FSDP2 {gpus // plan}" if gpus > plan else ""
         yield sharded(sizes, gpus // plan, plan, tokens, f"TP {plan}{across}")
-    yield sharded(sizes, gpus, 1, tokens, "ZeRO-3")
+    yield zero3(sizes, gpus, tokens)
     yield replicated(sizes.quantized(), gpus, tokens, "NF4 + DDP", sizes.widest)
     nf4 = sharded(sizes.quantized(), gpus, 1, tokens, "NF4 + FSDP2")
     yield replace(nf4, gathered=nf4.gathered + sizes.widest)
@@ -284,6 +285,22 @@ def sharded(sizes: Sizes, gpus: int, plan: int, tokens: int, name: str) -> Footp
     return Footprint(
         name, (blocks + around) / gpus + sizes.scales, gathered, 2 * adapters / gpus + whole,
         MOMENTS * adapters / gpus, kept, recomputed, sent,
+    )  # fmt: skip
+
+
+def zero3(sizes: Sizes, gpus: int, tokens: int) -> Footprint:
+    """DeepSpeed's ZeRO-3 with its defaults: weights stay whole after their use until ``LIVE`` values are.
+
+    Every weight is gathered for a forward and again for its backward, adapters too, and the optimizer holds the values
+    that it steps beside the moments.
+    """
+    weights, adapters = sizes.weights.total, sizes.adapters.total
+    kept, recomputed = _activations(sizes, 1, tokens)
+    spread = gpus > 1
+    return Footprint(
+        "ZeRO-3", weights / gpus + sizes.scales, min(LIVE * sizes.weight_bytes, weights) if spread else 0,
+        2 * adapters / gpus + (2 * adapters if spread else 0), (MOMENTS + 1) * adapters / gpus, kept, recomputed,
+        _ring(gpus) * (2 * weights + 3 * adapters),
     )  # fmt: skip
 
 

@@ -243,6 +243,13 @@ class AdaptedPipeline:
             raise RuntimeError(
                 "a stage reads adapters of another: run the schedule inside `with pipeline.step():`, in all processes"
             )
+        if self._loans and getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+            raise RuntimeError(
+                "a stage whose adapters another stage reads is in DDP, which averages their gradients before they are "
+                "whole: average them over the pipelines after step()"
+            )
+        for chain in self._chains:
+            chain.entered = True
         if torch.is_grad_enabled():
             self._record.spread = (
                 "the adapters are trained in the processes of a pipeline, each of which has its own part of them: call "

@@ -25,7 +25,7 @@ from reslora_kernels.cli import main
 from reslora_kernels.cli.options import adapted_without_weights
 from reslora_kernels.cli.plan import blocks_of, cut_parameters, sizes_of
 from reslora_kernels.forward_state import ForwardState
-from reslora_kernels.training.many_gpus import Sizes, Split, footprints
+from reslora_kernels.training.many_gpus import Sizes, Split, footprints, zero3
 
 from ..models import llama
 
@@ -60,7 +60,9 @@ def test_arithmetic() -> None:
     packed = found["NF4 + FSDP2"]
     assert packed.weights == pytest.approx((1000 - 400 * (2 - 0.5)) / 4 + 400 / 16)
     assert packed.gathered == pytest.approx(2 * 220 * (1 - 600 / 880) + 120 + 50)
-    assert found["ZeRO-3"] == replace(fsdp, layout="ZeRO-3")
+    zero = found["ZeRO-3"]
+    assert zero == replace(fsdp, layout="ZeRO-3", gathered=1000, optimizer=30, sent=3 / 4 * (2 * 1000 + 3 * 40))
+    assert zero3(replace(by_hand(), around=Split(4e9)), 4, 10).gathered == 2e9
     assert [ddp.fits(memory) for memory in (1310, 1309, 1264)] == ["yes", "with checkpointing", "no"]
 
 

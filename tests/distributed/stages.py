@@ -190,8 +190,19 @@ def refusals(folder: Path) -> dict[str, Any]:
     def without_step() -> None:
         pipeline.stages[0](x)
 
+    lent: Any = residual("block")
+    part = parts_of(lent, 2)[1]
+    alone = refused(lambda: part(torch.zeros(2, 5, 12, dtype=torch.float64)))
+    lending = pipeline_reslora(lent, parts_of(lent, 2))
+
+    def averaged() -> None:
+        with lending.step():
+            nn.parallel.DistributedDataParallel(lending.stages[0])(x)
+
     return {
         "alone": refused(lambda: parts[1](torch.zeros(2, 5, 12, dtype=torch.float64))),
+        "alone, block": alone,
+        "averaged": refused(averaged),
         "outside": refused(without_step),
         "left out": refused(lambda: pipeline_reslora(model, parts[:1])),
         "backwards": refused(lambda: pipeline_reslora(backwards, two[::-1])),

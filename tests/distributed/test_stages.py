@@ -77,6 +77,8 @@ def test_over_a_border_go_r_values_of_a_token(reports: list[Report]) -> None:
     ("action", "error", "message"),
     [
         ("alone", "RuntimeError", "ran outside a forward pass"),
+        ("alone, block", "RuntimeError", "a part of a model is trained alone"),
+        ("averaged", "RuntimeError", "in DDP"),
         ("outside", "RuntimeError", "with pipeline.step()"),
         ("left out", "ValueError", "'blocks.2.up' is in none"),
         ("backwards", "ValueError", "a pipeline has no way back"),
