@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from reslora_kernels.tuning.launch import Launch
 
 ROOT = Path(__file__).parents[1]
+NO_CODE = {  # comments, docstrings and spaces of a source
+    ".py": re.compile(r'""".*?"""|#[^\n]*|\s+', re.DOTALL),
+    ".cu": re.compile(r"//[^\n]*|\s+"),
+}
+NO_CODE |= dict.fromkeys((".cuh", ".h"), NO_CODE[".cu"])
 
 
 @dataclass(frozen=True)
@@ -328,6 +334,19 @@ def show(rows: Sequence[Row]) -> None:
     console.print(f"{len(rows)} launches compiled for {targets}; {broken} break the contract")
 
 
+def kernel_sources() -> list[Path]:
+    """The files whose kernels Triton compiles."""
+    return [path for path in ROOT.glob("reslora_kernels/kernels/*.py") if "@triton.jit" in path.read_text("utf-8")]
+
+
+def digest(sources: Iterable[Path]) -> str:
+    """SHA-256 of their code, whatever is said about it: tells whether a result is of the sources as they are."""
+    found = hashlib.sha256()
+    for path in sorted(sources):
+        found.update(NO_CODE[path.suffix].sub("", path.read_text("utf-8")).encode())
+    return found.hexdigest()
+
+
 def report(rows: Sequence[Row]) -> dict[str, Any]:
     """What goes to the result file."""
     import triton
@@ -338,6 +357,7 @@ def report(rows: Sequence[Row]) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "triton": triton.__version__,
         "commit": git("rev-parse", "HEAD").strip(),
+        "sources": digest(kernel_sources()),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
         "rows": [asdict(row) for row in rows],
     }

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from reslora_kernels.cli.toolchain import find_nvcc
 
-from .compile_contract import ATOMICS
+from .compile_contract import ATOMICS, digest
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "89", "90a", "100", "120")
@@ -66,6 +66,11 @@ class Row:
     remarks: list[str] = field(default_factory=list)
     loop: dict[str, int] = field(default_factory=dict)
     blocks: int = 0
+
+
+def kernel_sources() -> list[Path]:
+    """What nvcc reads to compile the kernels."""
+    return [path for suffix in ("cu", "cuh") for path in ROOT.glob(f"csrc/*.{suffix}")] + [ROOT / "csrc/params.h"]
 
 
 def compile_source(source: Path, arch: str) -> tuple[list[Row], float]:
@@ -214,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         version = _output(find_nvcc() or "nvcc", "--version").splitlines()[-2].strip()
         commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD").strip()
         report = {"format": "cuda contract", "date": date.today().isoformat(), "nvcc": version, "commit": commit}
+        report["sources"] = digest(kernel_sources())
         options.output.write_text(json.dumps(report | {"rows": [asdict(row) for row in every]}, indent=1) + "\n")
     return int(any(row.violations for row in every))
 

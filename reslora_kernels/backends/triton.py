@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import dropout as masks
 from ..dropout import Dropout
 from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, rows
-from ..tuning.launch import collected, fits_tma, precision, workspace
+from ..tuning.launch import collected, fits_tma, on_matrix_unit, precision, workspace
 from . import kinds
 from . import torch as library
 
@@ -376,8 +376,8 @@ def _forward_choice(x: Tensor, weight: Tensor, rank: int, given: bool, masked: b
     one_pass = not given and not masked and rank <= ONE_PASS_RANK
     if x.dtype == torch.float16 and abs(scaling) > 1:
         one_pass = False  # it rounds s u to x's dtype before its product, which float16 may not hold
-    if x.dtype == torch.float32 and products == "ieee":
-        one_pass = False  # no matrix unit for two products at once
+    if not on_matrix_unit(x.dtype, products):
+        one_pass = False  # it would do two products at once
     forms = ("one_pass", "two_pass", "library") if one_pass else ("two_pass", "library")
     return choose(gpu_of(x.device), m, n, k, rank, x.dtype, products, forms, _aligned(x, weight))
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.launch import Launch, precision
+from ..tuning.launch import Launch, on_matrix_unit, precision
 
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 64, 32  # of no GPU in particular: these kernels have not been measured on one
 
@@ -129,11 +129,12 @@ def grouped_matmul(
         u: [S, R], contiguous, in order, and ``b`` [E, N, R]; both None: no low-rank product.
     """
     n, k = weight.shape[1:]
-    rank = 0 if u is None else u.shape[1]
+    rank, products = 0 if u is None else u.shape[1], precision(x.dtype)
+    block_n = BLOCK_N if on_matrix_unit(x.dtype, products) else BLOCK_N // 2
     return Launch(
         "grouped_matmul",
         grouped_matmul_kernel,
-        (table.shape[1], triton.cdiv(n, BLOCK_N)),
+        (table.shape[1], triton.cdiv(n, block_n)),
         {
             "x": x, "rows": rows, "weight": weight, "u": u, "b": b, "y": y, "table": table,
             "k": k, "n": n, "rank": rank,
@@ -142,8 +143,8 @@ def grouped_matmul(
             "b_expert": 0 if b is None else b.stride(0), "b_row": 0 if b is None else b.stride(1),
             "b_column": 0 if b is None else b.stride(2), "y_row": y.stride(0), "scale": scale,
             "SORTED_X": sorted_x or rows is None, "SORTED_Y": sorted_y or rows is None,
-            "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K,
-            "BLOCK_R": max(16, min(64, triton.next_power_of_2(rank))), "PRECISION": precision(x.dtype),
+            "BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_K": BLOCK_K,
+            "BLOCK_R": max(16, min(64, triton.next_power_of_2(rank))), "PRECISION": products,
         },
         {"num_warps": 4, "num_stages": 3},
     )  # fmt: skip

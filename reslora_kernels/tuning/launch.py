@@ -132,6 +132,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and _tf32_allowed() else "ieee"
 
 
+def on_matrix_unit(dtype: torch.dtype, products: str) -> bool:
+    """Whether one multiplies in this dtype and ``precision``: all but exact float32, whose operands take registers."""
+    return dtype != torch.float32 or products != "ieee"
+
+
 def _tf32_allowed() -> bool:
     """By the setting of PyTorch 2.9 and later where it is in use: it and the older one refuse to be mixed."""
     for holder in (getattr(torch.backends.cuda, "matmul", None), torch.backends):

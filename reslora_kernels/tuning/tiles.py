@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from .gpus import Gpu
+from .launch import on_matrix_unit
 
 MAX_RANK = 1024
 
@@ -195,8 +196,11 @@ def rank_block(rank: int, limit: int) -> int:
 
 
 def with_rank(tile: MatmulTile, gpu: Gpu, rank: int, one_pass: bool) -> MatmulTile:
-    """The tile with blocks for this rank: all of it in one pass, fewer at a time where operands take registers."""
-    limit = 64 if one_pass or gpu.shared_operands else 16 if tile.accumulators() >= 128 else 32
+    """The tile with blocks for this rank: all of it in one pass, fewer at a time where operands take registers.
+
+    There the sums of 128 x 128 leave half of the registers that two blocks of threads share: 16 columns, not 32.
+    """
+    limit = 64 if one_pass or gpu.shared_operands else 16 if tile.block_m * tile.block_n >= 128 * 128 else 32
     return replace(tile, block_r=rank_block(rank, limit))
 
 
@@ -216,7 +220,7 @@ def matmul_tiles(
     ``aligned``: rows start at multiples of 16 bytes. Others are loaded element by element through registers.
     """
     table = _SMALL if m <= 64 else _LARGE
-    scalar = dtype == torch.float32 and precision == "ieee"  # no matrix unit does that
+    scalar = not on_matrix_unit(dtype, precision)
     fitted = []
     for tile in table[gpu.generation]:
         tile = replace(with_rank(tile, gpu, rank, one_pass), tma=tile.tma and gpu.tma)

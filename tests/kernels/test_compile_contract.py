@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.compile_contract import CHIPS, Compiled, check, contract, resident_blocks
+from benchmarks import compile_contract, cuda_contract
+from benchmarks.bytes_moved import shipped_launches
+from benchmarks.compile_contract import CHIPS, TARGETS, Compiled, check, contract, digest, resident_blocks
 from benchmarks.cuda_contract import MOST_BESIDE, blocks_at_once, compile_source, main_loop
 from benchmarks.cuda_contract import Row as CudaRow
 from benchmarks.cuda_contract import check as check_cuda
@@ -230,6 +232,37 @@ def test_blocks_on_one_multiprocessor(
     target: str, registers: int, shared: int, warps: int, columns: int, blocks: int
 ) -> None:
     assert resident_blocks(CHIPS[target], registers, shared, warps, columns) == blocks
+
+
+def committed(kind: str) -> dict[str, Any]:
+    (path,) = ROOT.glob(f"benchmarks/results/{kind}-contract-*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.parametrize(("kind", "sources"), [("triton", compile_contract), ("cuda", cuda_contract)])
+def test_the_committed_contract_is_of_these_sources_and_holds(kind: str, sources: Any) -> None:
+    """If not: ``python -m benchmarks.compile_contract --output`` its file, or ``benchmarks.cuda_contract``."""
+    found = committed(kind)
+    assert found["sources"] == digest(sources.kernel_sources())
+    assert [row for row in found["rows"] if row["violations"]] == []
+
+
+def test_the_committed_contract_has_every_launch_that_is_shipped() -> None:
+    compiled = [(row["target"], row["launch"]) for row in committed("triton")["rows"]]
+    assert compiled == [(target, str(entry)) for target in TARGETS for _, entry in shipped_launches(target)]
+
+
+def test_a_contract_grows_old_with_code_and_not_with_what_is_said_of_it(tmp_path: Path) -> None:
+    code = {"a.py": 'x = y // 2  # half\n"""Of y\n# all."""\n', "a.cu": "#pragma unroll  // all\nx = y;\n"}
+    changed = {"a.py": "x = y // 3\n", "a.cu": "#pragma unroll 1\nx = y;\n"}
+    same = {"a.py": "x  =  y // 2\n", "a.cu": "#pragma unroll\nx = y;  // so\n"}
+    for name in code:
+        digests = []
+        for text in (code[name], same[name], changed[name]):
+            (tmp_path / name).write_text(text)
+            digests.append(digest([tmp_path / name]))
+        assert digests[0] == digests[1] != digests[2]
 
 
 if __name__ == "__main__":
