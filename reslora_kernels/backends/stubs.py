@@ -8,108 +8,33 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from types import ModuleType, SimpleNamespace
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
 from ..tuning import gpus
 from . import cuda, native, select, triton
 
-TARGET = "sm_90"
-DEVICE = 1000  # Triton keeps compiled kernels by device
+if TYPE_CHECKING:
+    from ..kernels.direct import StubDriver
 
-
-class StubDriver:
-    """Answers what Triton asks a driver; keeps what is launched: a kernel's name, and what its launcher was given."""
-
-    def __init__(self) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.launched: list[tuple[str, tuple[Any, ...]]] = []
-        self.maps: list[tuple[Any, ...]] = []  # what tensor maps were made of
-        self.compiled: list[str] = []  # names of kernels, one for each compile key
-        self.target = GPUTarget("cuda", int(TARGET[3:]), 32)
-        self.utils = SimpleNamespace(fill_tma_descriptor=self._encode, fill_tma_descriptor_tiled=self._encode)
-
-    def _encode(self, *described: Any) -> tuple[Any, ...]:
-        self.maps.append(described)
-        return described
-
-    def _launch(self, name: str, *given: Any) -> None:
-        self.launched.append((name, given))
-
-    def get_current_target(self) -> Any:
-        """What to compile for."""
-        return self.target
-
-    def get_current_device(self) -> int:
-        """One of its own."""
-        return DEVICE
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        """None is used."""
-        return 0
-
-    def compile(self, source: Any, target: Any = None, options: Any = None, **_: Any) -> Any:
-        """In place of Triton's: a kernel that the launcher of this version can be asked to launch."""
-        from triton.backends.nvidia import driver as nvidia
-
-        name = source.fn.__name__
-        self.compiled.append(name)
-        described = [kind for kind in source.signature.values() if str(kind).startswith("tensordesc")]
-        metadata = {"swizzle": 0, "elem_size": 2, "elem_type": 0, "block_size": (), "fp4_padded": False}
-        maps = [metadata] * len(described)
-
-        launch = partial(self._launch, name)  # no Python function, as the real one is none
-        launcher: Any = nvidia.CudaLauncher.__new__(nvidia.CudaLauncher)
-        vars(launcher).update(
-            launch=_with_maps(nvidia.wrap_handle_tensordesc, launch, source.signature, maps) if maps else launch,
-            num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
-            launch_cooperative_grid=False, launch_pdl=False, arg_annotations=(), kernel_signature=b"",
-        )  # fmt: skip
-        return SimpleNamespace(
-            run=launcher, function=1, packed_metadata=(), metadata=SimpleNamespace(tensordesc_meta=maps),
-            launch_metadata=lambda *_: None,
-        )  # fmt: skip
-
-
-def _with_maps(wrap: Any, launch: Any, signature: Any, maps: list[Any]) -> Any:
-    """Triton 3.4 tells descriptors by their type, later versions by the signature."""
-    takes_signature = wrap.__code__.co_argcount == 3
-    return wrap(launch, signature, maps) if takes_signature else wrap(launch, maps)
+CAPABILITY = 90
 
 
 @contextmanager
 def stubbed_triton() -> Iterator[StubDriver]:
     """Inside, the Triton backend serves CPU tensors as those of an H100, and no kernel runs."""
-    from triton import compiler
-    from triton.runtime import driver
+    from ..kernels.direct import stub_driver
 
-    stub = StubDriver()
-    driver.set_active(stub)
-    try:
-        with (
-            _served(triton),
-            mock.patch.dict(gpus.GENERATIONS, interpreter=gpus.GENERATIONS[TARGET]),
-            mock.patch.object(compiler, "compile", stub.compile),
-            _forgotten(),
-        ):
-            yield stub
-    finally:
-        for kernel in _jitted():
-            kernel.device_caches.pop(DEVICE, None)
-            kernel.compile = compiler.compile
-        with suppress(RuntimeError):  # there is no other driver on a machine without a GPU
-            driver.reset_active()
-
-
-def _jitted() -> Iterator[Any]:
-    from ..kernels import augmented_matmul, low_rank_grads, outer_products, project
-
-    for module in (augmented_matmul, low_rank_grads, outer_products, project):
-        yield from (value for value in vars(module).values() if hasattr(value, "device_caches"))
+    gpu = gpus.GENERATIONS[f"sm_{CAPABILITY}"]
+    with (
+        _served(triton),
+        mock.patch.dict(gpus.GENERATIONS, interpreter=gpu),
+        stub_driver(CAPABILITY) as stub,
+        _forgotten(),
+    ):
+        yield stub
 
 
 class StubExtension:

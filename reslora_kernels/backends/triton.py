@@ -6,10 +6,11 @@ Importing this module does not import Triton; the kernels are loaded by the firs
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +18,12 @@ from torch import Tensor
 from .. import dropout as masks
 from ..dropout import Dropout
 from ..side_channel import Gradients, Needs, Outputs, SideChannel, Stack, columns, rows
-from ..tuning.launch import collected, fits_tma, on_matrix_unit, precision, workspace
+from ..tuning.forms import FormChoice, choose, reads_dy_once
+from ..tuning.gpus import Gpu, gpu_of
+from ..tuning.launch import Sum, collected, fits_tma, on_matrix_unit, precision, workspace
+from ..tuning.tiles import grads_tile, outer_tile, project_tile
 from . import kinds
 from . import torch as library
-
-if TYPE_CHECKING:
-    from ..tuning.forms import FormChoice
-    from ..tuning.gpus import Gpu
-    from ..tuning.launch import Collected, Sum
 
 MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (8, 0)
@@ -64,7 +63,6 @@ def _interpreted() -> bool:
 def _compile_failure() -> str | None:
     """Why a small kernel cannot be compiled and run, None when it can. The message is Triton's own."""
     from ..kernels import low_rank_grads
-    from ..tuning.launch import Sum
 
     ones = torch.ones(1, 16, device="cuda")
     try:
@@ -103,14 +101,11 @@ def forward(
     kind, addresses = kinds.kind_of(operands, "forward", side, draw[1:], precision(x.dtype))
     with kinds.on_device(x):
         prepared = _kinds.find(kind)
-        if prepared is not None and not _direct().hooked():
-            y, handed, u = prepared.run(x, addresses)
-        elif _kinds.is_new(kind):
-            with collected() as pass_made:
-                y, handed, u = outputs = _forward(x, weight, bias, a, b, residual, side, draw)
-            _kinds.keep(kind, _prepare(operands, outputs, pass_made, x))
-        else:
-            y, handed, u = _forward(x, weight, bias, a, b, residual, side, draw)
+        y, handed, u = (
+            _run_first(kind, operands, lambda: _forward(x, weight, bias, a, b, residual, side, draw))
+            if prepared is None or _direct().hooked()
+            else prepared.run(x, addresses)
+        )
         if y is None:
             t = u if residual is None or u is not None else residual
             assert t is not None
@@ -127,12 +122,10 @@ def _forward(
     residual: Tensor | None,
     side: SideChannel,
     draw: _Draw,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> list[Tensor | None]:
     """y, what is handed on, and u; no y where the library's matmul is to follow."""
     from ..kernels.augmented_matmul import OnePass, augmented_matmul
     from ..kernels.project import project
-    from ..tuning.gpus import gpu_of
-    from ..tuning.tiles import project_tile
 
     gpu, (m, k), n = gpu_of(x.device), x.shape, weight.shape[0]
     rank = b.shape[1] if a is None else a.shape[0]
@@ -151,11 +144,11 @@ def _forward(
             ):  # fmt: skip
                 launch.run()
     if choice.tile is None:
-        return None, handed, u
+        return [None, handed, u]
     assert t is not None
     y = x.new_empty(m, n)
     augmented_matmul(x, weight.T, bias, t, b.T, y, scale=side.scaling, gpu=gpu, tile=choice.tile).run()
-    return y, handed, u
+    return [y, handed, u]
 
 
 def backward(
@@ -181,15 +174,13 @@ def backward(
     kind, addresses = kinds.kind_of(operands, "backward", side, draw[1:], needs, onto is None, precision(dy.dtype))
     with kinds.on_device(dy):
         prepared = _kinds.find(kind)
-        if prepared is not None and not _direct().hooked():
-            results = prepared.run(dy, addresses)
-        elif _kinds.is_new(kind):
-            with collected() as pass_made:
-                results = _backward(dy, dhanded, x, weight, a, b, u, side, draw, needs, onto is None)
-            _kinds.keep(kind, _prepare(operands, tuple(results), pass_made, dy))
-        else:
-            results = _backward(dy, dhanded, x, weight, a, b, u, side, draw, needs, onto is None)
-        dx, da, db, dresidual, dh = results
+        dx, da, db, dresidual, dh = (
+            _run_first(
+                kind, operands, lambda: _backward(dy, dhanded, x, weight, a, b, u, side, draw, needs, onto is None)
+            )
+            if prepared is None or _direct().hooked()
+            else prepared.run(dy, addresses)
+        )
         if needs.dx and dx is None:
             assert dh is not None
             dx = library.product_then_matmul(dh, a.to(dy.dtype), 1.0, None, dy, weight, onto)
@@ -215,8 +206,6 @@ def _backward(
     """
     from ..kernels.augmented_matmul import augmented_matmul
     from ..kernels.low_rank_grads import finish
-    from ..tuning.forms import choose, reads_dy_once
-    from ..tuning.gpus import gpu_of
 
     (m, n), k, (rank, rank_b) = dy.shape, weight.shape[1], (a.shape[0], b.shape[1])
     gpu, masked = gpu_of(dy.device), needs.dx and draw.seed is not None
@@ -232,11 +221,11 @@ def _backward(
         dresidual=dy.new_empty(m, rank_b) if needs.dresidual else None,
         bits=workspace(dy, m, -(-k // 32), dtype=torch.int32) if masked else None,
     )
-    x = dy.new_empty(0) if x is None else x
+    x = dy.new_empty(0, k) if x is None else x
     u = dy.new_empty(0) if u is None else u
     once = not wanted.can_split() or reads_dy_once(gpu, m, n, k, rank, rank_b, dy.dtype)
     gradients = _one_read if once else _two_reads
-    left = gradients(gpu, wanted, dy, dhanded, x, k, b, u, draw, side)
+    left = gradients(gpu, wanted, dy, dhanded, x, b, u, draw, side)
     dx = None
     if needs.dx and tile is not None:
         assert dh is not None
@@ -249,13 +238,22 @@ def _backward(
     return [dx, wanted.da, wanted.db, wanted.dresidual, dh if by_library else None]
 
 
-def _prepare(operands: kinds.Operands, results: kinds.Operands, ran: Collected, like: Tensor) -> kinds.Prepared | None:
-    """The pass that was just run, for other addresses; None in the interpreter, and where no launcher is known."""
-    count = len(operands) + len(results) + len(ran.workspaces)
-    device = like.device.index or 0
-    return kinds.prepare(
-        operands, results, ran.workspaces, lambda place: _direct().launches(ran.launches, place, count, device)
+def _run_first(
+    kind: tuple[object, ...], operands: kinds.Operands, run: Callable[[], list[Tensor | None]]
+) -> list[Tensor | None]:
+    """What ``run`` returns; of a new kind, its launches are kept, where a launcher is known for them."""
+    if not _kinds.is_new(kind):
+        return run()
+    with collected() as ran:
+        results = run()
+    first = operands[0]
+    assert first is not None
+    count, device = len(operands) + len(results) + len(ran.workspaces), first.device.index or 0
+    prepared = kinds.prepare(
+        operands, tuple(results), ran.workspaces, lambda place: _direct().launches(ran.launches, place, count, device)
     )
+    _kinds.keep(kind, prepared)
+    return results
 
 
 @cache
@@ -297,32 +295,23 @@ class _Draw(NamedTuple):
 
 
 def _one_read(
-    gpu: Gpu,
-    wanted: _Wanted,
-    dy: Tensor,
-    dhanded: Tensor | None,
-    x: Tensor,
-    k: int,
-    b_cat: Tensor,
-    u: Tensor,
-    draw: _Draw,
+    gpu: Gpu, wanted: _Wanted, dy: Tensor, dhanded: Tensor | None, x: Tensor, b: Tensor, u: Tensor, draw: _Draw,
     side: SideChannel,
-) -> tuple[Sum | None, Sum | None]:
+) -> tuple[Sum | None, Sum | None]:  # fmt: skip
     """du and dB from one pass over dy, dh and dA from one over x; returns what is left to add up for dA and dB."""
     from ..kernels.low_rank_grads import pass_over_dy, pass_over_x
-    from ..tuning.tiles import grads_tile
 
     da_left = db_left = du = None
-    m, n = dy.shape
+    (m, n), k = dy.shape, x.shape[1]
     need_du = wanted.dh is not None or wanted.dresidual is not None
     if need_du or wanted.db is not None:
         launch, du, db_left = pass_over_dy(
-            dy, b_cat, None if wanted.db is None else u, wanted.db, scaling=side.scaling, need_du=need_du,
-            tile=grads_tile(gpu, m, n, b_cat.shape[1], dy.dtype, _aligned(dy)),
+            dy, b, None if wanted.db is None else u, wanted.db, scaling=side.scaling, need_du=need_du,
+            tile=grads_tile(gpu, m, n, b.shape[1], dy.dtype, _aligned(dy)),
         )  # fmt: skip
         launch.run()
     if du is not None:
-        rank = b_cat.shape[1] if wanted.dh is None else wanted.dh.shape[1]
+        rank = b.shape[1] if wanted.dh is None else wanted.dh.shape[1]
         launch, da_left = pass_over_x(
             x, draw.seed, du, dhanded, wanted.dh, wanted.dresidual, wanted.da, wanted.mask_bytes(),
             shape=(m, k), rank=rank, hand_start=side.hand_start, c=side.c, scaling=side.scaling,
@@ -334,27 +323,18 @@ def _one_read(
 
 
 def _two_reads(
-    gpu: Gpu,
-    wanted: _Wanted,
-    dy: Tensor,
-    dhanded: Tensor | None,
-    x: Tensor,
-    k: int,
-    b_cat: Tensor,
-    u: Tensor,
-    draw: _Draw,
+    gpu: Gpu, wanted: _Wanted, dy: Tensor, dhanded: Tensor | None, x: Tensor, b: Tensor, u: Tensor, draw: _Draw,
     side: SideChannel,
-) -> tuple[Sum | None, Sum | None]:
+) -> tuple[Sum | None, Sum | None]:  # fmt: skip
     """dh from one pass over dy, then dA and dB from one over x and another over dy; returns as ``_one_read``."""
     from ..kernels.outer_products import outer_products
     from ..kernels.project import project
-    from ..tuning.tiles import outer_tile, project_tile
 
     assert wanted.dh is not None
-    m, n = dy.shape
+    (m, n), k = dy.shape, x.shape[1]
     rank = wanted.dh.shape[1]
     for launch in project(
-        dy, b_cat.T, dhanded, None, wanted.dh, wanted.dresidual, 0, threshold=0, keep_scale=side.scaling,
+        dy, b.T, dhanded, None, wanted.dh, wanted.dresidual, 0, threshold=0, keep_scale=side.scaling,
         c=side.c, residual_start=side.hand_start, tile=project_tile(gpu, m, n, rank, dy.dtype),
     ):  # fmt: skip
         launch.run()
@@ -369,9 +349,6 @@ def _two_reads(
 
 def _forward_choice(x: Tensor, weight: Tensor, rank: int, given: bool, masked: bool, scaling: float) -> FormChoice:
     """``given``: u is known. ``masked``: there is dropout."""
-    from ..tuning.forms import choose
-    from ..tuning.gpus import gpu_of
-
     (m, k), n, products = x.shape, weight.shape[0], precision(x.dtype)
     one_pass = not given and not masked and rank <= ONE_PASS_RANK
     if x.dtype == torch.float16 and abs(scaling) > 1:
@@ -407,17 +384,9 @@ def grouped_forward(
 
 
 def grouped_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    u: Tensor,
-    offsets: Tensor,
-    rows: Tensor | None,
-    scaling: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, u: Tensor, offsets: Tensor, rows: Tensor | None,
+    scaling: float, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dx [S, K], dA [E, R, K] and dB [E, N, R] of ``grouped_forward``; None for one that ``needs`` leaves out."""
     from ..kernels.grouped_matmul import grouped_matmul, grouped_outer_products, tile_table
 

@@ -3,24 +3,32 @@
 ``JITFunction`` specialises every argument of every call to find the kernel that was compiled for it, and encodes every
 tensor map. For a call whose kind is known all this is known but addresses: the driver's launcher is called with them.
 Which arguments it takes differs between versions; one that is not known here is left to ``JITFunction``.
+
+A driver that stands in for one of a GPU tells what is launched either way, on a machine that has none.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import triton
 from torch import Tensor
+from triton import compiler
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from ..tuning.launch import Launch
 
 KNOWN = ("3.4", "3.5", "3.6", "3.7")  # versions whose launcher was read
 _RUNTIME = triton.knobs.runtime
+STUB_DEVICE = 1000  # Triton keeps compiled kernels by device
 MOST_MAPS = 4096  # of one operand; an address that comes again finds its own
 LaunchAll = Callable[[list[int]], None]
 _Run = Callable[[int, Sequence[Any]], None]
@@ -32,7 +40,7 @@ def unknown_reason() -> str | None:
         return "kernels run in the interpreter"
     if version() not in KNOWN:
         return f"the launcher of Triton {version()} is not one of those known, {', '.join(KNOWN)}"
-    name = type(triton.runtime.driver.active).__name__
+    name = type(driver.active).__name__
     return None if name in ("CudaDriver", "StubDriver") else f"it has no launcher for the {name}"
 
 
@@ -65,7 +73,7 @@ def launches(ran: Sequence[tuple[Launch, Any]], place: dict[int, int], count: in
     constants, maps = tuple(table.constants), tuple(table.maps)
     begin = {"address": 0, "constant": count, "map": count + len(constants)}
     runs = [(run, itemgetter(*[begin[part] + at for part, at in wanted])) for run, wanted in kernels]
-    stream_of = triton.runtime.driver.active.get_current_stream
+    stream_of = driver.active.get_current_stream
 
     def launch_all(addresses: list[int]) -> None:
         stream = stream_of(device)
@@ -163,3 +171,79 @@ def _run_of(compiled: Any, grid: tuple[int, ...]) -> _Run | None:
         raw(x, y, z, stream, *fixed, *arguments)
 
     return run_earlier
+
+
+class StubDriver:
+    """Answers what Triton asks a driver; keeps what is launched: a kernel's name, and what its launcher was given."""
+
+    def __init__(self, capability: int) -> None:
+        self.launched: list[tuple[str, tuple[Any, ...]]] = []
+        self.maps: list[tuple[Any, ...]] = []  # what tensor maps were made of
+        self.compiled: list[str] = []  # names of kernels, one for each compile key
+        self.kernels: list[Any] = []  # the JIT functions themselves
+        self.target = GPUTarget("cuda", capability, 32)
+        self.utils = SimpleNamespace(fill_tma_descriptor=self._encode, fill_tma_descriptor_tiled=self._encode)
+
+    def _encode(self, *described: Any) -> tuple[Any, ...]:
+        self.maps.append(described)
+        return described
+
+    def _launch(self, name: str, *given: Any) -> None:
+        self.launched.append((name, given))
+
+    def get_current_target(self) -> Any:
+        """What to compile for."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """One of its own."""
+        return STUB_DEVICE
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        """None is used."""
+        return 0
+
+    def compile(self, source: Any, target: Any = None, options: Any = None, **_: Any) -> Any:
+        """In place of Triton's: a kernel that the launcher of this version can be asked to launch."""
+        from triton.backends.nvidia import driver as nvidia
+
+        name = source.fn.__name__
+        self.compiled.append(name)
+        self.kernels.append(source.fn)
+        described = [kind for kind in source.signature.values() if str(kind).startswith("tensordesc")]
+        metadata = {"swizzle": 0, "elem_size": 2, "elem_type": 0, "block_size": (), "fp4_padded": False}
+        maps = [metadata] * len(described)
+
+        launch = partial(self._launch, name)  # no Python function, as the real one is none
+        launcher: Any = nvidia.CudaLauncher.__new__(nvidia.CudaLauncher)
+        vars(launcher).update(
+            launch=_with_maps(nvidia.wrap_handle_tensordesc, launch, source.signature, maps) if maps else launch,
+            num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
+            launch_cooperative_grid=False, launch_pdl=False, arg_annotations=(), kernel_signature=b"",
+        )  # fmt: skip
+        return SimpleNamespace(
+            run=launcher, function=1, packed_metadata=(), metadata=SimpleNamespace(tensordesc_meta=maps),
+            launch_metadata=lambda *_: None,
+        )  # fmt: skip
+
+
+def _with_maps(wrap: Any, launch: Any, signature: Any, maps: list[Any]) -> Any:
+    """Triton 3.4 tells descriptors by their type, later versions by the signature."""
+    takes_signature = wrap.__code__.co_argcount == 3
+    return wrap(launch, signature, maps) if takes_signature else wrap(launch, maps)
+
+
+@contextmanager
+def stub_driver(capability: int) -> Iterator[StubDriver]:
+    """Inside, kernels are launched on an NVIDIA GPU that is not there, by calls that are kept and do nothing."""
+    stub = StubDriver(capability)
+    driver.set_active(stub)
+    try:
+        with mock.patch.object(compiler, "compile", stub.compile):
+            yield stub
+    finally:
+        for kernel in stub.kernels:
+            kernel.device_caches.pop(STUB_DEVICE, None)
+            kernel.compile = compiler.compile
+        with suppress(RuntimeError):  # there is no other driver on a machine without a GPU
+            driver.reset_active()
