@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import select
 from ..backends import triton as kernels
+from ..backends.torch import scaled_product
 
 
 class Groups(NamedTuple):
@@ -139,11 +140,11 @@ class _AddLowRank(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             for e, start, stop in _parts(offsets):
                 own_dy = _taken(grads, rows, start, stop)
-                du = (own_dy @ low_b[e]).mul_(ctx.scaling)
+                du = scaled_product(own_dy, low_b[e], ctx.scaling)
                 if da is not None:
                     da[e] = du.t() @ _taken(tokens, rows, start, stop)
                 if db is not None:
-                    db[e] = (u[start:stop].t() @ own_dy).mul_(ctx.scaling).t()
+                    db[e] = scaled_product(u[start:stop].t(), own_dy, ctx.scaling).t()
                 if dx is not None and rows is None:
                     torch.mm(du, low_a[e], out=dx[start:stop])
                 elif dx is not None:

@@ -138,9 +138,9 @@ def on_matrix_unit(dtype: torch.dtype, products: str) -> bool:
 
 
 def _tf32_allowed() -> bool:
-    """By the setting of PyTorch 2.9 and later where it is in use: it and the older one refuse to be mixed."""
-    for holder in (getattr(torch.backends.cuda, "matmul", None), torch.backends):
-        setting = getattr(holder, "fp32_precision", "none")
-        if setting != "none":
-            return bool(setting == "tf32")
-    return torch.get_float32_matmul_precision() != "highest"
+    """By the setting of PyTorch 2.9 and later where there is one, which follows the older one.
+
+    The older one refuses to be read as soon as one of the new ones, those of a CPU among them, says something else.
+    """
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return bool(torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32")

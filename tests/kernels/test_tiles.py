@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import json
+import operator
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -113,6 +117,50 @@ def test_rates_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, rates in known.items():
         found = gpus.with_rates(hopper, name)
         assert (found.flops, found.bandwidth) == rates
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="a setting of PyTorch 2.9")
+@pytest.mark.parametrize(
+    ("places", "value", "expected"),
+    [
+        (("cuda.matmul",), "tf32", "tf32"),
+        (("",), "tf32", "tf32"),
+        (("mkldnn.matmul",), "bf16", "ieee"),
+        (("", "cuda.matmul"), "ieee", "ieee"),
+    ],
+)
+def test_float32_is_multiplied_as_torch_is_set(places: tuple[str, ...], value: str, expected: str) -> None:
+    """Wherever it is set, also where ``torch.get_float32_matmul_precision`` raises; other dtypes have no such thing."""
+    holders = [operator.attrgetter(f"backends.{place}".rstrip("."))(torch) for place in places]
+    before = [holder.fp32_precision for holder in holders]
+    try:
+        for holder in holders:
+            holder.fp32_precision = value
+        assert (launch.precision(torch.float32), launch.precision(BF16)) == (expected, "ieee")
+    finally:
+        for holder, setting in zip(holders, before, strict=True):
+            holder.fp32_precision = setting
+    assert (torch.get_float32_matmul_precision(), launch.precision(torch.float32)) == ("highest", "ieee")
+
+
+def test_a_thread_is_given_the_context_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that autograd started has none, and without it the driver encodes no tensor map."""
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    recorded: list[torch.device] = []
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=lambda: recorded.append(device))
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(device))
+
+    def call(device: torch.device) -> int:
+        tensor: Any = SimpleNamespace(is_cuda=True, device=device)
+        with kinds.on_device(tensor):
+            return len(recorded)
+
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        bound = [pool.submit(call, device).result() for pool in (first, second) for device in (*devices, devices[0])]
+    assert bound == [1, 2, 2, 3, 4, 4]
 
 
 def test_auto_never_takes_a_backend_that_was_measured_slower(table: None) -> None:
