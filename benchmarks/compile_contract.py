@@ -11,7 +11,6 @@ compiles, and stops before it would load the result. The machine code is then re
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -351,14 +350,11 @@ def report(rows: Sequence[Row]) -> dict[str, Any]:
     """What goes to the result file."""
     import triton
 
-    git = functools.partial(_output, "git", "-C", str(ROOT))
     return {
         "format": "triton contract",
         "date": date.today().isoformat(),
         "triton": triton.__version__,
-        "commit": git("rev-parse", "HEAD").strip(),
         "sources": digest(kernel_sources()),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
         "rows": [asdict(row) for row in rows],
     }
 
