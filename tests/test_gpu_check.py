@@ -339,7 +339,8 @@ class StandInTimer:
 
 def test_tuning_writes_the_table_that_the_choice_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "measured.json"
-    path.write_text(json.dumps({"sm_80": {"matmuls": [], "calls": [], "machine": "kept"}}))
+    before = {"sm_80": {"matmuls": [], "calls": [], "machine": "kept"}, "sm_90": {"rates": {"H100": [6e14, 2e12]}}}
+    path.write_text(json.dumps(before))
     gpu = gpus.GENERATIONS["sm_90"]
     shapes = [tune.Shape(8192, 4096, 14336), tune.Shape(16, 4096, 4096), tune.Shape(8192, 4096, 4096, 128)]
     told: list[int] = []
@@ -348,6 +349,8 @@ def test_tuning_writes_the_table_that_the_choice_reads(tmp_path: Path, monkeypat
     content = json.loads(path.read_text())
     assert content["sm_80"]["machine"] == "kept" and content["sm_90"]["machine"] == "H200" and told == [1, 2, 3]
     monkeypatch.setattr(gpus, "table", lambda: content)
+    of_devices = [gpus.with_rates(gpu, name) for name in ("H200", "H100")]
+    assert [(found.flops, found.bandwidth) for found in of_devices] == [(7e14, 4e12), (6e14, 2e12)]
     near = {"m": 8000, "n": 14336, "k": 4096, "rank": 16}
     row = gpus.nearest("sm_90", "matmuls", near, {"dtype": "torch.bfloat16", "one_pass": True})
     assert row is not None and (row["form"], row["seconds"]) == ("two_pass", 1e-4)
