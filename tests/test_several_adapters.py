@@ -274,6 +274,10 @@ def test_layers_of_other_kinds_sum_too(make: Any) -> None:
         wanted = expected(x)
     set_adapter(model, ["a", "b"])
     assert relative_error(model(x), wanted) < 1e-10
+    merge_reslora(model)
+    assert relative_error(model(x), wanted) < 1e-10
+    unmerge_reslora(model)
+    assert relative_error(model(x), wanted) < 1e-10
     if make in (attending, of_experts):
         with pytest.raises(ValueError, match="single samples"), adapters_per_sample(model, ["a", "b", "a"]):
             pass
@@ -340,8 +344,6 @@ def test_a_peft_model_does_the_same(shortcut: str) -> None:
     tokens = BATCH["input_ids"][:4]
     model.base_model.set_adapter(["a", "b"])
     assert relative_error(logits(model), logits(set_adapter(native, ["a", "b"]))) < 1e-12
-    with pytest.raises(ValueError, match="in force together"):
-        model.merge_adapter()
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(llama().double()))
     with pytest.raises(ValueError, match="of the PeftModel"), disable_adapter(model):
@@ -419,7 +421,7 @@ def test_what_cannot_be_right_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="names that differ"):
         set_adapter(model, ["a", "a"])
     set_adapter(model, ["a", "b"])
-    for one in (inspect, merge_reslora, lambda m: save_adapter(m, tmp_path / "x")):
+    for one in (inspect, lambda m: save_adapter(m, tmp_path / "x")):
         with pytest.raises(ValueError, match=r"set_adapter\(model, 'a'\)"):
             one(model)
     add_adapter(model, "dora", ResLoRAConfig(r=2, use_dora=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
@@ -17,19 +18,27 @@ from reslora_kernels import (
     ResLoRALinear,
     adapter_names,
     add_adapter,
+    add_weighted_adapter,
     apply_reslora,
     collect_statistics,
+    disable_adapter,
+    export_peft,
+    load_adapter,
     merge_and_unload,
     merge_reslora,
     reference,
+    save_adapter,
+    set_adapter,
     unload,
     unmerge_reslora,
 )
+from reslora_kernels.adapt.record import layers_in_place
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, llama, logits, randomize
 from .test_merging import WIDTH, batches, pieces
 from .test_merging import adapted as residual
+from .test_several_adapters import of_peft, peft_two, two
 
 BATCH = FAMILIES["llama"].batch(1)
 
@@ -153,6 +162,121 @@ class TestMerged:
             model.load_state_dict(model.state_dict(), strict=True)
 
 
+class TestSumOfAdapters:
+    @pytest.mark.parametrize("pair", [("none", "none"), ("block", "none"), ("block", "block")])
+    def test_is_merged_exactly_and_comes_apart_again(self, pair: tuple[str, str]) -> None:
+        model = set_adapter(two(*pair), ["a", "b"])
+        before, state = logits(model), {name: p.clone() for name, p in model.state_dict().items()}
+        report = merge_reslora(model)
+        rank = (
+            4 + 3 if pair[0] == pair[1] == "none" else 7 + (4 if pair[0] == "block" else 0) + 3 * (pair[1] == "block")
+        )
+        assert {row.method for row in report.rows} == {"exact"} and max(row.rank for row in report.rows) == rank
+        assert len(report.rows) == 3 * 3
+        assert relative_error(logits(model), before) < 1e-12
+        assert {name for name in model.state_dict() if "lora" in name} == set(), "a plain model to whoever saves it"
+        for refused in (lambda: set_adapter(model, "a"), lambda: merge_reslora(model), lambda: disabled(model)):
+            with pytest.raises(ValueError, match="merged"):
+                refused()
+        unmerge_reslora(model)
+        after = model.state_dict()
+        assert after.keys() == state.keys() and all(torch.equal(after[name], p) for name, p in state.items())
+        assert torch.equal(logits(model), before)
+
+    def test_has_the_weights_of_peft(self) -> None:
+        model = two()
+        theirs = peft_two(model)
+        theirs.merge_adapter(adapter_names=["a", "b"])
+        merge_reslora(set_adapter(model, ["a", "b"]))
+        for name, layer in layers_in_place(model).items():
+            assert relative_error(layer.weight, theirs.base_model.model.get_submodule(name).weight) < 1e-12
+
+    @pytest.mark.parametrize("names", [["a", "b"], ["b", "a"], ["b"], None])
+    @pytest.mark.parametrize("shortcut", ["none", "block"])
+    def test_of_a_peft_model_too(self, shortcut: str, names: Any) -> None:
+        """Whichever are in force, those named are merged, and those that were in force are so afterwards."""
+        model, native = of_peft(shortcut), two(shortcut)
+        wanted = logits(set_adapter(native, names or ["a"]))
+        model.base_model.set_adapter("a")
+        before, trained = logits(model), [p.requires_grad for p in model.parameters()]
+        model.merge_adapter(adapter_names=names)
+        assert relative_error(logits(model), wanted) < 1e-12
+        merged = model.base_model.model.model.layers[0].self_attn.q_proj.merged_adapters
+        assert sorted(merged) == sorted(names or ["a"])
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        for other in {"a", "b"} - {*merged} or ["a"] * (len(merged) > 1):
+            with pytest.raises(ValueError, match="is merged into the weights"):
+                layer.set_adapter(other)
+        model.unmerge_adapter()
+        assert model.active_adapters == ["a"] and torch.equal(logits(model), before)
+        assert [p.requires_grad for p in model.parameters()] == trained
+        plain = model.merge_and_unload(adapter_names=names)
+        assert relative_error(logits(plain), wanted) < 1e-12
+        assert plain.state_dict().keys() == llama().state_dict().keys()
+
+    def test_each_is_saved_from_peft_as_peft_does(self, tmp_path: Path) -> None:
+        model = of_peft("input")
+        model.base_model.set_adapter(["a", "b"])
+        model.save_pretrained(tmp_path / "all")
+        model.save_pretrained(tmp_path / "some", selected_adapters=["b"])
+        again = PeftModel.from_pretrained(llama().double(), tmp_path / "all" / "a", adapter_name="a")
+        again.load_adapter(tmp_path / "some" / "b", "b")
+        again.base_model.set_adapter(["a", "b"])
+        assert torch.equal(logits(again.eval()), logits(model))
+        assert sorted(path.name for path in (tmp_path / "some").iterdir() if path.is_dir()) == ["b"]
+
+    def test_each_is_saved_and_exported_by_its_name(self, tmp_path: Path) -> None:
+        model = set_adapter(two("block", "none"), ["b", "a"])
+        before, trained = logits(model), [name for name, p in model.named_parameters() if p.requires_grad]
+        for name in "ab":
+            save_adapter(model, tmp_path / name, adapter_name=name)
+            export_peft(model, tmp_path / f"peft_{name}", adapter_name=name)
+        assert adapter_names(model) == ["b", "a"] and torch.equal(logits(model), before)
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+        for name in "ab":
+            wanted = logits(set_adapter(model, name))
+            assert torch.equal(logits(load_adapter(llama().double(), tmp_path / name)), wanted)
+            assert relative_error(
+                logits(PeftModel.from_pretrained(llama().double(), tmp_path / f"peft_{name}")), wanted
+            ) < 1e-12  # fmt: skip
+        with pytest.raises(ValueError, match="must be one of"):
+            save_adapter(model, tmp_path / "c", adapter_name="c")
+        set_adapter(model, ["a", "b"])
+        for one in (save_adapter, export_peft):
+            with pytest.raises(ValueError, match="where there is an adapter_name="):
+                one(model, tmp_path / "x")
+
+    @pytest.mark.parametrize("pair", [("none", "input"), ("middle", "none")])
+    def test_what_is_fitted_is_refused_by_name(self, pair: tuple[str, str]) -> None:
+        adapter, shortcut = ("b", "input") if pair[1] == "input" else ("a", "middle")
+        model, peft = set_adapter(two(*pair), ["a", "b"]), of_peft(shortcut)
+        before = logits(model)
+        with pytest.raises(
+            ValueError, match=rf"of adapter '{adapter}' has shortcut='{shortcut}'.*add_weighted_adapter"
+        ):
+            merge_reslora(model, calibration=[BATCH])
+        assert torch.equal(logits(model), before)
+        peft.base_model.set_adapter("b")
+        with pytest.raises(ValueError, match=f"has shortcut='{shortcut}'"):
+            peft.merge_adapter(["a", "b"])
+        assert (
+            peft.active_adapters == ["b"]
+            and relative_error(logits(peft), logits(set_adapter(two(shortcut), "b"))) < 1e-12
+        )
+
+    def test_a_weighted_sum_leaves_all_in_force(self) -> None:
+        model = set_adapter(two(), ["a", "b"])
+        wanted = logits(model)
+        add_weighted_adapter(model, ["a", "b"], [1, 1], "sum", "cat")
+        assert adapter_names(model)[:2] == ["a", "b"] and torch.equal(logits(model), wanted)
+        assert relative_error(logits(set_adapter(model, "sum")), wanted) < 1e-12
+
+
+def disabled(model: nn.Module) -> None:
+    with disable_adapter(model):
+        pass
+
+
 class TestUnload:
     @pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
     def test_merged_is_plain_and_the_same(self, shortcut: str) -> None:
@@ -178,6 +302,13 @@ class TestUnload:
         add_adapter(model, "other", ResLoRAConfig(r=2, shortcut="input"))
         assert len(adapter_names(model)) == 2
         assert_plain(unload(model))
+
+    @pytest.mark.parametrize("merged", [False, True])
+    def test_several_in_force_go_too(self, merged: bool) -> None:
+        model = set_adapter(two("block"), ["b", "a"])
+        before = logits(model) if merged else logits(llama().double())
+        assert_plain(merge_and_unload(model) if merged else unload(model))
+        assert relative_error(logits(model), before) < 1e-12
 
     def test_nan_is_refused_and_nothing_merged(self) -> None:
         model = adapted()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,13 +75,12 @@ def adapted_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     Raises:
         ValueError: several adapters are in force, and whoever asks means one.
     """
-    check_module("model", model)
     record = record_of(model)
     if record.together:
         names = [record.name, *record.together]
         raise ValueError(
-            f"adapters {names} are in force together, and this is for one: call set_adapter(model, {names[0]!r}). "
-            "add_weighted_adapter makes one of several, which merges, saves and exports"
+            f"adapters {names} are in force together, and this is for one: call set_adapter(model, {names[0]!r}), or "
+            "say which where there is an adapter_name=. add_weighted_adapter makes one of several"
         )
     return layers_in_place(model)
 
@@ -91,6 +91,15 @@ def layers_in_place(model: nn.Module) -> dict[str, AdapterLayer]:
     if beside is not None:
         return dict(beside)
     return layers_by_name(root_of(model))
+
+
+def in_force(model: nn.Module) -> list[tuple[Record, dict[str, AdapterLayer]]]:
+    """The record and the layers by name of each adapter in force."""
+    record = record_of(model)
+    placed = layers_in_place(model)
+    if record.together and record.layers is None:
+        placed = {name: layer for name, layer in placed.items() if name in record.layer_names}
+    return [(record, placed), *((record.others[name].record, record.others[name].layers) for name in record.together)]
 
 
 def layers_by_name(root: nn.Module) -> dict[str, AdapterLayer]:
@@ -106,23 +115,30 @@ def without_compiled(name: str) -> str:
 def complete_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """``adapted_layers``; ValueError, which names it, if one is no longer in the model or was trained elsewhere."""
     layers = adapted_layers(model)
-    if record_of(model).spread:
-        raise ValueError(record_of(model).spread)
-    gone = sorted(set(record_of(model).layer_names) - layers.keys())
+    refuse_incomplete(record_of(model), layers)
+    return layers
+
+
+def refuse_incomplete(record: Record, layers: Mapping[str, AdapterLayer]) -> None:
+    """The same for one of the adapters in force."""
+    if record.spread:
+        raise ValueError(record.spread)
+    gone = sorted(set(record.layer_names) - layers.keys())
     if gone:
         raise ValueError(
             f"layer {gone[0]!r} was adapted and is gone: another was put in its place (resize_token_embeddings does "
             "that). Change the model first, then adapt it"
         )
-    return layers
 
 
 def root_of(model: nn.Module) -> nn.Module:
     """The module that apply_reslora was given, which may sit inside a wrapper such as DDP.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: there is none.
     """
+    check_module("model", model)
     for module in model.modules():
         if isinstance(module.__dict__.get("_reslora"), Record):
             return module

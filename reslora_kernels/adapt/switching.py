@@ -74,8 +74,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> nn.Modul
     """Put another adapter in force. Do so before the model is wrapped (DDP) or sharded, and build an optimizer for it.
 
     Several names put all of them in force: a layer then computes x Wᵀ + b + the sum of their low-rank terms, each with
-    its own scaling, dropout and chain, and all of them train. What is for one adapter (``save_adapter``,
-    ``merge_reslora``, ``inspect``, ...) is refused meanwhile.
+    its own scaling, dropout and chain, and all of them train. ``merge_reslora`` merges their sum; ``save_adapter`` and
+    ``export_peft`` take one of them by its name. What is for one adapter (``inspect``, ...) is refused meanwhile.
 
     Returns:
         ``model``.
@@ -233,6 +233,21 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for part, disabled in before.items():
             part.disabled = disabled
+
+
+@contextmanager
+def only_in_force(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
+    """For the block, one adapter in force by itself; None: those that are in force."""
+    record = record_of(model)
+    before = [record.name, *record.together]
+    if adapter_name is None or [adapter_name] == before:
+        yield
+        return
+    set_adapter(model, adapter_name)
+    try:
+        yield
+    finally:
+        set_adapter(model, before)
 
 
 @contextmanager

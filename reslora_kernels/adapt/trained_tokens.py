@@ -19,7 +19,7 @@ from ..config import ResLoRAConfig, matches, with_parents
 from ..layers.embedding import ResLoRAEmbedding, scaled
 from ..layers.kinds import is_linear, kind_of
 from ..layers.linear import ResLoRALinear
-from .record import TOKENS, Record, adapted_layers, record_of, root_of
+from .record import TOKENS, Record
 
 
 def tables(model: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
@@ -142,12 +142,12 @@ def tie(model: nn.Module, record: Record, layers: Mapping[str, Any]) -> None:
             ]
 
 
-def heads_with_adapters(model: nn.Module) -> dict[str, list[str]]:
-    """The names of the heads that have the adapter of an embedding, by the name of that."""
-    if not record_of(model).config.ensure_weight_tying:
+def heads_with_adapters(root: nn.Module, record: Record, layers: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of the heads that have the adapter of an embedding, by the name of that, of one adapter of ``root``."""
+    if not record.config.ensure_weight_tying:
         return {}
-    tables = {name: layer for name, layer in adapted_layers(model).items() if isinstance(layer, ResLoRAEmbedding)}
-    return {name: list(tied_heads(root_of(model), layer)) for name, layer in tables.items()}
+    tables = {name: layer for name, layer in layers.items() if isinstance(layer, ResLoRAEmbedding)}
+    return {name: list(tied_heads(root, layer)) for name, layer in tables.items()}
 
 
 class TiedHead:

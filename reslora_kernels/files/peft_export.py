@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adapt.checkpoints import Beside, beside
 from ..adapt.record import TOKENS, complete_layers, record_of, refuse_restarted, root_of
+from ..adapt.switching import only_in_force
 from ..adapt.targets import endings_of
 from ..adapt.trained_tokens import heads_with_adapters
 from ..checks import check_bool
@@ -88,6 +89,7 @@ def export_peft(
     layout: Layout = "peft",
     per_expert: bool = False,
     component: str | None = None,
+    adapter_name: str | None = None,
 ) -> ExportReport:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``: A and B per module, the scaling folded into B.
 
@@ -110,6 +112,7 @@ def export_peft(
             (GPT-OSS, Qwen3.5-MoE, Gemma 4) as PEFT writes them.
         component: what the pipeline calls the model ("unet", "text_encoder_2"), for layout "diffusers"; None asks its
             class.
+        adapter_name: which adapter of the model, in force or not; None is the one in force.
 
     Returns:
         the ranks, and the ``max_lora_rank`` that a server needs.
@@ -120,6 +123,24 @@ def export_peft(
             registered twice or named like a part of fused experts; or the model has lost an adapted layer or is
             partitioned by ZeRO-3, or ``path`` holds a whole model. Nothing is written then.
     """
+    how: dict[str, Any] = {
+        "method": method, "statistics": statistics, "calibration": calibration, "sequential": sequential,
+        "joint_steps": joint_steps, "extra_rank": extra_rank, "regularization": regularization,
+    }  # fmt: skip
+    with only_in_force(model, adapter_name):
+        return _export(model, path, pattern, layout, per_expert, component, how)
+
+
+def _export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    pattern: bool,
+    layout: Layout,
+    per_expert: bool,
+    component: str | None,
+    how: Mapping[str, Any],
+) -> ExportReport:
+    """``export_peft`` of the adapter in force, merged as ``how`` says."""
     layers = complete_layers(model)
     refuse_restarted(model)
     refuse_partitioned(model)
@@ -135,18 +156,14 @@ def export_peft(
             raise ValueError(f"layer {name!r} cannot be exported: {layer.exports}; merge the model and save it whole")
     merged = record_of(model).merged
     if merged is not None:
-        if any((method, statistics is not None, calibration is not None, sequential, joint_steps, extra_rank)):
+        if any(value not in (None, False, 0) for name, value in how.items() if name != "regularization"):
             raise ValueError(
                 "model is merged already and exports that merge: give no method, statistics, calibration, sequential, "
                 "joint_steps or extra_rank"
             )
         updates: dict[str, LowRankUpdate] = merged.updates
     else:
-        updates = compute_updates(
-            model, method,
-            statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
-            extra_rank=extra_rank, regularization=regularization,
-        )  # fmt: skip
+        updates = compute_updates(model, **how)
     ranks = {name: update.rank for name, update in updates.items()}
     rank = max(ranks.values())
     rank += -rank % lcm(*(layer.kernel_groups for layer in layers.values()))
@@ -158,7 +175,7 @@ def export_peft(
     of_parameters = {parameter_of(name): name for name, layer in layers.items() if isinstance(layer, ResLoRAExperts)}
     wrappers = wrapper_names(root_of(model), of_parameters)
     apart: dict[str, tuple[Tensor, Tensor]] = {}
-    heads = heads_with_adapters(model)
+    heads = heads_with_adapters(root_of(model), record_of(model), layers)
     for name, update in updates.items():
         layer, width = layers[name], update.rank if pattern else rank
         a, b = update.a, update.b * update.scaling

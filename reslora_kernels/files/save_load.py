@@ -25,7 +25,7 @@ from ..adapt.record import (
     refuse_restarted,
     root_of,
 )
-from ..adapt.switching import in_place_of_the_active_one
+from ..adapt.switching import in_place_of_the_active_one, only_in_force
 from ..adapt.targets import find_targets
 from ..adapt.trained_tokens import token_shapes
 from ..checks import check_bool, check_module
@@ -75,7 +75,7 @@ _MUST_AGREE = (
 )  # fmt: skip
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
     """Save the adapters, and what else a base model loaded anew would lack, to the folder ``path``.
 
     That is every other trained parameter, and frozen ones which the base checkpoint does not define: task heads,
@@ -85,6 +85,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     be; other files in it are left alone. A crash at any moment leaves the previous adapter or the new one, whole. File
     modes follow the umask. With a model sharded over processes all of them call this: the adapters are gathered, the
     first process writes them under their usual names, and all return when it has.
+
+    Args:
+        adapter_name: which adapter of the model, in force or not; None is the one in force.
 
     Returns:
         the folder.
@@ -96,6 +99,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         NotADirectoryError: ``path`` is a file.
         RuntimeError: the process that writes failed.
     """
+    with only_in_force(model, adapter_name):
+        return _save(model, path)
+
+
+def _save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     layers = complete_layers(model)
     refuse_restarted(model)
     refuse_beside(model, "saved", "call save_pretrained of the PeftModel, then reslora_kernels.peft.to_native")

@@ -39,6 +39,12 @@ class Beside(nn.Module):
         layer.training = mode
         return super().train(mode)
 
+    def _save_to_state_dict(self, *args: Any) -> None:
+        """As the layer itself: merged, there is no adapter to whoever saves the model."""
+        layer: Any = self.layer
+        if not layer.merged:
+            super()._save_to_state_dict(*args)
+
 
 def names_by_module(root: nn.Module, names: Sequence[str], beams: int) -> Callable[[nn.Module], list[str]]:
     """The adapter of each sample that a module of ``root`` sees: a beam search repeats samples, but for the encoder."""

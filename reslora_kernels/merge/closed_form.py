@@ -10,13 +10,14 @@ with v_n the shortcut's part of u_n. The rank stays r.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from ..adapt.record import Record, refuse_incomplete
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.shortcuts import hands_on, spread
@@ -99,6 +100,35 @@ def updates_of_chain(
         error = 0.0 if alone[n] else error
         updates.append(LowRankUpdate(merged_a[n], b[n], layer.scaling, "exact" if alone[n] else method, error))
     return updates
+
+
+def summed_updates(adapters: Sequence[tuple[Record, Mapping[str, AdapterLayer]]]) -> dict[str, LowRankUpdate]:
+    """The sum of what several adapters in force merge to: one update of all their ranks, by layer.
+
+    Raises:
+        ValueError: an adapter hands on, so that its merge is none of its own A and B, or has lost a layer.
+    """
+    parts: dict[str, list[LowRankUpdate]] = {}
+    for record, layers in adapters:
+        refuse_incomplete(record, layers)
+        fitted = next((n for n, layer in layers.items() if hands_on(layer.config.shortcut, layer.config.pre_num)), None)
+        if fitted is not None:
+            raise ValueError(
+                f"layer {fitted!r} of adapter {record.name!r} has shortcut={layers[fitted].config.shortcut!r}, whose "
+                "merge is fitted to what it sees with no other adapter in force: put it in force alone (set_adapter), "
+                "or make one adapter of several (add_weighted_adapter)"
+            )
+        names = {layer: name for name, layer in layers.items()}
+        for chain in record.chains:
+            for layer, update in zip(chain.layers, updates_of_chain(chain, "exact", None, 0.0), strict=True):
+                parts.setdefault(names[layer], []).append(update)
+    return {
+        name: LowRankUpdate(
+            torch.cat([each.a * each.scaling for each in own], -2), torch.cat([each.b for each in own], -1),
+            1.0, "exact", 0.0,
+        )
+        for name, own in parts.items()
+    }  # fmt: skip
 
 
 def plain_update(layer: AdapterLayer) -> LowRankUpdate:

@@ -96,7 +96,8 @@ def _merged(
     model: nn.Module, adapters: Sequence[str], method: MergeMethod | None, calibration: Iterable[Any] | None
 ) -> list[dict[str, LowRankUpdate]]:
     """What each adapter merges to; the one in force stays so."""
-    before = record_of(model).name
+    record = record_of(model)
+    before = [record.name, *record.together]
     updates = []
     try:
         for adapter in adapters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -13,7 +13,15 @@ from ..adapt.apply import replace_modules
 from ..adapt.checkpoints import release
 from ..adapt.coverage import table
 from ..adapt.execution import call_with, undisturbed
-from ..adapt.record import adapted_layers, complete_layers, record_of, refuse_beside, root_of
+from ..adapt.record import (
+    Record,
+    complete_layers,
+    in_force,
+    layers_in_place,
+    record_of,
+    refuse_beside,
+    root_of,
+)
 from ..adapt.trained_tokens import heads_with_adapters
 from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
@@ -22,7 +30,7 @@ from ..layers.adapter import AdapterLayer
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
 from ..quantizers import quantizer_of
-from .closed_form import NEVER_RAN, LowRankUpdate, updates_of_chain
+from .closed_form import NEVER_RAN, LowRankUpdate, summed_updates, updates_of_chain
 from .joint_fit import joint_updates
 from .sequential import sequential_updates
 from .statistics import Statistics, collect_statistics
@@ -81,7 +89,7 @@ def merge_reslora(
 
     ``none`` and ``block`` merge exactly, whatever the method, and need no data; neither does ``input`` with "weights".
     Every other merge is an approximation and needs ``statistics`` or ``calibration``. A layer that never ran on those
-    merges as plain LoRA, and the report says so.
+    merges as plain LoRA, and the report says so. Of several adapters in force the sum is merged, if each is exact.
 
     Args:
         model: an adapted model; changed in place.
@@ -113,10 +121,11 @@ def merge_reslora(
 
     Raises:
         TypeError, ValueError: an argument is not as above, data is missing, an update holds NaN or Inf, a weight is
-            shared with another module or quantised, or the model is sharded over processes. The model is unchanged
-            then.
+            shared with another module or quantised, or the model is sharded over processes; or several adapters are in
+            force of which one hands on. The model is unchanged then.
     """
-    layers = adapted_layers(model)
+    adapters = in_force(model)
+    layers = _places(adapters)
     record = record_of(model)
     check_bool("keep_original", keep_original)
     if record.merged is not None:
@@ -139,7 +148,8 @@ def merge_reslora(
         statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
         extra_rank=extra_rank, regularization=regularization,
     )  # fmt: skip
-    _refuse_tied(root_of(model), layers)
+    for one, own in adapters:
+        _refuse_tied(root_of(model), one, own)
     merged_weights: dict[str, Tensor] = {}
     for name, layer in layers.items():
         merged_weights[name] = layer.with_update(updates[name].delta()).to(layer.merged_dtype)
@@ -148,6 +158,7 @@ def merge_reslora(
     originals = {name: layer.original() for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.set_merged(merged_weights.pop(name))
+    _mark(adapters, True)
     for rows in record.tables.values():
         rows.merge(keep_original)
     record.merged = Merged(updates, originals if keep_original else None)
@@ -162,19 +173,32 @@ def unmerge_reslora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not merged, was merged with ``keep_original=False``, or is sharded over processes.
     """
-    layers = adapted_layers(model)
+    adapters = in_force(model)
     refuse_fsdp(model, "unmerged", "unmerge it before it is sharded")
     record = record_of(model)
     if record.merged is None:
         raise ValueError("model is not merged: there is nothing to restore")
     if record.merged.originals is None:
         raise ValueError("model was merged with keep_original=False: its weights can only be loaded from a checkpoint")
-    for name, layer in layers.items():
+    for name, layer in _places(adapters).items():
         layer.restore(record.merged.originals[name])
+    _mark(adapters, False)
     for rows in record.tables.values():
         rows.unmerge()
     record.merged = None
     return model
+
+
+def _places(adapters: Sequence[tuple[Record, Mapping[str, AdapterLayer]]]) -> dict[str, AdapterLayer]:
+    """The layer whose weight is merged into, by the name that adapters in force may share."""
+    return {name: layer for _, layers in reversed(adapters) for name, layer in layers.items()}
+
+
+def _mark(adapters: Sequence[tuple[Record, Mapping[str, AdapterLayer]]], merged: bool) -> None:
+    """Say of all adapters that the weights hold them, or do not."""
+    for _, layers in adapters:
+        for layer in layers.values():
+            layer.merged = merged
 
 
 def compute_updates(
@@ -189,9 +213,12 @@ def compute_updates(
     regularization: float = 1e-6,
 ) -> dict[str, LowRankUpdate]:
     """The plain update of every adapted layer, by name; arguments and errors as for ``merge_reslora``."""
-    layers = complete_layers(model)
     refuse_partitioned(model)
     refuse_fsdp(model, "merged or exported", "save_adapter(model, path), then load and merge it in one process")
+    _check_arguments(method, statistics, calibration, sequential, joint_steps, regularization)
+    if record_of(model).together:
+        return summed_updates(in_force(model))
+    layers = complete_layers(model)
     if (sequential or joint_steps) and is_sharded(model):
         raise ValueError(
             f"a tensor parallel model merges without sequential={sequential} and joint_steps={joint_steps}, which "
@@ -199,7 +226,7 @@ def compute_updates(
         )
     record = record_of(model)
     config = record.config
-    method = _checked_method(config, method, statistics, calibration, sequential, joint_steps, regularization)
+    method = _checked_method(config, method, statistics, calibration, sequential, joint_steps)
     _check_extra_rank(extra_rank, joint_steps)
     if not hands_on(config.shortcut, config.pre_num):
         calibration = None  # exact: data would change nothing
@@ -226,15 +253,14 @@ def compute_updates(
     return {name: by_layer[layer] for name, layer in layers.items()}
 
 
-def _checked_method(
-    config: ResLoRAConfig,
+def _check_arguments(
     method: str | None,
     statistics: Statistics | None,
     calibration: Iterable[Any] | None,
     sequential: bool,
     joint_steps: int,
     regularization: float,
-) -> MergeMethod:
+) -> None:
     allowed = get_args(MergeMethod)
     if method is not None and method not in allowed:
         raise ValueError(f"method must be None or one of {', '.join(map(repr, allowed))}, got {method!r}")
@@ -249,7 +275,17 @@ def _checked_method(
     check_bool("sequential", sequential)
     check_int("joint_steps", joint_steps, 0, None)
     check_number("regularization", regularization, "a finite number of 0 or more", lambda v: v >= 0)
-    chosen: MergeMethod = method or config.merge  # type: ignore[assignment]
+
+
+def _checked_method(
+    config: ResLoRAConfig,
+    method: MergeMethod | None,
+    statistics: Statistics | None,
+    calibration: Iterable[Any] | None,
+    sequential: bool,
+    joint_steps: int,
+) -> MergeMethod:
+    chosen = method or config.merge
     if not hands_on(config.shortcut, config.pre_num):
         return chosen
     again = "sequential=True" if sequential else f"joint_steps={joint_steps}" if joint_steps else None
@@ -289,10 +325,12 @@ def _check_statistics(statistics: Statistics | None, layers: dict[str, AdapterLa
         raise ValueError("statistics hold no batch: run the model inside collect_statistics")
 
 
-def _refuse_tied(root: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+def _refuse_tied(root: nn.Module, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
     owners: dict[int, str] = {}
     weights = {id(layer.weight): name for name, layer in layers.items()}
-    tied = {f"{head}.weight" for heads in heads_with_adapters(root).values() for head in heads}  # change alike
+    tied = {
+        f"{head}.weight" for heads in heads_with_adapters(root, record, layers).values() for head in heads
+    }  # change alike
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) in weights and name not in tied:
             first = owners.setdefault(id(parameter), name)
@@ -323,6 +361,8 @@ def unload(model: nn.Module) -> nn.Module:
             hook.remove()
     for rows in record.tables.values():
         rows.remove()
+    for layer in layers.values():
+        layer.stand_alone()
     plain = {id(layer): layer.leave() for layer in layers.values()}
     replace_modules(root, plain)
     dense = [
@@ -336,8 +376,8 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def _unloadable(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapted layers, if they can be taken out now."""
-    layers = adapted_layers(model)
+    """The adapted layers in their places, if they can be taken out now."""
+    layers = layers_in_place(model)
     refuse_beside(model, "unloaded", "call unload or merge_and_unload of the PeftModel")
     refuse_fsdp(model, "unloaded", "unload it before it is sharded")
     if any(layer.observer is not None for layer in layers.values()):

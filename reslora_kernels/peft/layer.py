@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapt.apply import replace_modules, without_hand_over
 from ..adapt.linking import Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from ..adapt.obstacles import refuse_foreign_hooks
-from ..adapt.record import Record
+from ..adapt.record import Record, SetAside
 from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
 from ..layers.kinds import KINDS, kind_of
@@ -89,8 +89,9 @@ class Adapters:
         return {name: self.records[name].layers or {} for name in names if name in self.records}
 
     def refuse_merged_but(self, names: Sequence[str]) -> None:
-        """ValueError while an adapter is merged that is not one of these."""
-        merged = [name for name, record in self.records.items() if record.merged is not None and name not in names]
+        """ValueError while other adapters are merged than these."""
+        held = ({record.name, *record.together} for record in self.records.values() if record.merged is not None)
+        merged = next((sorted(together) for together in held if together != set(names)), None)
         if merged:
             raise ValueError(f"adapter {merged[0]!r} is merged into the weights: call unmerge_adapter() first")
 
@@ -98,9 +99,10 @@ class Adapters:
         self.root.__dict__.pop("_reslora", None)
         for record in self.records.values():
             record.put_in_force(any(record is one for one in chosen))
-            record.together = ()
+            record.together, record.others = (), {}
         if chosen:
             chosen[0].together = tuple(record.name for record in chosen[1:])
+            chosen[0].others = {record.name: SetAside(record, dict(record.layers or {})) for record in chosen[1:]}
             self.root.__dict__["_reslora"] = chosen[0]
 
 
@@ -228,7 +230,7 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        """The name of the adapter that the weight holds, if any."""
+        """The names of the adapters that the weight holds."""
         return [name for name, adapter in self.reslora_adapter.items() if adapter.merged]
 
     @property
@@ -282,7 +284,7 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
         if self.samples is not None:
             held = dict(self.reslora_adapter)
             return in_parts(next(iter(held.values())), parts_for(self.samples, held), x)
-        if len(adapters) > 1:
+        if len(adapters) > 1 and not adapters[0].merged:
             return in_parts(adapters[0], (Part(adapters),), x)
         y = adapters[0](x)
         return y

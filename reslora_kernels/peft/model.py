@@ -28,12 +28,13 @@ from .layer import ResLoRALayer, adapters_of, refuse_taken_off_hooks
 class ResLoRAModel(BaseTuner):
     """A model with ResLoRA adapters. Those in force sum; ``adapter_names`` in a forward has one for each sample.
 
-    What cannot be right is refused by name: DoRA beside another adapter, merges of several adapters at once, or that
+    What cannot be right is refused by name: DoRA beside another adapter, merges of several that are not exact, or that
     need data and get none.
     """
 
     prefix = "reslora_"
     tuner_layer_cls = ResLoRALayer
+    _before_merge: list[str] | None = None  # the adapters in force before others were merged
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -182,6 +183,14 @@ class ResLoRAModel(BaseTuner):
     def _merged(self) -> bool:
         return any(record.merged is not None for record in adapters_of(self.model).records.values())
 
+    @contextmanager
+    def _trained_as_before(self) -> Iterator[None]:
+        """For a block that puts other adapters in force: what trains is what trained before."""
+        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        yield
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+
     def merge_adapter(  # type: ignore[override]
         self,
         adapter_names: list[str] | None = None,
@@ -192,13 +201,14 @@ class ResLoRAModel(BaseTuner):
         statistics: Statistics | None = None,
         **how: Any,
     ) -> MergeReport | None:
-        """Merge the adapter in force into the weights, so that ``unmerge_adapter`` can restore them bit for bit.
+        """Merge adapters into the weights, so that ``unmerge_adapter`` can restore them bit for bit.
 
-        "none" and "block" merge exactly. The other shortcuts are approximated: ``calibration`` is batches for the
-        model, ``statistics`` what ``collect_statistics`` gathered. "input" with method "weights" needs neither.
+        "none" and "block" merge exactly, and the sum of several such adapters does. The other shortcuts are
+        approximated, one adapter at a time: ``calibration`` is batches for the model, ``statistics`` what
+        ``collect_statistics`` gathered. "input" with method "weights" needs neither.
 
         Args:
-            adapter_names: None, or the one adapter in force.
+            adapter_names: those to merge; None is those in force. Others are in force until they are unmerged.
             safe_merge: accepted as PEFT has it: merged weights with NaN or Inf are always refused.
             method, calibration, statistics: as for ``merge_reslora``; ``how``: its other arguments.
 
@@ -206,16 +216,32 @@ class ResLoRAModel(BaseTuner):
             the method, rank and relative error of every layer; None, with a warning, if it is merged already.
 
         Raises:
-            TypeError, ValueError: as ``merge_reslora``, or another adapter is named. The model is unchanged then.
+            TypeError, ValueError: as ``merge_reslora``, or no adapter has such a name. The model is unchanged then.
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
-        if names != self.active_adapters:
-            raise ValueError(f"adapter_names must be the adapter in force, {self.active_adapters}, got {names}")
+        if not names or not set(names) <= self.peft_config.keys():
+            raise ValueError(f"adapter_names must be some of {list(self.peft_config)}, got {names}")
         if self._merged and not _any_given(method, calibration, statistics):
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
             return None
         self._check_merge_allowed()  # type: ignore[no-untyped-call]
-        return merge_reslora(self.model, method, calibration=calibration, statistics=statistics, **how)
+        before = self.active_adapters
+        if set(names) != set(before):
+            with self._trained_as_before():
+                self.set_adapter(names)
+        try:
+            report = merge_reslora(self.model, method, calibration=calibration, statistics=statistics, **how)
+        except BaseException:
+            self._return_to(before)
+            raise
+        self._before_merge = before
+        return report
+
+    def _return_to(self, names: list[str]) -> None:
+        """Put adapters in force that were so before a merge of others."""
+        if names != self.active_adapters:
+            with self._trained_as_before():
+                self.set_adapter(names)
 
     def unmerge_adapter(self) -> None:
         """Restore the weights from before ``merge_adapter``, bit for bit. A warning says if nothing is merged."""
@@ -223,6 +249,7 @@ class ResLoRAModel(BaseTuner):
             warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
             return
         unmerge_reslora(self.model)
+        self._return_to(self._before_merge or self.active_adapters)
 
     def merge_and_unload(
         self,
@@ -235,7 +262,7 @@ class ResLoRAModel(BaseTuner):
         statistics: Statistics | None = None,
         **how: Any,
     ) -> torch.nn.Module:
-        """The base model with the adapter in force merged into it; arguments and errors as for ``merge_adapter``.
+        """The base model with adapters merged into it; arguments and errors as for ``merge_adapter``.
 
         A quantised weight cannot hold an update: ``dequantize=True`` puts the dequantised, merged one in its place.
         """
