@@ -142,7 +142,9 @@ def test_chains_of_one_layer_and_of_experts_alone_merge_layer_by_layer() -> None
 
 
 def moments(shortcut: str, x: Tensor, v: Tensor | None, a: Tensor, **options: bool) -> LayerStatistics:
-    statistics = LayerStatistics(ResLoRAConfig(r=len(a), shortcut=shortcut), a, options.get("second_moments", True))
+    statistics = LayerStatistics(
+        ResLoRAConfig(r=len(a), shortcut=shortcut), tuple(a.shape), a, options.get("second_moments", True)
+    )
     statistics.observe(x, a, v)
     return statistics
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backends.select import BackendChoice
 from ..config import ResLoRAConfig
-from ..dtensors import is_dtensor
+from ..dtensors import is_dtensor, whole_shape
 from .chain import Chain, Neighbours, SharedInput
 from .initialization import fill
 from .several import Beside, Part
@@ -205,6 +205,12 @@ class AdapterLayer(nn.Module):
     def whole_A(self) -> Tensor:
         """The A of the equations [..., r or 2r, in_features]."""
         return joined(self.a_parts, -2)
+
+    @property
+    def whole_A_shape(self) -> tuple[int, ...]:
+        """That of ``whole_A``, also where processes hold parts of it (DTensors, ZeRO-3)."""
+        shapes = [whole_shape(part) for part in (self.lora_A, self.start_A) if part is not None]
+        return (*shapes[0][:-2], sum(shape[-2] for shape in shapes), shapes[0][-1])
 
     @property
     def whole_B(self) -> Tensor:

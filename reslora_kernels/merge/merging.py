@@ -316,10 +316,10 @@ def _check_statistics(statistics: Statistics | None, layers: dict[str, AdapterLa
     if statistics.layers.keys() != layers.keys():
         raise ValueError("statistics were collected from another model: their layers are not this model's")
     for name, layer in layers.items():
-        if statistics.layers[name].sizes != tuple(layer.whole_A.shape):
+        if statistics.layers[name].sizes != layer.whole_A_shape:
             raise ValueError(
                 f"statistics were collected from another model: A of {name!r} was "
-                f"{list(statistics.layers[name].sizes)} there, it is {list(layer.whole_A.shape)} here"
+                f"{list(statistics.layers[name].sizes)} there, it is {list(layer.whole_A_shape)} here"
             )
     if not any(seen.calls for seen in statistics.layers.values()):
         raise ValueError("statistics hold no batch: run the model inside collect_statistics")

@@ -72,7 +72,7 @@ def sequential_updates(
             if n == 0:
                 updates |= {layer: updates_of_chain(Chain([layer]), "exact", None, 0.0)[0] for layer in current}
                 continue
-            seen = {layer: LayerStatistics(layer.config, layer.whole_A, second_moments=True) for layer in current}
+            seen = {layer: LayerStatistics(layer.config, layer.whole_A_shape, layer.lora_A, True) for layer in current}
             batches = 0
             for batch, v in unmerged:
                 batches += 1

@@ -18,17 +18,21 @@ from ..layers.shortcuts import hands_on
 class LayerStatistics:
     """What one layer saw. All tensors stay on the layer's device; nothing is read back until a merge asks.
 
+    Args:
+        sizes: [r, K] of the whole A, or [E, r, K].
+        lora_A: where it is and of what dtype; its values are not read.
+
     Attributes:
         calls: how many batches were seen.
         gram: G = Σ xᵀ x [K, K], cross: T = Σ vᵀ x [r, K], shortcut_gram: V = Σ vᵀ v [r, r], where v [M, r] is the
             shortcut's part of u; None without second moments.
     """
 
-    def __init__(self, config: ResLoRAConfig, lora_A: Tensor, second_moments: bool) -> None:
-        r, k = lora_A.shape[-2:]
+    def __init__(self, config: ResLoRAConfig, sizes: tuple[int, ...], lora_A: Tensor, second_moments: bool) -> None:
+        r, k = sizes[-2:]
         device, dtype = lora_A.device, torch.promote_types(lora_A.dtype, torch.float32)
         self._calls = torch.zeros((), dtype=torch.int64, device=device)  # a tensor: no graph of torch.compile per value
-        self.sizes = tuple(lora_A.shape)
+        self.sizes = sizes
         self._shortcut = config.shortcut
         self._x_norms = torch.zeros(config.norm_window, device=device, dtype=dtype)  # ring buffers
         self._h_norms = torch.zeros(config.norm_window, device=device, dtype=dtype)
@@ -161,7 +165,10 @@ def collect_statistics(model: nn.Module, *, second_moments: bool = True) -> Iter
     if busy:
         raise RuntimeError(f"statistics of this model are being collected already (layer {busy[0]!r})")
     statistics = Statistics(
-        {name: LayerStatistics(layer.config, layer.whole_A, second_moments) for name, layer in layers.items()}
+        {
+            name: LayerStatistics(layer.config, layer.whole_A_shape, layer.lora_A, second_moments)
+            for name, layer in layers.items()
+        }
     )
     with observed({layer: statistics.layers[name] for name, layer in layers.items()}):
         yield statistics

@@ -75,12 +75,19 @@ class AdapterCheckpoints:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(model if model is not None else self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Asked in every resumed run; the one above is not with DeepSpeed, which loads what it has saved."""
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ResLoRACallback):
-                callback.resume_from = Path(resume_from_checkpoint)
+                callback.resume_from = None if checkpoint is None else Path(checkpoint)
 
     def _load_best_model(self) -> None:
-        load_adapter(self.model, self.state.best_model_checkpoint)
+        if under_zero3(self.model):
+            super()._load_best_model()  # type: ignore[misc]
+        else:
+            load_adapter(self.model, self.state.best_model_checkpoint)
 
 
 @contextmanager

@@ -279,6 +279,7 @@ EXACT_UNDER_ZERO = [
     "zero 3 dora",
     "zero 3 projections",
     *(f"made in parts {shortcut}" for shortcut in SHORTCUTS),
+    *(f"trainer {shortcut}" for shortcut in ("block", "middle")),
     "from_pretrained",
 ]
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")

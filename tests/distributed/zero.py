@@ -25,8 +25,10 @@ from reslora_kernels import (
     merge_reslora,
     save_adapter,
 )
+from reslora_kernels.training import ResLoRACallback
 
 from ..models import llama, randomize
+from ..test_training import trainer
 from .fsdp import refused
 from .residual import (
     SHORTCUTS,
@@ -205,6 +207,32 @@ def refusals(folder: Path) -> dict[str, Any]:
     }
 
 
+def by_the_trainer(shortcut: str, folder: Path) -> dict[str, Any]:
+    """Transformers' Trainer under ZeRO-3 and under DDP; what it saves, and a run that goes on from its checkpoint."""
+    stage = settings(3) | {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+    options = {
+        "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "eval_steps": 2, "eval_strategy": "steps",
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+    }  # fmt: skip
+    runs = []
+    for name, more in (("ddp", {}), ("zero", {"deepspeed": stage}), ("resumed", {"deepspeed": stage})):
+        path = folder / f"trainer {shortcut} {name}"
+        run = trainer(path, shortcut, ResLoRACallback(), **options, **more)
+        first = folder / f"trainer {shortcut} zero" / "checkpoint-2"
+        run.train(resume_from_checkpoint=str(first) if name == "resumed" else None)
+        runs.append((run, adapters(load_adapter(llama(), path / "checkpoint-4"))))
+    (ddp, expected), (zero, found), (_, again) = runs
+    losses = [[e["loss"] for e in run.state.log_history if "loss" in e] for run in (ddp, zero)]
+    distances = [abs(a - b) / b for a, b in zip(*reversed(losses), strict=True)]
+    distances += [float((found[name] - value).norm() / value.norm()) for name, value in expected.items()]
+    best = adapters(load_adapter(llama(), folder / f"trainer {shortcut} zero" / "checkpoint-2"))
+    return {
+        "difference": max(distances),
+        "equal": same(best, adapters(zero.model)) and same(found, again) and not same(best, found),
+        "spread": type(zero.model_wrapped).__name__ == "DeepSpeedEngine",
+    }
+
+
 SCENARIOS: dict[str, Scenario] = {
     **{
         f"zero {stage} {form} {shortcut}": partial(equals_one_process, stage, shortcut, form)
@@ -215,6 +243,7 @@ SCENARIOS: dict[str, Scenario] = {
     "zero 3 dora": partial(equals_one_process, 3, "input", "two_forwards", use_dora=True),
     "zero 3 projections": partial(equals_one_process, 3, "input", "accumulated", stack_projections=True),
     **{f"made in parts {shortcut}": partial(made_in_parts, shortcut) for shortcut in SHORTCUTS},
+    **{f"trainer {shortcut}": partial(by_the_trainer, shortcut) for shortcut in ("block", "middle")},
     "gathered": gathered_while_needed,
     "from_pretrained": from_pretrained,
     "resumed": resumed,
