@@ -148,6 +148,18 @@ SETS = {
         },
         seeds=(0, 1, 2, 3, 4),
     ),
+    "gates": Experiments(
+        name="gates",
+        sizes={"unet": UNET, "encoder": ENCODER},
+        budgets={
+            name: replace(
+                budget, merged_seeds=0,
+                methods=(BASELINE, *(f"{m}{gates}" for m in SAME_RANK[1:] for gates in ("", "-gates", "-gates-0"))),
+            )
+            for name, budget in (("slanted", _IMAGES), ("inverted", _IMAGES), ("order", _CLASSES))
+        },
+        seeds=(0, 1, 2, 3, 4),
+    ),
     "gpu": Experiments(  # the decoder has 100 million parameters
         name="gpu",
         sizes={
