@@ -27,13 +27,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if torch.cuda.is_available() else min(8, os.cpu_count() or 1)
 
 
+SLOW_FIXTURES = {"emulated", "demo_run", "hopper"}  # kernels to compile, and a demo to run
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with most slow tests come first, so that no process begins with one when all others have ended."""
     for item in items if not torch.cuda.is_available() else ():
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-        if "emulated" in getattr(item, "fixturenames", ()):  # half a minute to compile
+        if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])

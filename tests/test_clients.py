@@ -44,6 +44,7 @@ def language_model() -> Any:
     return LlamaForCausalLM(config)
 
 
+@pytest.mark.slow
 def test_trl_sft_trains_and_resumes(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -320,7 +321,7 @@ def adapted_stack(shortcut: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["non-strict", "strict"])
 def test_an_export_serves_every_length(shortcut: str, strict: bool, tmp_path: Path) -> None:
     model, length = adapted_stack(shortcut), torch.export.Dim("length")
     exported = torch.export.export(model, (torch.randn(1, 4, 8),), dynamic_shapes=({1: length},), strict=strict)

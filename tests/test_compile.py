@@ -213,7 +213,8 @@ def test_layers_of_a_language_model(shortcut: str, pre_num: int) -> None:
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num", "graphs"), [
-    ("none", 0, 2), ("block", 1, 2), ("input", 1, 3), ("middle", 1, 3), ("middle", -1, 3), ("middle", 3, 5),
+    ("none", 0, 2), ("block", 1, 2), ("input", 1, 3), ("middle", 1, 3),
+    *(pytest.param(*how, marks=pytest.mark.slow) for how in (("middle", -1, 3), ("middle", 3, 5))),
 ])  # fmt: skip
 def test_graphs_do_not_grow_with_the_layers(shortcut: str, pre_num: int, graphs: int) -> None:
     """32 layers: the first (its input needs no gradient), those alike, the last. PEFT's LoRA takes 2 as well."""
@@ -291,7 +292,11 @@ def test_copies_know_their_own_neighbours() -> None:
 @needs_checkpoints
 @pytest.mark.parametrize(
     ("shortcut", "pre_num", "backend"),
-    [*((*how, "aot_eager") for how in HANDING), pytest.param("input", 1, "inductor", marks=pytest.mark.slow)],
+    [
+        (*HANDING[0], "aot_eager"),
+        *(pytest.param(*how, "aot_eager", marks=pytest.mark.slow) for how in HANDING[1:]),
+        pytest.param("input", 1, "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_recomputing_compiled_layers_into_an_open_pass_is_an_error(shortcut: str, pre_num: int, backend: str) -> None:
     """They would take the pass for theirs; with the context, and with backward after the block, they do not."""
@@ -366,6 +371,7 @@ def test_checkpointing_inside_a_compiled_model() -> None:
         loss_of(compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shortcut", "pre_num"), HANDING)
 def test_checkpoint_around_compiled_blocks(shortcut: str, pre_num: int) -> None:
     """By hand, outside the compiled code: the context is resumed there as in eager code, and demanded as there."""

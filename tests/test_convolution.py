@@ -283,6 +283,7 @@ class TestRefusals:
         assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_checkpointed_and_compiled(shortcut: Any) -> None:
     from torch.utils.checkpoint import checkpoint

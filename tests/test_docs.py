@@ -131,6 +131,7 @@ WRITTEN = {
     "README.md": ["adapter/reslora_model.safetensors", "peft-adapter/adapter_model.safetensors"],
     "tutorial.md": ["adapter/reslora_model.safetensors", "peft-adapter/adapter_model.safetensors"],
 }
+FITTING = ("tutorial.md", "merge.md")  # a joint fit of many steps
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -159,7 +160,14 @@ def train(model: nn.Module) -> None:
 
 def pages_with(language: str) -> list[Any]:
     found = [page for page in PAGES if any(block.language == language for block in blocks(page))]
-    return [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in found]
+    return [
+        pytest.param(
+            page,
+            id=page.relative_to(ROOT).as_posix(),
+            marks=[pytest.mark.slow] * (language == "python" and page.name in FITTING),
+        )
+        for page in found
+    ]
 
 
 @pytest.mark.parametrize("page", pages_with("python"))

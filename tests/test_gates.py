@@ -42,6 +42,8 @@ from reslora_kernels.testing import chain_inputs, max_error, relative_error
 from reslora_kernels.training import AdapterCheckpoints
 
 from .models import FAMILIES, llama, logits, randomize
+from .test_shared_input import WIDTH
+from .test_shared_input import Model as Attentions
 
 SHORTCUTS = [("input", 1), ("block", 1), ("block", -1), ("middle", 2), ("middle", -1)]
 KINDS = ["scalar", "rank"]
@@ -159,6 +161,13 @@ def test_dropout_meets_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terms[0].abs().max() > 0.1 and max_error(terms[0], terms[1]) < 1e-12
 
 
+def gates_after(model: Any, loss: Any) -> Tensor:
+    """The loss, and every gate's gradient."""
+    gradients = [layer.lora_gates.grad for layer in adapted_layers(model).values()]
+    assert all(gradient.any() for gradient in gradients)
+    return torch.cat([loss.detach()[None], *[gradient.flatten() for gradient in gradients]])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
 class TestModels:
@@ -169,25 +178,34 @@ class TestModels:
         config = ResLoRAConfig(r=R, lora_alpha=7, shortcut=shortcut, pre_num=pre_num, gates=kind, **changes)
         return randomize(apply_reslora(llama(4).double(), config))
 
-    def test_shared_projections_checkpoints_and_compilation(self, shortcut: str, pre_num: int, kind: str) -> None:
-        model = self.adapted(shortcut, pre_num, kind)
-        assert model._reslora.groups
-        batch, found = FAMILIES["llama"].batch(1), {}
-        for way in ("apart", "shared", "checkpointed", "compiled"):
-            other = self.adapted(shortcut, pre_num, kind, stack_projections=way != "apart")
-            run: Any = other
+    def test_shared_projections_and_checkpoints(self, shortcut: str, pre_num: int, kind: str) -> None:
+        batch, found = FAMILIES["llama"].batch(1), []
+        for way in ("apart", "shared", "checkpointed"):
+            model = self.adapted(shortcut, pre_num, kind, stack_projections=way != "apart")
+            assert bool(model._reslora.groups) == (way != "apart")
             if way == "checkpointed":
-                other.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if way == "compiled":
-                torch._dynamo.reset()
-                run = torch.compile(other, backend="aot_eager", fullgraph=True)
-            loss = run(**batch).loss
+                model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            loss = model(**batch).loss
             loss.backward()
-            gradients = [layer.lora_gates.grad for layer in adapted_layers(other).values()]
-            assert all(gradient.any() for gradient in gradients)
-            found[way] = torch.cat([loss.detach()[None], *[gradient.flatten() for gradient in gradients]])
-        for way in ("shared", "checkpointed", "compiled"):
-            assert relative_error(found[way], found["apart"]) < 1e-9, way
+            found.append(gates_after(model, loss))
+        assert relative_error(found[1], found[0]) < 1e-9
+        assert relative_error(found[2], found[0]) < 1e-9
+
+    @pytest.mark.slow
+    def test_compiled(self, shortcut: str, pre_num: int, kind: str) -> None:
+        """Blocks of three layers that read one tensor."""
+        x, found = torch.linspace(-1, 1, 2 * WIDTH, dtype=torch.float64).view(2, -1), []
+        config = ResLoRAConfig(r=R, lora_alpha=7, shortcut=shortcut, pre_num=pre_num, gates=kind)
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            model: Any = randomize(apply_reslora(Attentions().double(), config, example_inputs=x))
+            assert model._reslora.groups
+            torch.compiler.reset()
+            run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+            loss = sum(y.square().sum() for block in run(x) for y in block)
+            loss.backward()
+            found.append(gates_after(model, loss))
+        assert relative_error(found[1], found[0]) < 1e-9
 
     def test_saved_and_loaded(self, shortcut: str, pre_num: int, kind: str, tmp_path: Path) -> None:
         model = self.adapted(shortcut, pre_num, kind)

@@ -110,6 +110,7 @@ def test_tests_run_file_by_file_those_of_hopper_last(tmp_path: Path) -> None:
     assert outcome.summary == f"{FILES} passed, {FILES} skipped"
 
 
+@pytest.mark.slow
 def test_the_rehearsal_loses_nothing_to_tests_that_hang_or_crash(tmp_path: Path) -> None:
     """In real processes: each fault is named, and what stands behind it in its file is run."""
     outcome = parts.correctness(parts.run_child, 60.0, tmp_path, gpu_check.REHEARSED[:2], test_seconds=2.0)

@@ -188,7 +188,7 @@ def test_a_training_step_reads_nothing_of_the_device(shortcut: str, p: float) ->
         torch.ones(1).item()
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "autocast"])
 @pytest.mark.parametrize("shortcut", CALLS)
 def test_three_hundred_lengths_take_a_handful_of_graphs(shortcut: str, autocast: bool) -> None:
     torch.compiler.reset()

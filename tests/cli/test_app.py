@@ -204,6 +204,7 @@ def test_folder_that_cannot_be_renamed_is_filled(earlier: Path, monkeypatch: pyt
     assert only(earlier, "result", "part") and only(earlier.parent, "out")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="mounts a disk in a namespace of its own")
 def test_mount_point(earlier: Path) -> None:
     code = (

@@ -39,7 +39,7 @@ PNGS = ("loss_curves.png", "merging.png")
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     command.run_demo(TINY, folder)
@@ -47,8 +47,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def report(out: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((out / "report.json").read_text())
+def report(demo_run: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((demo_run / "report.json").read_text())
     return values
 
 
@@ -114,18 +114,18 @@ def test_steps_times_and_samples_are_there(report: dict[str, Any]) -> None:
     assert {"torch", "transformers", "peft", "python", "cpus"} <= report["machine"].keys()
 
 
-def test_saved_adapter_gives_the_reported_loss(out: Path, report: dict[str, Any]) -> None:
+def test_saved_adapter_gives_the_reported_loss(demo_run: Path, report: dict[str, Any]) -> None:
     from transformers import LlamaForCausalLM
 
     held_out = fine_tuning.spread_batch(fine_tuning.python_source().held_out, TINY.evaluation_sequences, TINY.sequence)
     for shortcut in ("input", "block"):
-        model: Any = LlamaForCausalLM.from_pretrained(out / "base-model")
-        load_adapter(model, out / "adapters" / shortcut / "reslora")
+        model: Any = LlamaForCausalLM.from_pretrained(demo_run / "base-model")
+        load_adapter(model, demo_run / "adapters" / shortcut / "reslora")
         assert evaluate(model, held_out) == pytest.approx(run_of(report, shortcut)["last_loss"], abs=1e-6)
 
 
-def test_html_is_self_contained(out: Path, report: dict[str, Any]) -> None:
-    html = (out / "report.html").read_text()
+def test_html_is_self_contained(demo_run: Path, report: dict[str, Any]) -> None:
+    html = (demo_run / "report.html").read_text()
     assert not any(sign in html for sign in ("http:", "https:", "<script", "<link", "@import", "url("))
     assert html.count("data:image/png;base64,") == 2 * len(PNGS)  # light and dark
     assert "prefers-color-scheme: dark" in html
@@ -136,19 +136,19 @@ def test_html_is_self_contained(out: Path, report: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", PNGS)
-def test_figure_is_a_png(out: Path, name: str) -> None:
+def test_figure_is_a_png(demo_run: Path, name: str) -> None:
     from PIL import Image
 
-    with Image.open(out / name) as image:
+    with Image.open(demo_run / name) as image:
         image.load()
         assert image.format == "PNG"
         assert image.width > 800
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50  # something is drawn
 
 
-def test_nothing_else_is_left(out: Path) -> None:
-    assert [entry.name for entry in out.parent.iterdir()] == [out.name]
-    assert sorted(entry.name for entry in out.iterdir()) == sorted((*command.WRITTEN, *command.MODELS))
+def test_nothing_else_is_left(demo_run: Path) -> None:
+    assert [entry.name for entry in demo_run.parent.iterdir()] == [demo_run.name]
+    assert sorted(entry.name for entry in demo_run.iterdir()) == sorted((*command.WRITTEN, *command.MODELS))
 
 
 def test_every_shortcut_starts_from_the_same_a() -> None:

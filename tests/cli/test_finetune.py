@@ -143,7 +143,9 @@ def assert_same_adapter(one: Path, other: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
+@pytest.mark.parametrize(
+    "shortcut", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("none", "input", "block")), "middle"]
+)
 def test_interrupted_and_resumed_equals_straight_through(shortcut: str, tmp_path: Path, finetune: Finetune) -> None:
     """Bit for bit, with dropout, evaluation and a learning rate that falls: all of the state has to come back."""
     options = ["--shortcut", shortcut, "--lora-dropout", "0.2", "--eval-fraction", "0.2", "--eval-steps", "2"]
