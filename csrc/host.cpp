@@ -44,54 +44,13 @@ struct Call {
     bool hands_on() const { return stop > start; }
 };
 
-// A stack of A [r, K] or of B [N, r]; `axis` is that of r.
-struct Stack {
-    std::vector<Tensor> parts;
-    std::vector<int64_t> ends{0};
-    int axis;
-
-    Stack(PyObject* const* objects, int64_t count, int axis, int64_t size, int32_t dtype) : axis(axis) {
-        parts.reserve(count), ends.reserve(count + 1);
-        for (int64_t at = 0; at < count; at++) {
-            parts.push_back(matrix_of(objects[at], dtype));
-            if (parts.back().sizes[1 - axis] != size) throw NotServed();
-            ends.push_back(ends.back() + parts.back().sizes[axis]);
-        }
-    }
-    int64_t count() const { return parts.size(); }
-    int64_t total() const { return ends.back(); }
-    // Parts [from, to) as one matrix
-    Tensor joined(int64_t from, int64_t to, int32_t dtype) const {
-        if (to - from == 1) return parts[from].borrowed();
-        const int64_t height = ends[to] - ends[from], size = parts[from].sizes[1 - axis];
-        Tensor whole = axis ? empty(size, height, dtype) : empty(height, size, dtype);
-        for (int64_t at = from; at < to; at++) {
-            const int64_t start = ends[at] - ends[from], length = ends[at + 1] - ends[at];
-            copy(axis ? whole.columns(start, length) : whole.rows(start, length), parts[at], dtype);
-        }
-        return whole;
-    }
-    // How many of the matrices make u, of `own` columns, where the others are just what is handed on, and a product
-    // of their own with x, of so many `values`, costs least; else all.
-    int64_t of_u(int64_t own, const Call& call, int64_t values) const {
-        if (call.widths.empty() && values <= FEW_TO_READ && call.start == own && call.stop == total())
-            for (int64_t at = 1; at < count(); at++)
-                if (ends[at] == own) return at;
-        return count();
-    }
-};
-
-Dropout dropout_of(PyObject* seed, const Call& call) {
-    Dropout dropout;
-    if (seed == Py_None && call.p == 0) return dropout;
-    Tensor tensor = tensor_of(seed, torch.int64);
-    if (!tensor) throw NotServed();
-    for (int64_t at = 0; at < tensor.dim; at++)
-        if (tensor.sizes[at] != 1) throw NotServed();
-    if (!(call.p > 0 && call.p < 1)) throw NotServed();
-    dropout.seed = *tensor.data<uint64_t>();
-    dropout.p = call.p;
-    return dropout;
+// How many of the matrices of A make u, of `own` columns, where the others are just what is handed on, and a product of
+// their own with x, of so many `values`, costs least; else all.
+int64_t matrices_of_u(const Stack& a, int64_t own, const Call& call, int64_t values) {
+    if (call.widths.empty() && values <= FEW_TO_READ && call.start == own && call.stop == a.total())
+        for (int64_t at = 1; at < a.count(); at++)
+            if (a.ends[at] == own) return at;
+    return a.count();
 }
 
 struct Outputs {
@@ -113,21 +72,20 @@ Tensor u_of(const Tensor& h, int64_t own, const Tensor& residual, const Call& ca
 // u [M, R_b] and what is handed on [M, stop - start]
 Outputs project(const Tensor& x, const Stack& a, int64_t own, const Tensor& residual, const Call& call, int32_t dtype) {
     Outputs out;
-    const int64_t m = x.sizes[0], count = a.of_u(own, call, m * x.sizes[1]), columns = call.stop - call.start;
+    const int64_t m = x.sizes[0], count = matrices_of_u(a, own, call, m * x.sizes[1]), columns = call.stop - call.start;
     const bool apart = count < a.count();
-    Tensor low = a.joined(0, count, dtype).transposed();
     if (apart) {
         out.handed = empty(m, columns, dtype);
-        product(out.handed, x, a.joined(count, a.count(), dtype).transposed(), 1, 0);
+        a.project(out.handed, x, 1, 0, {count, a.count()});
     }
-    if ((apart || !call.hands_on()) && low.sizes[1] == own) {
+    if ((apart || !call.hands_on()) && a.ends[count] == own) {
         out.u = empty(m, own, dtype);
         if (residual) copy(out.u, residual, dtype);
-        product(out.u, x, low, call.c, residual ? 1 : 0);
+        a.project(out.u, x, call.c, residual ? 1 : 0, {0, count});
         return out;
     }
     Tensor h = empty(m, a.total(), dtype);
-    product(h, x, low, 1, 0);
+    a.project(h, x, 1, 0, a.all());
     const bool lasts = !call.widths.empty() && !residual && call.c == 1;  // h, in what goes to others that read x
     out.u = lasts ? h.columns(0, own) : u_of(h, own, residual, call, dtype);
     if (columns == a.total())
@@ -191,7 +149,7 @@ std::vector<Tensor> forward_pass(PyObject* const* arguments, Py_ssize_t count) {
     if (given_residual && (!same_leading(given_residual, given) || given_residual.sizes[given.dim - 1] != own))
         throw NotServed();
     if (given_h && (!same_leading(given_h, given) || height != call.height)) throw NotServed();
-    const Dropout dropout = dropout_of(arguments[5], call);
+    const Dropout dropout = dropout_of(arguments[5], call.p);
     const Tensor x = tokens(given), residual = tokens(given_residual), h = tokens(given_h);
 
     WithoutGIL released;
@@ -207,7 +165,6 @@ std::vector<Tensor> forward_pass(PyObject* const* arguments, Py_ssize_t count) {
     } else if (h)
         out = taken(h, own, residual, call, dtype);
     const Tensor& u = out.u ? out.u : residual;
-    Tensor low_b = b.joined(0, b.count(), dtype).transposed();
     std::vector<int64_t> sizes(given.sizes, given.sizes + given.dim);
     sizes.back() = n;
     Tensor shaped = empty(sizes.data(), given.dim, dtype);
@@ -215,12 +172,9 @@ std::vector<Tensor> forward_pass(PyObject* const* arguments, Py_ssize_t count) {
     if (m * n <= FEW_VALUES) {  // in the order of `composed`, bit for bit
         if (bias) copy(y, bias.view(m, n, 0, bias.strides[0]), dtype);
         product(y, x, weight.transposed(), 1, bias ? 1 : 0);
-        product(y, u, low_b, call.scaling, 1);
+        b.expand(y, u, call.scaling, 1, y, b.all());
     } else {
-        if (bias)
-            check(torch.addmm_out(y.handle, bias.handle, u.handle, low_b.handle, 1, call.scaling), "addmm");
-        else
-            product(y, u, low_b, call.scaling, 0);
+        b.expand(y, u, call.scaling, bias ? 1 : 0, bias ? bias : y, b.all());
         product(y, x, weight.transposed(), 1, 1);
     }
     std::vector<Tensor> outputs;
@@ -233,18 +187,6 @@ std::vector<Tensor> forward_pass(PyObject* const* arguments, Py_ssize_t count) {
     if (call.widths.empty()) outputs.push_back(like_tokens(std::move(out.handed), given));
     outputs.push_back(std::move(out.u));
     return outputs;
-}
-
-// dA of parts [from, to) of a stack: leftᵀ x times `factor`, one product for all of them
-void gradients_of_a(const Stack& a, int64_t from, int64_t to, const Tensor& left, const Tensor& x, double factor,
-                    int32_t dtype, std::vector<Tensor>& gradients) {
-    Tensor whole = empty(a.ends[to] - a.ends[from], x.sizes[1], dtype);
-    product(whole, left.transposed(), x, factor, 0);
-    if (to - from == 1)
-        gradients.push_back(std::move(whole));
-    else
-        for (int64_t at = from; at < to; at++)
-            gradients.push_back(whole.rows(a.ends[at] - a.ends[from], a.ends[at + 1] - a.ends[at]));
 }
 
 // dB_j = s dyᵀ u_j, each in memory of its own
@@ -261,7 +203,7 @@ void gradients_of_b(const Stack& b, const Tensor& dy, const Tensor& u, double sc
         const int64_t start = b.ends[at], length = b.ends[at + 1] - start;
         Tensor gradient = empty(n, length, dtype);
         if (few)
-            product(gradient, left, b.count() == 1 ? u.borrowed() : u.columns(start, length), scaling, 0);
+            product(gradient, left, u.some_columns(start, length), scaling, 0);
         else
             copy(gradient, whole.rows(start, length).transposed(), dtype);
         gradients.push_back(std::move(gradient));
@@ -287,23 +229,39 @@ Tensor gradient_of_h(int64_t height, const Tensor& du, const std::vector<Handed>
 
 // It in up to two parts, each of some matrices of A: factor * left
 struct Part {
-    int64_t from, to;
+    Span of;
     Tensor left;
     double factor;
 };
 
 std::vector<Part> parts_of_h(const Stack& a, const Tensor& du, const std::vector<Handed>& handed, const Call& call,
                              int64_t values, int32_t dtype) {
-    const int64_t own = du.sizes[1], count = a.of_u(own, call, values);
+    const int64_t own = du.sizes[1], count = matrices_of_u(a, own, call, values);
     std::vector<Part> parts;
     if (count < a.count()) {
-        parts.push_back({0, count, du.borrowed(), call.c});
-        if (!handed.empty()) parts.push_back({count, a.count(), handed[0].gradient.borrowed(), 1});
+        parts.push_back({{0, count}, du.borrowed(), call.c});
+        if (!handed.empty()) parts.push_back({{count, a.count()}, handed[0].gradient.borrowed(), 1});
     } else if (handed.empty() && a.total() == own)
-        parts.push_back({0, count, du.borrowed(), call.c});
+        parts.push_back({a.all(), du.borrowed(), call.c});
     else
-        parts.push_back({0, count, gradient_of_h(a.total(), du, handed, call, dtype), 1});
+        parts.push_back({a.all(), gradient_of_h(a.total(), du, handed, call, dtype), 1});
     return parts;
+}
+
+// dA of the matrices of such a part: leftᵀ x times factor, or views of that of all of them
+void gradients_of_a(const Stack& a, const Part& part, const Tensor& x, int32_t dtype, std::vector<Tensor>& gradients) {
+    const bool apart = a.apart(part.of, x.sizes[0]);
+    Tensor whole;
+    if (!apart) {
+        whole = empty(a.rank(part.of), a.size, dtype);
+        product(whole, part.left.transposed(), x, part.factor, 0);
+    }
+    for (int64_t at = part.of.from; at < part.of.to; at++) {
+        const int64_t start = a.ends[at] - a.ends[part.of.from], length = a.ends[at + 1] - a.ends[at];
+        Tensor gradient = apart ? empty(length, a.size, dtype) : whole.rows(start, length);
+        if (apart) product(gradient, part.left.some_columns(start, length).transposed(), x, part.factor, 0);
+        gradients.push_back(std::move(gradient));
+    }
 }
 
 bool is_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
@@ -339,7 +297,7 @@ std::vector<Tensor> backward_pass(PyObject* const* arguments, Py_ssize_t count) 
     const Stack a(arguments + LEADING_BACK, call.depth, 0, k, dtype);
     const Stack b(arguments + LEADING_BACK + call.depth, count - LEADING_BACK - call.depth, 1, n, dtype);
     if (given.dim < 2 || given.sizes[given.dim - 1] != n) throw NotServed();
-    const Dropout dropout = dropout_of(arguments[8], call);
+    const Dropout dropout = dropout_of(arguments[8], call.p);
     const Tensor dy = tokens(given), x = tokens(given_x), onto = tokens(given_onto);
     const int64_t m = dy.sizes[0], own = b.total();
     const std::vector<Handed> handed = gradients_of_handed(arguments[1], call, m, dtype);
@@ -353,7 +311,7 @@ std::vector<Tensor> backward_pass(PyObject* const* arguments, Py_ssize_t count) 
     if (needs[2]) gradients_of_b(b, dy, u, call.scaling, dtype, of_b);
     if (needs[3] || needs[4] || through_a) {
         du = empty(m, own, dtype);
-        product(du, dy, b.joined(0, b.count(), dtype), call.scaling, 0);
+        b.project(du, dy, call.scaling, 0, b.all());
     }
     std::vector<Part> parts;
     if (through_a) parts = parts_of_h(a, du, handed, call, m * k, dtype);
@@ -363,7 +321,7 @@ std::vector<Tensor> backward_pass(PyObject* const* arguments, Py_ssize_t count) 
         dx = onto ? given_onto.borrowed() : empty(sizes.data(), given.dim, dtype);
         const Tensor flat = tokens(dx);
         for (const Part& part : parts)
-            product(flat, part.left, a.joined(part.from, part.to, dtype), part.factor, part.from || onto ? 1 : 0);
+            a.expand(flat, part.left, part.factor, part.of.from || onto ? 1 : 0, flat, part.of);
         if (dropout && !parts.empty()) dropout.apply(flat, flat, dtype);
         product(flat, dy, weight, 1, parts.empty() && !onto ? 0 : 1);
     }
@@ -382,8 +340,7 @@ std::vector<Tensor> backward_pass(PyObject* const* arguments, Py_ssize_t count) 
             dropped = empty(m, k, dtype);
             dropout.apply(dropped, x, dtype);
         }
-        for (const Part& part : parts)
-            gradients_of_a(a, part.from, part.to, part.left, dropout ? dropped : x, part.factor, dtype, gradients);
+        for (const Part& part : parts) gradients_of_a(a, part, dropout ? dropped : x, dtype, gradients);
     }
     gradients.resize(LEADING + a.count());
     for (Tensor& gradient : of_b) gradients.push_back(std::move(gradient));
@@ -392,18 +349,6 @@ std::vector<Tensor> backward_pass(PyObject* const* arguments, Py_ssize_t count) 
 }
 
 // ---- What Python calls
-
-template <typename Work>
-PyObject* served(Work work) {
-    try {
-        return work();
-    } catch (const NotServed&) {
-        Py_RETURN_NONE;
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
-    }
-}
 
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return served([&] {
@@ -419,27 +364,6 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
         if (count <= LEADING_BACK) throw NotServed();
         std::vector<Tensor> gradients = backward_pass(arguments, count);
         return packed(gradients);
-    });
-}
-
-PyObject* keep_mask(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    return served([&]() -> PyObject* {
-        if (count != 4) throw NotServed();
-        const Tensor seed = tensor_of(arguments[0], torch.int64);
-        if (!seed) throw NotServed();
-        const int64_t rows = PyLong_AsLongLong(arguments[1]), columns = PyLong_AsLongLong(arguments[2]);
-        const long long least = PyLong_AsLongLong(arguments[3]);
-        if (PyErr_Occurred()) return nullptr;
-        Tensor mask = empty(rows, columns, torch.boolean);
-        {
-            WithoutGIL released;
-            const uint64_t key = *seed.data<uint64_t>();
-            uint8_t* const kept = mask.data<uint8_t>();
-            by_rows(rows, columns, [=](int64_t first, int64_t last) {
-                for (int64_t row = first; row < last; row++) keep_row(key, row, columns, least, kept + row * columns);
-            });
-        }
-        return to_python(std::move(mask));
     });
 }
 

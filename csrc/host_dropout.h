@@ -103,4 +103,39 @@ struct Dropout {
     }
 };
 
+// The dropout of a call, of its seed and probability
+Dropout dropout_of(PyObject* seed, double p) {
+    Dropout dropout;
+    if (seed == Py_None && p == 0) return dropout;
+    Tensor tensor = tensor_of(seed, torch.int64);
+    if (!tensor) throw NotServed();
+    for (int64_t at = 0; at < tensor.dim; at++)
+        if (tensor.sizes[at] != 1) throw NotServed();
+    if (!(p > 0 && p < 1)) throw NotServed();
+    dropout.seed = *tensor.data<uint64_t>();
+    dropout.p = p;
+    return dropout;
+}
+
+PyObject* keep_mask(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    return served([&]() -> PyObject* {
+        if (count != 4) throw NotServed();
+        const Tensor seed = tensor_of(arguments[0], torch.int64);
+        if (!seed) throw NotServed();
+        const int64_t rows = PyLong_AsLongLong(arguments[1]), columns = PyLong_AsLongLong(arguments[2]);
+        const long long least = PyLong_AsLongLong(arguments[3]);
+        if (PyErr_Occurred()) return nullptr;
+        Tensor mask = empty(rows, columns, torch.boolean);
+        {
+            WithoutGIL released;
+            const uint64_t key = *seed.data<uint64_t>();
+            uint8_t* const kept = mask.data<uint8_t>();
+            by_rows(rows, columns, [=](int64_t first, int64_t last) {
+                for (int64_t row = first; row < last; row++) keep_row(key, row, columns, least, kept + row * columns);
+            });
+        }
+        return to_python(std::move(mask));
+    });
+}
+
 }  // namespace

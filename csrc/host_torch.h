@@ -1,4 +1,4 @@
-// PyTorch as host.cpp sees it: tensors by C functions, what Python gives, what is done element by element, and `open`.
+// PyTorch as host.cpp sees it: tensors by C functions, what Python gives, work by elements, products, and `open`.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -97,6 +97,9 @@ struct Tensor {
     Tensor columns(int64_t start, int64_t count) const {
         return view(sizes[0], count, strides[0], strides[1], start * strides[1]);
     }
+    Tensor some_columns(int64_t start, int64_t count) const {
+        return count == sizes[1] ? borrowed() : columns(start, count);
+    }
     Tensor rows(int64_t start, int64_t count) const {
         return view(count, sizes[1], strides[0], strides[1], start * strides[0]);
     }
@@ -117,12 +120,17 @@ Tensor empty(int64_t rows, int64_t columns, int32_t dtype) {
     return empty(sizes, 2, dtype);
 }
 
-// out = alpha left right + beta out
-void product(const Tensor& out, const Tensor& left, const Tensor& right, double alpha, double beta) {
+// out = alpha left right + beta onto
+void product(const Tensor& out, const Tensor& left, const Tensor& right, double alpha, double beta,
+             const Tensor& onto) {
     if (alpha == 1 && beta == 0)
         check(torch.mm_out(out.handle, left.handle, right.handle), "mm");
     else
-        check(torch.addmm_out(out.handle, out.handle, left.handle, right.handle, beta, alpha), "addmm");
+        check(torch.addmm_out(out.handle, onto.handle, left.handle, right.handle, beta, alpha), "addmm");
+}
+
+void product(const Tensor& out, const Tensor& left, const Tensor& right, double alpha, double beta) {
+    product(out, left, right, alpha, beta, out);
 }
 
 // ---- From Python's objects
@@ -187,6 +195,19 @@ PyObject* to_python(Tensor&& tensor) {
     return torch.wrap(tensor.handle);
 }
 
+// What Python gets of `work`: None where it is not served
+template <typename Work>
+PyObject* served(Work work) {
+    try {
+        return work();
+    } catch (const NotServed&) {
+        Py_RETURN_NONE;
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+}
+
 class WithoutGIL {
     PyThreadState* state = PyEval_SaveThread();
 
@@ -235,6 +256,72 @@ void set_to_multiple(const Tensor& to, const Tensor& from, double c, int32_t dty
 void add_multiple(const Tensor& to, const Tensor& from, double c, int32_t dtype) {
     dtype == torch.float32 ? add_matrix<float>(to, from, 1, c) : add_matrix<double>(to, from, 1, c);
 }
+
+// ---- Products with stacks of matrices
+
+constexpr int64_t OPERATOR = 1 << 12;  // values that are copied in the time that a product takes beside its arithmetic
+
+struct Span {
+    int64_t from, to;
+};
+
+// A stack of A [r, K] or of B [N, r]: `axis` is that of r, `size` is K or N. S [size, R] is all of it side by side.
+struct Stack {
+    std::vector<Tensor> parts;
+    std::vector<int64_t> ends{0};
+    int axis;
+    int64_t size;
+    int32_t dtype;
+
+    Stack(PyObject* const* objects, int64_t count, int axis, int64_t size, int32_t dtype)
+        : axis(axis), size(size), dtype(dtype) {
+        parts.reserve(count), ends.reserve(count + 1);
+        for (int64_t at = 0; at < count; at++) {
+            parts.push_back(matrix_of(objects[at], dtype));
+            if (parts.back().sizes[1 - axis] != size) throw NotServed();
+            ends.push_back(ends.back() + parts.back().sizes[axis]);
+        }
+    }
+    int64_t count() const { return parts.size(); }
+    int64_t total() const { return ends.back(); }
+    Span all() const { return {0, count()}; }
+    int64_t rank(Span of) const { return ends[of.to] - ends[of.from]; }
+    // Whether a product for each of them costs less than one for all, which takes copies of the matrices, or of their
+    // gradients where autograd adds to them: each product more reads or writes M x size values once more.
+    bool apart(Span of, int64_t m) const {
+        return (of.to - of.from - 1) * (m * size + OPERATOR) <= rank(of) * size;
+    }
+    // Matrices in turn, each with the first of its columns of S and their number; or joined, as one
+    template <typename Use>
+    void each(Span of, int64_t m, Use use) const {
+        const bool joins = !apart(of, m);
+        Tensor whole;
+        if (joins) whole = axis ? empty(size, rank(of), dtype) : empty(rank(of), size, dtype);
+        for (int64_t at = of.from; at < of.to; at++) {
+            const int64_t start = ends[at] - ends[of.from], length = ends[at + 1] - ends[at];
+            if (joins)
+                copy(axis ? whole.columns(start, length) : whole.rows(start, length), parts[at], dtype);
+            else
+                use(parts[at], start, length);
+        }
+        if (joins) use(whole, 0, rank(of));
+    }
+    // out = alpha left S + beta out, of some of the matrices: [M, size] to [M, R]
+    void project(const Tensor& out, const Tensor& left, double alpha, double beta, Span of) const {
+        each(of, left.sizes[0], [&](const Tensor& part, int64_t start, int64_t length) {
+            const Tensor columns = out.some_columns(start, length);
+            product(columns, left, axis ? part.borrowed() : part.transposed(), alpha, beta);
+        });
+    }
+    // out = alpha left S^T + beta onto, of some of the matrices: [M, R] to [M, size]
+    void expand(const Tensor& out, const Tensor& left, double alpha, double beta, const Tensor& onto, Span of) const {
+        each(of, left.sizes[0], [&](const Tensor& part, int64_t start, int64_t length) {
+            const Tensor columns = left.some_columns(start, length);
+            product(out, columns, axis ? part.transposed() : part.borrowed(), alpha, start ? 1 : beta,
+                    start ? out : onto);
+        });
+    }
+};
 
 // ---- Finding PyTorch
 

@@ -31,6 +31,8 @@ CALLS = [
     ("without-A", (3, 4), 16, 8, (), (4,), None, True, True, 0.0, 1.0),
     ("residual-taken-alone", (6,), 16, 8, (4,), (4,), None, True, True, 0.0, 0.5),
     ("dropped", (2, 33), 530, 8, (4, 4), (4,), (4, 8), True, True, 0.3, 1.0),
+    ("apart", (16,), 512, 480, (16, 16), (16, 16), None, False, True, 0.0, 1.0),
+    ("apart-and-handed-on", (4, 4), 512, 40, (16, 16), (16,), (0, 32), True, False, 0.0, 2.0),
     ("one-of-everything", (1,), 1, 1, (1,), (1,), None, False, False, 0.9, 1.0),
 ]
 
@@ -114,6 +116,13 @@ def test_both_passes_as_pytorch_computes_them(case: tuple, dtype: torch.dtype, s
             torch.testing.assert_close(value, plain[name], rtol=1e-12, atol=1e-12)
         else:
             assert_close_to_truth(value, truth[name], plain[name], name)
+
+
+@pytest.mark.parametrize(("name", "apart"), [("apart", True), ("ahead-twice-first", True), ("many-rows", False)])
+def test_few_rows_take_a_product_for_each_matrix(name: str, apart: bool) -> None:
+    """Gradients of A are views of one product elsewhere, and autograd copies them where it adds to them."""
+    gradient = Given(next(case for case in CALLS if case[0] == name), torch.float32).results()["da0"]
+    assert (gradient.untyped_storage().nbytes() == gradient.nbytes) == apart
 
 
 @pytest.mark.parametrize("rows", [1, 3, 700], ids=["a row", "few rows", "rows for many threads"])
