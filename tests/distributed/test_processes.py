@@ -278,6 +278,8 @@ EXACT_UNDER_ZERO = [
     *(f"zero {stage} {form} {shortcut}" for stage in (2, 3) for form in FORMS for shortcut in SHORTCUTS),
     "zero 3 dora",
     "zero 3 projections",
+    "zero 3 in groups",
+    "zero 3 offloaded",
     *(f"made in parts {shortcut}" for shortcut in SHORTCUTS),
     *(f"trainer {shortcut}" for shortcut in ("block", "middle")),
     "from_pretrained",

@@ -53,20 +53,25 @@ def rows(step: int) -> Batch:
     return batch(step, torch.float32)
 
 
-def settings(stage: int, accumulated: int = 1) -> dict[str, Any]:
+IN_GROUPS = {"zero_hpz_partition_size": 2}  # ZeRO++: weights spread over the processes of a node
+OFFLOADED = {f"offload_{what}": {"device": "cpu", "pin_memory": False} for what in ("param", "optimizer")}
+
+
+def settings(stage: int, accumulated: int = 1, **more: Any) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": accumulated,
         "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **more},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # which is compiled at run time
     }
 
 
-def engine_of(model: nn.Module, stage: int, accumulated: int = 1) -> Any:
+def engine_of(model: nn.Module, stage: int, accumulated: int = 1, **more: Any) -> Any:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    config = settings(stage, accumulated)
+    config = settings(stage, accumulated, **more)
     return deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=config)[0]
 
 
@@ -94,16 +99,19 @@ def recompute(model: Any) -> None:
         block.recompute = {"use_reentrant": False, "context_fn": checkpoint_context(model)}
 
 
-def equals_one_process(stage: int, shortcut: str, form: str, folder: Path, **config: Any) -> dict[str, Any]:
+def equals_one_process(
+    stage: int, shortcut: str, form: str, folder: Path, zero: dict[str, Any] | None = None, **config: Any
+) -> dict[str, Any]:
     """Trained, and saved by all processes (ZeRO-3) or by one (ZeRO-2). ``plain`` recomputes the blocks."""
+    more = zero or {}
     model = one(shortcut, **config)
     if form == "plain":
         recompute(model)
-    engine = engine_of(model, stage, 2 if form == "accumulated" else 1)
+    engine = engine_of(model, stage, 2 if form == "accumulated" else 1, **more)
     losses = trained(engine, form)
     alone = one(shortcut, **config)
     expected = train(alone, rows, form), adapters(alone)
-    path = folder / f"{stage} {form} {shortcut}"
+    path = folder / " ".join([str(stage), form, shortcut, *more])
     if stage == 3 or dist.get_rank() == 0:
         save_adapter(engine, path)
     dist.barrier()
@@ -241,6 +249,8 @@ SCENARIOS: dict[str, Scenario] = {
         for shortcut in SHORTCUTS
     },
     "zero 3 dora": partial(equals_one_process, 3, "input", "two_forwards", use_dora=True),
+    "zero 3 in groups": partial(equals_one_process, 3, "block", "two_forwards", zero=IN_GROUPS),
+    "zero 3 offloaded": partial(equals_one_process, 3, "middle", "two_forwards", zero=OFFLOADED),
     "zero 3 projections": partial(equals_one_process, 3, "input", "accumulated", stack_projections=True),
     **{f"made in parts {shortcut}": partial(made_in_parts, shortcut) for shortcut in SHORTCUTS},
     **{f"trainer {shortcut}": partial(by_the_trainer, shortcut) for shortcut in ("block", "middle")},
