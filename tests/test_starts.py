@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from reslora_kernels import (
     ResLoRAConfig,
+    adapter_names,
     add_adapter,
     apply_reslora,
     load_adapter,
@@ -89,6 +90,38 @@ def test_eva_is_that_of_peft() -> None:
         assert torch.allclose(layer.lora_A @ layer.lora_A.T, torch.eye(4), atol=1e-5)
         assert float(nn.functional.cosine_similarity(layer.lora_A, a).min()) > 0.99
     assert torch.equal(logits(model), logits(llama()))
+
+
+@pytest.mark.parametrize(("r", "rho"), [(4, 1.5), (4, 3.0), (1, 4.0)])
+def test_eva_moves_ranks_as_peft_does(r: int, rho: float, tmp_path: Path) -> None:
+    """With (1, 4) some layers have no rank left, and lose their adapters."""
+    targets = ["q_proj", "k_proj", "up_proj", "down_proj"]
+    config = peft_config("eva", r=r, target_modules=targets, eva_config=EvaConfig(rho=rho))
+    theirs: Any = get_peft_model(llama(), config)
+    initialize_lora_eva_weights(theirs, BATCHES[:1], show_progress_bar=False)
+    others = {name: m for name, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    model: Any = ours("eva", r=r, target_modules=targets)
+    add_adapter(model, "other", ResLoRAConfig(r=2))
+    model.lm_head.weight.requires_grad_(True)
+    assert start_adapters(model, BATCHES[:1], rho=rho) is model
+    layers: Any = adapted_layers(model)
+    assert layers.keys() == others.keys() and (len(layers) < 12) == (r == 1)
+    assert sum(layer.config.r for layer in layers.values()) == 12 * r
+    for name, layer in layers.items():
+        assert (layer.config.r, layer.scaling) == (others[name].r["default"], others[name].scaling["default"])
+        a = others[name].lora_A["default"].weight
+        assert float(nn.functional.cosine_similarity(layer.lora_A, a).detach().min()) > 0.99
+    assert torch.equal(logits(model), logits(llama())) and adapter_names(model) == ["default", "other"]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert trained == ["lm_head.weight"], "what trains beside the adapters stays so"
+    model.lm_head.weight.requires_grad_(False)
+    step = model.train()(**BATCHES[0]).loss
+    step.backward()
+    assert all(layer.lora_B.grad.any() for layer in layers.values())
+    randomize(model)
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(llama(), tmp_path)), logits(model.eval()))
+    assert logits(set_adapter(model, "other")).shape == logits(llama()).shape
 
 
 def test_eva_leaves_out_what_does_not_count() -> None:
@@ -297,6 +330,16 @@ def test_what_is_missing_is_named() -> None:
         start_adapters(ours("pissa"), BATCHES)
     with pytest.raises(ValueError, match="give calibration="):
         start_adapters(ours("eva"))
+    for changes, message in (
+        ({"start": "corda"}, "init_lora_weights='eva'"),
+        ({"shortcut": "block"}, "shortcut='none'"),
+    ):
+        with pytest.raises(ValueError, match=f"rho=2.0 moves ranks .* which is for {message}"):
+            start_adapters(ours(**{"start": "eva", **changes}), BATCHES, rho=2.0)
+    with pytest.raises(ValueError, match="rho must be a finite number of 1 or more"):
+        start_adapters(ours("eva"), BATCHES, rho=0.5)
+    with pytest.raises(ValueError, match=r"more than 100 tokens and features.*got \d+ tokens and 32 features"):
+        start_adapters(ours("eva"), BATCHES, rho=25)
     with pytest.raises(ValueError, match="at least one batch"):
         start_adapters(ours("corda"), [])
     with pytest.raises(ValueError, match="give labels in the batches"):

@@ -18,8 +18,8 @@ from ..config import ResLoRAConfig, checked_config
 from ..dtensors import refuse_sharded
 from ..layers.adapter import AdapterLayer, not_started
 from ..layers.several import BASE, names_by_module, parts_for
-from .apply import apply_reslora, put_in_place, replace_modules
-from .linking import Chains
+from .apply import adapt, apply_reslora, put_in_place, replace_modules
+from .linking import Chains, structural_chains
 from .record import (
     Record,
     SetAside,
@@ -30,6 +30,7 @@ from .record import (
     refuse_beside,
     root_of,
 )  # fmt: skip
+from .targets import find_targets
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -280,6 +281,35 @@ def in_place_of_the_active_one(model: nn.Module, adapter_name: str) -> Iterator[
         for parameter, flag in trained.items():
             parameter.requires_grad_(flag)
         _put_back(root, active, others)
+
+
+def adapt_anew(model: nn.Module, config: ResLoRAConfig) -> nn.Module:
+    """Put new layers as ``config`` says in the place of the adapter in force, which is forgotten.
+
+    Layers that it does not target lose their adapters; no chain hands anything on before and afterwards.
+
+    Returns:
+        ``model``; on an error it is as it was.
+    """
+    root, record = _ready(model), record_of(model)
+    trained = {parameter: parameter.requires_grad for parameter in root.parameters()}
+    autocast = all(layer.lora_A.dtype.itemsize >= 4 for layer in layers_in_place(root).values())
+    others, old = dict(record.others), _set_aside(root)
+    try:
+        targets = find_targets(root, config)
+        reads = ([name for name in names if name in targets.matched] for names in record.same_input)
+        new = Record(config, targets.unmatched, record.name, record.order, record.note)
+        new.same_input = [names for names in reads if len(names) > 1]
+        adapt(root, targets.matched, new, structural_chains(root, targets.matched, config), autocast)
+    except BaseException:
+        _put_back(root, old, others)
+        raise
+    new.others = others
+    for hook in record.hooks:
+        hook.remove()
+    for parameter in root.parameters():
+        parameter.requires_grad_(trained.get(parameter, parameter.requires_grad))
+    return model
 
 
 def _ready(model: nn.Module) -> nn.Module:

@@ -88,18 +88,22 @@ def _orthogonal(r: int, k: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def eva(r: int, count: int, total: Tensor, gram: Tensor) -> Tensor:
+def eva(r: int, count: int, total: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     """A [r, K]: the r directions in which the inputs vary most (EVA, arXiv 2410.07170, Section 3.2). B is zero.
 
     Args:
         count: of inputs x; ``total`` [K] is their sum, ``gram`` [K, K] the sum of x xᵀ.
+
+    Returns:
+        A, and the share [r] of the inputs' variance along each direction, largest first.
     """
     mean = total.double() / count
     covariance = gram.double() - count * torch.outer(mean, mean)
-    directions = torch.linalg.eigh(covariance)[1].T.flip(0)[:r]
+    variances, columns = torch.linalg.eigh(covariance)
+    directions = columns.T.flip(0)[:r]
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    signed: Tensor = directions * largest.sign()
-    return signed  # an eigenvector has no sign: its largest entry is positive
+    shares: Tensor = variances.flip(0)[:r] / covariance.trace()
+    return directions * largest.sign(), shares  # an eigenvector has no sign: its largest entry is positive
 
 
 @torch.no_grad()

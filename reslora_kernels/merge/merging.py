@@ -336,7 +336,11 @@ def _refuse_tied(root: nn.Module, record: Record, layers: Mapping[str, AdapterLa
             first = owners.setdefault(id(parameter), name)
             module, other = root.get_submodule(name.rpartition(".")[0]), root.get_submodule(first.rpartition(".")[0])
             if module is not other:
-                raise ValueError(f"weight {name!r} is shared with {first!r}: merging would change both")
+                raise ValueError(
+                    f"weight {name!r} is shared with {first!r}: merging would change both. export_peft(model, path) "
+                    "keeps the adapter apart; ensure_weight_tying=True adapts embedding and head as one; or give "
+                    f"{name!r} a weight of its own before it is adapted, with tie_word_embeddings=False in the config"
+                )
 
 
 def unload(model: nn.Module) -> nn.Module:

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.execution import call_with
-from ..adapt.record import adapted_layers, record_of
+from ..adapt.record import adapted_layers, record_of, refuse_beside, root_of
+from ..adapt.switching import adapt_anew
+from ..adapt.targets import endings_of
+from ..checks import check_number
+from ..config import ResLoRAConfig
 from ..dtensors import refuse_sharded
 from ..layers.adapter import AdapterLayer
 from ..layers.initialization import corda, eva, loftq, lora_ga
@@ -30,13 +34,14 @@ def start_adapters(
     *,
     loss: Callable[[Any], Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    rho: float = 1.0,
 ) -> nn.Module:
     """Give A and B the start that ``init_lora_weights`` names, from batches of data ("eva", "corda", "corda_kpm",
     "lora_ga") or from the weights before they were quantised ("loftq"). Whatever was trained is forgotten.
 
-    The model computes what its base does afterwards: "eva" has B = 0, as PEFT's with ``rho=1`` (no ranks are moved
-    between layers); "corda" and "lora_ga" take their start off again in every shortcut, where PEFT changes the base's
-    weights; "loftq" is meant to move it, by the best rank r part of what quantisation took.
+    The model computes what its base does afterwards: "eva" has B = 0; "corda" and "lora_ga" take their start off again
+    in every shortcut, where PEFT changes the base's weights; "loftq" is meant to move it, by the best rank r part of
+    what quantisation took.
 
     Args:
         model: an adapted model that is not sharded; run in evaluation mode, and left in the mode that it is in.
@@ -44,14 +49,17 @@ def start_adapters(
             leaves out tokens that an ``attention_mask`` or ``labels`` of -100 say do not count.
         loss: for "lora_ga": what to differentiate of the model's output; None takes its ``loss``.
         weights: for "loftq": tensors by the names of the base model's state dict.
+        rho: for "eva" with shortcut "none": above 1, ranks move to the layers whose inputs they explain more of, as
+            PEFT's do, within their sum: a layer has ``rho`` r at most, and loses its adapter where it has none. Its
+            scaling stays. The adapters are new ones then, by a new ``rank_pattern``: build the optimizer afterwards.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError, ValueError: the model's start is none of these, what it needs is not given, or it is merged, sharded
-            or spread by a tensor parallel plan; a rank is larger than the data or the gradient allow. The model has a
-            random start then, or the one it had.
+            or spread by a tensor parallel plan; a rank is larger than the data or the gradient allow; ``rho`` is below
+            1, or above it where ranks cannot move. The model has a random start then, or the one it had.
     """
     layers, record = adapted_layers(model), record_of(model)
     how = record.config.init_lora_weights
@@ -66,6 +74,9 @@ def start_adapters(
     spread = next((name for name, layer in layers.items() if isinstance(layer, TensorParallelResLoRALinear)), None)
     if spread is not None:
         raise ValueError(f"layer {spread!r} is spread by a tensor parallel plan: start the adapters of a whole model")
+    _check_rho(rho, record.config)
+    if rho > 1:
+        refuse_beside(model, "given other ranks", "take rho=1")
     if how == "loftq":
         _start_from_weights(layers, weights)
         return model
@@ -84,7 +95,12 @@ def start_adapters(
     never = [name for name, gathered in seen.items() if not gathered.count]
     if never:
         warnings.warn(f"calibration never reached {', '.join(never)}: their start is a random one", stacklevel=2)
-    started = {name: gathered.factors() for name, gathered in seen.items() if gathered.count}
+    started = {name: gathered.factors(rho) for name, gathered in seen.items() if gathered.count}
+    if rho > 1:
+        variations = {name: each for name, each in seen.items() if isinstance(each, _Variation) and each.count}
+        ranks = _moved_ranks(variations)
+        layers = dict(adapted_layers(adapt_anew(model, _with_ranks(model, ranks))))
+        started = {name: (a[: ranks[name]], layers[name].lora_B) for name, (a, _) in started.items() if ranks[name]}
     for name, (a, b) in started.items():
         _start(layers[name], a, b)
     for name in never:
@@ -103,7 +119,7 @@ class _Gathered:
     def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
         raise NotImplementedError
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self, rho: float) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
@@ -112,6 +128,7 @@ class _Variation(_Gathered):
 
     total: Tensor
     gram: Tensor
+    shares: Tensor  # of the variance, along the directions that ``factors`` found
 
     def observe(self, x: Tensor, lora_A: Tensor, residual: Tensor | None) -> None:
         x = x.detach()
@@ -122,13 +139,15 @@ class _Variation(_Gathered):
         self.gram = x.T @ x + (self.gram if self.count else 0)
         self.count += len(x)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        r = self.layer.config.r
+    def factors(self, rho: float) -> tuple[Tensor, Tensor]:
+        r = round(self.layer.config.r * rho)
         if self.count <= r or self.layer.in_features < r:
             raise ValueError(
-                f"init_lora_weights='eva' needs more than r={r} tokens and features, got {self.count} tokens"
+                f"init_lora_weights='eva' needs more than {r} tokens and features, which is r times rho, got "
+                f"{self.count} tokens and {self.layer.in_features} features"
             )
-        return eva(r, self.count, self.total, self.gram), torch.zeros_like(self.layer.lora_B)
+        a, self.shares = eva(r, self.count, self.total, self.gram)
+        return a, torch.zeros_like(self.layer.lora_B)
 
 
 class _Covariance(_Gathered):
@@ -142,7 +161,7 @@ class _Covariance(_Gathered):
         self.gram = x.T @ x + (self.gram if self.count else 0)
         self.count += 1
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self, rho: float) -> tuple[Tensor, Tensor]:
         _refuse_wide(self.layer, self.layer.config.r)
         return corda(self.layer.config, self.layer.dense_weight(torch.float32), self.gram / self.count)
 
@@ -167,7 +186,7 @@ class _Gradient(_Gathered):
         self.sum = dy.T @ x + (self.sum if self.count else 0)
         self.count += 1
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self, rho: float) -> tuple[Tensor, Tensor]:
         _refuse_wide(self.layer, 2 * self.layer.config.r)
         return lora_ga(self.layer.config, self.sum / self.count)
 
@@ -234,6 +253,56 @@ def _start_from_weights(layers: Mapping[str, AdapterLayer], weights: Mapping[str
         started[name] = loftq(layer.config, weight.to(layer.execution_device), layer.dense_weight(torch.float32))
     for name, (a, b) in started.items():
         _start(layers[name], a, b)
+
+
+def _check_rho(rho: float, config: ResLoRAConfig) -> None:
+    check_number("rho", rho, "a finite number of 1 or more", lambda v: v >= 1)
+    for name, value, wanted in (
+        ("init_lora_weights", config.init_lora_weights, "eva"),
+        ("shortcut", config.shortcut, "none"),
+    ):
+        if rho > 1 and value != wanted:
+            raise ValueError(
+                f"rho={rho} moves ranks between layers, which is for {name}={wanted!r}, got {value!r} (the layers of a "
+                "chain have one rank): take rho=1"
+            )
+
+
+def _moved_ranks(seen: Mapping[str, _Variation]) -> dict[str, int]:
+    """The rank of each layer: of all directions those that explain most of their layer's inputs, as PEFT shares them.
+
+    Layers of one input have its directions once each; the first of them has the largest rank.
+    """
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for name, each in seen.items():
+        groups.setdefault(tuple(each.total.tolist()), []).append(name)
+    names = [group[0] for group in groups.values()] + [name for group in groups.values() for name in group[1:]]
+    owners = [name for name in names for _ in seen[name].shares]
+    order = torch.cat([seen[name].shares.cpu() for name in names]).argsort(descending=True, stable=True)
+    budget = sum(each.layer.config.r for each in seen.values())
+    ranks = dict.fromkeys(seen, 0)
+    for index in order[:budget].tolist():
+        ranks[owners[index]] += 1
+    for first, *rest in groups.values():
+        for name in rest:
+            ranks[first], ranks[name] = max(ranks[first], ranks[name]), min(ranks[first], ranks[name])
+    return ranks
+
+
+def _with_ranks(model: nn.Module, ranks: Mapping[str, int]) -> ResLoRAConfig:
+    """The model's configuration with these ranks, at the scalings that the layers have; without those of rank 0."""
+    config, layers = record_of(model).config, adapted_layers(model)
+    kept = {name: ranks.get(name, layer.config.r) for name, layer in layers.items()}
+    kept = {name: rank for name, rank in sorted(kept.items(), key=lambda item: -len(item[0])) if rank}
+    alphas = {name: layers[name].config.lora_alpha * rank / layers[name].config.r for name, rank in kept.items()}
+    changes: dict[str, Any] = {"rank_pattern": kept, "alpha_pattern": alphas}
+    if len(kept) < len(layers):
+        changes |= {
+            "target_modules": endings_of(root_of(model), list(kept)),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+        }
+    return config.replace(**changes)
 
 
 def _refuse_wide(layer: Any, rank: int) -> None:
