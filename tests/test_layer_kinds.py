@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from reslora_kernels import (
     ResLoRAConfig,
     add_adapter,
     apply_reslora,
+    disable_adapter,
     export_peft,
     inspect,
     load_adapter,
@@ -30,7 +32,7 @@ from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.peft import ResLoRAPeftConfig
 from reslora_kernels.testing import relative_error
 
-from .models import VOCABULARY, randomize
+from .models import VOCABULARY, randomize, t5
 
 SHORTCUTS = ("none", "input", "block", "middle")
 TOKENS = {"input_ids": torch.arange(24).reshape(2, 12) % VOCABULARY}
@@ -354,3 +356,54 @@ def test_out_proj_alone_has_no_effect() -> None:
     with pytest.warns(UserWarning, match="has no effect: MultiheadAttention reads its weight and never runs it"):
         disturbed(apply_reslora(model, ResLoRAConfig(r=2, target_modules=["out_proj"])))
     assert relative_error(run(model), plain) < 1e-6
+
+
+def test_an_embedding_that_never_runs_is_named() -> None:
+    """T5 has one table in four modules: ``shared`` itself is not called, and a head would have two adapters."""
+    with pytest.warns(UserWarning, match=r"'shared' does not run: 'encoder.embed_tokens' has its weight"):
+        apply_reslora(t5(), ResLoRAConfig(r=2, target_modules=["shared", "q"]))
+    model = t5()
+    for name in ("shared", "embed_tokens"):
+        with pytest.raises(ValueError, match=r"shares its weight with '\S+' too, which would stay as it is"):
+            apply_reslora(model, ResLoRAConfig(r=2, target_modules=[name], ensure_weight_tying=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_reslora(model, ResLoRAConfig(r=2, target_modules=["embed_tokens", "q"]))
+
+
+@pytest.mark.parametrize("target", ["c_attn", "attn.c_proj"])
+@pytest.mark.parametrize("shortcut", ["none", "block"])
+def test_peft_3531_dora_comes_apart_from_transposed_weights(shortcut: Any, target: str) -> None:
+    config = ResLoRAConfig(r=4, target_modules=[target], use_dora=True, shortcut=shortcut)
+    model = randomize(apply_reslora(gpt2(), config))
+    before, weights = model(**TOKENS).logits, {name: p.clone() for name, p in model.named_parameters()}
+    merge_reslora(model)
+    assert relative_error(model(**TOKENS).logits, before) < 1e-5
+    unmerge_reslora(model)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    with disable_adapter(model):
+        assert torch.equal(model(**TOKENS).logits, gpt2()(**TOKENS).logits)
+
+
+def test_peft_2710_experts_have_several_adapters() -> None:
+    """Of one parameter and of both: each merges, and so does the sum of them, in either order."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3, "initializer_range": 0.2}
+    base = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    apply_reslora(base, ResLoRAConfig(target_modules=[], target_parameters=["experts.gate_up_proj"]), adapter_name="a")
+    randomize(base)
+    both = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    add_adapter(base, "b", ResLoRAConfig(r=2, lora_alpha=3, **both))
+    randomize(set_adapter(base, "b"))
+    found = []
+    for names in ("a", "b", ["a", "b"], ["b", "a"]):
+        before = set_adapter(base, names)(**TOKENS).logits
+        merge_reslora(base)
+        found.append(base(**TOKENS).logits)
+        assert relative_error(found[-1], before) < 1e-5
+        unmerge_reslora(base)
+        assert torch.equal(base(**TOKENS).logits, before)
+    assert relative_error(found[2], found[3]) < 1e-5 and relative_error(found[2], found[1]) > 1e-2

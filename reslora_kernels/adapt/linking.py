@@ -354,6 +354,7 @@ def confirm_order(
         return
     record.same_input = same_input([execution for execution in executed if is_linear(targets[execution.name])])
     turn = {execution.name: number for number, execution in enumerate(executed)}
+    _warn_of_idle(model, {name: module for name, module in modules.items() if name not in turn})
     for plan in plans:
         ran = [name for name in plan.names if name in turn]
         if not plan.experts and ran != sorted(ran, key=turn.__getitem__):
@@ -365,6 +366,23 @@ def confirm_order(
                 stacklevel=3,
             )
     record.order += ", confirmed by a run" if not record.note else ""
+
+
+def _warn_of_idle(model: nn.Module, idle: Mapping[str, Any]) -> None:
+    """Layers that did not run and whose weight another module has: T5's ``shared``, beside ``encoder.embed_tokens``."""
+    for name, layer in idle.items():
+        weight = getattr(layer, "weight", None)
+        twins = (other for other, module in model.named_modules() if module is not layer and _has(module, weight))
+        if weight is not None and (twin := next(twins, None)) is not None:
+            warnings.warn(
+                f"{name!r} does not run: {twin!r} has its weight and may run in its place, so that an adapter of "
+                f"{name!r} has no effect. Name {twin!r} instead",
+                stacklevel=4,
+            )
+
+
+def _has(module: nn.Module, weight: Any) -> bool:
+    return any(own is weight for own in module._parameters.values())
 
 
 def same_input(executed: Sequence[Execution]) -> list[list[str]]:

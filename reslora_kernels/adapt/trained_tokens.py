@@ -108,6 +108,10 @@ def attach(model: nn.Module, record: Record, found: Mapping[str, Sequence[int]],
             record.hooks.append(head.register_forward_hook(swap.projected, with_kwargs=True))
 
 
+def _shares(one: Any, other: Any) -> bool:
+    return one.weight is other.weight
+
+
 def tied_heads(root: nn.Module, table: Any) -> dict[str, nn.Module]:
     """The linear layers that share the weight of an embedding, adapted or not, by name."""
     shared = table.weight
@@ -120,6 +124,13 @@ def refuse_adapted_heads(model: nn.Module, config: ResLoRAConfig, targets: Mappi
         return
     tables = {name: module for name, module in model.named_modules() if kind_of(module) is ResLoRAEmbedding}
     heads = {name: tied_heads(model, table) for name, table in tables.items()}
+    for name in tables.keys() & targets.keys():
+        twin = next((other for other, table in tables.items() if other != name and _shares(table, tables[name])), None)
+        if twin is not None:
+            raise ValueError(
+                f"ensure_weight_tying is for an embedding and its head, and {name!r} shares its weight with {twin!r} "
+                "too, which would stay as it is: take False"
+            )
     for name, found in heads.items():
         twice = [head for head in found if head in targets and name in targets]
         if twice:
