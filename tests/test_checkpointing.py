@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from reslora_kernels.forward_state import ForwardState
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, randomize
+from .test_gates import X, residual
 
 SHORTCUTS = [("none", 0), ("input", 1), ("block", 2), ("middle", 2), ("middle", -1)]
 HANDING = [("input", 1), ("middle", -1)]
@@ -236,3 +238,16 @@ def test_bad_arguments() -> None:
         checkpoint_context("model")
     with pytest.raises(ValueError, match="no ResLoRALinear"):
         checkpoint_context(nn.Linear(2, 2))
+
+
+def test_gates_recomputed_with_two_forwards_before_one_backward() -> None:
+    found = []
+    for recompute in (False, True):
+        model = residual(shortcut="middle", pre_num=-1)
+        if recompute:
+            around = partial(checkpoint, use_reentrant=False, context_fn=checkpoint_context(model))
+            for layer in model.layers:
+                layer.forward = partial(around, layer.forward)
+        (model(X).square().sum() - 0.3 * model(X.flip(1)).square().sum()).backward()
+        found.append([layer.lora_gates.grad for layer in model.layers])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

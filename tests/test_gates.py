@@ -6,7 +6,6 @@ u = c ⊙ h + Σ_k g_k ⊙ (the k-th earlier term). The dense statement is ``ref
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from reslora_kernels import (
     ResLoRAConfig,
     ResLoRALinear,
     add_adapter,
     apply_reslora,
-    checkpoint_context,
-    collect_statistics,
     export_peft,
     inspect,
     link,
     load_adapter,
     load_peft_adapter,
-    loraplus_groups,
     merge_reslora,
     reference,
     restart_reslora,
@@ -39,7 +34,6 @@ from reslora_kernels import (
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.peft import ResLoRAPeftConfig, from_native, to_native
 from reslora_kernels.testing import chain_inputs, max_error, relative_error
-from reslora_kernels.training import AdapterCheckpoints
 
 from .models import FAMILIES, llama, logits, randomize
 from .test_shared_input import WIDTH
@@ -259,56 +253,6 @@ def residual(**changes: Any) -> Any:
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "merge",
-    [{"method": "input"}, {"method": "weights"}, {}, {"sequential": True}, {"joint_steps": 4}],
-    ids=["input", "weights", "least squares", "sequential", "joint"],
-)
-@pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", 2), ("middle", -1)])
-def test_every_merge_weighs_the_terms(shortcut: str, pre_num: int, merge: dict[str, Any]) -> None:
-    """With equal inputs in all layers a merge is exact, but for two that work with norms of other things than x."""
-    torch.manual_seed(0)
-    model: Any = nn.Module()
-    model.layers = nn.ModuleList(nn.Linear(8, 8).double() for _ in range(3))
-    model.forward = lambda x: torch.cat([layer(x) for layer in model.layers], -1)
-    config = ResLoRAConfig(r=R, lora_alpha=R, shortcut=shortcut, pre_num=pre_num, gates="rank")
-    randomize(apply_reslora(model, config, example_inputs=X))
-    before = model(X).detach()
-    weights = [layer.weight.detach().clone() for layer in model.layers]
-    report = merge_reslora(model, calibration=[X, X.flip(0)], regularization=0.0, **merge)
-    method = merge.get("method")
-    if (shortcut, method) not in (("input", "weights"), ("middle", "input")):
-        assert relative_error(model(X), before) < 1e-8 and report.worst() < 1e-6
-        return
-    a, b = ([getattr(layer, name).detach() for layer in model.layers] for name in ("lora_A", "lora_B"))
-    gates = [layer.lora_gates.detach()[:, :, None] for layer in model.layers]
-    norms: list[Tensor] = []
-    for n, layer in enumerate(model.layers):
-        if method == "weights":
-            shares = [norms[n - 2] / norms[n - 1] if n >= 2 else 1.0]
-        else:
-            shares = [(X @ a[n - k].T).norm() / (X @ a[n].T).norm() for k in range(1, len(gates[n]))]
-        factor = gates[n][0] + sum(gates[n][k] * share for k, share in enumerate(shares, 1))
-        assert relative_error(layer.weight, weights[n] + b[n] @ (factor * a[n])) < 1e-12
-        norms.append(layer.weight.detach().norm())
-
-
-def test_reported_errors_are_those_of_the_gated_layers() -> None:
-    model = residual(shortcut="middle", pre_num=2)
-    with torch.no_grad(), collect_statistics(model) as statistics:
-        model(X)
-    seen = []
-    for layer in model.layers:
-        layer.register_forward_hook(lambda module, args, y: seen.append((args[0], y.detach())))
-    model(X)
-    report = merge_reslora(model, "weights", statistics=statistics)
-    for n, (row, layer) in enumerate(zip(report.rows, model.layers, strict=True)):
-        x, y = seen[n]
-        term = y - nn.functional.linear(x, model._reslora.merged.originals[row.name], layer.bias)
-        merged = nn.functional.linear(x, layer.weight, layer.bias) - y + term
-        assert row.relative_error == pytest.approx(float((merged - term).norm() / term.norm()), abs=1e-9)
-
-
 def test_a_layer_that_got_nothing_counts_its_own_input_again() -> None:
     """Layer 1 of ``input`` when layer 0 did not run: u = (c + g) ⊙ h, in the model and in what a merge is fitted to."""
     inputs = chain_inputs(2, (9,), 8, 8, R)
@@ -416,18 +360,6 @@ class TestKindsOfLayers:
             calibration = {} if shortcut == "block" else {"calibration": [X]}
             assert all(row.rank >= 2 * R for row in merge_reslora(model, **calibration).rows)
 
-    def test_half_precision_keeps_the_gates_gradient(self) -> None:
-        model = residual(shortcut="middle", pre_num=2)
-        half = copy.deepcopy(model).to(torch.bfloat16)
-        for layer in half.layers:
-            for name in ("lora_A", "lora_B", "lora_gates"):
-                layer.register_parameter(name, nn.Parameter(getattr(layer, name).float()))
-        for one, x in ((model, X), (half, X.bfloat16())):
-            one(x).square().mean().backward()
-        for layer, rounded in zip(model.layers, half.layers, strict=True):
-            assert rounded.lora_gates.grad.dtype == torch.float32
-            assert relative_error(rounded.lora_gates.grad.double(), layer.lora_gates.grad) < 0.1
-
 
 class TestTraining:
     def test_counted_trained_and_said(self) -> None:
@@ -443,25 +375,6 @@ class TestTraining:
         )
         trained = {name: p for name, p in peft.named_parameters() if p.requires_grad}
         assert [p.tolist() for name, p in trained.items() if "lora_gates" in name] == [[[1.0]]] + [[[1.0], [0.0]]] * 2
-
-    def test_weight_decay_leaves_them_alone(self) -> None:
-        model = residual(shortcut="block")
-        gates = {id(layer.lora_gates) for layer in model.layers}
-        groups = loraplus_groups(model, lr=1e-3, loraplus_lr_ratio=8, weight_decay=0.1)
-        of_gates = [group for group in groups if gates & {id(p) for p in group["params"]}]
-        assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in of_gates] == [(1e-3, 0.0, L)]
-        assert sum(len(group["params"]) for group in groups) == 3 * L
-
-        class Base:
-            def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-                return [name for name, _ in model.named_parameters()]
-
-        class Trainer(AdapterCheckpoints, Base):
-            def __init__(self) -> None:
-                """Without a Trainer's arguments."""
-
-        decayed = Trainer().get_decay_parameter_names(model)
-        assert "layers.0.lora_A" in decayed and not any("gates" in name for name in decayed)
 
     def test_peft_adapter_is_where_a_gated_shortcut_starts(self, tmp_path: Path) -> None:
         """With gates that start at 0 the model computes what PEFT's does, and the gates have a gradient."""
@@ -509,18 +422,6 @@ class TestTraining:
                     ends.append(float(model(X).square().sum()))
                 parameter.add_(1e-6)
             assert float(parameter.grad.sum()) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4, abs=1e-6)
-
-    def test_recomputed_with_two_forwards_before_one_backward(self) -> None:
-        found = []
-        for recompute in (False, True):
-            model = residual(shortcut="middle", pre_num=-1)
-            if recompute:
-                around = partial(checkpoint, use_reentrant=False, context_fn=checkpoint_context(model))
-                for layer in model.layers:
-                    layer.forward = partial(around, layer.forward)
-            (model(X).square().sum() - 0.3 * model(X.flip(1)).square().sum()).backward()
-            found.append([layer.lora_gates.grad for layer in model.layers])
-        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(

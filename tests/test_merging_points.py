@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from reslora_kernels import ResLoRAConfig, apply_reslora, collect_statistics, ex
 from reslora_kernels.merge.closed_form import NEVER_RAN, cholesky_factor, relative_error
 from reslora_kernels.merge.sequential import sequential_updates
 from reslora_kernels.merge.statistics import LayerStatistics
+from reslora_kernels.testing import relative_error as relative
+from tests.models import randomize
+from tests.test_gates import R, X, residual
 from tests.test_single_points import Stack, adapted, linear, with_random_b
 
 
@@ -227,3 +231,53 @@ def test_statistics_go_on_in_another_process_and_only_of_the_same_layers() -> No
     ):
         with collect_statistics(model) as fresh, pytest.raises(ValueError, match=said):
             fresh.load_state_dict(state | change)
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [{"method": "input"}, {"method": "weights"}, {}, {"sequential": True}, {"joint_steps": 4}],
+    ids=["input", "weights", "least squares", "sequential", "joint"],
+)
+@pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", 2), ("middle", -1)])
+def test_every_merge_weighs_the_terms(shortcut: str, pre_num: int, merge: dict[str, Any]) -> None:
+    """With equal inputs in all layers a merge is exact, but for two that work with norms of other things than x."""
+    torch.manual_seed(0)
+    model: Any = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(8, 8).double() for _ in range(3))
+    model.forward = lambda x: torch.cat([layer(x) for layer in model.layers], -1)
+    config = ResLoRAConfig(r=R, lora_alpha=R, shortcut=shortcut, pre_num=pre_num, gates="rank")
+    randomize(apply_reslora(model, config, example_inputs=X))
+    before = model(X).detach()
+    weights = [layer.weight.detach().clone() for layer in model.layers]
+    report = merge_reslora(model, calibration=[X, X.flip(0)], regularization=0.0, **merge)
+    method = merge.get("method")
+    if (shortcut, method) not in (("input", "weights"), ("middle", "input")):
+        assert relative(model(X), before) < 1e-8 and report.worst() < 1e-6
+        return
+    a, b = ([getattr(layer, name).detach() for layer in model.layers] for name in ("lora_A", "lora_B"))
+    gates = [layer.lora_gates.detach()[:, :, None] for layer in model.layers]
+    norms: list[Tensor] = []
+    for n, layer in enumerate(model.layers):
+        if method == "weights":
+            shares = [norms[n - 2] / norms[n - 1] if n >= 2 else 1.0]
+        else:
+            shares = [(X @ a[n - k].T).norm() / (X @ a[n].T).norm() for k in range(1, len(gates[n]))]
+        factor = gates[n][0] + sum(gates[n][k] * share for k, share in enumerate(shares, 1))
+        assert relative(layer.weight, weights[n] + b[n] @ (factor * a[n])) < 1e-12
+        norms.append(layer.weight.detach().norm())
+
+
+def test_reported_errors_are_those_of_the_gated_layers() -> None:
+    model = residual(shortcut="middle", pre_num=2)
+    with torch.no_grad(), collect_statistics(model) as statistics:
+        model(X)
+    seen = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, args, y: seen.append((args[0], y.detach())))
+    model(X)
+    report = merge_reslora(model, "weights", statistics=statistics)
+    for n, (row, layer) in enumerate(zip(report.rows, model.layers, strict=True)):
+        x, y = seen[n]
+        term = y - nn.functional.linear(x, model._reslora.merged.originals[row.name], layer.bias)
+        merged = nn.functional.linear(x, layer.weight, layer.bias) - y + term
+        assert row.relative_error == pytest.approx(float((merged - term).norm() / term.norm()), abs=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from reslora_kernels import ResLoRAConfig, ResLoRALinear, checkpoint_context, link, reference
 from reslora_kernels.forward_state import ForwardState
-from reslora_kernels.testing import assert_close_to_truth, chain_inputs
+from reslora_kernels.testing import assert_close_to_truth, chain_inputs, relative_error
+
+from .test_gates import X, residual
 
 SHORTCUTS = [("none", 0), ("input", 1), ("block", 2), ("middle", 2), ("middle", -1)]
 HANDING = [("input", 1), ("middle", -1)]
@@ -207,3 +210,16 @@ def test_grad_scaler(shortcut: str, pre_num: int) -> None:
     assert not step(x * 60000) < 1e3
     assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
     assert scaler.get_scale() == 2.0**5
+
+
+def test_half_precision_keeps_the_gates_gradient() -> None:
+    model = residual(shortcut="middle", pre_num=2)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    for layer in half.layers:
+        for name in ("lora_A", "lora_B", "lora_gates"):
+            layer.register_parameter(name, nn.Parameter(getattr(layer, name).float()))
+    for one, x in ((model, X), (half, X.bfloat16())):
+        one(x).square().mean().backward()
+    for layer, rounded in zip(model.layers, half.layers, strict=True):
+        assert rounded.lora_gates.grad.dtype == torch.float32
+        assert relative_error(rounded.lora_gates.grad.double(), layer.lora_gates.grad) < 0.1

@@ -27,8 +27,10 @@ from reslora_kernels import (
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.layers.initialization import row_norms
 from reslora_kernels.testing import relative_error
+from reslora_kernels.training import AdapterCheckpoints
 
 from .models import FAMILIES, llama, logits, randomize, train
+from .test_gates import residual
 
 SHORTCUTS = ("none", "input", "block", "middle")
 LLAMA = FAMILIES["llama"]
@@ -289,3 +291,23 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     arguments = {"model": nn.Linear(2, 2), **RATES, **change}
     with pytest.raises(error, match=message):
         loraplus_groups(arguments.pop("model"), **arguments)
+
+
+def test_weight_decay_leaves_gates_alone() -> None:
+    model = residual(shortcut="block")
+    gates = {id(layer.lora_gates) for layer in model.layers}
+    groups = loraplus_groups(model, lr=1e-3, loraplus_lr_ratio=8, weight_decay=0.1)
+    of_gates = [group for group in groups if gates & {id(p) for p in group["params"]}]
+    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in of_gates] == [(1e-3, 0.0, 4)]
+    assert sum(len(group["params"]) for group in groups) == 3 * 4
+
+    class Base:
+        def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+            return [name for name, _ in model.named_parameters()]
+
+    class Trainer(AdapterCheckpoints, Base):
+        def __init__(self) -> None:
+            """Without a Trainer's arguments."""
+
+    decayed = Trainer().get_decay_parameter_names(model)
+    assert "layers.0.lora_A" in decayed and not any("gates" in name for name in decayed)
