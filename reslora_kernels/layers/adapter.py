@@ -49,11 +49,11 @@ class AdapterLayer(nn.Module):
     shares_projections: ClassVar[bool] = False  # whether one layer of a group may project x for this one
     sums: ClassVar[bool] = True  # whether other adapters may be in force in the same place
     takes_samples: ClassVar[bool] = False  # whether each sample of a batch may run through an adapter of its own
-    division: tuple[Part, ...] = ()  # where it is in force with others, or for some samples only
-    merged: bool = False  # whether W holds the update
-    disabled: bool = False
-    unstarted: bool = False  # whether A and B wait for ``start_adapters``, and are random meanwhile
-    detour: bool = False  # whether any of these four is so: all that a forward looks at
+    division: tuple[Part, ...]  # where it is in force with others, or for some samples only
+    merged: bool  # whether W holds the update
+    disabled: bool
+    unstarted: bool  # whether A and B wait for ``start_adapters``, and are random meanwhile
+    detour: bool  # whether any of these four is so: all that a forward looks at
     holds_all_it_reads: ClassVar[bool] = False  # whether it is called, on parameters of its own and of its neighbours
 
     def base_in(self, root: nn.Module, name: str) -> Any:
@@ -123,6 +123,7 @@ class AdapterLayer(nn.Module):
         self.register_parameter("lora_magnitude_vector", magnitude)
         self.register_parameter("lora_gates", None)
         self.merged = self.disabled = self.unstarted = False
+        self.division = ()
         self.chain: Chain[Any] | None = None
         self.position = 0
         self.shared: SharedInput | None = None
@@ -285,11 +286,6 @@ class AdapterLayer(nn.Module):
         if self.unstarted:
             raise RuntimeError(not_started(self.config))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in _DETOURS:
-            self.__dict__["detour"] = any(getattr(self, each) for each in _DETOURS)
-
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As for any module, but not spread over processes: a plan would cut A, which it does not know, by its rows."""
         if is_dtensor(param):
@@ -339,6 +335,25 @@ class AdapterLayer(nn.Module):
         place = f", position={self.position} of {self.chain_length}" if self.chain is not None else ""
         gates = "" if self.config.gates == "none" else f", gates={self.config.gates!r}"
         return f"r={self.config.r}, shortcut={self.config.shortcut!r}{gates}{place}"
+
+
+class _Detour:
+    """An attribute that keeps ``detour`` up to date as it is set, and is read from the instance as any other is.
+
+    ``__setattr__`` of the layers stays nn.Module's: FSDP looks whether it is, and swaps parameters past it then.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __set__(self, layer: AdapterLayer, value: Any) -> None:
+        held = layer.__dict__
+        held[self.name] = value
+        held["detour"] = any(held.get(name) for name in _DETOURS)
+
+
+for _name in _DETOURS:
+    setattr(AdapterLayer, _name, _Detour(_name))
 
 
 def not_started(config: ResLoRAConfig) -> str:
