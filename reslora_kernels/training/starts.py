@@ -240,8 +240,8 @@ def _start_from_weights(layers: Mapping[str, AdapterLayer], weights: Mapping[str
     for name, layer in layers.items():
         if not isinstance(layer, QuantizedResLoRALinear):
             raise ValueError(
-                f"init_lora_weights='loftq' is for a quantised base, and layer {name!r} is not: load the model "
-                "quantised, adapt that, and give the plain weights here"
+                f"init_lora_weights='loftq' is for a quantised base, and layer {name!r} is not (and is not rounded in "
+                "full precision, as PEFT would): load the model quantised, adapt that, and give the plain weights here"
             )
         weight = weights.get(f"{name}.weight")
         if weight is None or tuple(weight.shape) != (layer.out_features, layer.in_features):
