@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -25,7 +26,7 @@ from reslora_kernels.forward_state import ForwardState
 from reslora_kernels.testing import max_error, relative_error
 
 from .distributed.residual import residual
-from .models import randomize
+from .models import VOCABULARY, llama, randomize
 
 SHORTCUTS = [("input", 1), ("middle", 2), ("middle", -1), ("block", 2)]
 HANDING = [("input", 1), ("middle", 2)]
@@ -83,15 +84,11 @@ def check(model: nn.Module, run: Callable[[], Any]) -> Calls:
 
 
 def bert(**changes: Any) -> Any:
-    import transformers
-
     torch.manual_seed(0)
     return transformers.BertModel(transformers.BertConfig(vocab_size=99, **(SMALL | changes)))
 
 
 def siglip() -> Any:
-    import transformers
-
     torch.manual_seed(0)
     text = dict(SMALL, vocab_size=99, max_position_embeddings=16)
     return transformers.SiglipModel(
@@ -100,8 +97,6 @@ def siglip() -> Any:
 
 
 def whisper() -> Any:
-    import transformers
-
     torch.manual_seed(0)
     return transformers.WhisperForConditionalGeneration(
         transformers.WhisperConfig(
@@ -113,8 +108,6 @@ def whisper() -> Any:
 
 
 def switch() -> Any:
-    import transformers
-
     torch.manual_seed(0)
     return transformers.SwitchTransformersForConditionalGeneration(
         transformers.SwitchTransformersConfig(
@@ -135,8 +128,6 @@ def images(seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
 class TestRealModels:
     def test_a_projection_also_run_on_position_embeddings(self, shortcut: str, pre_num: int) -> None:
-        import transformers
-
         torch.manual_seed(0)
         config = transformers.DebertaV2Config(
             vocab_size=99, **SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True,
@@ -155,8 +146,6 @@ class TestRealModels:
         assert torch.equal(one, two)
 
     def test_one_tower_before_any_whole_forward(self, shortcut: str, pre_num: int) -> None:
-        import transformers
-
         torch.manual_seed(0)
         config = transformers.CLIPConfig(
             text_config=dict(SMALL, vocab_size=99), vision_config=dict(SMALL, image_size=16, patch_size=4)
@@ -236,11 +225,8 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize(("shortcut", "pre_num"), HANDING)
 @pytest.mark.parametrize("entry", ["forward", "inner module"])
 def test_checkpointing_where_the_roots_hook_does_not_run(shortcut: str, pre_num: int, entry: str) -> None:
-    plain, model = (adapted(bert(), shortcut, pre_num).train() for _ in range(2))
-    for one in (plain, model):
-        for module in one.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    plain, model = (adapted(bert(**none), shortcut, pre_num).train() for _ in range(2))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def loss(one: Any) -> Tensor:
@@ -276,6 +262,14 @@ class Stack(nn.Module):
         for n in self.order:
             parts = [self.blocks[n](part) for part in parts]
         return torch.cat(parts)
+
+
+class Around(nn.Module):
+    """What runs a stack within its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Stack()
 
 
 def stack(shortcut: str, pre_num: int, depth: int = 4) -> Stack:
@@ -336,26 +330,18 @@ class TestCalls:
     ) -> None:
         """As with the same calls in one forward, where the k-th call takes from the k-th: streams never meet."""
 
-        class Parts(nn.Module):
-            def __init__(self, inner: Stack) -> None:
-                super().__init__()
-                self.inner = inner
-
+        class Parts(Around):
             def forward(self, x: Tensor) -> Tensor:
                 parts = list(x.chunk(2))
                 for stream, self.inner.order in plan:
                     parts[stream] = self.inner(parts[stream])
                 return torch.cat(parts)
 
-        model = adapted(Parts(Stack()), shortcut, pre_num)
+        model = adapted(Parts(), shortcut, pre_num)
         check(model, lambda: model(x_of(6)))
 
     def test_a_failed_sweep_inside_one_forward_hands_nothing_to_the_next(self, shortcut: str, pre_num: int) -> None:
-        class Retries(nn.Module):
-            def __init__(self, inner: Stack) -> None:
-                super().__init__()
-                self.inner = inner
-
+        class Retries(Around):
             def forward(self, x: Tensor, fails: bool) -> Tensor:
                 if fails:
                     handle = self.inner.blocks[1].register_forward_pre_hook(fail)
@@ -367,23 +353,19 @@ class TestCalls:
         def fail(*_: Any) -> None:
             raise ArithmeticError
 
-        model, x = adapted(Retries(Stack()), shortcut, pre_num), x_of(2)
+        model, x = adapted(Retries(), shortcut, pre_num), x_of(2)
         with torch.no_grad():
             assert torch.equal(model(x, True), model(x, False))
 
     def test_a_sweep_that_leaves_layers_out_hands_nothing_to_the_next(self, shortcut: str, pre_num: int) -> None:
-        class Pair(nn.Module):
-            def __init__(self, inner: Stack) -> None:
-                super().__init__()
-                self.inner = inner
-
+        class Pair(Around):
             def forward(self, x: Tensor, y: Tensor) -> Tensor:
                 self.inner.order = [0, 2, 3]  # layer drop
                 first = self.inner(x)
                 self.inner.order = [0, 1, 2, 3]
                 return torch.cat([first, self.inner(y)])
 
-        model, x, y = adapted(Pair(Stack()), shortcut, pre_num), x_of(2), x_of(3)[:2]
+        model, x, y = adapted(Pair(), shortcut, pre_num), x_of(2), x_of(3)[:2]
         with torch.no_grad():
             assert torch.equal(model(x, y)[2:], model.inner(y))
 
@@ -404,6 +386,7 @@ class TestCalls:
         gc.collect()
         assert len(alive) == 150 and most[0] <= 1 + pre_num
 
+    @pytest.mark.slow
     def test_compiled_by_block_needs_no_graph_for_each_call(self, shortcut: str, pre_num: int) -> None:
         """Many calls of a block before those of the next, and many sweeps: as many graphs as with three of each."""
         counts = []
@@ -423,6 +406,7 @@ class TestCalls:
         torch._dynamo.reset()
         assert counts[0] == counts[1]
 
+    @pytest.mark.slow
     def test_compiled_whole_with_repeated_calls(self, shortcut: str, pre_num: int) -> None:
         torch._dynamo.reset()
         model, x = stack(shortcut, pre_num), x_of(6)
@@ -434,23 +418,16 @@ class TestCalls:
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
 def test_nothing_crosses_packed_samples(shortcut: str, pre_num: int) -> None:
-    """A padding-free batch of three samples in one row gives each the gradients and outputs that it has by itself.
-
-    LLaMA's norms compute in float32.
-    """
-    from transformers import DataCollatorWithFlattening
-
-    from .models import VOCABULARY, llama
-
+    """A padding-free batch of three samples in one row gives each the gradients and outputs that it has by itself."""
     model = adapted(llama(), shortcut, pre_num).train()
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randint(2, VOCABULARY, (length,), generator=generator) for length in (5, 9, 4)]
-    packed = DataCollatorWithFlattening()([{"input_ids": sample.tolist()} for sample in samples])
+    packed = transformers.DataCollatorWithFlattening()([{"input_ids": sample.tolist()} for sample in samples])
     assert packed["position_ids"].tolist() == [[*range(5), *range(9), *range(4)]]
     trained = [p for p in model.parameters() if p.requires_grad]
     together = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits
     alone = torch.cat([model(input_ids=sample[None], use_cache=False).logits for sample in samples], 1)
-    assert relative_error(together, alone) < 1e-6
+    assert relative_error(together, alone) < 1e-6  # LLaMA's norms compute in float32
     direction = torch.randn(alone.shape, generator=generator, dtype=alone.dtype)
     for got, want in zip(
         *(torch.autograd.grad((y * direction).sum(), trained) for y in (together, alone)), strict=True

@@ -28,7 +28,9 @@ def results(name: str, case: Case = CASE) -> list[Tensor]:
     return [tensor for tensors in found.values() for tensor in tensors]
 
 
-@pytest.mark.parametrize("name", ["hand-written", "addmm", "peft", "plain-compiled"])
+@pytest.mark.parametrize(
+    "name", ["hand-written", "addmm", "peft", pytest.param("plain-compiled", marks=pytest.mark.slow)]
+)
 def test_peers_on_a_cpu_compute_the_plain_layers(name: str) -> None:
     for found, expected in zip(results(name), results("plain"), strict=True):
         torch.testing.assert_close(found, expected)

@@ -193,6 +193,7 @@ def test_switching_back_leaves_one_alone_as_it_was() -> None:
         assert sorted(model.state_dict()) == alone[name][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [("input", "middle"), ("block", "none")])
 def test_a_sum_is_compiled_pickled_and_autocast(pair: tuple[str, str]) -> None:
     torch.manual_seed(0)

@@ -130,8 +130,7 @@ def equals_one_process(shortcut: str, folder: Path, sequence: bool = False, **co
         "gradients": apart(gradients(model), gradients(alone)),
         "reduced": all(p.grad.placements == p.placements for p in model.parameters() if p.grad is not None),
     }
-    losses = train(model, batch)
-    expected = train(alone, batch)
+    losses, expected = train(model, batch), train(alone, batch)
     found["losses"] = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
     found["adapters"] = apart(adapters(model), adapters(alone))
     return found
@@ -188,12 +187,11 @@ def saved(folder: Path) -> dict[str, Any]:
     spread = load_adapter(parallelize_module(base(), MESH["tp"], plan(False)), half / f"alone-{dist.get_rank()}")
     other = randomize(residual("middle", bias="lora_only"), seed=7)
     filled = load_adapter(copy_adapters(other, parallel("middle", bias="lora_only")), half / "tp")
-    both = shard_reslora(spread, spread.blocks, mesh=MESH["dp"])
+    both = shard(spread)
     x = batch(3)[0]
     outputs = [m(x).detach() for m in (alone, plain, both, filled)]
     save_adapter(both, folder / "2d")
-    again = copy_adapters(other, parallel("middle", bias="lora_only"))
-    shard_reslora(again, again.blocks, mesh=MESH["dp"])
+    again = shard(copy_adapters(other, parallel("middle", bias="lora_only")))
     again(x)
     load_adapter(again, folder / "2d")
     found = {
@@ -237,8 +235,7 @@ def merged(shortcut: str, folder: Path, **config: Any) -> dict[str, Any]:
 
 def with_fsdp(shortcut: str, folder: Path, **config: Any) -> dict[str, Any]:
     """Two times two: rows of a batch over one dimension, the plan over the other."""
-    model = parallel(shortcut, **config)
-    shard_reslora(model, model.blocks, mesh=MESH["dp"])
+    model = shard(parallel(shortcut, **config))
     half = MESH.get_local_rank("dp")
 
     def data(step: int) -> tuple[Tensor, Tensor]:
@@ -322,12 +319,10 @@ def transformers_plan(folder: Path) -> dict[str, Any]:
             }
             if rules != "auto":
                 break
-    with collect_statistics(spread) as statistics, torch.no_grad():
-        spread(tokens)
-    merge_and_unload(spread, statistics=statistics)
-    with collect_statistics(alone) as statistics, torch.no_grad():
-        alone(tokens)
-    merge_and_unload(alone, statistics=statistics)
+    for model in (spread, alone):
+        with collect_statistics(model) as statistics, torch.no_grad():
+            model(tokens)
+        merge_and_unload(model, statistics=statistics)
     with torch.no_grad():
         logits = [model(tokens).logits for model in (spread, alone)]
     report["unloaded"] = {"logits": float((logits[0] - logits[1]).norm() / logits[1].norm())}
@@ -374,7 +369,7 @@ def refusals(folder: Path) -> dict[str, Any]:
         "cast": refused(
             lambda: shard(quantized("block", torch.bfloat16), mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16))
         ),
-        "sharded": refused(lambda: merge_reslora(shard_reslora(model, model.blocks, mesh=MESH["dp"]))),
+        "sharded": refused(lambda: merge_reslora(shard(model))),
     }
     unchanged = before == [type(module) for module in half_a_plan.modules()]
     report["unchanged"] = {"error": "ValueError" if unchanged else None, "message": ""}
@@ -398,10 +393,7 @@ def checkpointed(folder: Path) -> dict[str, Any]:
     dist.barrier()
     own, moments = adapters(model), moments_of(model, optimizer)
     report: dict[str, Any] = {}
-    pair = residual("middle")
-    shard_reslora(pair, pair.blocks, mesh=MESH["dp"])
-    both = parallel("middle")
-    shard_reslora(both, both.blocks, mesh=MESH["dp"])
+    pair, both = shard(residual("middle")), shard(parallel("middle"))
     for name, other in (("two", pair), ("two by two", both), ("one", residual("middle"))):
         its = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-2)
         state = dict(zip(("model", "optimizer"), get_state_dict(other, its, options=options), strict=True))
