@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from reslora_kernels.cli.demo.fine_tuning import Sizes
+
 TUNING_SEED = 1000  # the first of the runs that choose a method's learning rate; no other run has one so high
 BASELINE = "lora"
 SHORTCUTS = ("input", "block", "middle")  # with the default pre_num
@@ -14,20 +16,6 @@ MAIN = (*SAME_RANK, "lora-16")
 PEERS = ("adalora", "loha", "lokr")
 GRADIENT_STEPS = (1, 10, 100)  # of runs on a given model
 PRE_NUM = ("block-1", "block-4", "block-all", "middle-1", "middle-4", "middle-all")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """A base model and its pre-training; ``sequence`` in bytes, or pixels a side for images."""
-
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    layers: int = 6
-    heads: int = 4
-    sequence: int = 128
-    batch: int = 8
-    pretraining_steps: int = 400
-    pretraining_rate: float = 4e-3
 
 
 @dataclass(frozen=True, kw_only=True)

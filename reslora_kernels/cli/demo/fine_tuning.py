@@ -27,22 +27,26 @@ TITLES: dict[Shortcut, str] = {"none": "LoRA", "input": "input", "block": "block
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Sizes and hyperparameters. Batches are (sequences, bytes per sequence); rates are peak learning rates."""
+class Sizes:
+    """A base model and its pre-training; ``sequence`` in bytes, or pixels a side for images."""
 
-    name: str
-    seed: int = 0
-    shortcuts: tuple[Shortcut, ...] = ("input", "block", "middle")
-    # the model: LLaMA over bytes
     hidden_size: int = 128
     intermediate_size: int = 384
     layers: int = 6
     heads: int = 4
     sequence: int = 128
-    # pre-training on English prose
     batch: int = 8
     pretraining_steps: int = 400
     pretraining_rate: float = 4e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Sizes):
+    """A LLaMA over bytes, pre-trained on English prose, and how it is adapted. Rates are peak learning rates."""
+
+    name: str
+    seed: int = 0
+    shortcuts: tuple[Shortcut, ...] = ("input", "block", "middle")
     # fine-tuning on Python source
     finetuning_steps: int = 120
     finetuning_rate: float = 1e-2  # the best for plain LoRA of 3e-3, 5e-3, 1e-2 and 2e-2
