@@ -15,7 +15,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
-from transformers.integrations.finegrained_fp8 import FP8Linear, _dequantize_fp8_weight
+from transformers.integrations import finegrained_fp8
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from reslora_kernels import (
     ResLoRAConfig,
@@ -336,9 +337,11 @@ def test_weights_that_an_evaluation_on_the_cpu_has_packed_are_read_right() -> No
 
 @pytest.mark.parametrize("block", [None, (12, 20)], ids=["one scale", "blocks"])
 def test_float8_is_read_as_transformers_reads_it(block: Any) -> None:
+    if not hasattr(finegrained_fp8, "_dequantize_fp8_weight"):
+        pytest.skip("this version of Transformers dequantises elsewhere")
     layer: Any = float8(block)(llama()).get_submodule("model.layers.0.mlp.down_proj")
     found = QuantizedWeight(layer).unpacked(torch.float32)
-    expected = _dequantize_fp8_weight(layer.weight, layer.weight_scale_inv, block, torch.float32)
+    expected = finegrained_fp8._dequantize_fp8_weight(layer.weight, layer.weight_scale_inv, block, torch.float32)
     assert torch.equal(found, expected)
     assert relative_error(found, llama().get_submodule("model.layers.0.mlp.down_proj").weight) < 0.05
 

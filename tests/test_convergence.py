@@ -319,7 +319,7 @@ def test_crossings_and_paired_tests() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--set", "huge"], "--set must be one of quick, cpu, controls, gpu, got 'huge'"),
+        (["--set", "huge"], "--set must be one of quick, cpu, controls, gates, gpu, got 'huge'"),
         (["--tasks", "python,chess"], "--tasks must be of python"),
         (["--model", "x"], "--model and --data go together"),
         (["--model", "x", "--data", "y", "--methods", "lora,best"], "got 'best'"),

@@ -20,6 +20,8 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from reslora_kernels import ResLoRAConfig, ResLoRALinear, apply_reslora, inspect, merge_reslora
 from reslora_kernels.adapt.switching import add_adapter, set_adapter
+from reslora_kernels.adapt.targets import find_targets
+from reslora_kernels.config import PARAMETER_ADAPTER
 
 from .models import randomize
 
@@ -368,3 +370,17 @@ def test_inspect_accounts_for_every_parameter(shortcut: str) -> None:
     assert found["model.layers.*.mlp.gate"] == (3, 3 * 8 * 32)
     assert found["model.embed_tokens"] == (1, 99 * 32) and found["(norms)"] == (7, 7 * 32)
     assert "model.layers.*.mlp.experts" in str(coverage) and coverage.to_dict()["others"][0]["parameters"] == 99 * 32
+
+
+def test_layers_after_one_that_is_adapted_in_parts_are_taken_too() -> None:
+    model: Any = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "after": nn.Linear(8, 8)})
+    found = inspect(apply_reslora(model, ResLoRAConfig(r=2, target_modules=["attention", "after"]))).layers
+    assert [row.name for row in found][-1] == "after" and len(found) > 1
+
+
+def test_a_parameter_of_the_model_itself_has_its_own_name() -> None:
+    model: Any = nn.Module()
+    model.table = nn.Parameter(torch.randn(3, 6, 4))
+    model.proj = nn.Linear(4, 4)
+    config = ResLoRAConfig(r=2, target_modules=["proj"], target_parameters=["table"])
+    assert sorted(find_targets(model, config).matched) == ["proj", "table" + PARAMETER_ADAPTER]
