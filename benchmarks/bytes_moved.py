@@ -78,10 +78,10 @@ def record(call: Call, gpu: gpus.Gpu, forms: tuple[str, ...], tile: tiles.Matmul
     return launches
 
 
-def record_experts(dtype: torch.dtype) -> list[Launch]:
+def record_experts(dtype: torch.dtype, rank: int = 16) -> list[Launch]:
     """The launches of one forward and one backward pass of experts, each token sent to one of them."""
     x, dy, weight = (torch.empty(*shape, dtype=dtype) for shape in ((4096, 2048), (4096, 1408), (8, 1408, 2048)))
-    a, b = torch.empty(8, 16, 2048, dtype=dtype), torch.empty(8, 1408, 16, dtype=dtype)
+    a, b = torch.empty(8, rank, 2048, dtype=dtype), torch.empty(8, 1408, rank, dtype=dtype)
     offsets, rows = (torch.arange(1, 9) * 512).to(torch.int32), torch.arange(4096)
     with launch.recording(execute=False) as launches:
         _, u = triton.grouped_forward(x, weight, a, b, offsets, rows, 2.0)
@@ -92,9 +92,10 @@ def record_experts(dtype: torch.dtype) -> list[Launch]:
 def shipped_launches(target: str, quick: bool = False) -> Iterator[tuple[str, Launch]]:
     """(what it is for, launch) for every tile, form, dtype and option that ``target``'s table can lead to."""
     gpu = gpus.GENERATIONS[target]
-    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
-        for entry in record_experts(dtype):
-            yield f"8 experts, 4096 rows of 2048 to 1408, r = 16, {str(dtype)[6:]}", entry
+    cases = [(16, torch.bfloat16)] if quick else [*((r, torch.bfloat16) for r in (8, 16, 64)), (16, torch.float32)]
+    for rank, dtype in cases:
+        for entry in record_experts(dtype, rank):
+            yield f"8 experts, 4096 rows of 2048 to 1408, r = {rank}, {str(dtype)[6:]}", entry
     seen = set()
     for call in _calls(quick):
         precision = launch.precision(call.dtype)

@@ -168,6 +168,7 @@ def grouped_outer_products(
     """
     count, p, q = out.shape
     block_p, block_q = (max(16, min(64, triton.next_power_of_2(size))) for size in (p, q))
+    block_m = 64 if block_p * block_q <= 1024 else 32  # with 32 rows ptxas spills for one more block of few sums
     return Launch(
         "grouped_outer_products",
         grouped_outer_products_kernel,
@@ -177,7 +178,7 @@ def grouped_outer_products(
             "left_row": left.stride(0), "left_column": left.stride(1),
             "right_row": right.stride(0), "right_column": right.stride(1),
             "SORTED_LEFT": sorted_left or rows is None, "SORTED_RIGHT": sorted_right or rows is None,
-            "BLOCK_P": block_p, "BLOCK_Q": block_q, "BLOCK_M": 32, "PRECISION": precision(left.dtype),
+            "BLOCK_P": block_p, "BLOCK_Q": block_q, "BLOCK_M": block_m, "PRECISION": precision(left.dtype),
         },
         {"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
