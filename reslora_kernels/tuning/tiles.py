@@ -162,7 +162,7 @@ _LARGE = {
     ),
     "sm_120": (
         MatmulTile(128, 128, 32, 8, 3, halves=2, tma=True),
-        MatmulTile(64, 128, 32, 4, 4, tma=True),
+        MatmulTile(64, 128, 32, 4, 4, tma=True, registers=255),
         MatmulTile(64, 64, 64, 4, 4, tma=True),
     ),
     "gfx942": (MatmulTile(128, 128, 64, 8, 2), MatmulTile(64, 128, 64, 4, 2), MatmulTile(64, 64, 64, 4, 2)),
@@ -170,7 +170,7 @@ _LARGE = {
     "interpreter": (MatmulTile(32, 64, 32, 4, 2, halves=2, group_m=2, persistent=True, tma=True),),
 }
 _SMALL = {  # at most 64 rows: bound by reading the weight
-    "sm_80": (MatmulTile(16, 64, 128, 4, 5), MatmulTile(32, 64, 128, 4, 4), MatmulTile(16, 32, 256, 4, 4)),
+    "sm_80": (MatmulTile(16, 64, 128, 4, 5), MatmulTile(32, 64, 128, 4, 4), MatmulTile(16, 32, 128, 4, 5)),
     "sm_89": (MatmulTile(16, 64, 128, 4, 4), MatmulTile(32, 64, 128, 4, 3), MatmulTile(16, 32, 128, 4, 5)),
     "sm_90": (
         MatmulTile(16, 64, 128, 4, 5, tma=True, registers=255),
