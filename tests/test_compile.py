@@ -21,6 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, checkpoint_context, collect_statistics, merge_reslora
+from reslora_kernels.layers import chain
 from reslora_kernels.testing import max_error
 
 from .models import llama, randomize
@@ -274,6 +275,20 @@ def test_a_layer_outside_a_pass_and_passes_in_two_threads_are_errors() -> None:
     done.set()
     thread.join()
     model(x_of())
+
+
+def test_a_layer_after_a_graph_break_is_no_part_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several processes, a ``block`` layer that runs eagerly inside a compiled model, of one and of another."""
+    monkeypatch.setattr(chain, "initialised", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(chain.Entered, "compiled", False)
+    for model in (stack("block", 1), stack("block", 1)):
+        for block in model.blocks:
+            block.forward = torch.compiler.disable(block.forward)
+        if not chain.Entered.compiled:
+            with pytest.raises(RuntimeError, match="a part of a model is trained alone"):
+                model.blocks[1](x_of())
+        torch.compile(model, backend="eager")(x_of()).sum().backward()
 
 
 def test_copies_know_their_own_neighbours() -> None:

@@ -95,6 +95,19 @@ def test_the_sum_and_its_gradients_are_those_of_peft() -> None:
         assert relative_error(found[own], gradient) < 1e-10
 
 
+def test_a_state_without_the_adapters_loads_into_several() -> None:
+    """A base checkpoint, and what a merged model itself saves: either leaves all adapters as they are."""
+    model = set_adapter(two(), ["a", "b"])
+    before = logits(model)
+    model.load_state_dict(llama().double().state_dict())
+    merge_reslora(model)
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(logits(unmerge_reslora(model)), before)
+    partial = {name: value for name, value in model.state_dict().items() if not name.endswith("beside_b.lora_A")}
+    with pytest.raises(RuntimeError, match=r"beside_b\.lora_A"):
+        model.load_state_dict(partial)
+
+
 class Blocks(nn.Module):
     """x_{n+1} = tanh(y_n), with y_n what block n makes of x_n."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class Chain(Generic[LayerT]):
 
     def refuse_part(self, position: int) -> None:
         """RuntimeError if a layer trains where another process may train the adapters before it that it reads."""
-        if is_dynamo_compiling() or not (torch.is_grad_enabled() and initialised()):
+        if is_dynamo_compiling() or Entered.compiled or not (torch.is_grad_enabled() and initialised()):
             return
         if torch.distributed.get_world_size() > 1:
             raise RuntimeError(
@@ -87,13 +87,27 @@ class Chain(Generic[LayerT]):
 class Entered:
     """Forward pre-hook of a module around whole chains: their layers run in the model now, not in a part of it."""
 
+    compiled: ClassVar[bool] = False  # whether any such module was in this process: no part is refused then
+
     def __init__(self, chains: Sequence[Chain[Any]]) -> None:
         self.chains = list(chains)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not is_dynamo_compiling():
+        if is_dynamo_compiling():
+            _compiled()
+        else:
             for chain in self.chains:
                 chain.entered = True
+
+
+def _compiled() -> bool:
+    """Called as such a module is traced: after a graph break a layer in it runs by itself, with its chain unmarked."""
+    Entered.compiled = True
+    return True
+
+
+# torch.compiler.assume_constant_result does this, and imports the compiler
+_compiled.__dict__["_dynamo_marked_constant"] = True
 
 
 class Reader(Protocol):

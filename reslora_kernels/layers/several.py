@@ -45,6 +45,14 @@ class Beside(nn.Module):
         if not layer.merged:
             super()._save_to_state_dict(*args)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As the layer itself: a checkpoint without this adapter leaves it as it is."""
+        missing_keys: list[str] = args[2]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        own = {prefix + name for name in self._parameters}
+        if own.issubset(missing_keys):
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
 
 def names_by_module(root: nn.Module, names: Sequence[str], beams: int) -> Callable[[nn.Module], list[str]]:
     """The adapter of each sample that a module of ``root`` sees: a beam search repeats samples, but for the encoder."""
