@@ -49,10 +49,15 @@ class MatmulTile:
         return launch_options(self.num_warps, self.num_stages, self.registers)
 
     def shared_bytes(self, itemsize: int, one_pass: bool = False) -> int:
-        """Operand stages, and the epilogue's staging where the store goes through TMA."""
+        """Operand stages, and the epilogue's staging where the store goes through TMA.
+
+        In one pass over x with more than 16 ranks another x and A wait beside the stages, as compiled kernels show, and
+        without TMA a third A.
+        """
         columns = self.block_m + self.block_n + (self.block_r if one_pass else 0)
+        waiting = self.block_m + (1 if self.tma else 2) * self.block_r if one_pass and self.block_r > 16 else 0
         staging = self.block_m * self.block_n // self.halves if self.tma else 0
-        return (self.num_stages * columns * self.block_k + staging) * itemsize
+        return ((self.num_stages * columns + waiting) * self.block_k + staging) * itemsize
 
     def accumulators(self, one_pass: bool = False) -> int:
         """Float32 accumulators of each thread."""
@@ -75,8 +80,9 @@ class ProjectTile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def shared_bytes(self, itemsize: int) -> int:
-        """Operand stages, and one more of them where masked operands wait for their product."""
-        return (self.num_stages + 1) * (self.block_m + self.block_r) * self.block_k * itemsize
+        """Operand stages, one more where masked operands wait for their product, one where eight warps trade sums."""
+        stages = self.num_stages + (2 if self.num_warps > 4 else 1)
+        return stages * (self.block_m + self.block_r) * self.block_k * itemsize
 
     def split_k(self, k: int) -> int:
         """Length of a part, a multiple of ``block_k``."""
