@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from .. import dropout
 from ..backends import select
@@ -406,7 +407,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         if chain is None or not (earlier or following):
             return None
         if not hands_on(self.config.shortcut, self.config.pre_num):
-            if earlier and not chain.entered:
+            if earlier and not is_dynamo_compiling() and not chain.entered:  # compiled code would be made for either
                 chain.refuse_part(self.position)
             return None
         state = chain.passes.current()
