@@ -13,7 +13,7 @@ from ..config import ResLoRAConfig
 from ..dtensors import is_dtensor, whole_shape
 from .chain import Chain, Neighbours, SharedInput
 from .initialization import fill
-from .several import Beside, Part
+from .several import Beside, Part, not_missed
 from .shortcuts import gates_shape
 
 _BESIDE = "beside_"
@@ -321,9 +321,7 @@ class AdapterLayer(nn.Module):
         missing_keys: list[str] = args[2]
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._started_by(state_dict, prefix)
-        own = {prefix + name for name in self.adapter_parameters()}
-        if own.issubset(missing_keys):
-            missing_keys[:] = [key for key in missing_keys if key not in own]
+        not_missed(missing_keys, {prefix + name for name in self.adapter_parameters()})
 
     def _started_by(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """What is loaded has been started, or trained."""

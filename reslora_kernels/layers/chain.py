@@ -64,7 +64,7 @@ class Chain(Generic[LayerT]):
 
     def refuse_part(self, position: int) -> None:
         """RuntimeError if a layer trains where another process may train the adapters before it that it reads."""
-        if is_dynamo_compiling() or Entered.compiled or not (torch.is_grad_enabled() and initialised()):
+        if Entered.compiled or not (torch.is_grad_enabled() and initialised()):
             return
         if torch.distributed.get_world_size() > 1:
             raise RuntimeError(

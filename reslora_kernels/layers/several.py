@@ -49,9 +49,13 @@ class Beside(nn.Module):
         """As the layer itself: a checkpoint without this adapter leaves it as it is."""
         missing_keys: list[str] = args[2]
         super()._load_from_state_dict(state_dict, prefix, *args)
-        own = {prefix + name for name in self._parameters}
-        if own.issubset(missing_keys):
-            missing_keys[:] = [key for key in missing_keys if key not in own]
+        not_missed(missing_keys, {prefix + name for name in self._parameters})
+
+
+def not_missed(missing_keys: list[str], own: set[str]) -> None:
+    """Take an adapter's names out of those that a state dict lacks, if it lacks all of them."""
+    if own.issubset(missing_keys):
+        missing_keys[:] = [key for key in missing_keys if key not in own]
 
 
 def names_by_module(root: nn.Module, names: Sequence[str], beams: int) -> Callable[[nn.Module], list[str]]:

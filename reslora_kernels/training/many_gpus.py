@@ -298,7 +298,7 @@ def zero3(sizes: Sizes, gpus: int, tokens: int) -> Footprint:
     kept, recomputed = _activations(sizes, 1, tokens)
     spread = gpus > 1
     return Footprint(
-        "ZeRO-3", weights / gpus + sizes.scales, min(LIVE * sizes.weight_bytes, weights) if spread else 0,
+        "ZeRO-3", weights / gpus, min(LIVE * sizes.weight_bytes, weights) if spread else 0,
         2 * adapters / gpus + (2 * adapters if spread else 0), (MOMENTS + 1) * adapters / gpus, kept, recomputed,
         _ring(gpus) * (2 * weights + 3 * adapters),
     )  # fmt: skip
