@@ -37,7 +37,9 @@ needs_checkpoints = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nor is there anything in the package that Dynamo warns its user of."""
+    monkeypatch.setattr("torch._dynamo.utils.warn_once", pytest.fail, raising=False)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

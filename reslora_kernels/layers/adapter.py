@@ -17,7 +17,7 @@ from .several import Beside, Part, not_missed
 from .shortcuts import gates_shape
 
 _BESIDE = "beside_"
-_DETOURS = ("merged", "disabled", "unstarted", "division")
+_DETOURS = ("merged", "disabled", "unstarted", "division", "observer", "replacement")
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_gates", "start_A", "start_B")
 
 
@@ -53,7 +53,9 @@ class AdapterLayer(nn.Module):
     merged: bool  # whether W holds the update
     disabled: bool
     unstarted: bool  # whether A and B wait for ``start_adapters``, and are random meanwhile
-    detour: bool  # whether any of these four is so: all that a forward looks at
+    observer: Observer | None
+    replacement: tuple[Tensor, Tensor] | None  # (A, B) of a plain update that stands in, while merging
+    detour: bool  # whether any of these six is so: all that a forward looks at
     holds_all_it_reads: ClassVar[bool] = False  # whether it is called, on parameters of its own and of its neighbours
 
     def base_in(self, root: nn.Module, name: str) -> Any:
@@ -124,12 +126,11 @@ class AdapterLayer(nn.Module):
         self.register_parameter("lora_gates", None)
         self.merged = self.disabled = self.unstarted = False
         self.division = ()
+        self.observer = self.replacement = None
         self.chain: Chain[Any] | None = None
         self.position = 0
         self.shared: SharedInput | None = None
         self.index = 0  # in ``shared``
-        self.observer: Observer | None = None
-        self.replacement: tuple[Tensor, Tensor] | None = None  # (A, B) of a plain update that stands in, while merging
         self.fit_gates()
         if init_values:
             self.reset_lora_parameters()

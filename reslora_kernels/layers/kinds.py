@@ -17,7 +17,7 @@ from .experts import ResLoRAExperts, TargetParameter, shapes
 from .linear import ResLoRALinear
 from .multihead_attention import AttentionOutput, ResLoRAMultiheadAttention
 from .quantized_linear import QuantizedResLoRALinear
-from .shortcuts import reach
+from .shortcuts import hands_on, reach
 from .tensor_parallel import TensorParallelResLoRALinear
 
 KINDS: tuple[type[ResLoRALinear], ...] = (
@@ -111,7 +111,7 @@ def link(layers: Sequence[AdapterLayer], root: nn.Module | None = None, *, name:
         layer.fit_gates()
     config = layers[0].config
     chain.introduce(reach(config.shortcut, config.pre_num, len(layers)))
-    if root is not None:
+    if root is not None and hands_on(config.shortcut, config.pre_num):
         scope_pass(root, [chain])
     return chain
 

@@ -277,7 +277,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
     def a_stack(self) -> tuple[Tensor, ...]:
         """The A matrices [., K], its own and others', that one forward of this layer multiplies by."""
         config = self.config
-        return call_of(config.shortcut, config.pre_num, self, *self.neighbours, ()).a_stack
+        return call_of(config.shortcut, self, self.neighbours, ()).a_stack
 
     @property
     def rank_of_call(self) -> int:
@@ -318,9 +318,10 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         call = self._call(received)
         residual, bias = call.residual, self.frozen_bias
         scale = self._dora_scale(call) if self.config.use_dora else None
-        if self.replacement is not None:
+        if self.detour and self.replacement is not None:
             call = _replaced(call, *self.replacement)
-        p = self.config.lora_dropout if self.training else 0.0
+        p = self.config.lora_dropout
+        p = p if p and self.training else 0.0
         inner_bias = bias if scale is None else None
         if self.shared is None or p > 0:
             y, handed = self._low_rank(x, inner_bias, p, call)
@@ -328,7 +329,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
             y, handed = self.shared.run(self.index, x, call, partial(self._among_others, inner_bias))
         if scale is not None:
             y = (y * scale.to(y.dtype)) if bias is None else torch.addcmul(bias, y, scale.to(y.dtype))
-        if self.observer is not None and not recomputing():
+        if self.detour and self.observer is not None and not recomputing():
             self._observe(x, residual)
         if handed is not None and state is not None:
             state.hand_on(*carried(self.config, received, handed))
@@ -403,21 +404,24 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def _open_pass(self) -> ForwardState | None:
         """The forward pass that the layer takes from and hands on to; None if it does neither."""
+        shortcut = self.config.shortcut
+        if shortcut == "none" or (shortcut == "block" and is_dynamo_compiling()):
+            return None  # compiled code is made for what is read here, and would ask for it in each call
         chain, (earlier, following) = self.chain, self.neighbours
         if chain is None or not (earlier or following):
             return None
-        if not hands_on(self.config.shortcut, self.config.pre_num):
-            if earlier and not is_dynamo_compiling() and not chain.entered:  # compiled code would be made for either
+        if not hands_on(shortcut, self.config.pre_num):
+            if earlier and not chain.entered:
                 chain.refuse_part(self.position)
             return None
         state = chain.passes.current()
         if state is None or state.is_stale:
-            raise RuntimeError(outside(self.config.shortcut, chain.name, self.position))
+            raise RuntimeError(outside(shortcut, chain.name, self.position))
         return state
 
     def _call(self, received: tuple[Tensor, ...]) -> Call:
         """The layer's part in its chain, given what was handed to it."""
-        return call_of(self.config.shortcut, self.config.pre_num, self, *self.neighbours, received, self.gates)
+        return call_of(self.config.shortcut, self, self.neighbours, received, self.gates)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe()}"

@@ -46,18 +46,16 @@ class Call(NamedTuple):
 
 def call_of(
     shortcut: str,
-    pre_num: int,
     layer: Adapter,
-    earlier: Sequence[Adapter],
-    following: Adapter | None,
+    around: tuple[Sequence[Adapter], Adapter | None],
     handed: Sequence[Tensor],
     gates: Tensor | None = None,
 ) -> Call:
     """What a layer of a chain computes.
 
     Args:
-        earlier: the layers before it within ``reach``, nearest first; ``following`` the one after it. Places in the
-            chain are relative, so that torch.compile needs no graph per index.
+        around: the layers before it within ``reach``, nearest first, and the one after it. Places in the chain are
+            relative, so that torch.compile needs no graph per index.
         handed: what the layers before it handed on in this forward [..., r], nearest first (see ``carried``). Empty
             when its predecessor did not run: the layer is then treated as layer 0 of its chain.
         gates: of the layer's terms, its own first [1 + earlier, 1 or r]; None means 1.
@@ -65,6 +63,7 @@ def call_of(
     own, b = layer.a_parts, layer.b_parts
     if shortcut == "none":
         return Call(own, b)
+    earlier, following = around
     weights = (None,) * (1 + len(earlier) + len(handed)) if gates is None else gates.unbind()
     device = own[0].device  # neighbours may sit on another GPU
     if shortcut == "block":

@@ -411,10 +411,12 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 # Dynamo asks these two while it traces: PyTorch 2.8's own rules refuse the one, and take a compilation for an export.
+_autocast_available = cache(torch.amp.is_autocast_available)
+
+
 @_constant_in_graphs
-@cache
 def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
+    return _autocast_available(device_type)
 
 
 @_constant_in_graphs
