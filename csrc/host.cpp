@@ -1,4 +1,4 @@
-// Both passes of a layer on a CPU as one call each, and the dropout mask: the module _host, built without nvcc.
+// Both passes of a layer on a CPU as one call each, the dropout mask, kinds of calls: the module _host, without nvcc.
 //
 // PyTorch does the arithmetic, through the C functions that it keeps stable for code compiled ahead of time
 // (torch/csrc/inductor/aoti_torch/c_shim.h). They are found when the module is told to `open` libtorch, so that one
@@ -348,6 +348,46 @@ std::vector<Tensor> backward_pass(PyObject* const* arguments, Py_ssize_t count) 
     return gradients;
 }
 
+// ---- Kinds of calls, on any device: what backends/kinds.py keeps its prepared passes by
+
+constexpr uint64_t ALIGNMENT = 16;  // as there
+
+// All of the operands but their values and addresses, and these; whatever device they are on
+PyObject* described(PyObject* const* operands, Py_ssize_t count) {
+    std::vector<int64_t> words;
+    std::vector<uint64_t> addresses;
+    words.reserve(16 * count), addresses.reserve(count);
+    uint64_t odd = 0;
+    for (Py_ssize_t at = 0; at < count; at++) {
+        if (operands[at] == Py_None) {
+            words.push_back(-1), addresses.push_back(0);
+            continue;
+        }
+        Handle handle = handle_of(operands[at]);
+        int32_t dtype, device, index;
+        int64_t dim, *sizes, *strides;
+        void* address;
+        if (torch.get_dtype(handle, &dtype) || torch.get_device_type(handle, &device) ||
+            torch.get_device_index(handle, &index) || torch.get_dim(handle, &dim) ||
+            torch.get_sizes(handle, &sizes) || torch.get_strides(handle, &strides) ||
+            torch.get_data_ptr(handle, &address))
+            throw NotServed();
+        words.insert(words.end(), {dim, dtype, device, index});
+        words.insert(words.end(), sizes, sizes + dim), words.insert(words.end(), strides, strides + dim);
+        addresses.push_back(reinterpret_cast<uint64_t>(address)), odd |= addresses.back();
+    }
+    if (odd % ALIGNMENT)
+        for (const uint64_t address : addresses) words.push_back(address % ALIGNMENT);
+    PyObject* listed = PyList_New(count);
+    for (Py_ssize_t at = 0; listed && at < count; at++) {
+        PyObject* address = PyLong_FromUnsignedLongLong(addresses[at]);
+        if (!address) Py_CLEAR(listed);
+        if (listed) PyList_SET_ITEM(listed, at, address);
+    }
+    if (!listed) return nullptr;
+    return Py_BuildValue("y#N", reinterpret_cast<char*>(words.data()), Py_ssize_t(words.size() * sizeof(int64_t)), listed);
+}
+
 // ---- What Python calls
 
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -367,12 +407,18 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     });
 }
 
+PyObject* kind_of(PyObject*, PyObject* const* operands, Py_ssize_t count) {
+    return served([&] { return described(operands, count); });
+}
+
 PyMethodDef methods[] = {
     {"open", open, METH_VARARGS, "Find libtorch; RuntimeError says what is missing."},
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL,
      "(x, weight, bias, residual, h, seed, call, *a_stack, *b_stack) -> (y, *handed, u), or None where not served."},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL,
      "(dy, (dhanded, ...), onto, call, needs, x, weight, u, seed, *a_stack, *b_stack) -> gradients, as forward's."},
+    {"kind_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kind_of)), METH_FASTCALL,
+     "(*tensors or None) -> (all but values and addresses, as bytes; [address, ...]), or None where not served."},
     {"keep_mask", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(keep_mask)), METH_FASTCALL,
      "(seed, rows, columns, least) -> bool [rows, columns], or None where not served."},
     {nullptr, nullptr, 0, nullptr},
@@ -385,6 +431,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_host", "Both passes of a laye
 
 PyMODINIT_FUNC PyInit__host() {
     PyObject* module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "INTERFACE", 2)) Py_CLEAR(module);
+    if (module && PyModule_AddIntConstant(module, "INTERFACE", 3)) Py_CLEAR(module);
     return module;
 }

@@ -26,6 +26,8 @@ struct Torch {
     int32_t (*get_sizes)(Handle, int64_t**);
     int32_t (*get_strides)(Handle, int64_t**);
     int32_t (*get_dtype)(Handle, int32_t*);
+    int32_t (*get_device_type)(Handle, int32_t*);
+    int32_t (*get_device_index)(Handle, int32_t*);
     int32_t (*get_data_ptr)(Handle, void**);
     int32_t (*empty_strided)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
     int32_t (*reinterpret)(Handle, int64_t, const int64_t*, const int64_t*, int64_t, Handle*);
@@ -141,11 +143,15 @@ uint64_t keys_of(Handle handle) {
     return keys;
 }
 
+Handle handle_of(PyObject* object) {
+    if (Py_TYPE(object) != torch.types[0] && Py_TYPE(object) != torch.types[1]) throw NotServed();
+    return reinterpret_cast<char*>(object) + torch.handle_at;
+}
+
 // The tensor of a Python object; none for None. Not served: what is no dense CPU tensor with its values as they are.
 Tensor tensor_of(PyObject* object, int32_t dtype) {
     if (object == Py_None) return Tensor();
-    if (Py_TYPE(object) != torch.types[0] && Py_TYPE(object) != torch.types[1]) throw NotServed();
-    Handle handle = reinterpret_cast<char*>(object) + torch.handle_at;
+    Handle handle = handle_of(object);
     const uint64_t keys = keys_of(handle);
     if (keys != torch.dense_keys && keys != torch.inference_keys) throw NotServed();
     Tensor tensor(handle, false);
@@ -184,8 +190,7 @@ bool same_leading(const Tensor& one, const Tensor& other) {
 }
 
 int32_t dtype_of(PyObject* object) {
-    if (Py_TYPE(object) != torch.types[0] && Py_TYPE(object) != torch.types[1]) throw NotServed();
-    const int32_t dtype = Tensor(reinterpret_cast<char*>(object) + torch.handle_at, false).dtype();
+    const int32_t dtype = Tensor(handle_of(object), false).dtype();
     if (dtype != torch.float32 && dtype != torch.float64) throw NotServed();
     return dtype;
 }
@@ -366,6 +371,8 @@ PyObject* open(PyObject*, PyObject* arguments) {
         find(libtorch, "aoti_torch_get_dim", torch.get_dim), find(libtorch, "aoti_torch_get_sizes", torch.get_sizes);
         find(libtorch, "aoti_torch_get_strides", torch.get_strides);
         find(libtorch, "aoti_torch_get_dtype", torch.get_dtype);
+        find(libtorch, "aoti_torch_get_device_type", torch.get_device_type);
+        find(libtorch, "aoti_torch_get_device_index", torch.get_device_index);
         find(libtorch, "aoti_torch_get_data_ptr", torch.get_data_ptr);
         find(libtorch, "aoti_torch_empty_strided", torch.empty_strided);
         find(libtorch, "aoti_torch__reinterpret_tensor", torch.reinterpret);

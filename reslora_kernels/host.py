@@ -3,6 +3,7 @@
 A call of one of PyTorch's operations from Python costs microseconds, which a small layer spends a dozen times. The
 module ``_host`` makes all of them in one call, without Python and the dispatcher. It needs no header of PyTorch and so
 knows it only from outside: what it reads of a tensor is looked for here, in a few tensors, before anything is served.
+For tensors of other devices it says of what kind a call is, which takes Python microseconds too.
 Without the module, or with a PyTorch that is not as it expects, everything runs as it does for other devices.
 """
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64)  # that it serves
-INTERFACE = 2  # what the module's functions take: a module of an earlier build may take something else
+INTERFACE = 3  # what the module's functions take: a module of an earlier build may take something else
 _CODES = (6, 7, 4, 11)  # c10::ScalarType of float32, float64, int64 and bool
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reslora_kernels import ResLoRAConfig, ResLoRALinear, dropout, host, link
+from reslora_kernels.backends import kinds
 from reslora_kernels.ops import lora_linear
 from reslora_kernels.testing import assert_close_to_truth
 
@@ -78,7 +79,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     count = {"forward": 0, "backward": 0}
 
     class Counting:
-        keep_mask = staticmethod(host.module.keep_mask)
+        keep_mask, kind_of = staticmethod(host.module.keep_mask), staticmethod(host.module.kind_of)
 
         def __getattr__(self, name: str) -> Callable[..., Any]:
             def counted(*arguments: Any) -> Any:
@@ -254,3 +255,33 @@ def test_a_small_call_can_be_differentiated_twice() -> None:
 
     for found, plain in zip(penalty(), without_extension(penalty), strict=True):
         torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_kind_is_everything_but_values_and_addresses(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(host, "module", None)
+    whole, memory = torch.zeros(4, 6), torch.zeros(1 << 10)
+    unlike = [
+        (whole, None), (whole, whole), (whole[:2], None), (whole[:, ::2], None), (whole.t(), None),
+        (whole.double(), None), (whole.view(2, 2, 6), None), (whole.to("meta"), None), (torch.tensor(0.0), None),
+        (torch.zeros(0), None), (memory[1:25].view(4, 6), None), (memory[2:26].view(4, 6), None),
+    ]  # fmt: skip
+    found = [kinds.kind_of(operands, "forward") for operands in unlike]
+    assert len({kind for kind, _ in found}) == len(unlike)
+    assert kinds.kind_of(unlike[0], "backward")[0] != found[0][0]
+    for (kind, addresses), operands in zip(found, unlike, strict=True):
+        assert addresses == [0 if each is None else each.data_ptr() for each in operands]
+        if not any(address % 16 for address in addresses):
+            like = [each if each is None else torch.empty_strided(each.shape, each.stride(), dtype=each.dtype,
+                    device=each.device) for each in operands]  # fmt: skip
+            assert kinds.kind_of(tuple(like), "forward")[0] == kind
+
+
+def test_a_kind_of_other_tensors_is_left_to_python() -> None:
+    class Other(Tensor):
+        pass
+
+    assert host.module.kind_of(torch.zeros(2).as_subclass(Other)) is None
+    assert host.module.kind_of(torch.zeros(2), 3) is None
+    assert host.module.kind_of(torch.eye(2).to_sparse()) is None

@@ -421,7 +421,9 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def _call(self, received: tuple[Tensor, ...]) -> Call:
         """The layer's part in its chain, given what was handed to it."""
-        return call_of(self.config.shortcut, self, self.neighbours, received, self.gates)
+        config = self.config
+        gates = None if config.gates == "none" else self.gates
+        return call_of(config.shortcut, self, self.neighbours, received, gates)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe()}"

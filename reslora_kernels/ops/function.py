@@ -368,7 +368,10 @@ def _is_eager(x: Tensor) -> bool:
 def _prepared(operands: Operands, asked: _Call) -> _Call:
     """What is known of a kind of eager call; its arguments are checked where the kind is seen first."""
     x, weight, bias, residual, seed, a_stack, b_stack, h = operands
-    kind = (
+    described = (
+        None if host.module is None else host.module.kind_of(x, weight, bias, residual, h, seed, *a_stack, *b_stack)
+    )
+    kind = (asked, described[0]) if described is not None else (
         asked, type(weight), _form(x), None if h is None else _form(h),
         _form(weight) if isinstance(weight, Tensor) else (weight.shape, weight.device),
         None if bias is None else _form(bias), None if residual is None else _form(residual),
