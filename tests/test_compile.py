@@ -279,6 +279,16 @@ def test_a_layer_outside_a_pass_and_passes_in_two_threads_are_errors() -> None:
     model(x_of())
 
 
+@pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
+def test_an_eager_call_in_between_recompiles_nothing(shortcut: str, pre_num: int) -> None:
+    model = apply_reslora(Stack(3), ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num))
+    compiled, x = torch.compile(model, backend="eager"), torch.zeros(1, WIDTH)
+    compiled(x)
+    with unchanged():
+        model(x)
+        compiled(x)
+
+
 def test_a_layer_after_a_graph_break_is_no_part_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """With several processes, a ``block`` layer that runs eagerly inside a compiled model, of one and of another."""
     monkeypatch.setattr(chain, "initialised", lambda: True)
