@@ -50,7 +50,8 @@ MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DRESLORA_EMULATED"]
 OPTIONS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FAST = ["-O2"]
-SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+BINDINGS = ["-O0", "-fno-sanitize=undefined"]  # templates of pybind11, which take longer than all kernels
 
 
 def unavailable_reason() -> str | None:
@@ -85,8 +86,8 @@ def build(folder: Path, csrc: Path = CSRC, options: Sequence[str] = FAST) -> Pat
     has_sm90 = ["-DRESLORA_HAS_SM90"] * any(source.stem.endswith("_sm90") for source in csrc.glob("*.cu"))
 
     def compile_one(source: Path) -> Path:
-        made = folder / f"{source.name}.o"
-        compile_and_link(["-c", "-x", "c++", str(source)], made, [*has_sm90, *options, *includes])
+        made, last = folder / f"{source.name}.o", BINDINGS if source.name == "bindings.cpp" else []
+        compile_and_link(["-c", "-x", "c++", str(source)], made, [*has_sm90, *options, *last, *includes])
         return made
 
     with ThreadPoolExecutor() as pool:
