@@ -182,7 +182,7 @@ each_kind = pytest.mark.parametrize("kind", [pytest.param(kind, marks=missing(ki
 @pytest.fixture(autouse=True)
 def same_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """With AVX-512 bfloat16 bitsandbytes repacks 4-bit weights to one that layers this small do not have."""
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)  # 0.48 never does
 
 
 def config(shortcut: str = "block", **changes: Any) -> ResLoRAConfig:
@@ -330,7 +330,7 @@ def test_weights_that_an_evaluation_on_the_cpu_has_packed_are_read_right() -> No
     before = QuantizedWeight(linear).unpacked(torch.float32)
     with torch.no_grad():
         linear(torch.randn(3, 128))
-    if linear.support_avx512bf16_for_cpu:
+    if getattr(linear, "support_avx512bf16_for_cpu", False):
         assert linear.weight.quant_state.packing_format_for_cpu
     assert relative_error(QuantizedWeight(linear).unpacked(torch.float32), before) < 2**-7
 
@@ -359,7 +359,7 @@ def test_float8_with_a_scale_for_each_row() -> None:
 
 
 def test_weights_of_4_bits_in_float8s_layer_are_refused() -> None:
-    layer = FP8Linear(8, 8)
+    layer = FP8Linear(8, 8, block_size=(8, 8))
     layer.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="dequantize=True"):
         apply_reslora(nn.Sequential(layer), ResLoRAConfig(target_modules=["0"]))

@@ -174,6 +174,8 @@ def pages_with(language: str) -> list[Any]:
 def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in NEEDS.get(page.name, ("transformers", "peft")):
         pytest.importorskip(library)
+    if page.name == "other-layers.md":
+        pytest.importorskip("transformers", minversion="5.0", reason="its experts are linear layers before")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     llama().save_pretrained("path/or/id")

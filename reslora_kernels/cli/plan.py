@@ -189,7 +189,11 @@ def split_adapter(style: str | None, kind: str, size: float) -> Split:
 
 
 def kept_for_backward(model: nn.Module, blocks: list[nn.Module]) -> tuple[list[Split], float]:
-    """Bytes a token that autograd keeps in each block and around them, of a trial run; weights are not counted."""
+    """Bytes a token that autograd keeps in each block and around them, of a trial run; weights are not counted.
+
+    Raises:
+        RuntimeError: the model does not run without weights.
+    """
     parts = [Split() for _ in blocks]
     outside, running = 0.0, [-1]
     known: dict[int, Tensor] = {
@@ -219,6 +223,11 @@ def kept_for_backward(model: nn.Module, blocks: list[nn.Module]) -> tuple[list[S
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model.train()(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens, use_cache=False)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"what training keeps is counted in a run of {type(model).__name__} without weights, which failed "
+            f"({type(error).__name__}: {error}); rotary embeddings run so from Transformers 5 on"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -26,7 +26,7 @@ from triton.runtime import driver
 
 from ..tuning.launch import Launch
 
-KNOWN = ("3.4", "3.5", "3.6", "3.7")  # versions whose launcher was read
+KNOWN = ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")  # versions whose launcher was read
 _RUNTIME = triton.knobs.runtime
 STUB_DEVICE = 1000  # Triton keeps compiled kernels by device
 MOST_MAPS = 4096  # of one operand; an address that comes again finds its own
@@ -136,7 +136,8 @@ class _Encoded:
             from triton.backends.nvidia.driver import make_tensordesc_arg
 
             base = SimpleNamespace(data_ptr=lambda: address)
-            found = make_tensordesc_arg(SimpleNamespace(base=base, **self.form), self.meta)[0]
+            unread = () if version() < "3.8" else (None,)  # the launch's other arguments
+            found = make_tensordesc_arg(SimpleNamespace(base=base, **self.form), self.meta, *unread)[0]
             if len(self.made) >= MOST_MAPS:
                 self.made.clear()
             self.made[address] = found
@@ -146,26 +147,26 @@ class _Encoded:
 def _run_of(compiled: Any, grid: tuple[int, ...]) -> _Run | None:
     """Launches one compiled kernel for (stream, arguments); None where it wants memory of its own."""
     launcher = compiled.run
-    if launcher.global_scratch_size or getattr(launcher, "profile_scratch_size", 0):
+    if any(getattr(launcher, name, 0) for name in ("global_scratch_size", "profile_scratch_size", "gsan_enabled")):
         return None
     raw = launcher.launch
     if inspect.isfunction(raw):  # what encodes tensor maps, around the function that launches
         raw = inspect.getclosurevars(raw).nonlocals.get("launcher", raw)
     x, y, z = (*grid, 1, 1)[:3]
-    function, packed = compiled.function, compiled.packed_metadata
+    packed = compiled.packed_metadata
     cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
     if version() >= "3.7":
         annotations, signature = launcher.arg_annotations, launcher.kernel_signature
 
-        def run(stream: int, arguments: Sequence[Any]) -> None:
+        def run(stream: int, arguments: Sequence[Any]) -> None:  # holds the kernel: 3.8 unloads one that nobody holds
             raw(
-                x, y, z, stream, function, cooperative, dependent, packed, None, None, None, None, None,
+                x, y, z, stream, compiled.function, cooperative, dependent, packed, None, None, None, None, None,
                 annotations, signature, arguments,
             )  # fmt: skip
 
         return run
     scratch = (None,) if version() == "3.4" else (None, None)
-    fixed = (function, cooperative, dependent, *scratch, packed, None, None, None)
+    fixed = (compiled.function, cooperative, dependent, *scratch, packed, None, None, None)
 
     def run_earlier(stream: int, arguments: Sequence[Any]) -> None:
         raw(x, y, z, stream, *fixed, *arguments)
@@ -219,7 +220,7 @@ class StubDriver:
         vars(launcher).update(
             launch=_with_maps(nvidia.wrap_handle_tensordesc, launch, source.signature, maps) if maps else launch,
             num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
-            launch_cooperative_grid=False, launch_pdl=False, arg_annotations=(), kernel_signature=b"",
+            launch_cooperative_grid=False, launch_pdl=False, gsan_enabled=False, arg_annotations=(), kernel_signature=b"",
         )  # fmt: skip
         return SimpleNamespace(
             run=launcher, function=1, packed_metadata=(), metadata=SimpleNamespace(tensordesc_meta=maps),

@@ -72,7 +72,8 @@ def call_of(
             own += _on(device, other.a_parts)
             of_each.append(_on(device, other.b_parts))
         if gates is not None:  # B diag(gate)
-            of_each = [tuple([part * g for part in parts]) for parts, g in zip(of_each, gates.unbind(), strict=False)]
+            own_gates = gates.unbind()[: len(of_each)]  # no zip(strict=False): torch.compile of 2.8 takes it for strict
+            of_each = [tuple([part * g for part in parts]) for parts, g in zip(of_each, own_gates, strict=True)]
         return Call(own, sum(of_each, ()))
     handed = _on(device, handed)
     if shortcut == "input":
@@ -87,7 +88,7 @@ def call_of(
         return Call(a_stack, b, c, before, (rows(own), rows(a_stack)), gate)
     if shortcut == "middle":
         total = None
-        for h, weight in zip(handed, weights[1:], strict=False):
+        for h, weight in zip(handed, weights[1 : 1 + len(handed)], strict=True):
             h = weighed(h, weight)
             total = h if total is None else total + h
         return Call(own, b, 1.0, total, None if following is None else (0, rows(own)), weights[0])

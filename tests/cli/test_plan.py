@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, host
@@ -31,6 +32,9 @@ from ..models import llama
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "many-gpus.md"
 SHORTCUTS = ("none", "input", "block", "middle")
+needs_a_run = pytest.mark.skipif(
+    transformers.__version__ < "5", reason="rotary embeddings of Transformers 4 do not run without weights"
+)
 TOKENS = 400  # of each of two rows; more values than small calls have, which save other tensors
 
 
@@ -66,6 +70,7 @@ def test_arithmetic() -> None:
     assert [ddp.fits(memory) for memory in (1310, 1309, 1264)] == ["yes", "with checkpointing", "no"]
 
 
+@needs_a_run
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_activations_are_those_that_a_run_keeps(shortcut: str) -> None:
     """The same model with values, on other tokens: every tensor that autograd keeps, but weights and T x T ones."""
@@ -90,6 +95,7 @@ def test_activations_are_those_that_a_run_keeps(shortcut: str) -> None:
     assert sizes.inside.total + sizes.outside == pytest.approx(bytes_kept / (2 * TOKENS), rel=close)
 
 
+@needs_a_run
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_a_layer_hands_on_r_values_a_token_and_never_more(shortcut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ResLoRAConfig(r=8, shortcut=shortcut, pre_num=-1)
@@ -112,6 +118,7 @@ def test_a_layer_hands_on_r_values_a_token_and_never_more(shortcut: str, monkeyp
     assert sizes.handed == handing_on * 8 * 4
 
 
+@needs_a_run
 def test_sizes_add_up() -> None:
     config = ResLoRAConfig(r=8)
     model = adapted_without_weights(llama().config, config, False)
@@ -128,6 +135,18 @@ def test_sizes_add_up() -> None:
     assert sizes.adapters.cut == 4 * cut
 
 
+def test_a_model_that_does_not_run_without_weights_is_named(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unsupported scalarType")
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+    assert main(["plan", str(base), "--gpus", "4"]) == 2
+    assert "LlamaForCausalLM without weights, which failed (RuntimeError: unsupported" in capsys.readouterr().err
+
+
+@needs_a_run
 def test_command(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(base), "--gpus", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -289,16 +289,17 @@ def test_recording_runs_nothing_when_told_so(device: torch.device) -> None:
 # driver is a library of the test's that stands for libcuda.so.1. Kernels are really compiled, for Hopper; each pass is
 # run as ``JITFunction`` runs it and then prepared, and every parameter of every launch is compared, maps included.
 ROOT = Path(__file__).parents[2]
-# Every entry that Triton 3.7 looks for; what is launched is copied to ``noted`` by the sizes of its parameters.
+# Every entry that Triton 3.7 to 3.9 looks for; what is launched is copied to ``noted`` by the sizes of its parameters.
 DRIVER = """
 #include <string.h>
 #define NOTHING(name) int name() { return 0; }
 NOTHING(cuCtxGetLimit) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuDevicePrimaryCtxRetain)
 NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig) NOTHING(cuOccupancyMaxActiveClusters)
-NOTHING(cuTensorMapEncodeIm2col)
+NOTHING(cuTensorMapEncodeIm2col) NOTHING(cuCtxGetDevice) NOTHING(cuModuleUnload)
 int cuCtxGetCurrent(void** context) { *context = (void*)1; return 0; }
 int cuDeviceGet(int* device, int index) { *device = index; return 0; }
 int cuDeviceGetAttribute(int* value, int which, int device) { *value = 232448; return 0; }
+int cuStreamIsCapturing(void* stream, int* whether) { *whether = 0; return 0; }
 int cuDriverGetVersion(int* version) { *version = 12090; return 0; }
 int cuFuncGetAttribute(int* value, int which, void* function) { *value = which ? 0 : 1024; return 0; }
 int cuGetErrorString(int error, const char** text) { *text = "an error"; return 0; }
@@ -329,8 +330,8 @@ SIZES = {1: 8, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 8, 10: 2, 11: 2, 12:
 @pytest.mark.slow
 def test_the_driver_is_given_the_same_bytes(tmp_path: Path) -> None:
     installed = pytest.importorskip("triton").__version__
-    if not installed.startswith("3.7") or shutil.which("gcc") is None:
-        pytest.skip(f"reads the signatures of Triton 3.7's launcher, with gcc; this is {installed}")
+    if not installed.startswith(("3.7", "3.8", "3.9")) or shutil.which("gcc") is None:
+        pytest.skip(f"reads the signatures of the launcher of Triton 3.7 to 3.9, with gcc; this is {installed}")
     (tmp_path / "driver.c").write_text(DRIVER)
     library = tmp_path / "libcuda.so.1"
     subprocess.run(
