@@ -220,7 +220,8 @@ class StubDriver:
         vars(launcher).update(
             launch=_with_maps(nvidia.wrap_handle_tensordesc, launch, source.signature, maps) if maps else launch,
             num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
-            launch_cooperative_grid=False, launch_pdl=False, gsan_enabled=False, arg_annotations=(), kernel_signature=b"",
+            launch_cooperative_grid=False, launch_pdl=False, gsan_enabled=False, arg_annotations=(),
+            kernel_signature=b"",
         )  # fmt: skip
         return SimpleNamespace(
             run=launcher, function=1, packed_metadata=(), metadata=SimpleNamespace(tensordesc_meta=maps),
