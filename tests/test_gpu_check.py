@@ -125,6 +125,7 @@ def test_the_rehearsal_loses_nothing_to_tests_that_hang_or_crash(tmp_path: Path)
     assert gpu_check.as_planted(outcome).status == parts.FAILED
 
 
+@pytest.mark.slow
 def test_the_rehearsal_keeps_what_slow_tests_found_before_their_end(tmp_path: Path) -> None:
     outcome = parts.correctness(parts.run_child, 8.0, tmp_path, gpu_check.REHEARSED[2:] * 2, test_seconds=3.0)
     assert outcome.status == parts.UNFINISHED and outcome.details["unfinished"] == list(gpu_check.REHEARSED[2:] * 2)

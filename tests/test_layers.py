@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -256,49 +255,63 @@ OPTIONAL += ["typer", "rich", "matplotlib", "jinja2", "pandas"]
 BLOCKED = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"  # importing one of them now fails
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return processes.run([sys.executable, "-c", code])
+CODES = {
+    "every name": BLOCKED + "import reslora_kernels as r; [getattr(r, name) for name in r.__all__]",
+    "no GPU": "import torch\n"
+    "def refuse(*_): raise AssertionError('CUDA was queried')\n"
+    "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = torch.cuda._lazy_init = refuse\n"
+    "import reslora_kernels as r; [getattr(r, name) for name in r.__all__]\n"
+    "assert not torch.cuda.is_initialized()",
+    "no heavy module": "import sys; before = set(sys.modules)\n"
+    "import reslora_kernels as r; [getattr(r, name) for name in r.__all__]\n"
+    f"print(sorted({{name.split('.')[0] for name in set(sys.modules) - before}} & set({OPTIONAL!r})))",
+    "a layer trains": BLOCKED + "import torch, reslora_kernels as r\n"
+    "layer = r.ResLoRALinear(4, 3, config=r.ResLoRAConfig(r=2, shortcut='none'))\n"
+    "layer(torch.ones(2, 4)).sum().backward()\n"
+    "assert layer.lora_B.grad is not None and layer.weight.grad is None",
+    "no typer": BLOCKED + "from reslora_kernels.cli import main; sys.exit(main(['doctor']))",
+}
+# In a process that has imported torch, and nothing that is optional, a fork for each of the codes.
+FORKS = f"""import json, os, sys, tempfile, torch
+assert not set({OPTIONAL!r}) & sys.modules.keys()
+answers = []
+for code in json.load(sys.stdin):
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if not (child := os.fork()):
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            exec(code, {{}})
+            raise SystemExit
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        answers.append([status, *(file.seek(0) or file.read() for file in (out, err))])
+print(json.dumps(answers))
+"""
 
 
-def test_import_needs_torch_alone() -> None:
-    finished = python(BLOCKED + "import reslora_kernels as r; [getattr(r, name) for name in r.__all__]")
-    assert finished.returncode == 0, finished.stderr
+Ran = dict[str, tuple[int, str, str]]
 
 
-def test_import_touches_no_gpu() -> None:
-    finished = python(
-        "import torch\n"
-        "def refuse(*_): raise AssertionError('CUDA was queried')\n"
-        "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = torch.cuda._lazy_init = refuse\n"
-        "import reslora_kernels as r; [getattr(r, name) for name in r.__all__]\n"
-        "assert not torch.cuda.is_initialized()"
-    )
-    assert finished.returncode == 0, finished.stderr
+@pytest.fixture(scope="module")
+def ran() -> Ran:
+    """The exit code and both outputs of each of CODES."""
+    finished = processes.run([sys.executable, "-c", FORKS], input=json.dumps([*CODES.values()]), check=True)
+    return dict(zip(CODES, json.loads(finished.stdout), strict=True))
 
 
-def test_import_adds_no_heavy_module() -> None:
-    finished = python(
-        "import sys, torch; before = set(sys.modules)\n"
-        "import reslora_kernels as r; [getattr(r, name) for name in r.__all__]\n"
-        f"print(sorted({{name.split('.')[0] for name in set(sys.modules) - before}} & set({OPTIONAL!r})))"
-    )
-    assert finished.stdout.strip() == "[]", finished.stderr
+@pytest.mark.parametrize("what", ["every name", "no GPU", "a layer trains"])
+def test_import_needs_torch_alone_and_touches_no_gpu(ran: Ran, what: str) -> None:
+    status, _, errors = ran[what]
+    assert status == 0, errors
 
 
-def test_training_a_layer_needs_torch_alone() -> None:
-    finished = python(
-        BLOCKED + "import torch, reslora_kernels as r\n"
-        "layer = r.ResLoRALinear(4, 3, config=r.ResLoRAConfig(r=2, shortcut='none'))\n"
-        "layer(torch.ones(2, 4)).sum().backward()\n"
-        "assert layer.lora_B.grad is not None and layer.weight.grad is None"
-    )
-    assert finished.returncode == 0, finished.stderr
+def test_import_adds_no_heavy_module(ran: Ran) -> None:
+    _, printed, errors = ran["no heavy module"]
+    assert printed.strip() == "[]", errors
 
 
-def test_command_without_typer_names_the_fix() -> None:
-    finished = python(BLOCKED + "from reslora_kernels.cli import main; sys.exit(main(['doctor']))")
-    assert finished.returncode == 2
-    assert finished.stderr == "reslora: error: typer and rich are not installed; run: pip install typer rich\n"
+def test_command_without_typer_names_the_fix(ran: Ran) -> None:
+    status, _, errors = ran["no typer"]
+    assert status == 2
+    assert errors == "reslora: error: typer and rich are not installed; run: pip install typer rich\n"
 
 
 MODULES = ("reslora_kernels", "reslora_kernels.ops", "reslora_kernels.reference", "reslora_kernels.training")
