@@ -8,7 +8,15 @@
 The layers, chains, merges and kernels are those of ``apply_reslora``; this only holds them as PEFT holds its own.
 """
 
+import peft
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
+
+if not hasattr(BaseTuner, "_get_adapter_state_dict"):  # a save would not pass by what refuses an unsound adapter
+    raise ImportError(
+        "reslora_kernels.peft needs PEFT 0.21 or newer, whose tuners write their own state; this is "
+        f"{peft.__version__}. apply_reslora, export_peft and load_peft_adapter work with this version"
+    )
 
 from .config import ResLoRAPeftConfig, extend_peft_types, from_native, to_native
 from .layer import ResLoRALayer
