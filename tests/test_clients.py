@@ -71,6 +71,7 @@ def test_trl_sft_trains_and_resumes(tmp_path: Path) -> None:
     assert (tmp_path / "straight" / "checkpoint-4" / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_sentence_transformers_trains_and_resumes(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers")
     from datasets import Dataset

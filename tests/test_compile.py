@@ -178,6 +178,7 @@ def test_inductor(shortcut: str, pre_num: int) -> None:
         assert_same(gradients(model, square, compiled, x_of()), expected)
 
 
+@pytest.mark.slow
 def test_merged_model_and_statistics() -> None:
     """Norms and moments are gathered in compiled code too; a merged model compiles to its plain matmuls."""
     model = stack("middle", -1)
@@ -216,9 +217,9 @@ def test_layers_of_a_language_model(shortcut: str, pre_num: int) -> None:
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num", "graphs"), [
-    ("none", 0, 2), ("block", 1, 2), ("input", 1, 3), ("middle", 1, 3),
-    *(pytest.param(*how, marks=pytest.mark.slow) for how in (("middle", -1, 3), ("middle", 3, 5))),
+    ("none", 0, 2), ("block", 1, 2), ("input", 1, 3), ("middle", 1, 3), ("middle", -1, 3), ("middle", 3, 5),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_graphs_do_not_grow_with_the_layers(shortcut: str, pre_num: int, graphs: int) -> None:
     """32 layers: the first (its input needs no gradient), those alike, the last. PEFT's LoRA takes 2 as well."""
     model = stack(shortcut, pre_num, depth=32)

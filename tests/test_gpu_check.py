@@ -315,7 +315,7 @@ def test_small_launches_run_every_case_through_a_backend() -> None:
         small_launches.run(library, case, "cpu")
 
 
-@pytest.mark.parametrize("form", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("form", ["one_pass", pytest.param("two_pass", marks=pytest.mark.slow)])
 def test_small_launches_fit_the_triton_backend(form: str, triton_interpreter: bool) -> None:
     if not triton_interpreter:
         pytest.skip("runs on a CPU, in Triton's interpreter")
@@ -374,6 +374,7 @@ def test_tuning_stops_at_the_deadline_and_knows_what_cannot_be_in_one_pass() -> 
     assert len(set(tune.shapes())) == len(list(tune.shapes()))
 
 
+@pytest.mark.slow
 def test_the_real_timer_calls_the_backend(monkeypatch: pytest.MonkeyPatch, triton_interpreter: bool) -> None:
     """On a CPU in Triton's interpreter: the calls are made with the operands that the backend takes."""
     if not triton_interpreter:

@@ -166,6 +166,7 @@ class TestConv1D:
         merge_reslora(native, calibration=[TOKENS])
         assert relative_error(logits(merged), logits(native)) < 1e-5
 
+    @pytest.mark.slow
     def test_checkpointed_and_compiled(self) -> None:
         model = randomize(apply_reslora(gpt2(), ResLoRAConfig(r=4, shortcut="input")))
         plain, before = gradients(model), logits(model)

@@ -164,6 +164,7 @@ def test_child_that_hangs_is_ended(code: str, reason: str, monkeypatch: pytest.M
         processes.run([sys.executable, "-c", f"import time\nprint('begun', flush=True)\n{code}"])
 
 
+@pytest.mark.slow
 def test_child_that_is_slow_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes three times as long as one may stand still, but a little of the processor all the while."""
     for name, seconds in {"LOOK": 0.1, "STILL": 1.0, "WORK": ONE_TICK}.items():

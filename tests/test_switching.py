@@ -334,7 +334,8 @@ def test_shortcuts_need_data_and_leave_the_adapter_in_force() -> None:
     assert adapter_names(model) == ["a", "b"]
 
 
-@pytest.mark.parametrize("shortcut", ["block", pytest.param("middle", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shortcut", ["block", "middle"])
+@pytest.mark.slow
 def test_a_hot_swap_keeps_compiled_code(shortcut: Any, tmp_path: Path) -> None:
     """``load_adapter`` into the adapter in force changes values only: nothing is compiled again."""
     for name, seed in (("one", 3), ("other", 4)):

@@ -159,6 +159,7 @@ def test_interrupted_and_resumed_equals_straight_through(shortcut: str, tmp_path
     assert_same_adapter(straight, stopped)
 
 
+@pytest.mark.slow
 def test_three_steps_and_three_more_equal_six(tmp_path: Path, finetune: Finetune) -> None:
     options = ["--lr-scheduler-type", "constant", "--lora-dropout", "0.2", "--shortcut", "middle", "--pre-num", "-1"]
     assert finetune(tmp_path / "six", *options) == 0

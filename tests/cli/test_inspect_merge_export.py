@@ -169,7 +169,11 @@ def test_merged_block_model_equals_the_adapted_one(
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--sequential", "--extra-rank", "2", "--joint-steps", "4"], ["--method", "input"]],
+    [
+        [],
+        pytest.param(["--sequential", "--extra-rank", "2", "--joint-steps", "4"], marks=pytest.mark.slow),
+        ["--method", "input"],
+    ],
     ids=lambda o: " ".join(o) or "default",
 )
 def test_export_is_the_merged_model(
