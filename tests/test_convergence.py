@@ -152,7 +152,13 @@ def test_every_task_is_the_same_for_the_same_seed_and_shows_its_figures(task: st
     assert set(own.metrics) <= figures.keys() | own.final_figures(base, held_out).keys()
 
 
-@pytest.mark.parametrize("method", [*sorted(UNGATED), "input-scalar", "block-gates-0", "middle-all-gates"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[] if method in ("lora", "block", "middle-all-gates") else pytest.mark.slow)
+        for method in [*sorted(UNGATED), "input-scalar", "block-gates-0", "middle-all-gates"]
+    ],
+)
 def test_every_method_learns_and_starts_from_the_base_model(method: str, tmp_path: Path) -> None:
     base, task = base_of(TASKS["python"], SIZES, tmp_path, CPU), TASKS["python"]
     steps = dataclasses.replace(BUDGET, steps=12, evaluations=1)

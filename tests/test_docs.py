@@ -278,6 +278,7 @@ def test_every_script_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPT_NEEDS))
+@pytest.mark.slow
 def test_script(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in SCRIPT_NEEDS[name]:
         pytest.importorskip(library)

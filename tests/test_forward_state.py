@@ -245,7 +245,7 @@ def projections() -> Iterator[dict[str, list[int]]]:
         yield calls
 
 
-@pytest.mark.parametrize("family", ["llama", "roberta", "t5", "unet"])
+@pytest.mark.parametrize("family", ["llama", "roberta", "t5", pytest.param("unet", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_same_values_and_gradients(shortcut: str, family: str) -> None:
     stacked, apart = sharing(shortcut, True, family), sharing(shortcut, False, family)

@@ -145,7 +145,9 @@ class TestChains:
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "unet" else []) for name in FAMILIES]
+)
 class TestTraining:
     def test_loss_falls_and_the_base_stays(self, name: str, shortcut: str) -> None:
         model, (first, last) = trained(name, shortcut)

@@ -38,6 +38,7 @@ def test_help_lists_every_command_and_imports_none() -> None:
     assert all(name in finished.stdout for name in app.COMMANDS)
 
 
+@pytest.mark.slow
 def test_module_runs_as_the_command() -> None:
     command = [sys.executable, "-m", "reslora_kernels", "--version"]
     finished = processes.run(command)

@@ -72,6 +72,7 @@ def test_integers_come_out_bit_for_bit(call: Call, device: torch.device, poisone
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
+@pytest.mark.slow
 def test_error_at_most_twice_plain_pytorchs(call: Call, device: torch.device, poisoned: None) -> None:
     values = draw(call, device, integers=False)
     expected, plain = truth(call, values), run(call, values)
@@ -105,6 +106,7 @@ def test_programs_with_several_tiles(
 
 
 @pytest.mark.parametrize("call", [CALLS[2], CALLS[5], CALLS[12]], ids=name_of)
+@pytest.mark.slow
 def test_same_bits_in_any_order_of_programs(call: Call, device: torch.device, interpreted: bool) -> None:
     values = draw(call, device, integers=False)
     first = run(call, values, triton)
