@@ -315,7 +315,8 @@ def test_small_launches_run_every_case_through_a_backend() -> None:
         small_launches.run(library, case, "cpu")
 
 
-@pytest.mark.parametrize("form", ["one_pass", pytest.param("two_pass", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["one_pass", "two_pass"])
+@pytest.mark.slow
 def test_small_launches_fit_the_triton_backend(form: str, triton_interpreter: bool) -> None:
     if not triton_interpreter:
         pytest.skip("runs on a CPU, in Triton's interpreter")

@@ -83,7 +83,8 @@ def test_gradient_checkpointing_changes_no_gradient(shortcut: str) -> None:
     model.enable_input_require_grads()
     torch.manual_seed(0)
     found = gradients(model)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for name in expected:  # Transformers 4 computes in another order without a cache
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_adapters_train_and_a_start_does_not() -> None:

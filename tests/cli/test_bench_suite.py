@@ -293,6 +293,7 @@ def test_memory_of_a_pass() -> None:
     assert highest([5, 5, -10, 7]) == 10 and highest([]) == 0
 
 
+@pytest.mark.slow
 def test_a_model_is_adapted_in_five_ways_on_shared_weights(bench: suite.Bench) -> None:
     rows = run_model(bench, ModelCase("llama", 2, 1, 8, r=2, pre_num=1, tiny=True))
     assert [(row.provider, row.method, row.status) for row in rows] == [
