@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from reslora_kernels.adapt.record import adapted_layers
 
 VOCABULARY = 48
+needs_transformers_5 = pytest.mark.skipif(
+    int(version("transformers").split(".")[0]) < 5,
+    reason="asks for what came with Transformers 5",
+)
 
 
 class Family(NamedTuple):

@@ -53,7 +53,9 @@ def test_python_calls_of_a_layer(shortcut: str) -> None:
         stack(x)
     finally:
         sys.setprofile(None)
-    assert 0 < len(called) <= (CALLS if host.module is None else CALLS_WITH_EXTENSION)[shortcut], called
+    most = (CALLS if host.module is None else CALLS_WITH_EXTENSION)[shortcut]
+    most += 3 if torch.__version__ < "2.9" else 0  # of its own, written in Python then
+    assert 0 < len(called) <= most, called
 
 
 class Operators(TorchDispatchMode):

@@ -32,7 +32,7 @@ from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.peft import ResLoRAPeftConfig
 from reslora_kernels.testing import relative_error
 
-from .models import VOCABULARY, randomize, t5
+from .models import VOCABULARY, needs_transformers_5, randomize, t5
 
 SHORTCUTS = ("none", "input", "block", "middle")
 TOKENS = {"input_ids": torch.arange(24).reshape(2, 12) % VOCABULARY}
@@ -359,6 +359,7 @@ def test_out_proj_alone_has_no_effect() -> None:
     assert relative_error(run(model), plain) < 1e-6
 
 
+@needs_transformers_5
 def test_an_embedding_that_never_runs_is_named() -> None:
     """T5 has one table in four modules: ``shared`` itself is not called, and a head would have two adapters."""
     with pytest.warns(UserWarning, match=r"'shared' does not run: 'encoder.embed_tokens' has its weight"):
@@ -386,6 +387,7 @@ def test_peft_3531_dora_comes_apart_from_transposed_weights(shortcut: Any, targe
         assert torch.equal(model(**TOKENS).logits, gpt2()(**TOKENS).logits)
 
 
+@needs_transformers_5
 def test_peft_2710_experts_have_several_adapters() -> None:
     """Of one parameter and of both: each merges, and so does the sum of them, in either order."""
     from transformers import MixtralConfig, MixtralForCausalLM

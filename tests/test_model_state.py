@@ -28,7 +28,7 @@ from reslora_kernels import (
 from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.testing import relative_error
 
-from .models import FAMILIES, llama, randomize, t5, train
+from .models import FAMILIES, llama, needs_transformers_5, randomize, t5, train
 
 SHORTCUTS = ("none", "input", "block", "middle")
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}  # the same algebra summed in another order
@@ -322,6 +322,7 @@ def test_an_offloaded_base_merges_saves_and_switches(offload: Any, tmp_path: Pat
     assert torch.equal(offloaded(input_ids=X).logits, before)
 
 
+@needs_transformers_5
 def test_a_dispatched_model_trains_and_saves_whole(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

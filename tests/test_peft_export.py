@@ -20,7 +20,7 @@ from reslora_kernels import ResLoRAConfig, apply_reslora, export_peft, merge_res
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.testing import relative_error
 
-from .models import FAMILIES, Family, llama, randomize, roberta, t5
+from .models import FAMILIES, Family, llama, needs_transformers_5, randomize, roberta, t5
 
 SHORTCUTS = ("none", "input", "block", "middle")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -363,6 +363,7 @@ def test_peft_runs_what_was_exported(name: str, tmp_path: Path) -> None:
         assert torch.allclose(loaded(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-4)
 
 
+@needs_transformers_5
 @pytest.mark.parametrize(
     "target_modules", ["all-linear", ["gate_proj"], r".*shared_experts\.up_proj", ["q_proj", "down_proj"]]
 )

@@ -25,7 +25,7 @@ from reslora_kernels import (
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.files.adapter_format import CONFIG_NAME, WEIGHTS_NAME
 
-from .models import randomize
+from .models import needs_transformers_5, randomize
 
 TOKENS = torch.arange(3, 17).reshape(2, 7)
 Q = ResLoRAConfig(r=3, target_modules=["q_proj"])
@@ -143,7 +143,8 @@ class TestTiedEmbeddings:
 class TestTaskHead:
     """Loaded from a checkpoint of a language model, a classifier's head has random values each time."""
 
-    @pytest.fixture(params=["llama", "bert", "distilbert"])
+    # Transformers 4 saves no pooler of a BERT without a head, and draws it anew in each model
+    @pytest.fixture(params=["llama", pytest.param("bert", marks=needs_transformers_5), "distilbert"])
     def classifier(self, request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int], Any]:
         import transformers as t
 

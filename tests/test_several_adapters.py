@@ -30,7 +30,7 @@ from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.peft import ResLoRAPeftConfig
 from reslora_kernels.testing import relative_error
 
-from .models import FAMILIES, llama, logits, randomize, t5
+from .models import FAMILIES, llama, logits, needs_transformers_5, randomize, t5
 
 KINDS = {"a": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]},
          "b": {"r": 3, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]}}  # fmt: skip
@@ -266,7 +266,9 @@ def of_experts() -> tuple[nn.Module, Tensor, list[str]]:
     return model, torch.randn(3, 5, 8), []
 
 
-@pytest.mark.parametrize("make", [convolutional, looked_up, attending, of_experts])
+@pytest.mark.parametrize(
+    "make", [convolutional, looked_up, attending, pytest.param(of_experts, marks=needs_transformers_5)]
+)
 def test_layers_of_other_kinds_sum_too(make: Any) -> None:
     torch.manual_seed(0)
     base, x, names = make()

@@ -237,9 +237,11 @@ def test_nothing_trains_or_is_saved_before_its_start(start: str, tmp_path: Path)
         set_adapter(model, ["default", "other"])
     model.train()
     whole = copy.deepcopy(model)
-    for run in (model, whole.model, torch.compile(model, backend="eager", fullgraph=True)):
+    for run in (model, whole.model):
         with pytest.raises(RuntimeError, match=asked):
             run(BATCHES[0]["input_ids"])
+    with pytest.raises(RuntimeError, match=asked if torch.__version__ >= "2.9" else "Observed exception"):
+        torch.compile(model, backend="eager", fullgraph=True)(BATCHES[0]["input_ids"])
     with torch.no_grad():
         model(**BATCHES[0])
     model.requires_grad_(False)(**BATCHES[0])

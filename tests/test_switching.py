@@ -163,7 +163,7 @@ def test_checkpointing_follows_the_adapter_in_force() -> None:
         own, expected = gradients(set_adapter(model, name)), gradients(alone(name).train())
         assert own.keys() == expected.keys()
         for key in own:
-            torch.testing.assert_close(own[key], expected[key])
+            torch.testing.assert_close(own[key], expected[key], rtol=1e-4, atol=1e-4)
 
 
 def test_switching_leaves_nothing_behind() -> None:

@@ -23,7 +23,7 @@ from reslora_kernels.adapt.switching import add_adapter, set_adapter
 from reslora_kernels.adapt.targets import find_targets
 from reslora_kernels.config import PARAMETER_ADAPTER
 
-from .models import randomize
+from .models import needs_transformers_5, randomize
 
 FIELDS = [field.name for field in dataclasses.fields(ResLoRAConfig)]
 
@@ -321,6 +321,7 @@ def test_attention_of_torch_reads_its_output_projection_and_encoder_layers_run_t
     assert [row.name for row in inspect(model).layers] == ["0.linear1", "0.linear2"]
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("family", ["Mamba", "Mamba2", "FalconMamba", "NemotronH", "FalconH1", "Jamba"])
 def test_output_projection_of_state_space_mixers(family: str) -> None:
     """PEFT refuses it where fused kernels read its weight; Jamba runs it always."""
@@ -353,6 +354,7 @@ def test_output_projection_of_state_space_mixers(family: str) -> None:
     assert all("fused training path" in reasons[name] for name in mixers)
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("shortcut", ["none", "block"])
 def test_inspect_accounts_for_every_parameter(shortcut: str) -> None:
     """Fused experts, routers, embeddings and norms beside the linear layers: nothing is left unsaid."""
