@@ -320,8 +320,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         scale = self._dora_scale(call) if self.config.use_dora else None
         if self.detour and self.replacement is not None:
             call = _replaced(call, *self.replacement)
-        p = self.config.lora_dropout
-        p = p if p and self.training else 0.0
+        p = self.config.lora_dropout if self.config.lora_dropout and self.training else 0.0
         inner_bias = bias if scale is None else None
         if self.shared is None or p > 0:
             y, handed = self._low_rank(x, inner_bias, p, call)
@@ -421,9 +420,8 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def _call(self, received: tuple[Tensor, ...]) -> Call:
         """The layer's part in its chain, given what was handed to it."""
-        config = self.config
-        gates = None if config.gates == "none" else self.gates
-        return call_of(config.shortcut, self, self.neighbours, received, gates)
+        gates = None if self.config.gates == "none" else self.gates  # asked here too: of most layers without a call
+        return call_of(self.config.shortcut, self, self.neighbours, received, gates)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe()}"
