@@ -27,7 +27,7 @@ from reslora_kernels import (
 from reslora_kernels.adapt.targets import endings_of, find_targets, role_of
 from reslora_kernels.config import matches, with_parents
 from reslora_kernels.files.peft_export import _is_in
-from reslora_kernels.forward_state import ForwardState, Passes, outside
+from reslora_kernels.forward_state import ForwardState, Passes, any_opened_by_hand, outside
 from reslora_kernels.layers.chain import MOST_ROWS
 from reslora_kernels.ops import lora_linear
 
@@ -380,3 +380,43 @@ def test_a_pass_is_open_for_hooks_that_were_there_before() -> None:
     apply_reslora(model, ResLoRAConfig(r=2, shortcut="input", target_modules=r"layers\.\d"))
     model(torch.randn(2, 6, dtype=torch.float64))
     assert seen == [True]
+
+
+def test_what_crosses_to_another_process_is_found_in_every_sweep_and_begins_one_there() -> None:
+    zero, one = SimpleNamespace(position=0), SimpleNamespace(position=1)
+    state, shape = ForwardState(object()), torch.Size([2])
+    calls = [torch.full((2, 1), float(n)) for n in range(5)]
+    for sweep in ([(zero, 1), (zero, 2)], [(zero, 3)], [(one, 4), (zero, 0)]):  # two pause, the last goes on
+        for giver, n in sweep:
+            state.enter(giver, [], shape)
+            state.hand_on((), calls[n])
+        state.leave()
+    assert [int(h[0]) for (h,) in state.handed_by(zero)] == [0, 1, 2, 3]
+    assert [int(h[0]) for (h,) in state.handed_by(one)] == [4]
+    there = ForwardState(object())
+    there.receive(zero, (calls[0],))
+    there.leave()  # a module around the chain that ran no layer of it
+    assert there.enter(one, [zero], shape) == (calls[0],)
+
+
+def test_a_pass_that_was_opened_by_hand_is_known_while_it_is_open() -> None:
+    own = link([layer("input", 6, 6), layer("input", 6, 6)])
+    found = [any_opened_by_hand()]
+    with own.forward_pass():
+        found.append(any_opened_by_hand())
+    assert [*found, any_opened_by_hand()] == [False, True, False]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_layer_trains_alone_in_one_process_and_after_its_model_in_two(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reslora_kernels.layers.chain.initialised", lambda: True)
+    monkeypatch.setattr("reslora_kernels.layers.chain.Entered.compiled", False)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    model, x = adapted("block"), torch.randn(2, 6, dtype=torch.float64)
+    if processes > 1:
+        with pytest.raises(RuntimeError, match="a part of a model is trained alone"):
+            model.layers[1](x)
+        model(x)
+    model.layers[1](x)

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from reslora_kernels import ResLoRAConfig, ResLoRALinear, apply_reslora, inspect, merge_reslora
 from reslora_kernels.adapt.switching import add_adapter, set_adapter
-from reslora_kernels.adapt.targets import find_targets
+from reslora_kernels.adapt.targets import find_targets, with_heads_saved
 from reslora_kernels.config import PARAMETER_ADAPTER
 
 from .models import needs_transformers_5, randomize
@@ -386,3 +387,55 @@ def test_a_parameter_of_the_model_itself_has_its_own_name() -> None:
     model.proj = nn.Linear(4, 4)
     config = ResLoRAConfig(r=2, target_modules=["proj"], target_parameters=["table"])
     assert sorted(find_targets(model, config).matched) == ["proj", "table" + PARAMETER_ADAPTER]
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "backend", "offloaded", "message"),
+    [
+        ((3, 6, 4), "meta", "auto", False, "which has no values here"),
+        ((3, 6, 4), "cpu", "auto", True, "which has no values here"),
+        ((3, 6, 4), "cpu", "cuda", False, "experts, which backend='cuda' has no kernel for"),
+        ((6, 4), "cpu", "cuda", False, ""),
+    ],
+)
+def test_parameters_without_values_or_kernels_are_refused(
+    shape: tuple[int, ...], device: str, backend: str, offloaded: bool, message: str
+) -> None:
+    model: Any = nn.ModuleDict({"holder": nn.Module(), "proj": nn.Linear(4, 4)})
+    model.holder.table = nn.Parameter(torch.empty(shape, device=device))
+    model.holder._hf_hook = SimpleNamespace(offload=offloaded)
+    config = ResLoRAConfig(r=2, target_modules=["proj"], target_parameters=["table"], backend=backend)
+    if not message:
+        assert "holder.table" + PARAMETER_ADAPTER in find_targets(model, config).matched
+        return
+    with pytest.raises(ValueError, match="matches 'holder.table', " + message):
+        find_targets(model, config)
+
+
+def test_a_quantised_matrix_is_no_parameter_to_adapt() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    quantization.quantize_(model[0], quantization.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"matches '0\.weight', which is quantised"):
+        find_targets(model, ResLoRAConfig(r=2, target_modules=["1"], target_parameters=["0.weight"]))
+
+
+class HeadForSequenceClassification(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model = nn.ModuleDict({"query": nn.Linear(4, 4)})
+        self.classifier = nn.ModuleDict({"dense": nn.Linear(4, 4), "out": nn.Linear(4, 2)})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "saved"),
+    [
+        (["query"], ["classifier"]),
+        (["query", "dense"], None),
+        (["query", "classifier.out"], None),
+        ("all-linear", ["classifier"]),
+    ],
+)
+def test_a_head_is_trained_whole_unless_a_layer_of_it_is_named(wanted: Any, saved: Any) -> None:
+    config = with_heads_saved(ResLoRAConfig(r=2, target_modules=wanted), HeadForSequenceClassification())
+    assert config.modules_to_save == (saved and tuple(saved))
