@@ -25,7 +25,7 @@ from reslora_kernels import (
     save_adapter,
 )
 from reslora_kernels.adapt.record import adapted_layers, record_of
-from reslora_kernels.forward_state import ForwardState
+from reslora_kernels.forward_state import ForwardState, version_of
 from reslora_kernels.ops import lora_linear
 from reslora_kernels.testing import max_error, relative_error
 
@@ -412,3 +412,10 @@ def test_a_change_in_place_between_layers_that_read_one_tensor(without: Any, com
         with without():
             found.append((torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model)(x))
     assert max_error(*found) < 1e-12
+
+
+def test_writes_are_counted_but_to_inference_tensors() -> None:
+    with torch.inference_mode():
+        assert version_of(torch.zeros(1).add_(1)) == 0
+    x = torch.zeros(1)
+    assert version_of(x.add_(1)) == version_of(x) == 1

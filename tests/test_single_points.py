@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +29,7 @@ from reslora_kernels import (
 from reslora_kernels.adapt.targets import endings_of, find_targets, role_of
 from reslora_kernels.config import matches, with_parents
 from reslora_kernels.files.peft_export import _is_in
-from reslora_kernels.forward_state import ForwardState, Passes, any_opened_by_hand, outside
+from reslora_kernels.forward_state import ForwardState, Passes, any_opened_by_hand, outside, refuse_recomputation
 from reslora_kernels.layers.chain import MOST_ROWS
 from reslora_kernels.ops import lora_linear
 
@@ -399,12 +401,24 @@ def test_what_crosses_to_another_process_is_found_in_every_sweep_and_begins_one_
     assert there.enter(one, [zero], shape) == (calls[0],)
 
 
-def test_a_pass_that_was_opened_by_hand_is_known_while_it_is_open() -> None:
+def test_a_pass_that_was_opened_by_hand_is_known_and_no_layer_recomputed_into_it() -> None:
     own = link([layer("input", 6, 6), layer("input", 6, 6)])
-    found = [any_opened_by_hand()]
+
+    def backward(hook: Callable[[], object]) -> None:
+        y = 2 * torch.ones(1, requires_grad=True)
+        y.register_hook(lambda dy: hook() and None)
+        y.backward()
+
+    assert not any_opened_by_hand()
     with own.forward_pass():
-        found.append(any_opened_by_hand())
-    assert [*found, any_opened_by_hand()] == [False, True, False]
+        assert any_opened_by_hand()
+        refuse_recomputation()
+        with pytest.raises(RuntimeError, match="recomputes a layer in backward"):
+            backward(refuse_recomputation)
+    assert not any_opened_by_hand()
+    with ExitStack() as stack:  # one that is opened in backward is the recomputation's own
+        backward(lambda: (stack.enter_context(own.forward_pass()), refuse_recomputation()))
+        refuse_recomputation()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
