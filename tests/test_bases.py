@@ -33,6 +33,7 @@ from reslora_kernels import (
     unmerge_reslora,
 )
 from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels.adapt.targets import find_targets
 from reslora_kernels.layers.quantized_linear import QuantizedResLoRALinear
 from reslora_kernels.quantizers import BitsAndBytes, QuantizedWeight
 from reslora_kernels.testing import relative_error
@@ -401,3 +402,30 @@ def test_compressed_tensors_are_refused_with_the_way_out() -> None:
     layer.quantization_scheme = type("QuantizationScheme", (), {"__module__": "compressed_tensors.quantization"})()
     with pytest.raises(ValueError, match=r"CompressedTensorsConfig\(dequantize=True\)"):
         apply_reslora(nn.Sequential(layer), ResLoRAConfig(target_modules=["0"]))
+
+
+class Mixer(nn.Module):
+    """As FalconMamba's: reads the weight of its projection, and runs it where that is quantised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(64))
+        self.dt_proj = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(self.dt_proj.weight) is not nn.Parameter:
+            return self.dt_proj(x)
+        return x @ self.dt_proj.weight.T
+
+
+def test_a_mixers_projection_is_adapted_where_it_is_quantised_only() -> None:
+    model = nn.Sequential(Mixer(), Mixer())
+    quantize_(model[1], Int8WeightOnlyConfig())
+    assert list(find_targets(model, ResLoRAConfig(r=2)).matched) == ["1.dt_proj"]
+
+
+def test_a_quantised_matrix_is_no_parameter_to_adapt() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    quantize_(model[0], Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"matches '0\.weight', which is quantised"):
+        find_targets(model, ResLoRAConfig(r=2, target_modules=["1"], target_parameters=["0.weight"]))

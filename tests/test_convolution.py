@@ -320,3 +320,9 @@ def test_dropout_is_that_of_the_patches_input() -> None:
     whole = layer.eval()(x) - layer.frozen_forward(x)
     assert relative_error(dropped.mean((0, 2, 3)), whole.mean((0, 2, 3))) < 0.1
     assert relative_error(dropped, whole) > 0.3
+
+
+def test_a_rank_of_its_own_serves_groups_that_the_others_do_not_divide() -> None:
+    config = ResLoRAConfig(r=4, shortcut="none", target_modules=["0"], rank_pattern={"0": 3})
+    model = apply_reslora(nn.Sequential(nn.Conv2d(6, 6, 3, groups=3)), config)
+    assert [row.r for row in inspect(model).layers] == [3]

@@ -23,6 +23,7 @@ from reslora_kernels import (
     save_adapter,
 )
 from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels.adapt.targets import with_heads_saved
 from reslora_kernels.files.adapter_format import CONFIG_NAME, WEIGHTS_NAME
 
 from .models import needs_transformers_5, randomize
@@ -316,3 +317,24 @@ def test_quantised_layers_biases_go_by_their_plain_names(tmp_path: Path) -> None
     for again in (load_adapter(base(), tmp_path / "adapter"), load_peft_adapter(base(), tmp_path / "peft")):
         layer = again.model.layers[0].self_attn.q_proj
         assert torch.equal(layer.bias, model.model.layers[0].self_attn.q_proj.bias)
+
+
+class HeadForSequenceClassification(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model = nn.ModuleDict({"query": nn.Linear(4, 4)})
+        self.classifier = nn.ModuleDict({"dense": nn.Linear(4, 4), "out": nn.Linear(4, 2)})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "saved"),
+    [
+        (["query"], ["classifier"]),
+        (["query", "dense"], None),
+        (["query", "classifier.out"], None),
+        ("all-linear", ["classifier"]),
+    ],
+)
+def test_a_head_is_trained_whole_unless_a_layer_of_it_is_named(wanted: Any, saved: Any) -> None:
+    config = with_heads_saved(ResLoRAConfig(r=2, target_modules=wanted), HeadForSequenceClassification())
+    assert config.modules_to_save == (saved and tuple(saved))

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from reslora_kernels import ResLoRAConfig, ResLoRALinear, apply_reslora, inspect, merge_reslora
 from reslora_kernels.adapt.switching import add_adapter, set_adapter
-from reslora_kernels.adapt.targets import find_targets, with_heads_saved
+from reslora_kernels.adapt.targets import find_targets
 from reslora_kernels.config import PARAMETER_ADAPTER
 
 from .models import needs_transformers_5, randomize
@@ -283,11 +283,22 @@ class Blocks(nn.Module):
     ids=str,
 )
 def test_what_matches_nothing_beside_what_does_is_said(changes: dict[str, Any], message: str) -> None:
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message) as caught:
         apply_reslora(Blocks(), ResLoRAConfig(**changes))
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        apply_reslora(Blocks(), ResLoRAConfig(target_modules=["fc"], layers_to_transform=[0, 2]))
+        for wanted in (["fc"], r"blocks\.\d\.fc"):
+            apply_reslora(Blocks(), ResLoRAConfig(target_modules=wanted, layers_to_transform=[0, 2]))
+
+
+def test_blocks_without_a_layer_to_adapt_are_named() -> None:
+    """One that holds a norm alone, and one whose only layer is the output head."""
+    model: Any = Blocks()
+    del model.blocks[1]["fc"]
+    model.get_output_embeddings = lambda: model.blocks[2]["fc"]
+    with pytest.warns(UserWarning, match=r"layers_to_transform: 1, 2 is no layer"):
+        find_targets(model, ResLoRAConfig(layers_to_transform=[0, 1, 2]))
 
 
 class Reader(nn.Module):
@@ -410,32 +421,3 @@ def test_parameters_without_values_or_kernels_are_refused(
         return
     with pytest.raises(ValueError, match="matches 'holder.table', " + message):
         find_targets(model, config)
-
-
-def test_a_quantised_matrix_is_no_parameter_to_adapt() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    quantization.quantize_(model[0], quantization.Int8WeightOnlyConfig())
-    with pytest.raises(ValueError, match=r"matches '0\.weight', which is quantised"):
-        find_targets(model, ResLoRAConfig(r=2, target_modules=["1"], target_parameters=["0.weight"]))
-
-
-class HeadForSequenceClassification(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.base_model = nn.ModuleDict({"query": nn.Linear(4, 4)})
-        self.classifier = nn.ModuleDict({"dense": nn.Linear(4, 4), "out": nn.Linear(4, 2)})
-
-
-@pytest.mark.parametrize(
-    ("wanted", "saved"),
-    [
-        (["query"], ["classifier"]),
-        (["query", "dense"], None),
-        (["query", "classifier.out"], None),
-        ("all-linear", ["classifier"]),
-    ],
-)
-def test_a_head_is_trained_whole_unless_a_layer_of_it_is_named(wanted: Any, saved: Any) -> None:
-    config = with_heads_saved(ResLoRAConfig(r=2, target_modules=wanted), HeadForSequenceClassification())
-    assert config.modules_to_save == (saved and tuple(saved))

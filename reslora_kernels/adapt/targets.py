@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -187,9 +186,8 @@ def _warn_of_unused(model: nn.Module, config: ResLoRAConfig) -> None:
         warnings.warn(f"target_modules: {_listed(unused)} matches no module of the model", stacklevel=4)
     assert not isinstance(config.layers_to_transform, int)
     if config.layers_to_transform is not None:
-        meant = dataclasses.replace(config, layers_to_transform=None)
         head = output_head(model)
-        there = {_layer_index(name) for name, m in model.named_modules() if _left_out(name, m, meant, head) is None}
+        there = {_layer_index(name) for name, m in model.named_modules() if _left_out(name, m, config, head) is None}
         missing = [index for index in config.layers_to_transform if index not in there]
         if missing:
             warnings.warn(
@@ -272,12 +270,12 @@ def find_parameters(
         there = ", ".join(_experts(model)) or "none here, where target_modules may name nn.Linear experts"
         raise ValueError(f"target_parameters: {missing[0]!r} matches no parameter; those of experts are {there}")
     for name, target in found.items():
-        if fault := _why_not(name, target, modules, config):
+        if fault := _why_not(target, modules, config):
             raise ValueError(f"target_parameters {list(wanted)} matches {name!r}, {fault}")
     return {name + PARAMETER_ADAPTER: target for name, target in found.items()}
 
 
-def _why_not(name: str, target: TargetParameter, modules: Mapping[str, nn.Module], config: ResLoRAConfig) -> str | None:
+def _why_not(target: TargetParameter, modules: Mapping[str, nn.Module], config: ResLoRAConfig) -> str | None:
     """Why the parameter cannot be adapted, and what can be done instead."""
     owner, weight = target.owner, target.weight
     if owner in modules.values():
