@@ -8,14 +8,17 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -278,6 +281,24 @@ def test_a_layer_outside_a_pass_and_passes_in_two_threads_are_errors() -> None:
     done.set()
     thread.join()
     model(x_of())
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), [*SHORTCUTS, ("block", -1)])
+def test_few_rows_take_plain_products_alone(shortcut: str, pre_num: int) -> None:
+    """As many as LoRA takes, whatever the shortcut: no copy of a stack, and no product that adds to a tensor."""
+    graphs: list[Counter[str]] = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
+        return make_boxed_func(graph.forward)
+
+    model, layers = stack(shortcut, pre_num), 4
+    backend = aot_autograd(fw_compiler=counted, bw_compiler=counted, partition_fn=min_cut_rematerialization_partition)
+    y = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(x_of().requires_grad_())
+    y.sum().backward()
+    assert max_error(y, model(x_of())) < ROUNDING
+    assert [graph["aten.mm.default"] for graph in graphs] == [3 * layers, 5 * layers]
+    assert not any(graph[name] for graph in graphs for name in ("aten.addmm.default", "aten.cat.default"))
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("block", 1)])

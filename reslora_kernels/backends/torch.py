@@ -181,6 +181,50 @@ def composed(
     return y.addmm_(torch.add(residual, u, alpha=c), low_b, alpha=scaling), handed
 
 
+def for_few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Stack,
+    b: Stack,
+    residual: Tensor | None,
+    side: SideChannel,
+    dropout: Dropout | None,
+    own: int,
+) -> tuple[Tensor, Tensor | None]:
+    """``composed`` for torch.compile where calls cost more than arithmetic: plain products, and sums between them.
+
+    A product that adds to a tensor takes as long there as two that do not, and the sums of a layer become one pass.
+    They are written as differences, since of a sum with a product torch.compile makes a product that adds.
+    """
+    dtype, (c, scaling, start, stop) = x.dtype, side
+    dropped = x if dropout is None else _dropped(x, dropout)
+    low_b = _summed(b, 1, dtype).t()
+    h = None if not a else torch.mm(dropped, _summed(a, 0, dtype).t())
+    u = residual = None if residual is None else _in(residual, dtype)
+    if h is not None:
+        u = h if h.shape[1] == low_b.shape[0] else h[:, : low_b.shape[0]]
+        u = u if c == 1 else u * c
+        u = u if residual is None else torch.sub(u, residual, alpha=-1)
+    assert u is not None
+    low = torch.mm(u, low_b) * scaling
+    y = torch.sub(torch.mm(x, weight.t()), low if bias is None else low + bias, alpha=-1)
+    return y, h[:, start:stop] if h is not None and stop else None
+
+
+def _summed(matrices: Stack, dim: int, dtype: torch.dtype) -> Tensor:
+    """``rows`` or ``columns``; of a few matrices as a sum, which is one pass together with what else is summed then."""
+    if len(matrices) == 1 or len(matrices) > 4:
+        return _in(torch.cat(matrices, dim) if len(matrices) > 1 else matrices[0], dtype)
+    total, start = sum([matrix.shape[dim] for matrix in matrices]), 0
+    padded = []
+    for matrix in matrices:
+        around = (start, total - start - matrix.shape[dim])
+        padded.append(torch.nn.functional.pad(_in(matrix, dtype), around if dim == 1 else (0, 0, *around)))
+        start += matrix.shape[dim]
+    return sum(padded[1:], padded[0])
+
+
 def matrices_of_u(a: Stack, own: int, side: SideChannel) -> int:
     """How many of the matrices make u, of ``own`` columns, where the others are just what is handed on; else all."""
     if side.hand_start == own:

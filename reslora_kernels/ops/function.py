@@ -321,28 +321,34 @@ def _forward(call: _Call, operands: Operands) -> Outputs:
     return Outputs(y, own if handed is None else _tokens(handed), u if a_stack else residual)
 
 
-def _composed(operands: Operands, side: SideChannel, p: float, own: int) -> tuple[Tensor, Tensor | None]:
+def _composed(
+    operands: Operands, side: SideChannel, p: float, own: int, form: Callable[..., Any] = library.composed
+) -> tuple[Tensor, Tensor | None]:
     """The call without the Function."""
     if operands.h is not None:
         operands, side, handed = operands.with_u(side)
-        return _composed(operands, side, p, own)[0], handed
+        return _composed(operands, side, p, own, form)[0], handed
     x, weight, bias, residual, seed, a_stack, b_stack, _ = operands
     dropout = None if seed is None else Dropout(seed, p)
     if x.dim() == 2:
-        return library.composed(x, weight, bias, a_stack, b_stack, residual, side, dropout, own)
+        y, handed = form(x, weight, bias, a_stack, b_stack, residual, side, dropout, own)
+        return y, handed
     leading = x.shape[:-1]
     residual = None if residual is None else _tokens(residual)
-    y, handed = library.composed(_tokens(x), weight, bias, a_stack, b_stack, residual, side, dropout, own)
+    y, handed = form(_tokens(x), weight, bias, a_stack, b_stack, residual, side, dropout, own)
     return y.reshape(*leading, y.shape[1]), None if handed is None else handed.reshape(*leading, handed.shape[1])
 
 
 def _compiled(operands: Operands, side: SideChannel) -> tuple[Tensor, Tensor | None]:
     """The call as torch.compile turns it into code of its own, but for the question whether it may run at all."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # there where torch.compile is
+
     asks = any_opened_by_hand()  # a guard: without such a pass there is nothing to ask, and nothing to copy
     if asks and operands.residual is not None:
         operands = operands._replace(residual=registered.unless_recomputed(operands.residual))
     own = library.matrices_of_u(operands.a, width(operands.b), side)
-    y, handed = _composed(operands, side, 0.0, own)
+    few = statically_known_true(prod(operands.x.shape[:-1]) <= library.FEW_ROWS)
+    y, handed = _composed(operands, side, 0.0, own, library.for_few_rows if few else library.composed)
     if asks and handed is not None and operands.residual is None:
         handed = registered.unless_recomputed(handed)
     return y, handed
