@@ -215,7 +215,7 @@ def for_few_rows(
 def _summed(matrices: Stack, dim: int, dtype: torch.dtype) -> Tensor:
     """``rows`` or ``columns``; of a few matrices as a sum, which is one pass together with what else is summed then."""
     if len(matrices) == 1 or len(matrices) > 4:
-        return _in(torch.cat(matrices, dim) if len(matrices) > 1 else matrices[0], dtype)
+        return _in(columns(matrices) if dim else rows(matrices), dtype)
     total, start = sum([matrix.shape[dim] for matrix in matrices]), 0
     padded = []
     for matrix in matrices:

@@ -208,14 +208,13 @@ def _gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any
     _, _, x, weight, u, seed, *stacks = saved = ctx.saved_tensors
     call, shape, dtype, needs, _ = ctx.kind
     dhanded, onto = (others[:-1], others[-1]) if call.passes_x else (others, None)
-    dh = next((each for each in dhanded if each is not None), None)
-    if dy is None and dh is None:
+    given = [each for each in dhanded if each is not None]
+    if dy is None and not given:
         return onto, *(None,) * (_LEADING - 1 + len(stacks))
     if ctx.packed is not None:
         weight = ctx.packed.unpacked(dtype)
     if dy is None:
-        assert dh is not None
-        dy = dh.new_zeros(*shape[:-1], weight.shape[0])
+        dy = given[0].new_zeros(*shape[:-1], weight.shape[0])
     gradients = None
     eager = not torch.compiler.is_compiling() and _is_eager(dy)
     if call.on_host and eager:
@@ -272,11 +271,11 @@ _differentiated = once_differentiable(_gradients)
 
 def _joined(parts: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor | None:
     """The gradient of what is handed on in parts."""
-    given = next((part for part in parts if part is not None), None)
-    if given is None or len(parts) == 1:
-        return given
-    leading = given.shape[:-1]
-    return torch.cat([given.new_zeros(*leading, n) if d is None else d for d, n in zip(parts, widths, strict=True)], -1)
+    given = [part for part in parts if part is not None]
+    if not given or len(parts) == 1:
+        return given[0] if given else None
+    made, leading = given[0].new_zeros, given[0].shape[:-1]
+    return torch.cat([made(*leading, n) if part is None else part for part, n in zip(parts, widths, strict=True)], -1)
 
 
 def _graph_of_gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
