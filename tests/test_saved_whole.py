@@ -329,12 +329,14 @@ class HeadForSequenceClassification(nn.Module):
 @pytest.mark.parametrize(
     ("wanted", "saved"),
     [
-        (["query"], ["classifier"]),
+        (["query"], ("classifier",)),
         (["query", "dense"], None),
         (["query", "classifier.out"], None),
-        ("all-linear", ["classifier"]),
+        ("all-linear", ("classifier",)),
     ],
 )
 def test_a_head_is_trained_whole_unless_a_layer_of_it_is_named(wanted: Any, saved: Any) -> None:
-    config = with_heads_saved(ResLoRAConfig(r=2, target_modules=wanted), HeadForSequenceClassification())
-    assert config.modules_to_save == (saved and tuple(saved))
+    model, config = HeadForSequenceClassification(), ResLoRAConfig(r=2, target_modules=wanted)
+    assert with_heads_saved(config, model).modules_to_save == saved
+    named = config.replace(modules_to_save=["classifier"])
+    assert with_heads_saved(named, model) == named
