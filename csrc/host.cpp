@@ -107,28 +107,6 @@ Outputs taken(const Tensor& h, int64_t own, const Tensor& residual, const Call& 
     return out;
 }
 
-// A matrix [M, columns] with x's leading dimensions
-Tensor like_tokens(Tensor&& matrix, const Tensor& x) {
-    if (x.dim == 2 || !matrix) return std::move(matrix);
-    std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(x.dim, matrix.strides[1]);
-    sizes.back() = matrix.sizes[1];
-    strides[x.dim - 2] = matrix.strides[0];
-    for (int64_t at = x.dim - 2; at > 0; at--) strides[at - 1] = strides[at] * sizes[at];
-    Handle made;
-    check(torch.reinterpret(matrix.handle, x.dim, sizes.data(), strides.data(), 0, &made), "_reinterpret_tensor");
-    return Tensor(made, true);
-}
-
-PyObject* packed(std::vector<Tensor>& tensors) {
-    PyObject* made = PyTuple_New(tensors.size());
-    for (size_t at = 0; made && at < tensors.size(); at++) {
-        PyObject* item = to_python(std::move(tensors[at]));
-        if (!item) Py_CLEAR(made);
-        if (made) PyTuple_SET_ITEM(made, at, item);
-    }
-    return made;
-}
-
 constexpr Py_ssize_t LEADING = 7;  // arguments of forward before the stacks
 
 std::vector<Tensor> forward_pass(PyObject* const* arguments, Py_ssize_t count) {
@@ -388,6 +366,32 @@ PyObject* described(PyObject* const* operands, Py_ssize_t count) {
     return Py_BuildValue("y#N", reinterpret_cast<char*>(words.data()), Py_ssize_t(words.size() * sizeof(int64_t)), listed);
 }
 
+// Tensors beside `like` of each of `forms`, (sizes, dtype) or None, without values. Their addresses are added to
+// `addresses`; of the last one, where there are `offsets`, those of its parts.
+PyObject* allocated(const Tensor& like, PyObject* forms, PyObject* offsets, PyObject* addresses) {
+    std::vector<Tensor> made(PyTuple_GET_SIZE(forms));
+    std::vector<uint64_t> found;
+    for (size_t at = 0; at < made.size(); at++) {
+        PyObject* form = PyTuple_GET_ITEM(forms, at);
+        if (form != Py_None) {
+            const std::vector<int64_t> sizes = integers(PyTuple_GET_ITEM(form, 0));
+            made[at] = empty(sizes.data(), sizes.size(), PyLong_AsLong(PyTuple_GET_ITEM(form, 1)), like.handle);
+        }
+        found.push_back(made[at] ? reinterpret_cast<uint64_t>(made[at].data()) : 0);
+    }
+    const std::vector<int64_t> parts = integers(offsets);
+    const uint64_t base = parts.empty() ? 0 : found.back();
+    if (!parts.empty()) found.pop_back();
+    for (const int64_t part : parts) found.push_back(base + part);
+    for (const uint64_t address : found) {
+        PyObject* number = PyLong_FromUnsignedLongLong(address);
+        const bool failed = !number || PyList_Append(addresses, number);
+        Py_XDECREF(number);
+        if (failed) return nullptr;
+    }
+    return packed(made);
+}
+
 // ---- What Python calls
 
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -411,6 +415,14 @@ PyObject* kind_of(PyObject*, PyObject* const* operands, Py_ssize_t count) {
     return served([&] { return described(operands, count); });
 }
 
+PyObject* allocate(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    return served([&] {
+        if (count != 4 || !PyTuple_Check(given[1]) || !PyTuple_Check(given[2]) || !PyList_Check(given[3]))
+            throw NotServed();
+        return allocated(Tensor(handle_of(given[0]), false), given[1], given[2], given[3]);
+    });
+}
+
 PyMethodDef methods[] = {
     {"open", open, METH_VARARGS, "Find libtorch; RuntimeError says what is missing."},
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL,
@@ -419,6 +431,8 @@ PyMethodDef methods[] = {
      "(dy, (dhanded, ...), onto, call, needs, x, weight, u, seed, *a_stack, *b_stack) -> gradients, as forward's."},
     {"kind_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kind_of)), METH_FASTCALL,
      "(*tensors or None) -> (all but values and addresses, as bytes; [address, ...]), or None where not served."},
+    {"allocate", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(allocate)), METH_FASTCALL,
+     "(like, ((sizes, dtype) or None, ...), offsets in the last, addresses to add to) -> tensors, or None."},
     {"keep_mask", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(keep_mask)), METH_FASTCALL,
      "(seed, rows, columns, least) -> bool [rows, columns], or None where not served."},
     {nullptr, nullptr, 0, nullptr},
@@ -431,6 +445,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_host", "Both passes of a laye
 
 PyMODINIT_FUNC PyInit__host() {
     PyObject* module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "INTERFACE", 3)) Py_CLEAR(module);
+    if (module && PyModule_AddIntConstant(module, "INTERFACE", 4)) Py_CLEAR(module);
     return module;
 }

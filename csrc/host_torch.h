@@ -109,11 +109,14 @@ struct Tensor {
     Tensor borrowed() const { return Tensor(handle, false); }
 };
 
-Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
+// On the CPU, or on the device of `like`
+Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, Handle like = nullptr) {
     std::vector<int64_t> strides(dim, 1);
     for (int64_t at = dim - 1; at > 0; at--) strides[at - 1] = strides[at] * sizes[at];
+    int32_t device = 0, index = -1;
+    if (like) check(torch.get_device_type(like, &device) || torch.get_device_index(like, &index), "device");
     Handle made;
-    check(torch.empty_strided(dim, sizes, strides.data(), dtype, 0, -1, &made), "empty_strided");
+    check(torch.empty_strided(dim, sizes, strides.data(), dtype, device, index, &made), "empty_strided");
     return Tensor(made, true);
 }
 
@@ -185,6 +188,18 @@ Tensor tokens(const Tensor& tensor) {
     return tensor.view(rows, tensor.sizes[last], stride, tensor.strides[last]);
 }
 
+// A matrix [M, columns] with x's leading dimensions
+Tensor like_tokens(Tensor&& matrix, const Tensor& x) {
+    if (x.dim == 2 || !matrix) return std::move(matrix);
+    std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(x.dim, matrix.strides[1]);
+    sizes.back() = matrix.sizes[1];
+    strides[x.dim - 2] = matrix.strides[0];
+    for (int64_t at = x.dim - 2; at > 0; at--) strides[at - 1] = strides[at] * sizes[at];
+    Handle made;
+    check(torch.reinterpret(matrix.handle, x.dim, sizes.data(), strides.data(), 0, &made), "_reinterpret_tensor");
+    return Tensor(made, true);
+}
+
 bool same_leading(const Tensor& one, const Tensor& other) {
     return one.dim == other.dim && std::equal(one.sizes, one.sizes + one.dim - 1, other.sizes);
 }
@@ -198,6 +213,23 @@ int32_t dtype_of(PyObject* object) {
 PyObject* to_python(Tensor&& tensor) {
     if (!tensor) Py_RETURN_NONE;
     return torch.wrap(tensor.handle);
+}
+
+PyObject* packed(std::vector<Tensor>& tensors) {
+    PyObject* made = PyTuple_New(tensors.size());
+    for (size_t at = 0; made && at < tensors.size(); at++) {
+        PyObject* item = to_python(std::move(tensors[at]));
+        if (!item) Py_CLEAR(made);
+        if (made) PyTuple_SET_ITEM(made, at, item);
+    }
+    return made;
+}
+
+std::vector<int64_t> integers(PyObject* tuple) {
+    std::vector<int64_t> found;
+    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(tuple); at++)
+        found.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, at)));
+    return found;
 }
 
 // What Python gets of `work`: None where it is not served

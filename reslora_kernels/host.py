@@ -3,7 +3,7 @@
 A call of one of PyTorch's operations from Python costs microseconds, which a small layer spends a dozen times. The
 module ``_host`` makes all of them in one call, without Python and the dispatcher. It needs no header of PyTorch and so
 knows it only from outside: what it reads of a tensor is looked for here, in a few tensors, before anything is served.
-For tensors of other devices it says of what kind a call is, which takes Python microseconds too.
+For tensors of other devices it says of what kind a call is and allocates, which takes Python microseconds too.
 Without the module, or with a PyTorch that is not as it expects, everything runs as it does for other devices.
 """
 
@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64)  # that it serves
-INTERFACE = 3  # what the module's functions take: a module of an earlier build may take something else
-_CODES = (6, 7, 4, 11)  # c10::ScalarType of float32, float64, int64 and bool
+INTERFACE = 4  # what the module's functions take: a module of an earlier build may take something else
+CODES = {  # c10::ScalarType
+    torch.float32: 6, torch.float64: 7, torch.int64: 4, torch.bool: 11, torch.float16: 5, torch.bfloat16: 15,
+    torch.uint8: 0,
+}  # fmt: skip
 
 
 def _sample(tensor: Tensor) -> tuple[Tensor, Any, int]:
@@ -41,7 +44,7 @@ def _opened() -> tuple[ModuleType | None, str]:
         inference = torch.empty(1)
     try:
         samples = [_sample(tensor) for tensor in (torch.empty(1), inference, torch._neg_view(torch.empty(1)))]
-        module.open(*libraries, (Tensor, torch.nn.Parameter), tuple(samples), _CODES)
+        module.open(*libraries, (Tensor, torch.nn.Parameter), tuple(samples), tuple(CODES.values())[:4])
     except (AttributeError, RuntimeError) as error:
         return None, str(error)
     return module, f"built for {_built_for(module)}"

@@ -285,3 +285,24 @@ def test_a_kind_of_other_tensors_is_left_to_python() -> None:
     assert host.module.kind_of(torch.zeros(2).as_subclass(Other)) is None
     assert host.module.kind_of(torch.zeros(2), 3) is None
     assert host.module.kind_of(torch.eye(2).to_sparse()) is None
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_prepared_pass_allocates_what_it_returns(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tells the launch where: operands first, nothing for nothing, each workspace in the memory of all."""
+    if not compiled:
+        monkeypatch.setattr(host, "module", None)
+    operands = torch.ones(2, 3, dtype=torch.bfloat16), None
+    results = torch.empty(2, 4, 3, dtype=torch.bfloat16), None, torch.empty(5), torch.empty(0, 7)
+    workspaces, launched = [torch.empty(3), torch.empty(100)], list[list[int]]()
+    prepared = kinds.prepare(operands, results, workspaces, lambda place: launched.append)
+    assert prepared is not None
+    y, nothing, da, empty = prepared.run(operands[0], [1, 0])
+    assert nothing is None
+    assert [(t.shape, t.dtype, t.is_contiguous()) for t in (y, da, empty)] == [
+        (t.shape, t.dtype, True) for t in results if t is not None
+    ]
+    (addresses,) = launched
+    assert addresses[:6] == [1, 0, y.data_ptr(), 0, da.data_ptr(), empty.data_ptr()]
+    assert addresses[7] - addresses[6] == kinds.APART
+    assert len(addresses) == 8

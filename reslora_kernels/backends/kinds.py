@@ -43,30 +43,26 @@ def unsupported_reason(x: Tensor, rank: int, device: str) -> str | None:
 class Prepared(NamedTuple):
     """A pass with its addresses left open: those of the operands, of what it returns, of its workspaces, in order."""
 
-    returned: tuple[tuple[torch.Size, torch.dtype | None] | None, ...]  # no dtype: that of the first operand
+    forms: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]  # of what it returns; then one for all workspaces
+    coded: tuple[tuple[tuple[int, ...], int] | None, ...]  # the same for ``host``
     offsets: tuple[int, ...]  # of each workspace in all of them
-    workspace_bytes: int
     launch: Callable[[list[int]], None]
 
-    def run(self, like: Tensor, addresses: list[int]) -> list[Tensor | None]:
+    def run(self, like: Tensor, addresses: list[int]) -> Sequence[Tensor | None]:
         """Allocate as beside ``like``, the first operand, and launch; ``addresses`` are those of the operands."""
-        results: list[Tensor | None] = []
-        new_empty = like.new_empty
-        for form in self.returned:
-            if form is None:
-                results.append(None)
-                addresses.append(0)
-                continue
-            shape, dtype = form
-            made = new_empty(shape) if dtype is None else new_empty(shape, dtype=dtype)
-            results.append(made)
-            addresses.append(made.data_ptr())
-        if self.workspace_bytes:
-            space = new_empty(self.workspace_bytes, dtype=torch.uint8)  # held until everything is launched
-            base = space.data_ptr()
-            addresses += [base + offset for offset in self.offsets]
+        made = None if host.module is None else host.module.allocate(like, self.coded, self.offsets, addresses)
+        if made is None:
+            made = self._allocate(like, addresses)
         self.launch(addresses)
-        return results
+        return made[:-1] if self.offsets else made  # workspaces are held until everything is launched
+
+    def _allocate(self, like: Tensor, addresses: list[int]) -> list[Tensor | None]:
+        made = [None if form is None else like.new_empty(form[0], dtype=form[1]) for form in self.forms]
+        addresses += [0 if each is None else each.data_ptr() for each in made]
+        if self.offsets:
+            base = addresses.pop()
+            addresses += [base + offset for offset in self.offsets]
+        return made
 
 
 class Kinds:
@@ -149,9 +145,11 @@ def prepare(
     for workspace in workspaces:
         offsets.append(total)
         total += -(-workspace.numel() * workspace.element_size() // APART) * APART
-    own = operands[0].dtype  # type: ignore[union-attr]
-    returned = [r if r is None else (r.shape, None if r.dtype == own else r.dtype) for r in results]
-    return Prepared(tuple(returned), tuple(offsets), total, launched)
+    forms = [None if result is None else (tuple(result.shape), result.dtype) for result in results]
+    if offsets:
+        forms.append(((total,), torch.uint8))
+    coded = tuple([None if form is None else (form[0], host.CODES[form[1]]) for form in forms])
+    return Prepared(tuple(forms), coded, tuple(offsets), launched)
 
 
 def on_device(tensor: Tensor) -> Any:
