@@ -137,13 +137,15 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         ValueError: unknown target, or Triton is in interpreter mode.
         Exception: what Triton raises where a kernel does not compile.
     """
+    from reslora_kernels.tuning.launch import ALWAYS
+
     if target not in CHIPS:
         raise ValueError(f"target is {target!r}, expected one of {', '.join(CHIPS)}")
     if not hasattr(launch.kernel, "device_caches"):
         raise ValueError("Triton was imported with TRITON_INTERPRET=1: unset it to compile kernels")
     started = time.perf_counter()
     with offline(target):
-        kernel = launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options)
+        kernel = launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options, **ALWAYS)
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
     chip = CHIPS[target]
     read = _read_amd(kernel) if chip.amd else _read_nvidia(kernel)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 _recordings: list[Recording] = []
 _thread = threading.local()  # ``collected``: what a pass of this thread is made of, while that is being noted
+ALWAYS = {"enable_fp_fusion": True}  # a product and its sum rounded once: left unsaid, Triton 3.10 chooses otherwise
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Launch:
         if any(not recording.execute for recording in _recordings):
             return
         try:
-            compiled = self.kernel[self.grid](**self.arguments, **self.options)
+            compiled = self.kernel[self.grid](**self.arguments, **self.options, **ALWAYS)
         except Exception as error:
             raise RuntimeError(f"Triton kernel {self} failed: {error}") from error
         collected = getattr(_thread, "collected", None)
