@@ -30,6 +30,7 @@ from reslora_kernels.adapt.targets import endings_of, find_targets, role_of
 from reslora_kernels.config import matches, with_parents
 from reslora_kernels.files.peft_export import _is_in
 from reslora_kernels.forward_state import ForwardState, Passes, any_opened_by_hand, outside, refuse_recomputation
+from reslora_kernels.layers.shortcuts import weighed
 from reslora_kernels.ops import lora_linear
 
 
@@ -434,3 +435,8 @@ def test_a_layer_trains_alone_in_one_process_and_after_its_model_in_two(
             model.layers[1](x)
         model(x)
     model.layers[1](x)
+
+
+def test_a_gated_h_keeps_its_dtype() -> None:
+    h, gate = torch.randn(3, 4).bfloat16(), torch.randn(4)
+    assert torch.equal(weighed(h, gate), (h.float() * gate).bfloat16())
