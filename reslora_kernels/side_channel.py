@@ -73,3 +73,19 @@ def height(stack: Stack) -> int:
 def width(stack: Stack) -> int:
     """R_b."""
     return sum([b.shape[1] for b in stack])
+
+
+def split(gradient: Tensor | None, stack: Sequence[Tensor], dim: int) -> Sequence[Tensor | None]:
+    """The gradient of stacked matrices as one of each."""
+    if gradient is None or len(stack) == 1:
+        return (gradient,) * len(stack)
+    return torch.split_with_sizes(gradient, [matrix.shape[dim] for matrix in stack], dim)
+
+
+def unparted(parts: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor | None:
+    """The gradient of what is handed on in parts."""
+    given = [part for part in parts if part is not None]
+    if not given or len(parts) == 1:
+        return given[0] if given else None
+    made, leading = given[0].new_zeros, given[0].shape[:-1]
+    return torch.cat([made(*leading, n) if part is None else part for part, n in zip(parts, widths, strict=True)], -1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..side_channel import SideChannel, Stack, width
+from ..side_channel import SideChannel, Stack, columns, rows, width
 
 
 @runtime_checkable
@@ -39,6 +39,10 @@ class Operands(NamedTuple):
         """With a dense weight: these operands where it is one."""
         weight = self.weight
         return self if isinstance(weight, Tensor) else self._replace(weight=weight.unpacked(self.x.dtype))
+
+    def joined(self) -> Operands:
+        """With each stack as one matrix."""
+        return self._replace(a=(rows(self.a),) if self.a else (), b=(columns(self.b),))
 
     def cast(self, dtype: torch.dtype) -> Operands:
         """As autocast would give them to a linear layer; A and B stay as they are."""

@@ -7,7 +7,7 @@ must be, and which backend serves. A call without gradients takes no Function at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from math import prod
 from operator import attrgetter
@@ -24,7 +24,7 @@ from ..backends import select
 from ..backends import torch as library
 from ..dropout import Dropout
 from ..forward_state import any_opened_by_hand, refuse_recomputation
-from ..side_channel import Needs, Outputs, SideChannel, height, width
+from ..side_channel import Needs, Outputs, SideChannel, height, split, unparted, width
 from . import registered
 from .arguments import Operands, check
 
@@ -32,6 +32,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # the types whose operators no one else i
 _LIBRARY = ("auto", "torch")  # backends that are PyTorch's own operations on a CPU
 _form = attrgetter("shape", "dtype", "device")
 FEW_VALUES = 1 << 15  # of x and y together: below, Python and the dispatcher cost more than a further pass over them
+MOST_JOINED = 1 << 20  # values of A and B: with more, backward joins them anew
 _LEADING = 7  # arguments of the Function before the stacks: x, weight, bias, residual, h, seed, call
 
 
@@ -60,6 +61,7 @@ class _Call(NamedTuple):
     backend: str
     on_host: bool  # whether ``host`` is asked first
     served: ModuleType | None = None  # the backend that was found; None where the ops serve
+    joins: bool = False  # whether backward reads the stacks as forward has joined them
     composed: int = 0  # of a call that is made of operations which autograd knows: ``matrices_of_u``, or 1
 
 
@@ -154,7 +156,7 @@ def _traced(
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Saves x and u only where a gradient needs them, and the stacks as the parameters they are, not as copies."""
+    """Saves x and u only where a gradient needs them, and the stacks as the parameters they are; joined, if small."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -162,6 +164,7 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, bias, residual, h, seed, call, *stacks = arguments
         depth = call.depth
         ctx.packed = None
+        joined: tuple[Tensor, ...] = ()
         outputs = host.module.forward(*arguments) if call.on_host else None
         if outputs is not None:
             y, *handed, u = outputs
@@ -173,6 +176,9 @@ class _LoRALinear(torch.autograd.Function):
                 ctx.packed, weight = weight, None
             if call.on_host:
                 call = _prepared(operands, call)
+            if call.joins:
+                dense = dense.joined()
+                joined = *dense.a, *dense.b
             # y is shaped here and not by a view afterwards, on which FSDP2 could not count for its hooks; and as no
             # view of the op's output, or autograd refuses to change it in place (nn.ReLU(inplace=True)).
             y, whole, u = _shaped(_forward(call, dense), x.shape)
@@ -185,10 +191,10 @@ class _LoRALinear(torch.autograd.Function):
             residual if again else None,
             h if again else None,
             x if need_da or needs[1] or again else None,
-            weight, u if need_db else None, seed, *stacks,
+            weight, u if need_db else None, seed, *stacks, *joined,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.kind = call, x.shape, x.dtype, (needs[0], need_da, need_db, needs[3], needs[4]), again
+        ctx.kind = call, x.shape, x.dtype, (needs[0], need_da, need_db, needs[3], needs[4]), len(stacks), again
         if call.passes_x:
             return (y, x.detach()) if handed[0] is None else (y, *handed, x.detach())
         return y if handed[0] is None else (y, *handed)
@@ -206,7 +212,8 @@ def _gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any
     Nobody else has that: it was made by the call that read x next, for this one.
     """
     _, _, x, weight, u, seed, *stacks = saved = ctx.saved_tensors
-    call, shape, dtype, needs, _ = ctx.kind
+    call, shape, dtype, needs, count, _ = ctx.kind
+    stacks, joined = stacks[:count], stacks[count:]
     dhanded, onto = (others[:-1], others[-1]) if call.passes_x else (others, None)
     given = [each for each in dhanded if each is not None]
     if dy is None and not given:
@@ -220,8 +227,8 @@ def _gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any
     if call.on_host and eager:
         gradients = host.module.backward(dy, dhanded, onto, call, needs, *saved[2:])
     if gradients is None:
-        whole = _joined(dhanded, call.widths)
-        gradients = _by_backend(call, eager, dy, whole, onto, needs, shape, (x, weight, u, seed, *stacks))
+        whole = unparted(dhanded, call.widths)
+        gradients = _by_backend(call, eager, dy, whole, onto, needs, shape, (x, weight, u, seed, *stacks), joined)
     if True in ctx.needs_input_grad[1:3]:
         dx, _, _, *rest = gradients
         _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
@@ -239,10 +246,12 @@ def _by_backend(
     needs: tuple[bool, ...],
     shape: torch.Size,
     saved: tuple[Any, ...],
+    joined: list[Tensor],
 ) -> tuple[Any, ...]:
     """A gradient for each argument of the Function but weight and bias."""
     x, weight, u, seed, *stacks = saved
     a_stack, b_stack = stacks[: call.depth], stacks[call.depth :]
+    a, b = (joined[:-1], joined[-1:]) if joined else (a_stack, b_stack)
     if len(shape) != 2:
         dy, x = _tokens(dy), None if x is None else _tokens(x)
         dhanded, onto = (None if each is None else _tokens(each) for each in (dhanded, onto))
@@ -250,32 +259,21 @@ def _by_backend(
     need_dx, need_da, need_db, need_dresidual, need_dh = needs
     wanted = Needs(need_dx, need_da, need_db, need_dresidual or need_dh)
     if not eager or (call.served is None and not call.on_host):
-        dx, da, db, du = registered.backward(
-            dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, wanted, call.backend
-        )
+        dx, da, db, du = registered.backward(dy, dhanded, x, weight, a, b, u, call.side, dropout, wanted, call.backend)
         dx = dx if onto is None or dx is None else dx + onto
     else:
         served: Any = call.served or library
-        dx, da, db, du = served.backward(dy, dhanded, x, weight, a_stack, b_stack, u, call.side, dropout, wanted, onto)
+        dx, da, db, du = served.backward(dy, dhanded, x, weight, a, b, u, call.side, dropout, wanted, onto)
     dresidual = du if need_dresidual else None
     dh = library.gradient_of_h(du, dhanded, call.height, call.side) if need_dh and du is not None else None
     if len(shape) != 2:
         dx = None if dx is None else dx.view(shape)
         dresidual, dh = (None if each is None else each.view(*shape[:-1], each.shape[1]) for each in (dresidual, dh))
-    return dx, None, None, dresidual, dh, None, None, *_split(da, a_stack, 0), *_split(db, b_stack, 1)
+    return dx, None, None, dresidual, dh, None, None, *split(da, a_stack, 0), *split(db, b_stack, 1)
 
 
 _apply = super(torch.autograd.Function, _LoRALinear).apply  # without the part of ``apply`` that is for functorch
 _differentiated = once_differentiable(_gradients)
-
-
-def _joined(parts: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor | None:
-    """The gradient of what is handed on in parts."""
-    given = [part for part in parts if part is not None]
-    if not given or len(parts) == 1:
-        return given[0] if given else None
-    made, leading = given[0].new_zeros, given[0].shape[:-1]
-    return torch.cat([made(*leading, n) if part is None else part for part, n in zip(parts, widths, strict=True)], -1)
 
 
 def _graph_of_gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
@@ -397,8 +395,10 @@ def _prepared(operands: Operands, asked: _Call) -> _Call:
             and prod(x.shape[:-1]) * sum(weight.shape) <= FEW_VALUES
             and all([matrix.dtype == x.dtype for matrix in (*a_stack, *b_stack)])
         )
+        size = height(a_stack) * x.shape[-1] + width(b_stack) * weight.shape[0]
+        joins = served not in (None, library) and len(a_stack) + len(b_stack) > 2 and size <= MOST_JOINED
         composed = max(1, library.matrices_of_u(a_stack, width(b_stack), asked.side)) if small else 0
-        call = asked._replace(on_host=False, served=served, composed=composed)
+        call = asked._replace(on_host=False, served=served, joins=joins, composed=composed)
         select.remember(kind, call)
     return call
 
@@ -444,10 +444,3 @@ def _shaped(outputs: Outputs, like: torch.Size) -> tuple[Tensor, Tensor | None, 
         return y, handed, u
     y = torch.ops.aten._unsafe_view.default(y, [*like[:-1], y.shape[1]])
     return y, None if handed is None else handed.reshape(*like[:-1], handed.shape[1]), u
-
-
-def _split(gradient: Tensor | None, stack: Sequence[Tensor], dim: int) -> Sequence[Tensor | None]:
-    """The gradient of stacked matrices as one of each."""
-    if gradient is None or len(stack) == 1:
-        return (gradient,) * len(stack)
-    return torch.split_with_sizes(gradient, [matrix.shape[dim] for matrix in stack], dim)

@@ -49,7 +49,8 @@ CALLS = [
     Call("sliced", 40, 72, 64, 24, 8, BF16, FP32, residual=True, layout="sliced"),
 ]
 SHORTCUTS = {"none": 0, "input": 1, "middle": 2, "block": 1}
-LAUNCHES = {"forward": 1, "backward": 3}  # of a layer, with either backend and whatever the shortcut
+# Of a layer, with either backend and whatever the shortcut; backward reads stacks as forward has joined them.
+LAUNCHES = {"forward": 1, "backward": 3, "joined in backward": 0}
 HOST_CALLS = {"triton": (26, 33), "cuda": (25, 26)}  # Python functions that prepared passes of a backend call
 COMPILE_KEYS = 21  # of both passes of a layer over 300 numbers of tokens up to 4096
 
@@ -261,8 +262,10 @@ def _of_a_layer(launches: Callable[[], int], backend: str, shortcut: str, pre_nu
         marks.clear()
         y = stack(x)
         before = launches()
-        y.sum().backward()
-    return {"forward": marks[1] - marks[0], "backward": (launches() - before) // 3}
+        with mock.patch("torch.cat", wraps=torch.cat) as cat:
+            y.sum().backward()
+    backward = (launches() - before) // 3
+    return {"forward": marks[1] - marks[0], "backward": backward, "joined in backward": cat.call_count}
 
 
 def _passes(backend: ModuleType, call: Call) -> dict[str, Callable[[], Any]]:
