@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from reslora_kernels import ResLoRAConfig, ResLoRALinear, dropout, link, reference
+from reslora_kernels.layers.shortcuts import carried
 from reslora_kernels.testing import chain_inputs, max_error, reference_results
 
 SHORTCUTS = [("none", 0), ("input", 1), ("block", 1), ("block", -1), ("middle", 2), ("middle", -1)]
@@ -243,3 +245,21 @@ def test_dropped_infinity_is_zero() -> None:
     """0 times Inf would be NaN; a dropped element contributes nothing whatever it was."""
     x = torch.tensor([[float("inf"), 2.0]])
     assert dropout.apply_mask(x, torch.tensor([[False, True]]), 0.5).tolist() == [[0.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "value"),
+    [
+        ({"shortcut": "input", "pre_num": -1}, 0, 1),
+        ({"shortcut": "input", "pre_num": 3}, 0, 1),
+        ({"shortcut": "middle", "pre_num": -1}, 0, 6),
+        ({"shortcut": "middle", "pre_num": -1, "gates": "scalar"}, 2, 1),
+        ({"shortcut": "middle", "pre_num": 2}, 1, 1),
+    ],
+)
+def test_what_goes_to_the_next_layer(options: dict[str, Any], kept: int, value: float) -> None:
+    handed, h = (torch.full((2, 1), 5.0), torch.full((2, 1), 7.0)), torch.ones(2, 1)
+    before, own = carried(ResLoRAConfig(r=1, **options), handed, h)
+    assert [id(each) for each in before] == [id(each) for each in handed[:kept]]
+    assert torch.equal(own, torch.full((2, 1), value))
+    assert carried(ResLoRAConfig(r=1, **options), handed, h.to("meta"))[1].device.type == "meta"
