@@ -109,14 +109,16 @@ struct Tensor {
     Tensor borrowed() const { return Tensor(handle, false); }
 };
 
-// On the CPU, or on the device of `like`
+// On the CPU, or on the device of `like`, where Python is to say what a failure is (torch.OutOfMemoryError)
 Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, Handle like = nullptr) {
     std::vector<int64_t> strides(dim, 1);
     for (int64_t at = dim - 1; at > 0; at--) strides[at - 1] = strides[at] * sizes[at];
     int32_t device = 0, index = -1;
     if (like) check(torch.get_device_type(like, &device) || torch.get_device_index(like, &index), "device");
     Handle made;
-    check(torch.empty_strided(dim, sizes, strides.data(), dtype, device, index, &made), "empty_strided");
+    const int32_t error = torch.empty_strided(dim, sizes, strides.data(), dtype, device, index, &made);
+    if (error && like) throw NotServed();
+    check(error, "empty_strided");
     return Tensor(made, true);
 }
 

@@ -306,3 +306,16 @@ def test_a_prepared_pass_allocates_what_it_returns(compiled: bool, monkeypatch: 
     assert addresses[:6] == [1, 0, y.data_ptr(), 0, da.data_ptr(), empty.data_ptr()]
     assert addresses[7] - addresses[6] == kinds.APART
     assert len(addresses) == 8
+
+
+def test_memory_that_there_is_not_is_an_error_of_pytorch() -> None:
+    """By which trainers know that a batch was too large."""
+    prepared = kinds.prepare((torch.ones(2, 3),), (torch.empty(5),), [], lambda place: lambda addresses: None)
+    assert prepared is not None
+    sizes = (1 << 50,)
+    larger = prepared._replace(forms=((sizes, torch.float32),), coded=((sizes, host.CODES[torch.float32]),))
+    addresses = [1]
+    assert host.module.allocate(torch.ones(2, 3), larger.coded, (), addresses) is None
+    assert addresses == [1]
+    with pytest.raises(RuntimeError, match="memory"):
+        larger.run(torch.ones(2, 3), addresses)
