@@ -173,6 +173,7 @@ def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # which a CUDA build may take from device_count
     assert doctor.find_gpus() == [doctor.Gpu("NVIDIA H100", "9.0", 80.0)]
     assert main(["doctor"]) == 0
     assert "compute capability 9.0, 80.0 GiB" in capsys.readouterr().out
