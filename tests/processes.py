@@ -25,8 +25,8 @@ import psutil
 
 REPOSITORY = Path(__file__).parents[1]
 LOOK = 2.0  # seconds between two looks at the processes
-STILL = 120.0  # seconds over which a process that works uses at least WORK of processor time
-WORK = 0.2
+STILL = 120.0  # seconds over which processes that work use at least WORK of processor time
+WORK = 3.0  # two ranks that wait for each other wake for 1 s
 SPENT = 1500.0  # seconds of processor time that no test needs
 
 

@@ -181,7 +181,7 @@ def test_child_that_is_slow_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rank_that_hangs_keeps_what_it_had_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"LOOK": 0.1, "STILL": 1.0}.items():
+    for name, seconds in {"LOOK": 0.1, "STILL": 1.0, "WORK": ONE_TICK}.items():
         monkeypatch.setattr(processes, name, seconds)
     (tmp_path / "ranks.py").write_text(
         "import os, pathlib, sys, time\n"

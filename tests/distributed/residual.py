@@ -73,7 +73,7 @@ def batch(step: int, dtype: torch.dtype = torch.float64) -> Batch:
     """The global batch of a step: x [8, 5, 6] and targets [8, 5, 3]."""
     generator = torch.Generator().manual_seed(1000 + step)
     values = torch.randn(8, 5, 9, generator=generator, dtype=torch.float64).to(dtype)
-    return values[..., :6], values[..., 6:]
+    return values[..., :6].contiguous(), values[..., 6:]
 
 
 def share(whole: Batch) -> Batch:
