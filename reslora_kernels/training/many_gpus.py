@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from inspect import signature
+from inspect import getsource, signature
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ def shard_reslora(model: nn.Module, blocks: Iterable[nn.Module], **fully_shard_k
         ValueError: ``model`` is not adapted, merged or sharded already, or quantised in a form that cannot be cut; no
             block, or one that is not inside the model; trained parameters outside the blocks differ in dtype from the
             adapters.
-        RuntimeError: no process group, or a PyTorch before 2.7.
+        RuntimeError: no process group, a PyTorch before 2.7, or one that cannot cut the integers of a quantised base.
     """
     adapters = [p for layer in adapted_layers(model).values() for p in layer.adapter_parameters().values()]
     _check_quantized(model, fully_shard_kwargs.get("mp_policy"))
@@ -68,6 +68,8 @@ def shard_reslora(model: nn.Module, blocks: Iterable[nn.Module], **fully_shard_k
     if ignored & set(adapters):
         raise ValueError("ignored_params must not hold adapters: their gradients would not be averaged")
     _check_dtypes(model, blocks, adapters, ignored)
+    if not all(parameter.is_floating_point() or parameter in ignored for parameter in model.parameters()):
+        _check_integers()
     if not initialised():
         raise RuntimeError(
             "shard_reslora needs a process group: start with torchrun or accelerate launch and call "
@@ -127,6 +129,18 @@ def _check_quantized(model: nn.Module, policy: Any) -> None:
                 f"the weight of {name!r} holds 4 bits packed as {dtype}, which mp_policy would cast to {cast}: "
                 f"quantise with bnb_4bit_quant_storage={cast}, or give a policy of param_dtype={dtype}"
             )
+
+
+def _check_integers() -> None:
+    """A PyTorch before 2.13 may make every shard a parameter that requires a gradient, which integers cannot."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if release < (2, 13) and "requires_grad=param.requires_grad" not in getsource(FSDPParam._init_sharded_param):
+        raise RuntimeError(
+            f"shard_reslora of a quantised base needs a PyTorch whose fully_shard cuts integers, as 2.13 does, got "
+            f"{torch.__version__}: use DDP, or quantise with a floating bnb_4bit_quant_storage"
+        )
 
 
 def _check_dtypes(

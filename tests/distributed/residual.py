@@ -83,7 +83,9 @@ def share(whole: Batch) -> Batch:
 
 
 def loss_of(model: nn.Module, part: Batch) -> Tensor:
-    return nn.functional.mse_loss(model(part[0]), part[1])
+    return nn.functional.mse_loss(
+        model(part[0]).to(part[1].dtype), part[1]
+    )  # of two dtypes PyTorch 2.8 has no gradient
 
 
 Sync = Callable[[bool], AbstractContextManager[Any]]
