@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, checkpoint_context, collect_statistics, merge_reslora
 from reslora_kernels.layers import chain
+from reslora_kernels.ops import lora_linear
 from reslora_kernels.testing import max_error
 
 from .models import llama, randomize
@@ -281,6 +282,20 @@ def test_a_layer_outside_a_pass_and_passes_in_two_threads_are_errors() -> None:
     done.set()
     thread.join()
     model(x_of())
+
+
+def test_few_rows_in_float16_overflow_no_sooner_than_eager_ones() -> None:
+    """dy times the scaling is beyond float16 here; the gradients are not."""
+    torch.manual_seed(0)
+    x, weight, a, b = torch.randn(4, 32) / 5, torch.randn(32, 32) / 10, torch.randn(4, 32) / 10, torch.randn(32, 4) / 20
+    x, weight, dy = x.half(), weight.half(), 9000 * torch.eye(1, 32).expand(4, -1).half()
+    found = []
+    for call in (lora_linear, torch.compile(lora_linear, backend="aot_eager", fullgraph=True, dynamic=False)):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
+        y, _ = call(leaves[0], weight, None, leaves[1:2], leaves[2:], scaling=8.0)
+        found.append(torch.autograd.grad(y, leaves, dy))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=5e-3, atol=0.5)
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), [*SHORTCUTS, ("block", -1)])

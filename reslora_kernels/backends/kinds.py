@@ -44,13 +44,15 @@ class Prepared(NamedTuple):
     """A pass with its addresses left open: those of the operands, of what it returns, of its workspaces, in order."""
 
     forms: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]  # of what it returns; then one for all workspaces
-    coded: tuple[tuple[tuple[int, ...], int] | None, ...]  # the same for ``host``
+    coded: tuple[tuple[tuple[int, ...], int] | None, ...] | None  # the same for ``host``, where it knows the dtypes
     offsets: tuple[int, ...]  # of each workspace in all of them
     launch: Callable[[list[int]], None]
 
     def run(self, like: Tensor, addresses: list[int]) -> Sequence[Tensor | None]:
         """Allocate as beside ``like``, the first operand, and launch; ``addresses`` are those of the operands."""
-        made = None if host.module is None else host.module.allocate(like, self.coded, self.offsets, addresses)
+        made = None
+        if host.module is not None and self.coded is not None:
+            made = host.module.allocate(like, self.coded, self.offsets, addresses)
         if made is None:
             made = self._allocate(like, addresses)
         self.launch(addresses)
@@ -148,7 +150,8 @@ def prepare(
     forms = [None if result is None else (tuple(result.shape), result.dtype) for result in results]
     if offsets:
         forms.append(((total,), torch.uint8))
-    coded = tuple([None if form is None else (form[0], host.CODES[form[1]]) for form in forms])
+    known = all(form is None or form[1] in host.CODES for form in forms)
+    coded = tuple([None if form is None else (form[0], host.CODES[form[1]]) for form in forms]) if known else None
     return Prepared(tuple(forms), coded, tuple(offsets), launched)
 
 

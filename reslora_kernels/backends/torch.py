@@ -208,7 +208,7 @@ def for_few_rows(
         u = u if residual is None else torch.sub(u, residual, alpha=-1)
     assert u is not None
     low = torch.mm(u, low_b) * scaling
-    y = torch.sub(torch.mm(x, weight.t()), low if bias is None else low + bias, alpha=-1)
+    y = torch.sub(torch.nn.functional.linear(x, weight), low if bias is None else low + bias, alpha=-1)
     return y, h[:, start:stop] if h is not None and stop else None
 
 

@@ -344,7 +344,8 @@ def _compiled(operands: Operands, side: SideChannel) -> tuple[Tensor, Tensor | N
     if asks and operands.residual is not None:
         operands = operands._replace(residual=registered.unless_recomputed(operands.residual))
     own = library.matrices_of_u(operands.a, width(operands.b), side)
-    few = statically_known_true(prod(operands.x.shape[:-1]) <= library.FEW_ROWS)
+    plain = operands.x.dtype != torch.float16  # in which a product must not be rounded before it is scaled
+    few = plain and statically_known_true(prod(operands.x.shape[:-1]) <= library.FEW_ROWS)
     y, handed = _composed(operands, side, 0.0, own, library.for_few_rows if few else library.composed)
     if asks and handed is not None and operands.residual is None:
         handed = registered.unless_recomputed(handed)
