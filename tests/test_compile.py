@@ -294,8 +294,7 @@ def test_few_rows_in_float16_overflow_no_sooner_than_eager_ones() -> None:
         leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
         y, _ = call(leaves[0], weight, None, leaves[1:2], leaves[2:], scaling=8.0)
         found.append(torch.autograd.grad(y, leaves, dy))
-    for eager, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=5e-3, atol=0.5)
+    torch.testing.assert_close(found[1], found[0], rtol=5e-3, atol=0.5)
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), [*SHORTCUTS, ("block", -1)])
