@@ -218,6 +218,7 @@ def test_reentrant_is_refused(shortcut: str, pre_num: int) -> None:
         model(ids, labels=ids, use_cache=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shortcut", "pre_num"), HANDING)
 def test_diffusers_unet(shortcut: str, pre_num: int) -> None:
     family = FAMILIES["unet"]

@@ -202,7 +202,7 @@ def far(some: list[Tensor], others: list[Tensor]) -> list[float]:
 
 
 class TestDiffusers:
-    @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+    @pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["LoRA", "DoRA"])
     def test_pipeline_loads_all_its_parts(self, dora: bool, tmp_path: Path) -> None:
         pipe = pipeline()
         before = outputs(pipe)

@@ -301,6 +301,7 @@ def test_a_child_is_stopped_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert parts.run_child([sys.executable, "-c", "raise SystemExit(3)"], 20.0).status == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     finished = processes.run([sys.executable, "-m", "benchmarks.gpu_check"], cwd=parts.ROOT)

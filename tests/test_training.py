@@ -203,6 +203,7 @@ def test_bad_arguments(arguments: dict[str, Any]) -> None:
         ResLoRACallback(**arguments)
 
 
+@pytest.mark.slow
 def test_importing_it_needs_no_transformers_and_leaves_fsdp_alone() -> None:
     code = "import sys, reslora_kernels as r, reslora_kernels.training; r.shard_reslora; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

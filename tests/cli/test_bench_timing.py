@@ -355,6 +355,7 @@ def test_it_opens_in_a_browser_and_sorts(width: int, folder: Path, tmp_path: Pat
     assert all(width > 1 for _, width in found["bars"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
 def test_a_fault_in_the_page_would_be_noticed(folder: Path, tmp_path: Path) -> None:
     page = (folder / "report.html").read_text().replace("</script>\n</body>", "missing.call();</script>\n</body>")
