@@ -189,18 +189,16 @@ def for_few_rows(
     b: Stack,
     residual: Tensor | None,
     side: SideChannel,
-    dropout: Dropout | None,
-    own: int,
+    *_: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """``composed`` for torch.compile where calls cost more than arithmetic: plain products, and sums between them.
+    """``composed`` without dropout, as plain products and sums: for torch.compile where calls cost more than sums.
 
     A product that adds to a tensor takes as long there as two that do not, and the sums of a layer become one pass.
     They are written as differences, since of a sum with a product torch.compile makes a product that adds.
     """
     dtype, (c, scaling, start, stop) = x.dtype, side
-    dropped = x if dropout is None else _dropped(x, dropout)
     low_b = _summed(b, 1, dtype).t()
-    h = None if not a else torch.mm(dropped, _summed(a, 0, dtype).t())
+    h = None if not a else torch.mm(x, _summed(a, 0, dtype).t())
     u = residual = None if residual is None else _in(residual, dtype)
     if h is not None:
         u = h if h.shape[1] == low_b.shape[0] else h[:, : low_b.shape[0]]

@@ -33,6 +33,7 @@ _LIBRARY = ("auto", "torch")  # backends that are PyTorch's own operations on a 
 _form = attrgetter("shape", "dtype", "device")
 FEW_VALUES = 1 << 15  # of x and y together: below, Python and the dispatcher cost more than a further pass over them
 MOST_JOINED = 1 << 20  # values of A and B: with more, backward joins them anew
+_Form = Callable[..., tuple[Tensor, Tensor | None]]
 _LEADING = 7  # arguments of the Function before the stacks: x, weight, bias, residual, h, seed, call
 
 
@@ -319,7 +320,7 @@ def _forward(call: _Call, operands: Operands) -> Outputs:
 
 
 def _composed(
-    operands: Operands, side: SideChannel, p: float, own: int, form: Callable[..., Any] = library.composed
+    operands: Operands, side: SideChannel, p: float, own: int, form: _Form = library.composed
 ) -> tuple[Tensor, Tensor | None]:
     """The call without the Function."""
     if operands.h is not None:
@@ -328,8 +329,7 @@ def _composed(
     x, weight, bias, residual, seed, a_stack, b_stack, _ = operands
     dropout = None if seed is None else Dropout(seed, p)
     if x.dim() == 2:
-        y, handed = form(x, weight, bias, a_stack, b_stack, residual, side, dropout, own)
-        return y, handed
+        return form(x, weight, bias, a_stack, b_stack, residual, side, dropout, own)
     leading = x.shape[:-1]
     residual = None if residual is None else _tokens(residual)
     y, handed = form(_tokens(x), weight, bias, a_stack, b_stack, residual, side, dropout, own)
