@@ -65,14 +65,14 @@ convergence: $(VENV)/.installed-dev ## The paper's experiments on small models, 
 
 bench-host: $(VENV)/.installed-dev ## Measure what a layer call costs beside its arithmetic; writes benchmarks/results and the tables
 	OMP_NUM_THREADS=1 $(BIN)/reslora bench --set host --out benchmarks/results/host-cpu-$$(date -u +%F).json $(ARGS)
-	$(BIN)/python -m benchmarks.tables --pages README.md docs/measured.md
+	$(BIN)/python -m benchmarks.tables --pages README.md docs/measured.md docs/howto/choose-a-shortcut.md
 
 bench-layers: $(VENV)/.installed-dev ## Time the layers under pytest-benchmark, for its own compare tools
 	$(BIN)/python -m pytest benchmarks/kernels --benchmark-json=$(RESULT) $(ARGS)
 	$(BIN)/python -m benchmarks.tables $(RESULT)
 
 readme-tables: $(VENV)/.installed-dev ## Write the tables of README.md and docs/ from the newest committed results
-	$(BIN)/python -m benchmarks.tables --pages README.md docs/measured.md
+	$(BIN)/python -m benchmarks.tables --pages README.md docs/measured.md docs/howto/choose-a-shortcut.md
 
 gpu-check: ## On a CUDA GPU: tests on the chip, compute-sanitizer, then speed; RESLORA_PYTHON picks an interpreter
 	@test -n "$(RESLORA_PYTHON)" || $(MAKE) --no-print-directory $(VENV)/.installed-dev

@@ -1,7 +1,7 @@
-"""Markdown tables from result files, so that no number in README.md or docs/measured.md is typed by hand.
+"""Markdown tables from result files, so that no number of them is typed by hand.
 
-python -m benchmarks.tables RESULT.json                          print the table of one result file
-python -m benchmarks.tables --pages README.md docs/measured.md   write the newest results' tables between the markers
+python -m benchmarks.tables RESULT.json             print the table of one result file
+python -m benchmarks.tables --pages PAGE.md ...     write the newest results' tables between the markers
 
 A page has the tables for which it has markers; each kind stands on one of the pages at least. Figures go beside their
 results. What no result file holds is shown as not yet measured.
@@ -12,11 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.convergence import report as convergence
+from benchmarks.convergence.methods import METHODS
+from benchmarks.convergence.runs import read_lines
+from benchmarks.convergence.settings import BASELINE
+from benchmarks.convergence.summary import (
+    Comparison,
+    compared,
+    description_of,
+    every_final_run,
+    gradient_ratios,
+    mean_update,
+)
 from reslora_kernels.bench import results as bench
 from reslora_kernels.bench.figures import Figure, by_case, draw_all, label, timed
 
@@ -83,6 +95,97 @@ def convergence_table(folder: Path) -> str:
     parts = [f"{convergence.table(section)}\n\n{section.text}" for section in convergence.in_short(folder)]
     link = f"[the report](benchmarks/results/{folder.name}/REPORT.md)"
     return "\n\n".join([*parts, f"Everything else, and what it was measured on: {link}."])
+
+
+def comparisons_table(path: Path) -> str:
+    """Of a file of convergence runs that says what is compared: a table for each ``compared`` of its lines."""
+    lines = read_lines(path)
+    results = [line for line in lines if "spec" in line]
+    parts = [_comparisons(results, family) for line in lines for family in line.get("compared", ())]
+    parts.append(
+        "Means after the last step; in brackets the mean difference between runs with the same seed, p of a paired "
+        "t-test, and p after Holm's correction over all losses of a table, or all its other figures: bold below 0.05. "
+        + _where_from(results, path)
+    )
+    return "\n\n".join(parts)
+
+
+def _comparisons(results: list[dict[str, Any]], family: dict[str, Any]) -> str:
+    """Whichever are more go down: the methods, or the tasks' figures."""
+    of_task = {result["spec"]["task"]: result for result in results}
+    pairs, alike = family["pairs"], len({beside for _, beside in family["pairs"]}) == 1
+    names = [METHODS[method].title + ("" if alike else f" / {METHODS[beside].title}") for method, beside in pairs]
+    lines, seeds = [["", *([METHODS[pairs[0][1]].title] if alike else []), *names]], set()
+    for figure in family["figures"]:
+        found = compared(results, family["tasks"], pairs, figure)
+        for task in family["tasks"]:
+            own = [comparison for comparison in found if comparison.task == task]
+            title, steps = of_task[task]["task"]["title"], of_task[task]["budget"]["steps"]
+            base = [_figure(own[0].besides, figure)] if alike else []
+            cells = [_comparison(comparison, figure) for comparison in own]
+            lines.append([f"{title}, {steps} steps, {own[0].figure.replace('_', ' ')}", *base, *cells])
+            seeds |= {str(comparison.seeds) for comparison in own}
+    if len(lines) < len(lines[0]):
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    return f"**{family['title']}**, {' or '.join(sorted(seeds))} seeds:\n\n{_markdown(lines)}"
+
+
+def _comparison(one: Comparison, figure: str) -> str:
+    difference = f"{one.difference:+.3f}" if figure == "loss" else f"{100 * one.difference:+.1f}"
+    corrected = f"**{one.corrected:.2g}**" if one.corrected < 0.05 else f"{one.corrected:.2g}"
+    return f"{_figure(one.mean, figure)} ({difference}; {one.p:.2g}; {corrected})"
+
+
+def _figure(value: float, figure: str) -> str:
+    return f"{value:.3f}" if figure == "loss" else f"{value:.1%}"
+
+
+def updates_table(path: Path) -> str:
+    """Of the same runs: held-out loss before and after each merge, and the size of updates and of gradients."""
+    results = [line for line in read_lines(path) if "spec" in line]
+    ways = {
+        "the paper's two": ("input", "weights"), "least squares": ("least_squares",), "in sequence": ("sequential",),
+        "joint, or exact": ("joint", "exact"), "served by PEFT": ("served",), "in bfloat16": ("served in bfloat16",),
+    }  # fmt: skip
+    steps = [str(step) for step in results[0]["budget"]["gradient_steps"]]
+    merged = [["held-out loss", "before", *ways]]
+    moved = [["", "rate", "norm of ΔW", "effective rank", *(f"gradient, step {step}" for step in steps)]]
+    for methods in every_final_run(results).values():
+        for method in (method for method in METHODS if method in methods):
+            runs = methods[method]
+            title = f"{description_of(methods)['title']}, {METHODS[method].title}"
+            first, update = next(iter(runs.values())), mean_update(runs)
+            if own := [run for run in runs.values() if run["merges"]]:
+                loss = {way: statistics.mean(run["merges"][way]["loss"] for run in own) for way in own[0]["merges"]}
+                cells = (" / ".join(f"{loss[way]:.4f}" for way in names if way in loss) for names in ways.values())
+                merged.append([title, f"{statistics.mean(run['final']['loss'] for run in own):.4f}", *cells])
+            if first["gradient_norms"]:
+                size = [f"{update['norm']:.2f}", f"{update['effective_rank']:.1f}"] if update else ["", ""]
+                ratios = gradient_ratios(runs, methods[BASELINE]) if method != BASELINE else {}
+                cells = ("{:.2f} / {:.2f}".format(*ratios[step]) if step in ratios else "" for step in steps)
+                moved.append([title, f"{first['spec']['rate']:g}", *size, *cells])
+    return "\n\n".join(
+        [
+            _markdown(merged),
+            "Means over the seeds that were merged, most often the first; the paper's two are `input` and `weights`.",
+            _markdown(moved),
+            "The learning rate; ΔW's Frobenius norm, and exp of the entropy of its singular values' shares, where it "
+            "is one matrix; the gradient's norm at the adapters to that of LoRA with the same seed, in the first third "
+            f"of the layers / in the last. {_where_from(results, path)}",
+        ]
+    )
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return convergence.table(convergence.Section("", header=tuple(lines[0]), rows=[tuple(line) for line in lines[1:]]))
+
+
+def _where_from(results: list[dict[str, Any]], path: Path) -> str:
+    machine, commits = results[0]["machine"], sorted({str(result["commit"][0])[:10] for result in results})
+    return (
+        f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, commit {', '.join(commits)} "
+        f"([{path.name}](benchmarks/results/{path.name}))."
+    )
 
 
 def bench_table(path: Path) -> str:
@@ -187,6 +290,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-layers": layers_table,
     "demo-cpu": demo_table,
     "convergence-cpu": convergence_table,
+    "pretrained": comparisons_table,
+    "pretrained, updates": updates_table,
+    "gates-cpu": comparisons_table,
     "host-cpu": host_table,
     "bench-cpu": bench_table,
     "bench-gpu": bench_table,
@@ -200,7 +306,7 @@ def newest(kind: str) -> Path | None:
     if kind.startswith("convergence-"):
         return max((path for path in RESULTS.glob(f"{kind}-*") if path.is_dir()), default=None)
     if not kind.startswith("bench-"):
-        return max(RESULTS.glob(f"{kind}-*.json"), default=None)
+        return max(RESULTS.glob(f"{kind.split(',')[0]}-*.json*"), default=None)
     found = []
     for path in RESULTS.glob("*.json"):
         try:
@@ -252,6 +358,8 @@ def write_pages(pages: Sequence[Path]) -> None:
 
 def table_of(path: Path) -> str:
     """The table of a result file, whichever kind it is."""
+    if path.suffix == ".jsonl":
+        return comparisons_table(path)
     content: dict[str, Any] = json.loads(path.read_text())
     if content.get("format") in (bench.FORMAT, bench.GPU_CHECK):
         return host_table(path) if content["settings"].get("sets") == ["host"] else bench_table(path)

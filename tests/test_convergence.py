@@ -8,6 +8,7 @@ import math
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from typer.testing import CliRunner
 
 from benchmarks.convergence import measures, runs, settings, summary
@@ -152,6 +154,17 @@ def test_every_task_is_the_same_for_the_same_seed_and_shows_its_figures(task: st
     assert set(own.metrics) <= figures.keys() | own.final_figures(base, held_out).keys()
 
 
+def test_every_method_has_the_rank_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, task = base_of(TASKS["python"], SIZES, tmp_path, CPU), TASKS["python"]
+    assert "r" not in task.description()
+    monkeypatch.setattr(task, "r", 2)
+    assert task.description()["r"] == 2
+    for method, r in {"lora": 2, "middle": 2, "rslora": 2, "pissa": 2, "adalora": 3, "lora-8": 8}.items():
+        model = adapted(base, task, method, 20, 0)
+        shapes = {tuple(p.shape) for name, p in model.named_parameters() if "lora_A" in name}
+        assert {shape[0] for shape in shapes} == {r}, method
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -262,6 +275,28 @@ def test_a_rate_is_judged_by_all_its_tuning_runs(tmp_path: Path) -> None:
 def test_holms_correction() -> None:
     assert summary.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert summary.holm([0.6, 0.5]) == [1.0, 1.0] and summary.holm([]) == []
+
+
+def test_families_of_comparisons() -> None:
+    """Each pair by the seeds that both have, whatever others lack; p of the paired differences, then Holm's."""
+    losses = {"lora": (2.0, 2.1, 2.2, 2.3), "block": (1.9, 1.9, 2.1), "input": (2.2, 2.0, 2.3, 2.3), "dora": (2.0, 2.1)}
+    results = [result(method, seed, last) for method, own in losses.items() for seed, last in enumerate(own)]
+    pairs = [("block", "lora"), ("input", "lora"), ("input", "block")]
+    found = summary.compared(results, ["python"], pairs, "loss")
+    for one, seeds in zip(found, (3, 4, 3), strict=True):
+        own, theirs = losses[one.method][:seeds], losses[one.beside][:seeds]
+        assert (one.seeds, one.figure) == (seeds, "loss")
+        assert (one.mean, one.besides) == pytest.approx((statistics.mean(own), statistics.mean(theirs)))
+        differences = [a - b for a, b in zip(own, theirs, strict=True)]
+        t = statistics.mean(differences) / (statistics.stdev(differences) / math.sqrt(seeds))
+        assert one.difference == pytest.approx(statistics.mean(differences))
+        assert one.p == pytest.approx(2 * stats.t.sf(abs(t), seeds - 1))
+    assert [one.corrected for one in found] == summary.holm([one.p for one in found])
+    assert (
+        summary.compared(results, ["python"], [("block", "lora")], "headline")[0].figure == "loss"
+    )  # no other is there
+    with pytest.raises(ValueError, match=r"'dora' and 'lora' must have three seeds in common, got \[0, 1\]"):
+        summary.compared(results, ["python"], [("dora", "lora")], "loss")
 
 
 def test_what_a_shortcut_takes_off_over_tasks() -> None:

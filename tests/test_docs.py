@@ -125,7 +125,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-GENERATED = (ROOT / "README.md", ROOT / "docs/measured.md")
+GENERATED = tuple(ROOT / name for name in ("README.md", "docs/measured.md", "docs/howto/choose-a-shortcut.md"))
 NEEDS = {"other-layers.md": ("transformers", "bitsandbytes"), "peft.md": ("bitsandbytes", "accelerate")}
 WRITTEN = {
     "README.md": ["adapter/reslora_model.safetensors", "peft-adapter/adapter_model.safetensors"],

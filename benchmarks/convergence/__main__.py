@@ -10,7 +10,7 @@ import typer
 
 from benchmarks.convergence.report import write_report
 from benchmarks.convergence.sets import of_given, train_all
-from benchmarks.convergence.settings import SETS, Given
+from benchmarks.convergence.settings import SETS, Given, R
 from benchmarks.convergence.tasks import tasks_of
 from benchmarks.convergence.tasks.kinds import say
 
@@ -36,6 +36,7 @@ def run(
     held_out: Annotated[int, typer.Option(min=1, help="With --model: examples to measure on.")] = 256,
     rates: Annotated[str, typer.Option(help="With --model: learning rates to choose from.")] = "1e-4,3e-4,1e-3",
     seeds: Annotated[int, typer.Option(min=1, help="With --model.")] = 5,
+    r: Annotated[int, typer.Option(min=1, help="With --model: the rank of every method's adapters.")] = R,
     evaluations: Annotated[int, typer.Option(min=1, help="With --model: of a run, the last at its end.")] = 6,
     generated: Annotated[int, typer.Option(min=1, help="With --model: held-out examples to generate for.")] = 64,
     merged_seeds: Annotated[int | None, typer.Option(min=0, help="With --model: first seeds to merge; all.")] = None,
@@ -50,7 +51,7 @@ def run(
         given = None
         if model is not None and data is not None:
             usual = "float32" if torch.device(device).type == "cpu" else "bfloat16"
-            given = Given(kind=kind, model=model, data=data, dtype=dtype or usual)
+            given = Given(kind=kind, model=model, data=data, dtype=dtype or usual, r=r)
             experiments = of_given(
                 given, methods=methods, steps=steps, batch=batch, sequence=sequence, held_out=held_out, rates=rates,
                 seeds=seeds, evaluations=evaluations, generated=generated, merged_seeds=merged_seeds,

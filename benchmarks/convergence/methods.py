@@ -19,8 +19,6 @@ from benchmarks.convergence.tasks.kinds import Task
 from reslora_kernels import ResLoRAConfig, apply_reslora
 from reslora_kernels.config import Gates, Shortcut
 
-R, ALPHA = 4, 8
-
 
 @dataclass(frozen=True)
 class Method:
@@ -40,14 +38,15 @@ def _reslora(
     title: str,
     shortcut: Shortcut,
     pre_num: int = 2,
-    r: int = R,
+    r: int | None = None,
     ratio: float | None = None,
     gates: Gates = "none",
     gates_init: float = 1.0,
 ) -> Method:
     def adapt(model: nn.Module, task: Task, steps: int) -> nn.Module:
         config = ResLoRAConfig(
-            r=r, lora_alpha=2 * r, shortcut=shortcut, pre_num=pre_num, gates=gates, gates_init=gates_init,
+            r=r or task.r, lora_alpha=2 * (r or task.r), shortcut=shortcut, pre_num=pre_num, gates=gates,
+            gates_init=gates_init,
             target_modules=list(task.targets), modules_to_save=list(task.trained_whole) or None,
         )  # fmt: skip
         return apply_reslora(model, config)
@@ -55,11 +54,11 @@ def _reslora(
     return Method(title, adapt, merges=True, ratio=ratio)
 
 
-def _peft(title: str, config_of: Callable[[Any, int], Any], **more: Any) -> Method:
+def _peft(title: str, config_of: Callable[[Any, int, int], Any], **more: Any) -> Method:
     def adapt(model: nn.Module, task: Task, steps: int) -> nn.Module:
         import peft
 
-        config = config_of(peft, steps)
+        config = config_of(peft, task.r, steps)
         config.target_modules, config.modules_to_save = set(task.targets), list(task.trained_whole) or None
         adapted: nn.Module = peft.get_peft_model(model, config)
         return adapted
@@ -92,25 +91,31 @@ def _title(shortcut: str, pre_num: int) -> str:
 
 
 UNGATED = {
-    BASELINE: _reslora("LoRA r=4", "none"),
+    BASELINE: _reslora("LoRA", "none"),
     "lora-8": _reslora("LoRA r=8", "none", r=8),
     "lora-16": _reslora("LoRA r=16", "none", r=16),
     **{name: _reslora(_title(*chosen), *chosen) for name, chosen in _SHORTCUTS.items()},
     "adalora": _peft(
         "AdaLoRA",
-        lambda peft, steps: peft.AdaLoraConfig(
-            init_r=6, target_r=R, lora_alpha=ALPHA, total_step=steps, tinit=steps // 10, tfinal=steps // 3, deltaT=5
+        lambda peft, r, steps: peft.AdaLoraConfig(
+            init_r=3 * r // 2,
+            target_r=r,
+            lora_alpha=2 * r,
+            total_step=steps,
+            tinit=steps // 10,
+            tfinal=steps // 3,
+            deltaT=5,
         ),
         after_step=lambda model, step: model.base_model.update_and_allocate(step),
     ),
     "loraplus": _reslora("LoRA+, 16", "none", ratio=16.0),
-    "dora": _peft("DoRA", lambda peft, steps: peft.LoraConfig(r=R, lora_alpha=ALPHA, use_dora=True)),
-    "rslora": _peft("rsLoRA", lambda peft, steps: peft.LoraConfig(r=R, lora_alpha=ALPHA, use_rslora=True)),
+    "dora": _peft("DoRA", lambda peft, r, _: peft.LoraConfig(r=r, lora_alpha=2 * r, use_dora=True)),
+    "rslora": _peft("rsLoRA", lambda peft, r, _: peft.LoraConfig(r=r, lora_alpha=2 * r, use_rslora=True)),
     "pissa": _peft(
-        "PiSSA", lambda peft, steps: peft.LoraConfig(r=R, lora_alpha=ALPHA, init_lora_weights="pissa_niter_4")
+        "PiSSA", lambda peft, r, _: peft.LoraConfig(r=r, lora_alpha=2 * r, init_lora_weights="pissa_niter_4")
     ),
-    "loha": _peft("LoHa", lambda peft, steps: peft.LoHaConfig(r=R, alpha=ALPHA)),
-    "lokr": _peft("LoKr", lambda peft, steps: peft.LoKrConfig(r=R, alpha=ALPHA)),
+    "loha": _peft("LoHa", lambda peft, r, _: peft.LoHaConfig(r=r, alpha=2 * r)),
+    "lokr": _peft("LoKr", lambda peft, r, _: peft.LoKrConfig(r=r, alpha=2 * r)),
 }
 METHODS = UNGATED | {
     f"{name}-{ending}": _reslora(

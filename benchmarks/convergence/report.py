@@ -12,14 +12,16 @@ from benchmarks.convergence.methods import METHODS
 from benchmarks.convergence.pages import Section, draw_all, html, markdown
 from benchmarks.convergence.pages import table as table
 from benchmarks.convergence.runs import read_all, read_step_times
-from benchmarks.convergence.settings import BASELINE, SHORTCUTS
+from benchmarks.convergence.settings import BASELINE, SHORTCUTS, R
 from benchmarks.convergence.summary import (
     Row,
     Runs,
     description_of,
     final_runs,
+    gradient_ratios,
     headline,
     holm,
+    mean_update,
     over_tasks,
     rates_tried,
     shortcuts_of,
@@ -196,8 +198,8 @@ def _task(rows: list[Row], runs: dict[str, Runs], tried: dict[tuple[str, float],
     return [
         Section(
             about["title"],
-            text=f"{budget['steps']} steps of {budget['batch']} examples, {lora.seeds} seeds; loss in {about['unit']}; "
-            "mean ± standard deviation; p of a paired t-test of the final losses over seeds.",
+            text=f"{budget['steps']} steps of {budget['batch']} examples, r = {about.get('r', R)}, {lora.seeds} seeds; "
+            f"loss in {about['unit']}; mean ± standard deviation; p of a paired t-test of the final losses over seeds.",
         ),
         Section(
             "Equal steps", 3,
@@ -252,12 +254,7 @@ def _learning_rates(tried: dict[tuple[str, float], tuple[float, float]]) -> list
 
 def _updates(rows: list[Row], runs: dict[str, Runs]) -> list[Section]:
     """Whether a shortcut's update is larger, or of higher rank, than LoRA's: where it is one matrix a layer."""
-
-    def mean(name: str, method: str) -> float:
-        own = [result["update_ranks"].values() for result in runs[method].values()]
-        return statistics.mean(layer[name] for layers in own for layer in layers)
-
-    own = [row for row in rows if all(result.get("update_ranks") for result in runs[row.method].values())]
+    own = [(row, update) for row in rows if (update := mean_update(runs[row.method]))]
     return own and [
         Section(
             "Updates", 3, "Of the layers' ΔW at the end, means over layers and seeds: Frobenius norm, rank, and "
@@ -265,10 +262,10 @@ def _updates(rows: list[Row], runs: dict[str, Runs]) -> list[Section]:
             ("method", "rate", "norm", "rank", "effective rank"),
             [
                 (
-                    METHODS[row.method].title, f"{row.rate:g}", f"{mean('norm', row.method):.3f}",
-                    *(f"{mean(name, row.method):.2f}" for name in ("rank", "effective_rank")),
+                    METHODS[row.method].title, f"{row.rate:g}", f"{update['norm']:.3f}",
+                    *(f"{update[name]:.2f}" for name in ("rank", "effective_rank")),
                 )
-                for row in own
+                for row, update in own
             ],
         )
     ]  # fmt: skip
@@ -279,29 +276,14 @@ def _gradients(runs: dict[str, Runs]) -> list[Section]:
     methods, lora = shortcuts_of(runs), runs[BASELINE]
     if not methods or not all(result["gradient_norms"] for result in lora.values()):
         return []
-
-    def ratio(method: str, step: str, part: slice) -> str:
-        """Geometric mean over layers and seeds."""
-        own = [
-            math.log(norm / lora[seed]["gradient_norms"][step][name])
-            for seed, result in runs[method].items()
-            for name, norm in list(result["gradient_norms"][step].items())[part]
-        ]
-        return f"{math.exp(statistics.mean(own)):.2f}"
-
-    steps = list(next(iter(lora.values()))["gradient_norms"])
-    third = len(next(iter(lora.values()))["gradient_norms"][steps[0]]) // 3
     return [
         Section(
             "Gradients", 3, "The norm of the held-out loss's gradient by A and B of a layer, to that of LoRA with the "
             "same seed after as many steps: in the first third of the layers / in the last.",
-            ("method", *(f"step {step}" for step in steps)),
+            ("method", *(f"step {step}" for step in next(iter(lora.values()))["gradient_norms"])),
             [
-                (
-                    METHODS[method].title,
-                    *(f"{ratio(method, s, slice(third))} / {ratio(method, s, slice(-third, None))}" for s in steps),
-                )
-                for method in methods
+                (METHODS[m].title, *(f"{a:.2f} / {b:.2f}" for a, b in gradient_ratios(runs[m], lora).values()))
+                for m in methods
             ],
         )
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from reslora_kernels.cli.demo.fine_tuning import Sizes
 
 TUNING_SEED = 1000  # the first of the runs that choose a method's learning rate; no other run has one so high
 BASELINE = "lora"
+R = 4  # the rank of every method's adapters where no other is asked for; lora_alpha is twice that
 SHORTCUTS = ("input", "block", "middle")  # with the default pre_num
 SAME_RANK = (BASELINE, *SHORTCUTS)
 MAIN = (*SAME_RANK, "lora-16")
@@ -174,10 +175,11 @@ class Given:
     model: str
     data: str
     dtype: str = "bfloat16"
+    r: int = R
 
     @property
     def task(self) -> str:
         """Its name in results."""
         from benchmarks.convergence.tasks.sources import name_of
 
-        return name_of(self.data)
+        return name_of(self.data) + (f"-r{self.r}" if self.r != R else "")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,15 @@ def final_runs(results: list[dict[str, Any]]) -> dict[str, dict[str, Runs]]:
     Raises:
         ValueError: a method has final runs with two rates.
     """
+    found = every_final_run(results)
+    for methods in found.values():
+        common = set[int].intersection(*(set(runs) for runs in methods.values()))
+        methods |= {method: {seed: runs[seed] for seed in sorted(common)} for method, runs in methods.items()}
+    return {task: methods for task, methods in found.items() if all(methods.values())}
+
+
+def every_final_run(results: list[dict[str, Any]]) -> dict[str, dict[str, Runs]]:
+    """By task, method and seed, whichever seeds a method has; the same error."""
     found: dict[str, dict[str, Runs]] = {}
     for result in results:
         spec = Spec(**result["spec"])
@@ -107,10 +116,7 @@ def final_runs(results: list[dict[str, Any]]) -> dict[str, dict[str, Runs]]:
             runs[spec.seed] = result
             if len(rates := sorted({run["spec"]["rate"] for run in runs.values()})) > 1:
                 raise ValueError(f"{spec.task}, {spec.method}: final runs with rates {rates}; keep those of one")
-    for methods in found.values():
-        common = set[int].intersection(*(set(runs) for runs in methods.values()))
-        methods |= {method: {seed: runs[seed] for seed in sorted(common)} for method, runs in methods.items()}
-    return {task: methods for task, methods in found.items() if all(methods.values())}
+    return found
 
 
 def description_of(runs: dict[str, Runs]) -> dict[str, Any]:
@@ -158,7 +164,7 @@ def _row(task: str, method: str, runs: Runs, lora: Runs, times: dict[str, float]
     steps = [crossing(c, t) for c, t in zip(own, targets, strict=True)]
     as_long = own[0][-1]["step"] * times[BASELINE] / times[method]  # steps in the time of all of LoRA's
     first = runs[seeds[0]]
-    names = [name for name in first["final"] if name not in ("step", "seconds", "loss")]
+    names = metrics_of(first)
     return Row(
         task, method, first["spec"]["rate"], len(seeds), first["trained_parameters"],
         times[method],
@@ -194,6 +200,11 @@ def _merged(result: dict[str, Any], name: str) -> dict[str, float]:
     return figures | {"added": figures["loss"] - result["curve"][-1]["loss"]}
 
 
+def metrics_of(result: dict[str, Any]) -> list[str]:
+    """The figures of a final run beside its loss."""
+    return [name for name in result["final"] if name not in ("step", "seconds", "loss")]
+
+
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation, NaN if a value is; the latter is 0 for one value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -210,7 +221,11 @@ def shortcuts_of(names: Iterable[str]) -> list[str]:
 
 def headline(row: Row) -> str:
     """The name of the figure that a task is judged by, beside the loss; "loss" if there is none."""
-    return HEADLINE.get(row.task, next(iter(row.metrics), "loss"))
+    return _judged_by(row.task, row.metrics)
+
+
+def _judged_by(task: str, metrics: Iterable[str]) -> str:
+    return HEADLINE.get(task, next(iter(metrics), "loss"))
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -220,6 +235,73 @@ def holm(ps: list[float]) -> list[float]:
         least = max(least, min(1.0, (len(ps) - place) * ps[i]))
         found[i] = least
     return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A final figure of ``method`` on a task, and that of ``beside`` with the same seeds: means, and their difference.
+
+    ``p`` is that of a paired t-test, ``corrected`` after Holm's correction over all of the family.
+    """
+
+    task: str
+    method: str
+    beside: str
+    figure: str
+    seeds: int
+    mean: float
+    besides: float
+    difference: float
+    p: float
+    corrected: float
+
+
+def compared(
+    results: list[dict[str, Any]], tasks: Iterable[str], pairs: Iterable[tuple[str, str]], figure: str
+) -> list[Comparison]:
+    """A family of tests: of each task and each pair of methods by ``figure``, "loss" or "headline".
+
+    Raises:
+        ValueError: a pair has fewer than three seeds in common; and as for ``final_runs``.
+    """
+    every, found = every_final_run(results), []
+    for task, (method, beside) in product(tasks, pairs):
+        own, theirs = (every.get(task, {}).get(name, {}) for name in (method, beside))
+        if len(seeds := sorted(own.keys() & theirs.keys())) < 3:
+            raise ValueError(f"{task}: {method!r} and {beside!r} must have three seeds in common, got {seeds}")
+        name = figure if figure == "loss" else _judged_by(task, metrics_of(own[seeds[0]]))
+        own, theirs = ({seed: runs[seed] for seed in seeds} for runs in (own, theirs))
+        means = (statistics.mean(run["final"][name] for run in runs.values()) for runs in (own, theirs))
+        found.append(Comparison(task, method, beside, name, len(seeds), *means, *_paired(own, theirs, name), 1.0))
+    corrected = holm([comparison.p for comparison in found])
+    return [replace(comparison, corrected=p) for comparison, p in zip(found, corrected, strict=True)]
+
+
+def mean_update(runs: Runs) -> dict[str, float]:
+    """Of the layers' ΔW, means over layers and seeds of "norm", "rank" and "effective_rank"; {} if not measured."""
+    if not all(result.get("update_ranks") for result in runs.values()):
+        return {}
+    layers = [layer for result in runs.values() for layer in result["update_ranks"].values()]
+    return {name: statistics.mean(layer[name] for layer in layers) for name in ("norm", "rank", "effective_rank")}
+
+
+def gradient_ratios(runs: Runs, lora: Runs) -> dict[str, tuple[float, float]]:
+    """By step: gradient norms to those of LoRA with the same seed, in the first third of the layers and in the last.
+
+    Geometric means over layers and seeds.
+    """
+    first = next(iter(runs.values()))["gradient_norms"]
+
+    def ratio(step: str, part: slice) -> float:
+        own = [
+            math.log(norm / lora[seed]["gradient_norms"][step][name])
+            for seed, result in runs.items()
+            for name, norm in list(result["gradient_norms"][step].items())[part]
+        ]
+        return math.exp(statistics.mean(own))
+
+    thirds = {step: len(norms) // 3 for step, norms in first.items()}
+    return {step: (ratio(step, slice(n)), ratio(step, slice(-n, None))) for step, n in thirds.items()}
 
 
 @dataclass(frozen=True)

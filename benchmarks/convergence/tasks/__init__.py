@@ -46,7 +46,9 @@ def tasks_of(given: Given | None) -> Mapping[str, Task]:
         return TASKS
     if given.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {given.dtype!r}")
-    return {given.task: given_task(given.kind, given.model, given.data, dtype=getattr(torch, given.dtype))}
+    task = given_task(given.kind, given.model, given.data, dtype=getattr(torch, given.dtype))
+    task.r = given.r
+    return {given.task: task}
 
 
 def given_task(kind: str, model: str, data: str, *, dtype: torch.dtype = torch.float32) -> Task:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.convergence.settings import Sizes
+from benchmarks.convergence.settings import R, Sizes
 
 Item = TypeVar("Item")
 Batch = dict[str, Any]  # tensors by name, examples first
@@ -32,6 +32,7 @@ class Task(ABC):
         trained_whole: names of modules that every method trains in full beside its adapters.
         targets: names of the linear layers that are adapted.
         comes_trained: ``base`` loads trained weights, which nothing needs to keep.
+        r: the rank of the adapters.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Task(ABC):
     trained_whole: tuple[str, ...] = ()
     targets: tuple[str, ...]
     comes_trained: bool = False
+    r: int = R
 
     @abstractmethod
     def base(self, sizes: Sizes) -> nn.Module:
@@ -85,7 +87,7 @@ class Task(ABC):
 
     def description(self) -> dict[str, Any]:
         """What a report says of the task, and what runs on it must have in common to be compared."""
-        return {"title": self.title, "kind": self.kind, "unit": self.unit}
+        return {"title": self.title, "kind": self.kind, "unit": self.unit} | ({"r": self.r} if self.r != R else {})
 
 
 def pieces(batch: Batch, examples: int = AT_A_TIME) -> Iterator[Batch]:
