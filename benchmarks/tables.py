@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.convergence import report as convergence
 from benchmarks.convergence.methods import METHODS
-from benchmarks.convergence.runs import read_lines
-from benchmarks.convergence.settings import BASELINE
+from benchmarks.convergence.runs import read_all, read_lines, read_step_times
+from benchmarks.convergence.settings import BASELINE, SHORTCUTS
 from benchmarks.convergence.summary import (
     Comparison,
     compared,
@@ -28,6 +28,8 @@ from benchmarks.convergence.summary import (
     every_final_run,
     gradient_ratios,
     mean_update,
+    over_tasks,
+    summarize,
 )
 from reslora_kernels.bench import results as bench
 from reslora_kernels.bench.figures import Figure, by_case, draw_all, label, timed
@@ -95,6 +97,46 @@ def convergence_table(folder: Path) -> str:
     parts = [f"{convergence.table(section)}\n\n{section.text}" for section in convergence.in_short(folder)]
     link = f"[the report](benchmarks/results/{folder.name}/REPORT.md)"
     return "\n\n".join([*parts, f"Everything else, and what it was measured on: {link}."])
+
+
+def shortcuts_table(folder: Path) -> str:
+    """Is a shortcut better than LoRA? From all tasks of a folder of convergence runs, and all pretrained ones."""
+    small = list(read_all(folder).values())
+    over = {found.method: found for found in over_tasks(summarize(small, read_step_times(folder)))}
+    tests = compared(small, every_final_run(small), [(method, BASELINE) for method in SHORTCUTS], "loss")
+    lines = [["", *(f"`{method}`" for method in SHORTCUTS)]]
+    shares = (
+        f"{100 * of.mean:+.1f} % ({100 * of.low:.1f} to {100 * of.high:.1f})" for of in map(over.get, SHORTCUTS) if of
+    )
+    lines.append(["taken off the loss beside LoRA, as a share of what LoRA takes off: small models", *shares])
+    lines += _counts("small models", tests)
+    if path := newest("pretrained"):
+        lines += _counts("pretrained models", _beside_lora(read_lines(path)))
+    return (
+        f"{_markdown(lines)}\n\nThe mean over the tasks with a 95 % interval; paired tests over the seeds, corrected "
+        "by Holm for a set's number of tests. Parameters and batches are the same, rates tuned for each method."
+    )
+
+
+def _counts(models: str, tests: list[Comparison]) -> list[list[str]]:
+    """On how many tasks a shortcut's loss is below LoRA's, and on how many it is another after the correction."""
+    of = [[one for one in tests if one.method.split("-")[0] == shortcut] for shortcut in SHORTCUTS]
+    below = (f"{sum(one.difference < 0 for one in own)} of {len(own)}" for own in of)
+    different = (f"{sum(one.corrected < 0.05 for one in own)} of {len(own)}" for own in of)
+    return [
+        [f"tasks with a lower loss than LoRA's: {models}", *below],
+        [f"tasks where the difference is significant: {models}", *different],
+    ]
+
+
+def _beside_lora(lines: list[dict[str, Any]]) -> list[Comparison]:
+    """The losses of the shortcuts alone, each in its family."""
+    results, found = [line for line in lines if "spec" in line], []
+    for family in (family for line in lines for family in line.get("compared", ())):
+        if family["figures"][0] == "loss":
+            found += compared(results, family["tasks"], family["pairs"], "loss")
+    own = {SHORTCUTS[0], *(f"{shortcut}-1" for shortcut in SHORTCUTS)}
+    return [one for one in found if one.method in own and one.beside == BASELINE]
 
 
 def comparisons_table(path: Path) -> str:
@@ -290,6 +332,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-layers": layers_table,
     "demo-cpu": demo_table,
     "convergence-cpu": convergence_table,
+    "convergence-cpu, shortcuts": shortcuts_table,
     "pretrained": comparisons_table,
     "pretrained, updates": updates_table,
     "gates-cpu": comparisons_table,
@@ -303,10 +346,11 @@ NOT_MEASURED = "Not measured yet."
 
 def newest(kind: str) -> Path | None:
     """The latest result of a kind; None if there is none."""
+    stem = kind.split(",")[0]
     if kind.startswith("convergence-"):
-        return max((path for path in RESULTS.glob(f"{kind}-*") if path.is_dir()), default=None)
+        return max((path for path in RESULTS.glob(f"{stem}-*") if path.is_dir()), default=None)
     if not kind.startswith("bench-"):
-        return max(RESULTS.glob(f"{kind.split(',')[0]}-*.json*"), default=None)
+        return max(RESULTS.glob(f"{stem}-*.json*"), default=None)
     found = []
     for path in RESULTS.glob("*.json"):
         try:
