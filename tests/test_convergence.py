@@ -66,7 +66,7 @@ def run(folder: Path, *more: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
+def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path)
     file = tmp_path / runs.FILE
     first = file.read_text().splitlines(keepends=True)
@@ -96,6 +96,11 @@ def test_a_set_runs_resumes_and_reports(tiny: None, tmp_path: Path) -> None:
         shown = set(re.findall(r"[a-z]+\.png", report))
         assert shown == {f"{name}.png" for name in ("learning", "merging", "layers", "samples")}
         assert all((tmp_path / figure).stat().st_size > 3000 for figure in shown)
+    more = dataclasses.replace(TINY.budgets["code"], methods=("lora", "block-1"))
+    monkeypatch.setitem(settings.SETS, "tiny", dataclasses.replace(TINY, budgets={"code": more}))
+    run(tmp_path)  # a method that comes later is timed with those that are there
+    assert runs.read_step_times(tmp_path)["code"].keys() == {"lora", "input", "block-1"}
+    assert "ResLoRA block, 1" in (tmp_path / "REPORT.md").read_text()
 
 
 @pytest.mark.slow

@@ -327,23 +327,26 @@ def _parsed(line: bytes, where: str) -> dict[str, Any]:
 
 
 def time_methods(base: nn.Module, task: Task, name: str, experiments: Experiments, folder: Path) -> None:
-    """Add the seconds of a training step of each method, unless those of all of them, of these settings, are there.
+    """Add the seconds of a training step of each method, also of those that the folder has final runs of already.
 
-    Short stretches take turns, so that what else the machine does hits all.
+    Unless the seconds of all of them, of these settings, are there. Short stretches take turns, so that what else the
+    machine does hits all.
     """
     budget, sizes = experiments.budgets[name], experiments.sizes[task.kind]
     rounds, timed = budget.step_times
-    settings = {"batch": budget.batch, "sizes": asdict(sizes), "methods": list(budget.methods)}
-    settings |= {"rounds": rounds, "warm_up": WARM_UP, "timed": timed}
-    if _latest_times(folder).get(name, {}).get("settings") == settings:
+    earlier = (spec.method for spec in read_all(folder) if spec.task == name and not spec.tunes)
+    methods = list(dict.fromkeys((*budget.methods, *earlier)))
+    settings = {"batch": budget.batch, "sizes": asdict(sizes), "rounds": rounds, "warm_up": WARM_UP, "timed": timed}
+    latest = _latest_times(folder).get(name, {"settings": {"methods": []}})["settings"]
+    if latest == settings | {"methods": latest["methods"]} and set(methods) <= set(latest["methods"]):
         return
     device = next(base.parameters()).device
     batches = [on(batch, device) for batch in task.train(sizes, WARM_UP + timed, budget.batch, 0)]
-    seconds: dict[str, list[float]] = {method: [] for method in budget.methods}
-    for method in told([*budget.methods] * rounds, "stretch"):
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    for method in told(methods * rounds, "stretch"):
         seconds[method].append(one_stretch(adapted(base, task, method, len(batches), 0), task, batches, device))
     result = {
-        "task": name, "settings": settings, "seconds": seconds, "machine": machine_of(device),
+        "task": name, "settings": settings | {"methods": methods}, "seconds": seconds, "machine": machine_of(device),
         "commit": commit_of(Path(__file__).parents[2]),
     }  # fmt: skip
     append(result, folder / STEP_TIMES)
