@@ -23,6 +23,8 @@ class Member(Protocol):
 
     @property
     def position(self) -> int: ...
+    @property
+    def narrows(self) -> bool: ...  # whether it may see only the last of the tokens that the layer before it saw
 
 
 class _Handed:
@@ -145,7 +147,8 @@ class ForwardState:
     def enter(self, layer: Member, earlier: Sequence[Member], leading: torch.Size) -> tuple[Tensor, ...]:
         """A layer, after those ``earlier``, starts on tokens of shape ``leading``: what is handed to it, nearest first.
 
-        Nothing is where the same call of its predecessor has not been made, or saw tokens of another shape.
+        Nothing is where the same call of its predecessor has not been made, or saw tokens of another shape: but of the
+        last of them, what is handed on there, to a layer that ``narrows``.
         """
         if self._left:
             self._left = False
@@ -157,7 +160,7 @@ class ForwardState:
         handed = self._sweep.take(earlier[0])
         for n, h in enumerate(handed):
             if h.shape[:-1] != leading:
-                return handed[:n]
+                return _of_last(handed, leading) if layer.narrows else handed[:n]
         return handed
 
     def hand_on(self, earlier: tuple[Tensor, ...], h: Tensor) -> None:
@@ -209,6 +212,16 @@ class ForwardState:
             before.next = sweep.next
         sweep.next = None
         return sweep
+
+
+def _of_last(handed: tuple[Tensor, ...], leading: torch.Size) -> tuple[Tensor, ...]:
+    """Of each [.., T, r] the rows of the last tokens, as many as in ``leading`` [.., t], up to one that has fewer."""
+    found = []
+    for h in handed:
+        if h.shape[:-2] != leading[:-1] or h.shape[-2] < leading[-1]:
+            break
+        found.append(h[..., h.shape[-2] - leading[-1] :, :].contiguous())
+    return tuple(found)
 
 
 def _handed_in(sweep: _Sweep, layer: Member) -> list[tuple[Tensor, ...]]:

@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from reslora_kernels import (
     ResLoRAConfig,
     ResLoRALinear,
+    add_adapter,
     apply_reslora,
     collect_statistics,
     inspect,
     merge_reslora,
+    set_adapter,
     unmerge_reslora,
 )
 from reslora_kernels.adapt.record import adapted_layers, record_of
+from reslora_kernels.peft import ResLoRAPeftConfig
 from reslora_kernels.testing import relative_error
 
 from .models import FAMILIES, Scrambled, llama, randomize, roberta, t5, train, unet
@@ -291,3 +295,37 @@ def test_hooks_of_a_swapped_layer_go_on_working() -> None:
     handle.remove()
     model(torch.zeros(2, 12, dtype=torch.float64))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("door", ["native", "second", "peft"])
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_gemma_4_goes_on_with_the_last_tokens(shortcut: str, door: str) -> None:
+    """Its layers that share keys see, in ``generate``, only the tokens to be predicted from: chains go on over that."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "Gemma4ForCausalLM"):
+        pytest.skip("this Transformers has no Gemma 4")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model: Any = transformers.Gemma4ForCausalLM(
+        transformers.Gemma4TextConfig(
+            vocab_size=48, num_hidden_layers=4, head_dim=8, global_head_dim=16, vocab_size_per_layer_input=48,
+            hidden_size_per_layer_input=8, layer_types=kinds, num_kv_shared_layers=2, sliding_window=16, **sizes,
+        )
+    ).double().eval()  # fmt: skip
+    own = config(shortcut, pre_num=3)
+    if door == "peft":
+        own_config = ResLoRAPeftConfig(r=4, lora_alpha=8, shortcut=shortcut, pre_num=3, target_modules="all-linear")
+        model = get_peft_model(model, own_config).eval()
+    else:
+        apply_reslora(model, own)
+    if door == "second":
+        add_adapter(model, "second", own)
+        set_adapter(model, "second")
+    randomize(model)
+    ids = torch.randint(3, 48, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        for kept in (1, 3):
+            last = model(input_ids=ids, logits_to_keep=kept).logits
+            assert relative_error(last, whole[:, -kept:]) < 1e-6  # its rotations are in float32

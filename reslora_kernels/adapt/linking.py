@@ -30,6 +30,7 @@ from .record import Record, adapted_layers, record_of
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
 _ATTRIBUTE = re.compile(r"(layer|block|stage)s?_?(\d+)")  # layer1, layer2, .. are a list as well
+_NARROWS = "_maybe_slice_kv_shared_inputs"  # Gemma 4's: layers that share keys see only the tokens to be predicted from
 _MODELS = re.compile(r"(encoder|decoder|tower|branche|model|net|view)s")  # names of lists of whole models
 
 
@@ -277,6 +278,9 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     if record.config.stack_projections:
         groups = ([layers[name] for name in names] for names in record.same_input)
         record.groups += [SharedInput(group) for group in groups if all(layer.shares_projections for layer in group)]
+    for model_of_texts in (module for module in model.modules() if hasattr(module, _NARROWS)):
+        for layer in (module for module in model_of_texts.modules() if isinstance(module, AdapterLayer)):
+            layer.narrows = True
     _open_passes(model)
     if layers:
         record.hooks.append(model.register_forward_pre_hook(Surroundings(record, layers)))

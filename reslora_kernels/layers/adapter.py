@@ -46,6 +46,7 @@ class AdapterLayer(nn.Module):
     weight: Any
     bias: Any
     neighbours = Neighbours()
+    narrows = False  # whether its model goes on with the last tokens alone from some layer on; see ``adapt.linking``
     shares_projections: ClassVar[bool] = False  # whether one layer of a group may project x for this one
     sums: ClassVar[bool] = True  # whether other adapters may be in force in the same place
     takes_samples: ClassVar[bool] = False  # whether each sample of a batch may run through an adapter of its own

@@ -105,7 +105,10 @@ def decoders() -> list[Architecture]:
         "Persimmon", "Glm", "Glm4", "Helium", "Nemotron", "SmolLM3", "Exaone4", "SeedOss", "BioGpt", "Arcee",
         "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Phimoe", "Glm4Moe", "DeepseekV2", "DeepseekV3",
         "Mamba", "Mamba2", "FalconMamba", "GPTBigCode", "Ernie4_5", "Lfm2", "Apertus", "Bamba", "Jamba", "Llama4Text",
-        "RecurrentGemma",
+        "RecurrentGemma", "Afmoe", "AriaText", "BitNet", "Cohere2Moe", "Cwm", "DeepseekV4", "DiffLlama", "Doge",
+        "Dots1", "Ernie4_5_Moe", "ExaoneMoe", "FlexOlmo", "GptOss", "GraniteMoeShared", "HYV3", "HunYuanDenseV1",
+        "HunYuanMoEV1", "HyperCLOVAX", "Jais2", "Laguna", "Lfm3", "Mellum", "MiMoV2Flash", "MiniMax", "MiniMaxM2",
+        "Ministral", "Ministral3", "ModernBertDecoder", "NanoChat", "Olmo3", "OlmoHybrid", "SolarOpen", "VaultGemma",
     )}  # fmt: skip
     plain["GPTNeo"] = {"attention_types": [[["global", "local"], 2]], "num_hidden_layers": 4, "num_layers": 4}
     plain["Mamba2"] = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
@@ -121,11 +124,56 @@ def decoders() -> list[Architecture]:
     plain["DeepseekV3"] = {"num_key_value_heads": 4, "head_dim": 4}
     plain["RecurrentGemma"] = {"lru_width": WIDTH, "attention_window_size": 8}
     plain["Lfm2"] = {"layer_types": ["conv", "full_attention", "conv"]}
+    latent = {"num_key_value_heads": 4, "head_dim": 4}  # of keys and values
+    plain |= {name: latent for name in ("Youtu", "MiniCPM3", "LongcatFlash", "AXK1")}
+    plain |= {name: latent | {"index_n_heads": 4, "index_head_dim": 8} for name in ("GlmMoeDsa", "DeepseekV32")}
+    plain["Mistral4"] = latent | {"head_dim": LEFT_OUT, "qk_head_dim": 12}
+    plain["Glm4MoeLite"] = latent | {"qk_head_dim": 12}
+    deltas = {f"linear_{part}": size for part, size in (
+        ("num_value_heads", 4), ("num_key_heads", 2), ("key_head_dim", 8), ("value_head_dim", 8),
+    )}  # fmt: skip
+    deltas |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    plain |= {name: deltas for name in ("Qwen3Next", "Qwen3_5Text", "Qwen3_5MoeText")}
+    plain["Lfm2Moe"] = {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1}
+    plain["Zaya"] = {"num_experts_per_tok": 1}
+    plain["GraniteMoeHybrid"] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4,
+                                 "mamba_chunk_size": 4, "layer_types": ["mamba", "attention", "mamba"],
+                                 "shared_intermediate_size": 48}  # fmt: skip
+    by_layer = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
+                "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}  # fmt: skip
+    plain["Gemma3nText"] = by_layer | {"num_kv_shared_layers": 2, "laurel_rank": 4, "altup_num_inputs": 2}
+    plain["Gemma3nText"] |= {"activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [48] * 4}
     plain["Llama4Text"] = {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}
-    return [
+    found = [
         Architecture(name, "decoder", built(name, "ForCausalLM", **changes), text, True)
         for name, changes in plain.items()
     ]
+    of_gemma4 = {
+        "Gemma4": {},
+        "Gemma4 (shared keys)": {"num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+        "Gemma4 (experts)": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+        "Gemma4 (values are keys)": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    }
+    return found + [
+        Architecture(name, "decoder", gemma4(**(by_layer | {"num_kv_shared_layers": 0} | changes)), text, True)
+        for name, changes in of_gemma4.items()
+    ]
+
+
+def gemma4(**changes: Any) -> Callable[[], nn.Module]:
+    """Whose config has sizes by layer, which cannot be asked for as those of others."""
+
+    def make() -> nn.Module:
+        from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+        known = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+                 "head_dim", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+                 "initializer_range", "sliding_window", "moe_intermediate_size")  # fmt: skip
+        config = Gemma4TextConfig(**({name: SIZES[name] for name in known} | {"global_head_dim": 16} | changes))
+        config._experts_implementation = "eager"
+        return Gemma4ForCausalLM(config)
+
+    return make
 
 
 def encoders() -> list[Architecture]:
