@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +44,10 @@ SIZES: dict[str, Any] = {  # a config gets those that it knows
 }  # fmt: skip
 
 
+DELTAS: dict[str, Any] = {  # layers of a gated delta net around one of attention
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
 LEFT_OUT = object()  # a size that a config must not be given
 
 
@@ -114,12 +120,8 @@ def decoders() -> list[Architecture]:
     plain["Mamba2"] = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
     plain["Bamba"] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4,
                       "mamba_chunk_size": 4, "attn_layer_indices": [1]}  # fmt: skip
-    plain["Jamba"] = {
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "use_mamba_kernels": False,
-    }
+    plain["Jamba"] = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}
+    plain["Jamba"] |= {"use_mamba_kernels": False}
     plain["DeepseekV2"] = {"topk_method": "greedy", "num_key_value_heads": 4, "head_dim": 4}
     plain["DeepseekV3"] = {"num_key_value_heads": 4, "head_dim": 4}
     plain["RecurrentGemma"] = {"lru_width": WIDTH, "attention_window_size": 8}
@@ -129,11 +131,7 @@ def decoders() -> list[Architecture]:
     plain |= {name: latent | {"index_n_heads": 4, "index_head_dim": 8} for name in ("GlmMoeDsa", "DeepseekV32")}
     plain["Mistral4"] = latent | {"head_dim": LEFT_OUT, "qk_head_dim": 12}
     plain["Glm4MoeLite"] = latent | {"qk_head_dim": 12}
-    deltas = {f"linear_{part}": size for part, size in (
-        ("num_value_heads", 4), ("num_key_heads", 2), ("key_head_dim", 8), ("value_head_dim", 8),
-    )}  # fmt: skip
-    deltas |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-    plain |= {name: deltas for name in ("Qwen3Next", "Qwen3_5Text", "Qwen3_5MoeText")}
+    plain |= {name: DELTAS for name in ("Qwen3Next", "Qwen3_5Text", "Qwen3_5MoeText")}
     plain["Lfm2Moe"] = {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1}
     plain["Zaya"] = {"num_experts_per_tok": 1}
     plain["GraniteMoeHybrid"] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4,
@@ -190,22 +188,12 @@ def encoders() -> list[Architecture]:
     plain["MobileBert"] |= {"normalization_type": "layer_norm"}  # without norms its values explode
     shared = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
     shared |= {"share_att_key": True, "norm_rel_ebd": "layer_norm"}
-    found = [Architecture(name, "encoder", built(name, "Model", **changes), text) for name, changes in plain.items()]
-    found.append(Architecture("DebertaV2 (shared key)", "encoder", built("DebertaV2", "Model", **shared), text))
-    found.append(
-        Architecture(
-            "Deberta", "encoder", built("Deberta", "Model", relative_attention=True, pos_att_type=["c2p", "p2c"]), text
-        )
-    )
-    found.append(
-        Architecture(
-            "Bert (chunked)",
-            "encoder",
-            built("Bert", "Model", chunk_size_feed_forward=2),
-            lambda: {"input_ids": tokens(2, 8)},
-        )
-    )
-    return found
+    made = {name: built(name, "Model", **changes) for name, changes in plain.items()}
+    made["DebertaV2 (shared key)"] = built("DebertaV2", "Model", **shared)
+    made["Deberta"] = built("Deberta", "Model", relative_attention=True, pos_att_type=["c2p", "p2c"])
+    found = [Architecture(name, "encoder", make, text) for name, make in made.items()]
+    chunks = built("Bert", "Model", chunk_size_feed_forward=2)
+    return [*found, Architecture("Bert (chunked)", "encoder", chunks, lambda: {"input_ids": tokens(2, 8)})]
 
 
 def encoder_decoders() -> list[Architecture]:
@@ -214,28 +202,14 @@ def encoder_decoders() -> list[Architecture]:
         "SwitchTransformers", "NllbMoe", "ProphetNet", "LED",
     )}  # fmt: skip
     plain["T5"] = {"decoder_start_token_id": 1}
-    plain["SwitchTransformers"] = {
-        "num_sparse_encoder_layers": 3,
-        "num_sparse_decoder_layers": 3,
-    }
+    plain["SwitchTransformers"] = {"num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3}
     plain["NllbMoe"] = {"encoder_sparse_step": 1, "decoder_sparse_step": 1}
     plain["LED"] = {"attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
-    plain["ProphetNet"] = {
-        "num_hidden_layers": LEFT_OUT,
-        "num_encoder_layers": 3,
-        "num_encoder_attention_heads": 4,
-        "num_decoder_attention_heads": 4,
-    }
-    return [
-        Architecture(
-            name,
-            "encoder-decoder",
-            built(name, "ForConditionalGeneration" if name != "Marian" else "MTModel", **changes),
-            two_texts,
-            True,
-        )
-        for name, changes in plain.items()
-    ]
+    plain["ProphetNet"] = {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}
+    plain["ProphetNet"] |= {"num_hidden_layers": LEFT_OUT, "num_encoder_layers": 3}
+    head = {"Marian": "MTModel"}
+    made = {name: built(name, head.get(name, "ForConditionalGeneration"), **changes) for name, changes in plain.items()}
+    return [Architecture(name, "encoder-decoder", make, two_texts, True) for name, make in made.items()]
 
 
 def vision() -> list[Architecture]:
@@ -260,159 +234,189 @@ TEXT = SMALL | {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
 IMAGE = SMALL | {"image_size": 16, "patch_size": 4}
 
 
+IMAGE_TOKEN, VIDEO_TOKEN = VOCABULARY - 1, VOCABULARY - 2
+
+
+def after_image_tokens(count: int, rows: int = 2, **more: Any) -> Callable[[], dict[str, Any]]:
+    """Image tokens, then a text, with what else a model of both is given."""
+
+    def batch() -> dict[str, Any]:
+        ids = torch.cat([torch.full((rows, count), IMAGE_TOKEN), tokens(rows, 5)], 1)
+        given = {key: value(ids) if callable(value) else value for key, value in more.items()}
+        return {"input_ids": ids, "pixel_values": noise(rows, 3, 16, 16)} | given
+
+    return batch
+
+
 def multimodal() -> list[Architecture]:
     two = {"text_config": TEXT, "vision_config": IMAGE}
     llama = TEXT | {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 8}
-    found = [
-        Architecture(name, "multimodal", built(name, "Model", **two), text_and_image)
-        for name in ("CLIP", "Siglip", "ChineseCLIP", "AltCLIP", "CLIPSeg")
-    ]
-
-    def with_image_tokens() -> dict[str, Any]:
-        ids = torch.cat([torch.full((2, 16), VOCABULARY - 1), tokens(2, 5)], 1)
-        return {"input_ids": ids, "pixel_values": noise(2, 3, 16, 16)}
-
-    llava = {
-        "text_config": llama,
-        "vision_config": IMAGE | {"model_type": "clip_vision_model"},
-        "image_token_index": VOCABULARY - 1,
-        "vision_feature_layer": -1,
-        "image_seq_length": 16,
-    }
-    pali = {
-        "text_config": llama | {"model_type": "gemma"},
-        "vision_config": IMAGE | {"model_type": "siglip_vision_model"},
-        "image_token_id": VOCABULARY - 1,
-        "projection_dim": WIDTH,
-    }
+    clip = IMAGE | {"model_type": "clip_vision_model"}
+    llava = two | {"text_config": llama, "vision_config": clip, "image_token_index": IMAGE_TOKEN}
+    llava |= {"vision_feature_layer": -1, "image_seq_length": 16}
+    siglip = IMAGE | {"model_type": "siglip_vision_model"}
+    pali = {"text_config": llama | {"model_type": "gemma"}, "vision_config": siglip, "projection_dim": WIDTH}
+    pali |= {"image_token_id": IMAGE_TOKEN}
     blip = {"text_config": TEXT | {"encoder_hidden_size": WIDTH}, "vision_config": IMAGE, "projection_dim": WIDTH}
-    found.append(
-        Architecture("Llava", "multimodal", built("Llava", "ForConditionalGeneration", **llava), with_image_tokens)
-    )
-    found.append(
-        Architecture("Llava (text only)", "multimodal", built("Llava", "ForConditionalGeneration", **llava), text, True)
-    )
-    found.append(
-        Architecture(
-            "PaliGemma", "multimodal", built("PaliGemma", "ForConditionalGeneration", **pali), with_image_tokens
+    gemma3 = {"text_config": llama | {"model_type": "gemma3_text"}, "vision_config": IMAGE, "mm_tokens_per_image": 4}
+    small = {"text_config": llama, "vision_config": IMAGE, "scale_factor": 2}
+    pixtral = IMAGE | {"model_type": "pixtral", "head_dim": 8}
+    mistral3 = {"text_config": llama, "vision_config": pixtral, "spatial_merge_size": 2}
+    qwen = llama | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+    del qwen["model_type"]
+    view = {"depth": BLOCKS, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 4, "patch_size": 4}
+    view |= {"in_channels": 3, "intermediate_size": 48, "temporal_patch_size": 2, "out_hidden_size": WIDTH}
+    viewed = {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN}
+    generated: dict[str, tuple[str, Any, Callable[[], dict[str, Any]]]] = {
+        "Llava": ("Llava", llava, after_image_tokens(16)),
+        "PaliGemma": ("PaliGemma", pali, after_image_tokens(16)),
+        "Gemma3": ("Gemma3", gemma3 | {"image_token_id": IMAGE_TOKEN}, after_image_tokens(
+            4, token_type_ids=lambda ids: (ids == IMAGE_TOKEN).long())),
+        "SmolVLM": ("SmolVLM", small | {"image_token_id": IMAGE_TOKEN}, after_image_tokens(
+            4, pixel_values=noise(2, 1, 3, 16, 16))),
+        "Mistral3": ("Mistral3", mistral3 | {"image_token_index": IMAGE_TOKEN}, after_image_tokens(
+            4, image_sizes=torch.tensor([[16, 16]] * 2))),
+    }  # fmt: skip
+    views = after_image_tokens(
+        4, 1, pixel_values=noise(16, 96), image_grid_thw=torch.tensor([[1, 4, 4]]),
+        mm_token_type_ids=lambda ids: (ids == IMAGE_TOKEN).int(),
+    )  # fmt: skip
+    generated |= {
+        name: (name, viewed | {"text_config": text_config, "vision_config": view | more}, views)
+        for name, text_config, more in (
+            ("Qwen2VL", qwen, {"mlp_ratio": 2}),
+            ("Qwen2_5_VL", qwen, {"window_size": 16, "fullatt_block_indexes": [1]}),
+            ("Qwen3VL", qwen, {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}),
+            ("Qwen3_5", qwen | DELTAS, {"num_position_embeddings": 16}),
         )
-    )
-    found.append(Architecture("Blip", "multimodal", built("Blip", "Model", **blip), text_and_image))
-    found.append(Architecture("Vilt", "multimodal", built("Vilt", "Model"), lambda: text() | image()()))
-    found.append(
-        Architecture(
-            "Git",
-            "multimodal",
-            built("Git", "ForCausalLM", vision_config=IMAGE),
-            lambda: {"input_ids": tokens(2, 6), "pixel_values": noise(2, 3, 16, 16)},
-        )
-    )
-    return found
+    }
+    names = ("CLIP", "Siglip", "ChineseCLIP", "AltCLIP", "CLIPSeg")
+    found = [(name, built(name, "Model", **two), text_and_image) for name in names]
+    found += [(n, built(kind, "ForConditionalGeneration", **c), batch) for n, (kind, c, batch) in generated.items()]
+    found += [
+        ("Blip", built("Blip", "Model", **blip), text_and_image),
+        ("Vilt", built("Vilt", "Model"), lambda: text() | image()()),
+        ("Git", built("Git", "ForCausalLM", vision_config=IMAGE), lambda: {"input_ids": tokens(2, 6)} | image()()),
+    ]
+    alone = built("Llava", "ForConditionalGeneration", **llava)
+    return [
+        *(Architecture(name, "multimodal", make, batch) for name, make, batch in found),
+        Architecture("Llava (text only)", "multimodal", alone, text, True),
+    ]
 
 
 def speech() -> list[Architecture]:
     convolutions = {
-        "conv_dim": [16, 16],
-        "conv_stride": [4, 2],
-        "conv_kernel": [8, 4],
-        "num_conv_pos_embeddings": 8,
-        "num_conv_pos_embedding_groups": 4,
-        "apply_spec_augment": False,
-        "num_feat_extract_layers": 2,
-    }
-    found = [
-        Architecture(name, "speech", built(name, "Model", **convolutions), lambda: {"input_values": noise(2, 200)})
+        "conv_dim": [16, 16], "conv_stride": [4, 2], "conv_kernel": [8, 4], "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 4, "apply_spec_augment": False, "num_feat_extract_layers": 2,
+    }  # fmt: skip
+    spectrum = {"max_length": 24, "patch_size": 4, "frequency_stride": 4, "time_stride": 4}
+    features = {"input_feat_per_channel": 8, "conv_channels": 16, "max_source_positions": 64}
+    whole = "ForConditionalGeneration"
+    heard, frames = {"input_features": noise(2, 8, 24)}, {"input_features": noise(2, 24, 8)}
+    found: list[tuple[str, Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = [
+        (name, built(name, "Model", **convolutions), lambda: {"input_values": noise(2, 200)})
         for name in ("Wav2Vec2", "Hubert", "WavLM", "UniSpeech", "SEW", "Data2VecAudio", "UniSpeechSat")
     ]
-    found.append(
-        Architecture(
-            "Whisper",
-            "speech",
-            built("Whisper", "ForConditionalGeneration"),
-            lambda: {"input_features": noise(2, 8, 24), "decoder_input_ids": tokens(2, 12)},
-        )
-    )
-    found.append(
-        Architecture(
-            "ASTransformer",
-            "speech",
-            built("AST", "Model", max_length=24, patch_size=4, frequency_stride=4, time_stride=4),
-            lambda: {"input_values": noise(2, 24, 8)},
-        )
-    )
-    found.append(
-        Architecture(
-            "Speech2Text",
-            "speech",
-            built(
-                "Speech2Text",
-                "ForConditionalGeneration",
-                input_feat_per_channel=8,
-                conv_channels=16,
-                max_source_positions=64,
-            ),
-            lambda: {"input_features": noise(2, 24, 8), "decoder_input_ids": tokens(2, 6)},
-        )
-    )
-    return found
+    found += [
+        ("Whisper", built("Whisper", whole), partial(dict, heard, decoder_input_ids=tokens(2, 12))),
+        ("ASTransformer", built("AST", "Model", **spectrum), lambda: {"input_values": noise(2, 24, 8)}),
+        ("Speech2Text", built("Speech2Text", whole, **features), partial(dict, frames, decoder_input_ids=tokens(2, 6))),
+    ]
+    return [Architecture(name, "speech", make, batch) for name, make, batch in found]
 
 
 def diffusion() -> list[Architecture]:
-    def diffusers_model(kind: str, **arguments: Any) -> Callable[[], nn.Module]:
-        def make() -> nn.Module:
-            import diffusers
-
-            model: nn.Module = getattr(diffusers, kind)(**arguments)
-            return model
-
-        return make
-
-    def latents(**more: Any) -> Callable[[], dict[str, Any]]:
-        return lambda: {"timestep": torch.tensor([3, 3])} | {k: v() if callable(v) else v for k, v in more.items()}
-
-    unet = diffusers_model(
-        "UNet2DConditionModel", sample_size=8, in_channels=4, out_channels=4, layers_per_block=2,
-        block_out_channels=(32, 64), cross_attention_dim=16, norm_num_groups=8, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    states = {"encoder_hidden_states": lambda: noise(2, 7, 16)}
-    pixart = diffusers_model(
-        "PixArtTransformer2DModel", sample_size=8, in_channels=4, out_channels=8, num_layers=3, attention_head_dim=8,
-        num_attention_heads=4, cross_attention_dim=32, patch_size=2, caption_channels=16,
-        use_additional_conditions=False,
-    )  # fmt: skip
-    sd3 = diffusers_model(
-        "SD3Transformer2DModel", sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8,
-        num_attention_heads=4, joint_attention_dim=16, caption_projection_dim=32, pooled_projection_dim=16,
-        out_channels=4,
-    )  # fmt: skip
-    dit = diffusers_model(
-        "DiTTransformer2DModel", sample_size=8, in_channels=4, out_channels=8, num_layers=3, attention_head_dim=8,
-        num_attention_heads=4, num_embeds_ada_norm=10, patch_size=2,
-    )  # fmt: skip
-    flux = diffusers_model(
-        "FluxTransformer2DModel", patch_size=1, in_channels=4, num_layers=2, num_single_layers=3, attention_head_dim=8,
-        num_attention_heads=4, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-    sample = {"hidden_states": lambda: noise(2, 4, 8, 8)}
-    pooled = {"pooled_projections": lambda: noise(2, 16)}
-    rows = {
-        "hidden_states": lambda: noise(2, 16, 4),
-        "img_ids": lambda: torch.zeros(16, 3),
-        "txt_ids": lambda: torch.zeros(7, 3),
-        "timestep": lambda: torch.tensor([0.3, 0.3], dtype=torch.float64),
-    }
-    return [
-        Architecture("UNet2DCondition", "diffusion", unet, latents(sample=lambda: noise(2, 4, 8, 8), **states)),
-        Architecture(
-            "PixArt",
-            "diffusion",
-            pixart,
-            latents(**sample, **states, added_cond_kwargs={"resolution": None, "aspect_ratio": None}),
+    """diffusers' by class, with what it is made of and what it is given."""
+    states = {"encoder_hidden_states": noise(2, 7, 16)}
+    places = {"hidden_states": noise(2, 4, 8, 8)}
+    rows = {"hidden_states": noise(2, 16, 4)}
+    film = {"hidden_states": noise(2, 4, 2, 8, 8)}
+    steps = {"timestep": torch.tensor([3, 3])}
+    share = {"timestep": torch.tensor([0.3, 0.3], dtype=torch.float64)}
+    mask = {"encoder_attention_mask": torch.ones(2, 7)}
+    heads = {"num_attention_heads": 4, "attention_head_dim": 8}
+    wide = {"num_attention_heads": 3, "attention_head_dim": 16, "joint_attention_dim": 16}
+    four = {"in_channels": 4, "out_channels": 4}
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "UNet2DConditionModel": (
+            four | {
+                "sample_size": 8, "layers_per_block": 2, "block_out_channels": (32, 64), "cross_attention_dim": 16,
+                "norm_num_groups": 8, "attention_head_dim": 8,
+                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            },
+            steps | states | {"sample": noise(2, 4, 8, 8)},
         ),
-        Architecture("SD3", "diffusion", sd3, latents(**sample, **states, **pooled)),
-        Architecture("DiT", "diffusion", dit, latents(**sample, class_labels=torch.tensor([1, 2]))),
-        Architecture("Flux", "diffusion", flux, latents(**rows, **states, **pooled)),
+        "PixArtTransformer2DModel": (
+            heads | {"sample_size": 8, "in_channels": 4, "out_channels": 8, "num_layers": 3, "cross_attention_dim": 32,
+                     "patch_size": 2, "caption_channels": 16, "use_additional_conditions": False},
+            steps | places | states | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+        ),
+        "SD3Transformer2DModel": (
+            heads | four | {"sample_size": 8, "patch_size": 2, "num_layers": 3, "joint_attention_dim": 16,
+                            "caption_projection_dim": 32, "pooled_projection_dim": 16},
+            steps | places | states | {"pooled_projections": noise(2, 16)},
+        ),
+        "DiTTransformer2DModel": (
+            heads | {"sample_size": 8, "in_channels": 4, "out_channels": 8, "num_layers": 3, "num_embeds_ada_norm": 10,
+                     "patch_size": 2},
+            steps | places | {"class_labels": torch.tensor([1, 2])},
+        ),
+        "FluxTransformer2DModel": (
+            heads | {"patch_size": 1, "in_channels": 4, "num_layers": 2, "num_single_layers": 3,
+                     "joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (2, 2, 4)},
+            share | rows | states | {"pooled_projections": noise(2, 16), "img_ids": torch.zeros(16, 3),
+                                     "txt_ids": torch.zeros(7, 3)},
+        ),
+        "Flux2Transformer2DModel": (
+            wide | {"patch_size": 1, "in_channels": 4, "num_layers": 2, "num_single_layers": 3,
+                    "timestep_guidance_channels": 16, "axes_dims_rope": (4, 4, 4, 4)},
+            share | rows | states | {"img_ids": torch.zeros(16, 4), "txt_ids": torch.zeros(7, 4),
+                                     "guidance": share["timestep"]},
+        ),
+        "QwenImageTransformer2DModel": (
+            wide | {"in_channels": 16, "out_channels": 4, "num_layers": 3, "axes_dims_rope": (8, 4, 4)},
+            share | states | {"hidden_states": noise(2, 16, 16), "img_shapes": [[(1, 4, 4)]] * 2,
+                              "encoder_hidden_states_mask": torch.ones(2, 7).long()},
+        ),
+        "ZImageTransformer2DModel": (
+            {"in_channels": 4, "dim": 32, "n_layers": 3, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16,
+             "axes_dims": [8, 4, 4], "axes_lens": [64, 32, 32]},
+            {"x": [noise(4, 1, 8, 8)] * 2, "t": share["timestep"], "cap_feats": [noise(7, 16)] * 2},
+        ),
+        "WanTransformer3DModel": (
+            four | {"num_attention_heads": 4, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 48,
+                    "num_layers": 3, "rope_max_seq_len": 32},
+            steps | film | states,
+        ),
+        "LTXVideoTransformer3DModel": (
+            heads | four | {"cross_attention_dim": 32, "num_layers": 3, "caption_channels": 16},
+            steps | rows | states | mask | {"num_frames": 1, "height": 4, "width": 4},
+        ),
+        "HunyuanVideoTransformer3DModel": (
+            four | {"num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 2, "num_single_layers": 3,
+                    "text_embed_dim": 16, "pooled_projection_dim": 8, "rope_axes_dim": (2, 4, 4)},
+            steps | film | states | mask | {"pooled_projections": noise(2, 8), "guidance": share["timestep"]},
+        ),
+        "SanaTransformer2DModel": (
+            heads | four | {"num_layers": 3, "num_cross_attention_heads": 4, "cross_attention_head_dim": 8,
+                            "cross_attention_dim": 32, "caption_channels": 16, "sample_size": 8},
+            steps | places | states,
+        ),
+    }  # fmt: skip
+
+    def make(kind: str, sizes: dict[str, Any]) -> nn.Module:
+        import diffusers
+
+        model: nn.Module = getattr(diffusers, kind)(**sizes)
+        return model
+
+    return [
+        Architecture(
+            re.sub(r"(Transformer.D)?Model", "", kind), "diffusion", partial(make, kind, sizes), partial(dict, batch)
+        )
+        for kind, (sizes, batch) in found.items()
     ]
 
 
@@ -423,25 +427,19 @@ def image_models() -> list[Architecture]:
     if find_spec("timm") is None:
         return []
 
-    def make(name: str, **sizes: Any) -> Callable[[], nn.Module]:
-        def create() -> nn.Module:
-            import timm
+    def make(name: str, **sizes: Any) -> nn.Module:
+        import timm
 
-            model: nn.Module = timm.create_model(name, pretrained=False, num_classes=5, **sizes)
-            return model
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=5, img_size=16, patch_size=4, **sizes)
+        return model
 
-        return create
-
-    def batch() -> dict[str, Any]:
-        return {"x": noise(2, 3, 16, 16)}
-
-    vit = {"img_size": 16, "patch_size": 4, "embed_dim": WIDTH, "depth": BLOCKS, "num_heads": 4}
-    mixer = {"img_size": 16, "patch_size": 4, "embed_dim": WIDTH, "num_blocks": BLOCKS}
-    return [
-        Architecture("timm vit", "timm", make("vit_tiny_patch16_224", **vit), batch),
-        Architecture("timm deit3", "timm", make("deit3_small_patch16_224", **vit), batch),
-        Architecture("timm mixer", "timm", make("mixer_s16_224", **mixer), batch),
-    ]
+    vit = {"embed_dim": WIDTH, "depth": BLOCKS, "num_heads": 4}
+    made = {
+        "timm vit": partial(make, "vit_tiny_patch16_224", **vit),
+        "timm deit3": partial(make, "deit3_small_patch16_224", **vit),
+        "timm mixer": partial(make, "mixer_s16_224", embed_dim=WIDTH, num_blocks=BLOCKS),
+    }
+    return [Architecture(name, "timm", model, lambda: {"x": noise(2, 3, 16, 16)}) for name, model in made.items()]
 
 
 ARCHITECTURES = [
