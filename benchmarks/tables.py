@@ -133,7 +133,7 @@ def _beside_lora(lines: list[dict[str, Any]]) -> list[Comparison]:
     """The losses of the shortcuts alone, each in its family."""
     results, found = [line for line in lines if "spec" in line], []
     for family in (family for line in lines for family in line.get("compared", ())):
-        if family["figures"][0] == "loss":
+        if "loss" in family["figures"]:
             found += compared(results, family["tasks"], family["pairs"], "loss")
     own = {SHORTCUTS[0], *(f"{shortcut}-1" for shortcut in SHORTCUTS)}
     return [one for one in found if one.method in own and one.beside == BASELINE]
