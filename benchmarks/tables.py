@@ -105,9 +105,8 @@ def shortcuts_table(folder: Path) -> str:
     over = {found.method: found for found in over_tasks(summarize(small, read_step_times(folder)))}
     tests = compared(small, every_final_run(small), [(method, BASELINE) for method in SHORTCUTS], "loss")
     lines = [["", *(f"`{method}`" for method in SHORTCUTS)]]
-    shares = (
-        f"{100 * of.mean:+.1f} % ({100 * of.low:.1f} to {100 * of.high:.1f})" for of in map(over.get, SHORTCUTS) if of
-    )
+    own = (over[method] for method in SHORTCUTS)
+    shares = (f"{100 * one.mean:+.1f} % ({100 * one.low:.1f} to {100 * one.high:.1f})" for one in own)
     lines.append(["taken off the loss beside LoRA, as a share of what LoRA takes off: small models", *shares])
     lines += _counts("small models", tests)
     if path := newest("pretrained"):

@@ -26,7 +26,7 @@ from reslora_kernels.adapt.record import adapted_layers, record_of
 from reslora_kernels.peft import ResLoRAPeftConfig
 from reslora_kernels.testing import relative_error
 
-from .models import FAMILIES, Scrambled, llama, randomize, roberta, t5, train, unet
+from .models import FAMILIES, Scrambled, llama, needs_transformers_5, randomize, roberta, t5, train, unet
 
 SHORTCUTS = ("none", "input", "block", "middle")
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}  # the same algebra summed in another order
@@ -297,13 +297,13 @@ def test_hooks_of_a_swapped_layer_go_on_working() -> None:
     assert len(seen) == 2
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("door", ["native", "second", "peft"])
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_gemma_4_goes_on_with_the_last_tokens(shortcut: str, door: str) -> None:
     """Its layers that share keys see, in ``generate``, only the tokens to be predicted from: chains go on over that."""
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "Gemma4ForCausalLM"):
-        pytest.skip("this Transformers has no Gemma 4")
+    import transformers
+
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     kinds = ["sliding_attention", "full_attention"] * 2

@@ -278,9 +278,9 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     if record.config.stack_projections:
         groups = ([layers[name] for name in names] for names in record.same_input)
         record.groups += [SharedInput(group) for group in groups if all(layer.shares_projections for layer in group)]
-    for model_of_texts in (module for module in model.modules() if hasattr(module, _NARROWS)):
-        for layer in (module for module in model_of_texts.modules() if isinstance(module, AdapterLayer)):
-            layer.narrows = True
+    narrowing = [module for module in model.modules() if hasattr(module, _NARROWS)]
+    for layer in (inside for module in narrowing for inside in module.modules() if isinstance(inside, AdapterLayer)):
+        layer.narrows = True
     _open_passes(model)
     if layers:
         record.hooks.append(model.register_forward_pre_hook(Surroundings(record, layers)))
