@@ -126,7 +126,7 @@ class ForwardState:
         self._sweep = _Sweep()
         self._paused: _Sweep | None = None
         self._left = False  # whether a module around the chain has ended its forward since the latest call
-        self.reading: Any = None  # of a group: what ``layers.chain`` keeps of x
+        self.reading: Any = None  # of a group: what ``layers.chain`` keeps of x; of a head: whether it ran
 
     def copy(self) -> ForwardState:
         """The same state, to go on from without changing this one."""

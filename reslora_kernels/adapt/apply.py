@@ -110,8 +110,8 @@ def adapt(
     record.kept |= undefined(model)
     model.__dict__["_reslora"] = record
     guard(model)
-    build_chains(model, plans)
     trained_tokens.tie(model, record, adapted_layers(model))
+    build_chains(model, plans)
 
 
 def _refuse_layouts(targets: Mapping[str, nn.Module], plans: Sequence[ChainPlan], config: ResLoRAConfig) -> None:

@@ -25,7 +25,7 @@ from ..layers.shortcuts import hands_on
 from ..quantizers import keep_order
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
-from .obstacles import Surroundings
+from .obstacles import Surroundings, watch_head
 from .record import Record, adapted_layers, record_of
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
@@ -284,6 +284,7 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     _open_passes(model)
     if layers:
         record.hooks.append(model.register_forward_pre_hook(Surroundings(record, layers)))
+    watch_head(model, record, layers)
 
 
 def _open_passes(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """What keeps a layer from being adapted as it stands: an owner that reads its weight, or another library's hooks.
 
-And what others do to a model after it was adapted: blocks taken out, adapters taken off the device, ZeRO-3.
+And what others do to a model after it was adapted: blocks taken out, adapters taken off the device, ZeRO-3, losses
+that read the weight of its head.
 
 Owners that read the weight itself, past the module, are those of Mamba's dt_proj, of the projections of
 nn.MultiheadAttention and WavLM's attention, and, in its fused training path, of Mamba's out_proj. The owner's source
@@ -15,7 +16,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from torch import nn
 
 from ..config import ResLoRAConfig, matches, with_parents
 from ..dtensors import refuse_zero3
+from ..forward_state import Passes, scope_pass
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.offloading import is_hooked, offloader
 from ..layers.tensor_parallel import is_parallelized
+from .checkpoints import output_head
 from .record import Record
 
 _FACTS = ("dtype", "device", "shape", "ndim", "size", "dim", "requires_grad", "is_cuda")  # nothing of the values
@@ -245,3 +248,52 @@ def tell_zero3(layers: Mapping[str, AdapterLayer]) -> None:
             for own, parameter in other.adapter_parameters().items():
                 if own[-1] in kinds:
                     zero.register_external_parameter(layer, parameter)
+
+
+def watch_head(model: nn.Module, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
+    """See to it that forwards of ``model`` run its head, if an adapter or trained tokens have an effect there."""
+    head: Any = output_head(model)
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if head is None or name is None:
+        return
+    changes: list[Any] = [layers[name]] if name in layers else []
+    changes += [tied.layer for tied in record.tied if tied.layer.weight is head.weight]
+    changes += [rows for rows in record.tables.values() if rows.table.weight is head.weight]
+    if changes:
+        watch = HeadRuns(name, changes)
+        record.watches.append(watch)
+        record.hooks += [head.register_forward_hook(watch.ran), model.register_forward_hook(watch.ended)]
+        record.hooks += scope_pass(model, [watch])
+
+
+class HeadRuns:
+    """Hooks that meet a forward of the model in which its head has not run: a loss has read the head's weight.
+
+    TRL's trainers, Liger's and other fused losses do so, past all that a head has beside its weight.
+    """
+
+    def __init__(self, name: str, changes: Sequence[Any]) -> None:
+        self.name, self.changes = name, changes
+        self.passes, self.active = Passes(), True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the model runs, in this thread."""
+        return self.passes.current() is not None
+
+    def ran(self, *_: Any) -> None:
+        """The head has run, or its weight has been read with all that it has beside it."""
+        state = self.passes.current()
+        if state is not None:
+            state.reading = True
+
+    def ended(self, model: nn.Module, args: Any, output: Any) -> None:
+        state = self.passes.current()
+        if state is None or state.owner is not model or state.reading:
+            return
+        if any(not (change.merged or change.disabled) for change in self.changes):
+            raise RuntimeError(
+                f"the forward of {type(model).__name__} has not run {self.name!r}, which has an adapter or trained "
+                "tokens: its loss reads the weight alone (TRL's trainers and Liger's kernels do). Train the head whole "
+                "(modules_to_save), leave it as it is, or take a loss that runs it"
+            )

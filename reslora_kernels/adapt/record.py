@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..checks import check_module
 from ..config import ResLoRAConfig
@@ -36,10 +35,11 @@ class Record:
     kept: set[str] = field(default_factory=set)  # other parameters that are saved though frozen: the base lacks them
     tables: dict[str, Any] = field(default_factory=dict)  # embeddings of which some rows train whole, by name
     tied: list[Any] = field(default_factory=list)  # what gives heads the adapters of embeddings, as chains are active
+    watches: list[Any] = field(default_factory=list)  # what sees to it that a head runs, as chains are active
     spread: str = ""  # why the adapters here are not those that were trained, while they are not
     restarts: int = 0  # how often restart_reslora has changed the weights for good
     merged: Any = None  # what merge_reslora did, while it is in force
-    hooks: list[RemovableHandle] = field(default_factory=list)  # those that open the chains' forward passes
+    hooks: list[Any] = field(default_factory=list)  # handles of those that open the chains' forward passes, and others
     others: dict[str, SetAside] = field(default_factory=dict)  # the model's other adapters
     together: tuple[str, ...] = ()  # which of those are in force beside this one
     layers: dict[str, AdapterLayer] | None = None  # those beside linear layers (PEFT); None: those in their places
@@ -48,7 +48,7 @@ class Record:
         """Let the hooks of this adapter open forward passes, or not."""
         for chain in self.chains:
             chain.active = active
-        for part in (*self.groups, *self.tied):
+        for part in (*self.groups, *self.tied, *self.watches):
             part.active = active
 
 

@@ -1,15 +1,16 @@
 """Embeddings whose weight a head shares: rows that train whole (``trainable_token_indices``), and tied adapters.
 
 The table stays frozen and as it is. Its trained rows are a parameter ``trained_tokens`` [n, N] of the embedding, which
-a forward hook puts in the place of what was looked up; a head on the same table gets the difference to its logits. As
-in PEFT the rows are values, not differences, so that an adapter fits a model whose new rows started at random.
+a forward hook puts in the place of what was looked up; a head on the same table gets the difference to its logits, or
+to its weight where a fused loss reads that. As in PEFT the rows are values, not differences, so that an adapter fits a
+model whose new rows started at random.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..config import ResLoRAConfig, matches, with_parents
 from ..layers.embedding import ResLoRAEmbedding, scaled
 from ..layers.kinds import is_linear, kind_of
 from ..layers.linear import ResLoRALinear
+from .obstacles import HeadRuns
 from .record import TOKENS, Record
 
 
@@ -105,7 +107,7 @@ def attach(model: nn.Module, record: Record, found: Mapping[str, Sequence[int]],
         if isinstance(table, nn.Embedding):
             record.hooks.append(table.register_forward_hook(swap.looked_up, with_kwargs=True))
         for head in tied_heads(model, table).values():
-            record.hooks.append(head.register_forward_hook(swap.projected, with_kwargs=True))
+            record.hooks += [head.register_forward_hook(swap.projected, with_kwargs=True), ReadHead.stand_in(head)]
 
 
 def _shares(one: Any, other: Any) -> bool:
@@ -148,9 +150,8 @@ def tie(model: nn.Module, record: Record, layers: Mapping[str, Any]) -> None:
         if isinstance(layer, ResLoRAEmbedding):
             tied = TiedHead(layer)
             record.tied.append(tied)
-            record.hooks += [
-                head.register_forward_hook(tied, with_kwargs=True) for head in tied_heads(model, layer).values()
-            ]
+            for head in tied_heads(model, layer).values():
+                record.hooks += [head.register_forward_hook(tied, with_kwargs=True), ReadHead.stand_in(head)]
 
 
 def heads_with_adapters(root: nn.Module, record: Record, layers: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -161,12 +162,61 @@ def heads_with_adapters(root: nn.Module, record: Record, layers: Mapping[str, An
     return {name: list(tied_heads(root, layer)) for name, layer in tables.items()}
 
 
+class ReadHead(nn.Linear):
+    """A head with such hooks, of which the weight can be read in the place of a run: fused losses do so."""
+
+    @staticmethod
+    def stand_in(head: nn.Module) -> _StandsIn:
+        """Let a plain linear head be one, until the handle is removed; any other is refused when it has not run."""
+        if type(head) is nn.Linear:
+            head.__class__ = ReadHead
+        return _StandsIn(head)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, cast(Tensor, self._parameters["weight"]), self.bias)
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """The frozen weight [N, K]; while the model runs, with what the hooks would add to its product."""
+        parts = [getattr(hook, "__self__", hook) for hook in self._forward_hooks.values()]
+        watches = [part for part in parts if isinstance(part, HeadRuns) and part.is_open]
+        frozen = cast(Tensor, self._parameters["weight"])
+        found: Tensor | None = frozen
+        for part in parts if watches else ():
+            if isinstance(part, (TiedHead, _Rows)):
+                found = None if found is None else part.in_weight(found)
+        for watch in watches if found is not None else ():
+            watch.ran()
+        return frozen if found is None else found
+
+
+class _StandsIn:
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+
+    def remove(self) -> None:
+        if type(self.head) is ReadHead:
+            cast(Any, self.head).__class__ = nn.Linear
+
+
 class TiedHead:
     """Forward hook of a head on an adapted embedding's weight: y + s (D(x) B) A, of the W + s (B A)ᵀ of both."""
 
     def __init__(self, layer: ResLoRAEmbedding) -> None:
         self.layer = layer
         self.active = True  # False while another adapter is in force
+
+    def in_weight(self, weight: Tensor) -> Tensor | None:
+        """W + s (B A)ᵀ [N, K]; None where dropout is between the input and B."""
+        layer = self.layer
+        if not self.active or layer.merged or layer.disabled:
+            return weight
+        if layer.training and layer.config.lora_dropout > 0:
+            return None
+        call = layer._call(())
+        for a, b in zip(call.a_stack, call.b_stack, strict=True):
+            weight = torch.add(weight, (b @ a).T.to(weight.dtype), alpha=layer.scaling)
+        return weight
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
         layer = self.layer
@@ -191,10 +241,15 @@ class _Rows:
         self._index: Tensor | None = None
 
     @property
+    def frozen(self) -> Tensor:
+        """The table [N, K], which may be a ``ReadHead``."""
+        return cast(Tensor, self.table._parameters["weight"])
+
+    @property
     def index(self) -> Tensor:
         """The tokens, on the table's device."""
-        if self._index is None or self._index.device != self.table.weight.device:
-            self._index = torch.tensor(self.indices, device=self.table.weight.device)
+        if self._index is None or self._index.device != self.frozen.device:
+            self._index = torch.tensor(self.indices, device=self.frozen.device)
         return self._index
 
     def looked_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
@@ -209,20 +264,26 @@ class _Rows:
         """The logits of a head on the same table."""
         if self.merged or self.disabled:
             return None
-        change = self.table.trained_tokens.to(y.dtype) - self.table.weight[self.index].to(y.dtype)
+        change = self.table.trained_tokens.to(y.dtype) - self.frozen[self.index].to(y.dtype)
         return y.index_add(-1, self.index, F.linear(_first(args, kwargs).to(y.dtype), change))
+
+    def in_weight(self, weight: Tensor) -> Tensor:
+        """The table [N, K] with the trained rows."""
+        if self.merged or self.disabled:
+            return weight
+        return weight.index_copy(0, self.index, self.table.trained_tokens.to(weight.dtype))
 
     @torch.no_grad()
     def merge(self, keep_original: bool) -> None:
         """Write the rows to the table, which a head that shares it reads too."""
-        self.original = self.table.weight[self.index].to("cpu", copy=True) if keep_original else None
-        self.table.weight[self.index] = self.table.trained_tokens.to(self.table.weight.dtype)
+        self.original = self.frozen[self.index].to("cpu", copy=True) if keep_original else None
+        self.frozen[self.index] = self.table.trained_tokens.to(self.frozen.dtype)
         self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         assert self.original is not None
-        self.table.weight[self.index] = self.original.to(self.table.weight.device)
+        self.frozen[self.index] = self.original.to(self.frozen.device)
         self.original, self.merged = None, False
 
     def remove(self) -> None:
