@@ -23,6 +23,7 @@ from ..layers.checkpointing import CarryThroughCheckpoints
 from ..layers.kinds import config_of, is_linear, kind_of, link, signature_of
 from ..layers.shortcuts import hands_on
 from ..quantizers import keep_order
+from .checkpoints import output_head
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
 from .obstacles import Surroundings, watch_head
@@ -284,7 +285,7 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     _open_passes(model)
     if layers:
         record.hooks.append(model.register_forward_pre_hook(Surroundings(record, layers)))
-    watch_head(model, record, layers)
+    watch_head(model, output_head(model), record, layers)
 
 
 def _open_passes(model: nn.Module) -> None:

@@ -29,7 +29,6 @@ from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.offloading import is_hooked, offloader
 from ..layers.tensor_parallel import is_parallelized
-from .checkpoints import output_head
 from .record import Record
 
 _FACTS = ("dtype", "device", "shape", "ndim", "size", "dim", "requires_grad", "is_cuda")  # nothing of the values
@@ -250,9 +249,8 @@ def tell_zero3(layers: Mapping[str, AdapterLayer]) -> None:
                     zero.register_external_parameter(layer, parameter)
 
 
-def watch_head(model: nn.Module, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
-    """See to it that forwards of ``model`` run its head, if an adapter or trained tokens have an effect there."""
-    head: Any = output_head(model)
+def watch_head(model: nn.Module, head: Any, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
+    """See to it that forwards of ``model`` run its ``head``, if an adapter or trained tokens have an effect there."""
     name = next((name for name, module in model.named_modules() if module is head), None)
     if head is None or name is None:
         return
