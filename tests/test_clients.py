@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,9 +18,7 @@ from reslora_kernels import (
     export_peft,
     load_adapter,
     merge_reslora,
-    unload,
 )
-from reslora_kernels.peft import ResLoRAPeftConfig
 from reslora_kernels.training import AdapterCheckpoints
 
 from .conftest import PROSE, make_tokenizer
@@ -79,71 +77,6 @@ def test_trl_sft_trains_and_resumes(tmp_path: Path) -> None:
         trained(load_adapter(language_model(), tmp_path / "straight" / "checkpoint-4")), trained(straight.model)
     )
     assert (tmp_path / "straight" / "checkpoint-4" / "tokenizer.json").is_file()
-
-
-def with_head(tied: bool, **changes: Any) -> Any:
-    model = language_model()
-    model.config.tie_word_embeddings = tied
-    model.tie_weights()
-    return adapted(model.eval(), CONFIG.replace(shortcut="none", **changes))
-
-
-def fused(model: Any) -> Any:
-    """``model`` with the loss of TRL's trainers, which reads the weight of the head."""
-    utils = pytest.importorskip("trl.trainer.utils")
-    if not hasattr(utils, "add_fused_lm_head"):
-        pytest.skip("this TRL runs the head")
-    utils.add_fused_lm_head(model)
-    return model
-
-
-class TestFusedHeads:
-    IDS = torch.tensor([[4, 5, 6, 7, 4, 8]])
-
-    @pytest.mark.parametrize(
-        ("tied", "changes"),
-        [
-            (True, {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
-            (True, {"trainable_token_indices": [4, 7]}),
-            (False, {"trainable_token_indices": {"lm_head": [4, 7]}}),
-        ],
-    )
-    def test_trained_tokens_and_tied_adapters_have_their_say(self, tied: bool, changes: dict[str, Any]) -> None:
-        model = randomize(with_head(tied, **changes))
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        loss = model(self.IDS, labels=self.IDS).loss
-        expected = torch.autograd.grad(loss, parameters)
-        per_token = fused(model)(self.IDS, labels=self.IDS, fused_lm_head=True).log_probs
-        torch.testing.assert_close(-per_token.sum() / 5, loss)
-        found = torch.autograd.grad(-per_token.sum() / 5, parameters)
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-        assert type(unload(model).lm_head) is nn.Linear
-
-    @pytest.mark.parametrize(
-        ("tied", "changes"),
-        [
-            (False, {"target_modules": ["q_proj", "lm_head"]}),
-            (True, {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True, "lora_dropout": 0.1}),
-        ],
-    )
-    def test_what_it_cannot_read_is_refused(self, tied: bool, changes: dict[str, Any]) -> None:
-        model = fused(randomize(with_head(tied, **changes))).train()
-        with pytest.raises(RuntimeError, match=r"has not run 'lm_head'.*TRL"):
-            model(self.IDS, labels=self.IDS, fused_lm_head=True)
-        model.eval()
-        with disable_adapter(model):
-            model(self.IDS, labels=self.IDS, fused_lm_head=True)
-        loss = model(self.IDS, labels=self.IDS).loss
-        merge_reslora(model)
-        per_token = model(self.IDS, labels=self.IDS, fused_lm_head=True).log_probs
-        torch.testing.assert_close(-per_token.sum() / 5, loss)
-
-    def test_under_peft(self) -> None:
-        config = ResLoRAPeftConfig(r=2, target_modules=["q_proj", "lm_head"])
-        model = get_peft_model(language_model(), config)
-        fused(model.base_model.model)
-        with pytest.raises(RuntimeError, match=r"has not run 'lm_head'"):
-            model(self.IDS, labels=self.IDS, fused_lm_head=True)
 
 
 @pytest.mark.slow
@@ -276,6 +209,27 @@ def far(some: list[Tensor], others: list[Tensor]) -> list[float]:
     return [float((a - b).abs().max()) for a, b in zip(some, others, strict=True)]
 
 
+def video_model() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=24, num_layers=2, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def denoised(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 8, 8) if "Wan" in type(model).__name__ else (8, 8)
+    width = model.config.get("cross_attention_dim", 16)
+    image = torch.randn(1, model.config.in_channels, *sizes, generator=generator, dtype=torch.float64)
+    text = torch.randn(1, 5, width, generator=generator, dtype=torch.float64)
+    sample: Tensor = model(image, timestep=torch.tensor([3]), encoder_hidden_states=text).sample
+    return sample
+
+
 class TestDiffusers:
     @pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["LoRA", "DoRA"])
     def test_pipeline_loads_all_its_parts(self, dora: bool, tmp_path: Path) -> None:
@@ -327,6 +281,28 @@ class TestDiffusers:
         export_peft(randomize(model), tmp_path, layout="diffusers")
         again.load_lora_adapter(str(tmp_path), weight_name=LORA_NAME)
         assert float((run(again) - run(model)).abs().max()) < 1e-5 < float((run(make()) - run(model)).abs().max())
+
+    @pytest.mark.parametrize("make", [unet, video_model])
+    def test_fused_projections(self, make: Callable[[], Any]) -> None:
+        """Fused, a layer beside to_q, to_k and to_v runs, with the weights of then."""
+        config = ResLoRAConfig(r=3, shortcut="block", target_modules=["to_q", "to_v"])
+        model = randomize(apply_reslora(make().double(), config))
+        expected = denoised(model)
+        model.fuse_qkv_projections()
+        for refused in (denoised, merge_reslora):
+            with pytest.raises(ValueError, match=r"to_[qv]' does not run: .*fuse_qkv_projections.*'to_k?qk?v'"):
+                refused(model)
+        fused = make().double()
+        fused.fuse_qkv_projections()
+        with disable_adapter(model), torch.no_grad():
+            torch.testing.assert_close(denoised(model), denoised(fused))
+        with pytest.raises(ValueError, match=r"does not run: .*fuse_qkv_projections"):
+            apply_reslora(fused, config)
+        model.unfuse_qkv_projections()
+        torch.testing.assert_close(denoised(model), expected)
+        merge_reslora(model)
+        model.fuse_qkv_projections()
+        torch.testing.assert_close(denoised(model), expected, rtol=1e-5, atol=1e-7)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -1,4 +1,4 @@
-"""Transformers' Trainer with ResLoRACallback and AdapterCheckpoints: resume, files, evaluation; sharding's refusals."""
+"""Transformers' Trainer with ResLoRACallback and AdapterCheckpoints; losses that read a head; sharding's refusals."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,8 +24,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from reslora_kernels import ResLoRAConfig, apply_reslora, collect_statistics, load_adapter, merge_reslora, shard_reslora
+from reslora_kernels import (
+    ResLoRAConfig,
+    apply_reslora,
+    collect_statistics,
+    disable_adapter,
+    load_adapter,
+    merge_reslora,
+    shard_reslora,
+    unload,
+)
 from reslora_kernels.adapt.record import adapted_layers, record_of
+from reslora_kernels.peft import ResLoRAPeftConfig
 from reslora_kernels.reference import chain_forward
 from reslora_kernels.testing import relative_error
 from reslora_kernels.training import STATISTICS_NAME, AdapterCheckpoints, ResLoRACallback
@@ -251,6 +262,72 @@ def test_it_writes_what_the_trainer_writes(tmp_path: Path) -> None:
         plain, adapters = files(tmp_path / "Trainer" / folder), files(tmp_path / "ResLoRATrainer" / folder)
         assert plain >= WEIGHTS and {"tokenizer.json", "training_args.bin"} <= plain
         assert adapters == plain - WEIGHTS | ADAPTER
+
+
+def with_head(tied: bool, **changes: Any) -> Any:
+    model = llama()
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    return apply_reslora(model, ResLoRAConfig(**{"r": 2, "target_modules": ["q_proj"], **changes}))
+
+
+def fused(model: Any) -> Any:
+    """``model`` with the loss of TRL's trainers, which reads the weight of the head."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("this TRL runs the head")
+    utils.add_fused_lm_head(model)
+    return model
+
+
+class TestFusedHeads:
+    IDS = torch.tensor([[4, 5, 6, 7, 4, 8]])
+
+    @pytest.mark.parametrize(
+        ("tied", "changes"),
+        [
+            (True, {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+            (True, {"trainable_token_indices": [4, 7]}),
+            (False, {"trainable_token_indices": {"lm_head": [4, 7]}}),
+        ],
+    )
+    def test_trained_tokens_and_tied_adapters_have_their_say(self, tied: bool, changes: dict[str, Any]) -> None:
+        model = randomize(with_head(tied, **changes))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        loss = model(self.IDS, labels=self.IDS).loss
+        expected = torch.autograd.grad(loss, parameters)
+        per_token = fused(model)(self.IDS, labels=self.IDS, fused_lm_head=True).log_probs
+        torch.testing.assert_close(-per_token.sum() / 5, loss)
+        found = torch.autograd.grad(-per_token.sum() / 5, parameters)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        assert type(unload(model).lm_head) is nn.Linear
+
+    @pytest.mark.parametrize(
+        ("tied", "changes"),
+        [
+            (False, {"target_modules": ["q_proj", "lm_head"]}),
+            (True, {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True, "lora_dropout": 0.1}),
+        ],
+    )
+    def test_what_it_cannot_read_is_refused(self, tied: bool, changes: dict[str, Any]) -> None:
+        model = fused(randomize(with_head(tied, **changes))).train()
+        with pytest.raises(RuntimeError, match=r"has not run 'lm_head'.*TRL"):
+            model(self.IDS, labels=self.IDS, fused_lm_head=True)
+        model.eval()
+        with disable_adapter(model):
+            model(self.IDS, labels=self.IDS, fused_lm_head=True)
+        loss = model(self.IDS, labels=self.IDS).loss
+        merge_reslora(model)
+        per_token = model(self.IDS, labels=self.IDS, fused_lm_head=True).log_probs
+        torch.testing.assert_close(-per_token.sum() / 5, loss)
+
+    def test_under_peft(self) -> None:
+        config = ResLoRAPeftConfig(r=2, target_modules=["q_proj", "lm_head"])
+        model = get_peft_model(llama(), config)
+        fused(model.base_model.model)
+        with pytest.raises(RuntimeError, match=r"has not run 'lm_head'"):
+            model(self.IDS, labels=self.IDS, fused_lm_head=True)
 
 
 QUANTIZED = {

@@ -284,7 +284,7 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
         layer.narrows = True
     _open_passes(model)
     if layers:
-        record.hooks.append(model.register_forward_pre_hook(Surroundings(record, layers)))
+        record.hooks.append(model.register_forward_pre_hook(Surroundings(model, record, layers)))
     watch_head(model, output_head(model), record, layers)
 
 

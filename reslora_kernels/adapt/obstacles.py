@@ -1,7 +1,7 @@
 """What keeps a layer from being adapted as it stands: an owner that reads its weight, or another library's hooks.
 
 And what others do to a model after it was adapted: blocks taken out, adapters taken off the device, ZeRO-3, losses
-that read the weight of its head.
+that read the weight of its head, projections fused.
 
 Owners that read the weight itself, past the module, are those of Mamba's dt_proj, of the projections of
 nn.MultiheadAttention and WavLM's attention, and, in its fused training path, of Mamba's out_proj. The owner's source
@@ -32,6 +32,12 @@ from ..layers.tensor_parallel import is_parallelized
 from .record import Record
 
 _FACTS = ("dtype", "device", "shape", "ndim", "size", "dim", "requires_grad", "is_cuda")  # nothing of the values
+_JOINTS = {  # what diffusers' attention runs when it is fused, and in whose place
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
 _CHECKS = ("isinstance", "hasattr", "getattr", "type")
 
 
@@ -126,12 +132,46 @@ def _faults(model: nn.Module, targets: Mapping[str, nn.Module], config: ResLoRAC
                 "starts from the old value: keep it on a device in device_map"
             )
     for name, linear in targets.items():
+        if fault := _fused(model, name):
+            yield fault
         if isinstance(linear, nn.Module) and _is_replaced(linear):
             yield (
                 f"the forward of {name!r} is replaced on the instance by {_whose(linear)}, which an adapter would "
                 "lose: call apply_reslora first and replace it afterwards. For diffusers' layerwise casting that is "
                 "enable_layerwise_casting(skip_modules_classes=(ResLoRALinear,)): adapters are not held in 8 bits"
             )
+
+
+def refuse_fused(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """ValueError, which names it, if diffusers runs another layer in the place of one of ``layers``."""
+    for fault in filter(None, (_fused(model, name) for name, layer in layers.items() if not _has_no_say(layer))):
+        raise ValueError(fault)
+
+
+def _fused(model: nn.Module, name: str) -> str | None:
+    """What is wrong if diffusers has fused a layer's weight with its neighbours' (``fuse_qkv_projections``)."""
+    path, _, child = name.rpartition(".")
+    owner = _at(model, path)
+    if owner is None or not _is_fused(owner):
+        return None
+    joint = next((joint for joint, parts in _JOINTS.items() if joint in owner._modules and child in parts), None)
+    if joint is None:
+        return None
+    return (
+        f"{name!r} does not run: diffusers' fuse_qkv_projections has put {joint!r} in its place, with the weights of "
+        "then. Call unfuse_qkv_projections() first; a merged model can be fused"
+    )
+
+
+def _is_fused(owner: nn.Module) -> bool:
+    """Of some classes a processor decides, whatever the mark says after ``unfuse_qkv_projections``."""
+    marked = vars(owner).get("fused_projections", False)
+    processor = type(getattr(owner, "processor", None)).__name__ if marked else ""
+    return marked and (hasattr(owner, "unfuse_projections") or processor.startswith("Fused"))
+
+
+def _has_no_say(layer: Any) -> bool:
+    return bool(layer.merged or layer.disabled)
 
 
 def _is_trained(name: str, module: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Module]) -> bool:
@@ -161,11 +201,13 @@ def _whose(linear: nn.Module) -> str:
 class Surroundings:
     """Forward pre-hook of an adapted model: meets what others have done to it after it was adapted."""
 
-    def __init__(self, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
+    def __init__(self, model: nn.Module, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
         self.record, self.layers = record, layers
         self.first = next(iter(layers.values()))
         self.told: object = None  # the parameter under whose ds_id ZeRO-3 was told who reads what
         self.ends = _ends(record, layers)
+        owners = (_at(model, name.rpartition(".")[0]) for name in layers)
+        self.fusible = [owner for owner in dict.fromkeys(owners) if hasattr(owner, "fuse_projections")]
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -173,6 +215,8 @@ class Surroundings:
         for chain, name, layer in self.ends:
             if chain.active and self.record.layers is None and not _holds(_at(model, name), layer):
                 _refuse_gone(model, chain, name, layer)
+        if any(_is_fused(owner) for owner in self.fusible) and self.record.chains[0].active:
+            refuse_fused(model, self.layers)
         a = self.first.lora_A
         if a.is_meta and a.requires_grad and torch.is_grad_enabled() and offloader(self.first) is not None:
             raise ValueError(
@@ -207,7 +251,7 @@ def _ends(record: Record, layers: Mapping[str, AdapterLayer]) -> list[tuple[Chai
 
 def _at(model: nn.Module, name: str) -> nn.Module | None:
     module: nn.Module | None = model
-    for part in name.split("."):
+    for part in name.split(".") if name else ():
         module = None if module is None else module._modules.get(part)
     return module
 
@@ -289,7 +333,7 @@ class HeadRuns:
         state = self.passes.current()
         if state is None or state.owner is not model or state.reading:
             return
-        if any(not (change.merged or change.disabled) for change in self.changes):
+        if not all(_has_no_say(change) for change in self.changes):
             raise RuntimeError(
                 f"the forward of {type(model).__name__} has not run {self.name!r}, which has an adapter or trained "
                 "tokens: its loss reads the weight alone (TRL's trainers and Liger's kernels do). Train the head whole "

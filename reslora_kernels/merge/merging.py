@@ -13,6 +13,7 @@ from ..adapt.apply import replace_modules
 from ..adapt.checkpoints import release
 from ..adapt.coverage import table
 from ..adapt.execution import call_with, undisturbed
+from ..adapt.obstacles import refuse_fused
 from ..adapt.record import (
     Record,
     complete_layers,
@@ -121,8 +122,8 @@ def merge_reslora(
 
     Raises:
         TypeError, ValueError: an argument is not as above, data is missing, an update holds NaN or Inf, a weight is
-            shared with another module or quantised, or the model is sharded over processes; or several adapters are in
-            force of which one hands on. The model is unchanged then.
+            shared with another module, quantised or fused with others, or the model is sharded over processes; or
+            several adapters are in force of which one hands on. The model is unchanged then.
     """
     adapters = in_force(model)
     layers = _places(adapters)
@@ -143,6 +144,7 @@ def merge_reslora(
             f"layer {grouped!r} has groups={layers[grouped].kernel_groups} and an A that sees all channels: "
             "no weight in groups can hold its update. export_peft(model, path) keeps the adapter apart"
         )
+    refuse_fused(root_of(model), layers)
     updates = compute_updates(
         model, method,
         statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
