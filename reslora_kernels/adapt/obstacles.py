@@ -206,8 +206,8 @@ class Surroundings:
         self.first = next(iter(layers.values()))
         self.told: object = None  # the parameter under whose ds_id ZeRO-3 was told who reads what
         self.ends = _ends(record, layers)
-        owners = (_at(model, name.rpartition(".")[0]) for name in layers)
-        self.fusible = [owner for owner in dict.fromkeys(owners) if hasattr(owner, "fuse_projections")]
+        owners = dict.fromkeys(_at(model, name.rpartition(".")[0]) for name in layers)
+        self.fusible = [owner for owner in owners if owner is not None and hasattr(owner, "fuse_projections")]
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
