@@ -9,7 +9,8 @@ import copy
 import dataclasses
 import math
 import warnings
-from types import SimpleNamespace
+from collections.abc import Callable
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -315,13 +316,28 @@ class Reader(nn.Module):
         return x @ self.read.weight
 
 
-def test_layer_whose_weight_is_only_read() -> None:
-    model = apply_reslora(nn.Sequential(Reader()), ResLoRAConfig(), example_inputs=(X,))
-    assert inspect(model).unmatched == (("0.read", "Reader reads its weight and never runs it"),)
+class Runner(Reader):
+    """Runs all three, unless another library has put a forward of its own on the instance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.asked(self.read(self.run(x)))
+
+
+def patched() -> nn.Module:
+    module: Any = Runner()
+    module.forward = MethodType(Reader.forward, module)
+    return module  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [Reader, patched])
+def test_layer_whose_weight_is_only_read(make: Callable[[], nn.Module]) -> None:
+    model = apply_reslora(nn.Sequential(make()), ResLoRAConfig(), example_inputs=(X,))
+    kind = type(model[0]).__name__
+    assert inspect(model).unmatched == (("0.read", f"{kind} reads its weight and never runs it"),)
     with pytest.warns(
-        UserWarning, match="'0.read', but an adapter there has no effect: Reader reads its weight"
+        UserWarning, match=f"'0.read', but an adapter there has no effect: {kind} reads its weight"
     ) as caught:
-        apply_reslora(nn.Sequential(Reader()), ResLoRAConfig(target_modules=["read"]), example_inputs=(X,))
+        apply_reslora(nn.Sequential(make()), ResLoRAConfig(target_modules=["read"]), example_inputs=(X,))
     assert caught[0].filename == __file__
 
 

@@ -49,21 +49,25 @@ def read_past(owner: nn.Module, child: str) -> str | None:
     if isinstance(owner, nn.TransformerEncoderLayer):
         return None  # its fused path, which would, is switched off for an adapted layer
     kind: Any = type(owner)
-    read, called, branched = _uses(kind)
+    read, called, branched = _uses(kind, getattr(vars(owner).get("forward"), "__func__", None))
     if child not in read:
         return None
     return "also" if child in called else "instead" if child in branched else "only"
 
 
 @functools.cache
-def _uses(kind: Any) -> tuple[set[str], set[str], set[str]]:
-    """What ``kind``, a class of modules, reads the weight of in its forward; what it runs there; what in branches."""
+def _uses(kind: Any, forward: Any = None) -> tuple[set[str], set[str], set[str]]:
+    """What ``kind``, a class of modules, reads the weight of in its forward; what it runs there; what in branches.
+
+    ``forward`` is what another library has put on the instance in the place of the class's.
+    """
     read: set[str] = set()
     called: set[str] = set()
     branched: set[str] = set()
     waiting, seen = ["forward"], {"forward"}
     while waiting:
-        tree = _source(kind, waiting.pop())
+        method = waiting.pop()
+        tree = _source(forward if method == "forward" and forward is not None else getattr(kind, method))
         for node, parent, in_branch in _nodes(tree) if tree is not None else ():
             name = _of_self(node)
             if name is not None and name not in seen and inspect.isfunction(getattr(kind, name, None)):
@@ -76,9 +80,9 @@ def _uses(kind: Any) -> tuple[set[str], set[str], set[str]]:
     return read, called, branched
 
 
-def _source(kind: Any, method: str) -> ast.AST | None:
+def _source(method: Any) -> ast.AST | None:
     """The syntax tree of a method; None where there is no source."""
-    function = inspect.unwrap(getattr(kind, method))
+    function = inspect.unwrap(method)
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
