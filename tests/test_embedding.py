@@ -31,7 +31,7 @@ from reslora_kernels.peft import ResLoRAPeftConfig, from_native, to_native
 from reslora_kernels.reference import chain_forward
 from reslora_kernels.testing import relative_error
 
-from .models import VOCABULARY, llama
+from .models import VOCABULARY, llama, t5
 
 IDS = torch.arange(24).reshape(2, 12) % VOCABULARY
 
@@ -66,14 +66,18 @@ MODELS: dict[str, tuple[Any, str]] = {
 }
 
 
+def run(model: Any) -> Tensor:
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    return model(input_ids=IDS, **more).logits  # type: ignore[no-any-return]
+
+
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=IDS).logits
-    return found
+        return run(model)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    output = model(input_ids=IDS).logits
+    output = run(model)
     (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
     return {
         name.removeprefix("base_model.model.")
@@ -234,13 +238,13 @@ def test_positions_that_are_no_lookup_of_the_ids_are_refused() -> None:
         apply_reslora(OPTForCausalLM(config), ResLoRAConfig(target_modules=["embed_positions"]))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "t5, with three embeddings of one weight"])
 class TestTrainedTokens:
-    """``trainable_token_indices``: rows of the table that train whole, in a head on the same table too."""
+    """``trainable_token_indices``: rows of the table that train whole, in all embeddings and heads on one table."""
 
     def test_equal_to_peft_in_values_gradients_and_files(self, model: str, tmp_path: Path) -> None:
-        make, name = MODELS[model]
-        config = LoraConfig(r=4, target_modules=["c_fc", "q_proj"], trainable_token_indices={name: [3, 20, 7]})
+        make, name = MODELS.get(model, (t5, "shared"))
+        config = LoraConfig(r=4, target_modules=["c_fc", "q_proj", "q"], trainable_token_indices={name: [3, 20, 7]})
         theirs = shifted(disturbed(get_peft_model(make(), config)))
         theirs.save_pretrained(tmp_path / "theirs")
         ours = load_peft_adapter(make(), tmp_path / "theirs")
@@ -254,8 +258,8 @@ class TestTrainedTokens:
         assert relative_error(logits(again), logits(theirs)) < 1e-5
 
     def test_saves_merges_and_unloads(self, model: str, tmp_path: Path) -> None:
-        make, _ = MODELS[model]
-        config = ResLoRAConfig(r=4, target_modules=["c_fc", "q_proj"], trainable_token_indices=[3, 20])
+        make, _ = MODELS.get(model, (t5, "shared"))
+        config = ResLoRAConfig(r=4, target_modules=["c_fc", "q_proj", "q"], trainable_token_indices=[3, 20])
         ours = apply_reslora(make(), config)
         trained = {name.rpartition(".")[2]: p for name, p in ours.named_parameters() if p.requires_grad}
         assert trained.keys() == {"lora_A", "lora_B", "trained_tokens"}
@@ -279,8 +283,8 @@ class TestTrainedTokens:
         assert ours.state_dict().keys() == make().state_dict().keys()
 
     def test_as_a_method_of_peft(self, model: str, tmp_path: Path) -> None:
-        make, name = MODELS[model]
-        config = ResLoRAPeftConfig(r=4, target_modules=["c_fc", "q_proj"], trainable_token_indices={name: [3, 20]})
+        make, name = MODELS.get(model, (t5, "shared"))
+        config = ResLoRAPeftConfig(r=4, target_modules=["c_fc", "q_proj", "q"], trainable_token_indices={name: [3, 20]})
         ours = shifted(disturbed(get_peft_model(make(), config)))
         ours.save_pretrained(tmp_path / "peft")
         to_native(tmp_path / "peft", tmp_path / "native")
@@ -337,11 +341,9 @@ def test_a_head_with_a_weight_of_its_own(tmp_path: Path) -> None:
         ({"trainable_token_indices": {"no_such": [1]}}, ValueError, "'no_such' is no embedding and no linear head"),
         ({"trainable_token_indices": [1], "target_modules": ["wte"]}, ValueError, "is in target_modules too"),
         ({"trainable_token_indices": [1], "modules_to_save": ["wte"]}, ValueError, "trained whole by modules_to_save"),
-        (
-            {"trainable_token_indices": {"wte": [1], "lm_head": [2]}},
-            ValueError,
-            "share a weight and train other tokens",
-        ),
+        ({"trainable_token_indices": {"wte": [1], "lm_head": [2]}}, ValueError, "share a weight and train other"),
+        ({"trainable_token_indices": {"lm_head": [1]}}, ValueError, "shares its weight with 'transformer.wte'"),
+        ({"trainable_token_indices": [1], "modules_to_save": ["lm_head"]}, ValueError, "'lm_head' is trained whole"),
         ({"trainable_token_indices": [1, 1]}, ValueError, "each there once"),
         ({"trainable_token_indices": []}, TypeError, "at least one int"),
         ({"trainable_token_indices": "3"}, TypeError, "at least one int"),

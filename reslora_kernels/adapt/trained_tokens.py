@@ -1,15 +1,15 @@
 """Embeddings whose weight a head shares: rows that train whole (``trainable_token_indices``), and tied adapters.
 
 The table stays frozen and as it is. Its trained rows are a parameter ``trained_tokens`` [n, N] of the embedding, which
-a forward hook puts in the place of what was looked up; a head on the same table gets the difference to its logits, or
-to its weight where a fused loss reads that. As in PEFT the rows are values, not differences, so that an adapter fits a
-model whose new rows started at random.
+forward hooks put in the place of what was looked up, in every embedding on the same table (T5's encoder and decoder); a
+head there gets the difference to its logits, or to its weight where a fused loss reads that. As in PEFT the rows are
+values, not differences, so that an adapter fits a model whose new rows started at random.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,38 +29,56 @@ def tables(model: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Mod
 
     Raises:
         ValueError: no embedding, or one that cannot be trained in rows, is meant; one is adapted or trained whole as
-            well; an index is not in its table.
+            well; it shares its weight with the model's input embedding, which is not meant; an index is not in its
+            table.
     """
     found: dict[str, tuple[int, ...]] = {}
     owners: dict[int, str] = {}
+    meant: set[str] = set()
     for ending, indices in _wanted(model, config).items():
         names = [name for name, module in model.named_modules() if f".{name}".endswith(f".{ending}") and _is(module)]
         if not names:
             raise ValueError(f"trainable_token_indices: {ending!r} is no embedding and no linear head of the model")
         for name in names:
-            _check(name, model.get_submodule(name), indices, config, targets)
-            owner = owners.setdefault(id(model.get_submodule(name).weight), name)
-            if owner == name:
-                found[name] = indices
-            elif found[owner] != indices:
+            table: Any = model.get_submodule(name)
+            _check(model, name, indices, config, targets)
+            owner = owners.setdefault(id(table.weight), name)
+            if found.setdefault(owner, indices) != indices:
                 raise ValueError(
                     f"trainable_token_indices: {owner!r} and {name!r} share a weight and train other tokens"
                 )
-    return found
+            meant.add(name)
+    return {_source_of(model, name, meant): indices for name, indices in found.items()}
+
+
+def _source_of(model: nn.Module, name: str, meant: Collection[str]) -> str:
+    """The name of the model's input embedding where ``name`` shares its weight: it must be ``meant``, as in PEFT."""
+    table: Any = model.get_submodule(name)
+    source = _input_embedding(model)
+    if source is None or not _shares(source[1], table):
+        return name
+    if source[0] not in meant:
+        raise ValueError(
+            f"trainable_token_indices: {name!r} shares its weight with {source[0]!r}: name that, for all that share it"
+        )
+    return source[0]
 
 
 def _check(
-    name: str, table: Any, indices: Sequence[int], config: ResLoRAConfig, targets: Mapping[str, nn.Module]
+    model: nn.Module, name: str, indices: Sequence[int], config: ResLoRAConfig, targets: Mapping[str, nn.Module]
 ) -> None:
     """ValueError unless these rows of the table can train, and are not trained in another way as well."""
+    table: Any = model.get_submodule(name)
     kind = kind_of(table)
     assert kind is not None
     if TOKENS not in table._parameters and (fault := kind.why_not(table)):
         raise ValueError(f"trainable_token_indices: {name!r} is {fault}")
-    if name in targets:
-        raise ValueError(f"trainable_token_indices: {name!r} is in target_modules too: take one of both")
-    if any(matches(each, config.modules_to_save) for each in with_parents(name) if config.modules_to_save):
-        raise ValueError(f"trainable_token_indices: {name!r} is trained whole by modules_to_save")
+    for other in {name, *tied_embeddings(model, table)}:
+        if other in targets:
+            raise ValueError(f"trainable_token_indices: {other!r} is in target_modules too: take one of both")
+    for other in {name, *tied_embeddings(model, table), *tied_heads(model, table)}:
+        if config.modules_to_save and any(matches(each, config.modules_to_save) for each in with_parents(other)):
+            raise ValueError(f"trainable_token_indices: {other!r} is trained whole by modules_to_save")
     outside = [index for index in indices if index >= len(table.weight)]
     if outside:
         raise ValueError(
@@ -83,12 +101,20 @@ def _wanted(model: nn.Module, config: ResLoRAConfig) -> dict[str, tuple[int, ...
     wanted = config.trainable_token_indices
     if wanted is None or isinstance(wanted, Mapping):
         return {ending: tuple(indices) for ending, indices in (wanted or {}).items()}
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
-    names = [name for name, module in model.named_modules() if module is embedding]
-    if not names:
+    source = _input_embedding(model)
+    if source is None:
         raise ValueError("trainable_token_indices must say of which embedding: {'name': [...]}; the model does not")
-    return {names[0]: tuple(wanted)}
+    return {source[0]: tuple(wanted)}
+
+
+def _input_embedding(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The input embedding as Transformers names it, with its name; None for other models."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding: Any = get() if callable(get) else None
+    except NotImplementedError:  # Transformers' way to say that a model has none
+        return None
+    return next(((name, module) for name, module in model.named_modules() if module is embedding), None)
 
 
 def _is(module: nn.Module) -> bool:
@@ -104,14 +130,19 @@ def attach(model: nn.Module, record: Record, found: Mapping[str, Sequence[int]],
         table.register_parameter(TOKENS, nn.Parameter(rows))
         swap = _Rows(table, indices)
         record.tables[name] = swap
-        if isinstance(table, nn.Embedding):
-            record.hooks.append(table.register_forward_hook(swap.looked_up, with_kwargs=True))
+        for embedding in tied_embeddings(model, table).values():
+            record.hooks.append(embedding.register_forward_hook(swap.looked_up, with_kwargs=True))
         for head in tied_heads(model, table).values():
             record.hooks += [head.register_forward_hook(swap.projected, with_kwargs=True), ReadHead.stand_in(head)]
 
 
 def _shares(one: Any, other: Any) -> bool:
-    return one.weight is other.weight
+    return getattr(one, "weight", None) is other.weight
+
+
+def tied_embeddings(root: nn.Module, table: Any) -> dict[str, nn.Module]:
+    """The embeddings on one weight, by name."""
+    return {name: m for name, m in root.named_modules() if isinstance(m, nn.Embedding) and _shares(m, table)}
 
 
 def tied_heads(root: nn.Module, table: Any) -> dict[str, nn.Module]:
@@ -258,7 +289,7 @@ class _Rows:
             return None
         same = _first(args, kwargs)[..., None] == self.index
         rows = F.embedding(same.int().argmax(-1), self.table.trained_tokens.to(y.dtype))
-        return torch.where(same.any(-1, keepdim=True), scaled(self.table, rows), y)
+        return torch.where(same.any(-1, keepdim=True), scaled(module, rows), y)
 
     def projected(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         """The logits of a head on the same table."""

@@ -62,6 +62,20 @@ def refuse_twice_registered(root: nn.Module, names: Mapping[str, nn.Module]) -> 
             )
 
 
+def refuse_untied(root: nn.Module, tables: Iterable[str]) -> None:
+    """ValueError if trained tokens are those of a shared weight, and PEFT would not know that it is shared."""
+    if getattr(getattr(root, "config", None), "tie_word_embeddings", False):
+        return
+    for name in tables:
+        weight = root.get_submodule(name).weight
+        for other, module in root.named_modules():
+            if other != name and module._parameters.get("weight") is weight:
+                raise ValueError(
+                    f"{other!r} shares its weight with {name!r}, whose trained tokens PEFT would not give it, as the "
+                    "model's config has no tie_word_embeddings: merge the model and save it whole; nothing was written"
+                )
+
+
 def refuse_rewritten(root: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """ValueError if PEFT would load ``tensors`` into other places than they were made for."""
     if not hasattr(getattr(root, "config", None), "model_type"):

@@ -39,6 +39,7 @@ from .peft_compatibility import (
     refuse_no_expert_names,
     refuse_rewritten,
     refuse_twice_registered,
+    refuse_untied,
     task_of,
     wrapper_names,
 )
@@ -151,6 +152,7 @@ def _export(
     part = _part(root_of(model), layout, component, pattern)
     _refuse_whole_model(folder)
     refuse_twice_registered(root_of(model), layers)
+    refuse_untied(root_of(model), record_of(model).tables)
     for name, layer in layers.items():
         if layer.exports is not None:
             raise ValueError(f"layer {name!r} cannot be exported: {layer.exports}; merge the model and save it whole")
