@@ -175,7 +175,10 @@ FAMILIES = {
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Adapters as after training: B, which starts at zero, gets values, so that every term of a shortcut counts."""
+    """Adapters as after training: B, which starts at zero, gets values, so that every term of a shortcut counts.
+
+    Some of DoRA's magnitudes change their sign, as nothing keeps them from it.
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in adapted_layers(model).values():
         for parameter in (layer.lora_A, layer.lora_B):
@@ -184,6 +187,8 @@ def randomize(model: nn.Module, seed: int = 1) -> nn.Module:
     for layer in adapted_layers(model).values():
         if layer.lora_gates is not None:
             layer.lora_gates.copy_(1 + 0.5 * torch.randn(layer.lora_gates.shape, generator=generator))
+        if layer.lora_magnitude_vector is not None:
+            layer.lora_magnitude_vector.mul_(1 + torch.randn(layer.lora_magnitude_vector.shape, generator=generator))
     return model
 
 

@@ -204,8 +204,9 @@ def _export(
         tensors |= {own: matrix.to("cpu", layer.lora_A.dtype).contiguous() for own, matrix in matrices.items()}
         if layer.lora_magnitude_vector is not None:  # PEFT divides by its own norm of W + ΔW
             weight = layer.with_update(update.delta()) if merged is None else layer.dense_weight(torch.float32)
-            lengths = torch.linalg.vector_norm(weight, dim=1)
-            tensors[f"{name}.lora_magnitude_vector"] = lengths.to("cpu", layer.lora_A.dtype)
+            magnitudes = torch.linalg.vector_norm(weight, dim=1).copysign(layer.lora_magnitude_vector.detach())
+            # PEFT's files leave ".weight" out and it reads both; Transformers and diffusers read this alone
+            tensors[f"{name}.lora_magnitude_vector.weight"] = magnitudes.to("cpu", layer.lora_A.dtype)
     biases, modules = _trained_whole(root_of(model), layers, others)
     extra, _ = gathered(_under_pefts_names(others, layers, modules))
     for name, tensor in extra.items():

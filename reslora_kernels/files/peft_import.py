@@ -115,6 +115,8 @@ def _read_weights(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str
     others: dict[str, Tensor] = {}
     for key, tensor in parsed_tensors(_content(folder, WEIGHTS), WEIGHTS).items():
         name = key.removeprefix(PREFIX)
+        if name.endswith(".lora_magnitude_vector.weight"):  # by PEFT's own code; its files leave the last part out
+            name = name.removesuffix(".weight")
         found = _MATRIX.fullmatch(name)
         if found is not None:
             matrices[found[1], found[2]] = tensor
