@@ -22,9 +22,11 @@ from reslora_kernels import (
     merge_reslora,
     save_adapter,
 )
+from reslora_kernels.adapt.checkpoints import beside
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.adapt.targets import with_heads_saved
 from reslora_kernels.files.adapter_format import CONFIG_NAME, WEIGHTS_NAME
+from reslora_kernels.testing import relative_error
 
 from .models import needs_transformers_5, randomize
 
@@ -340,3 +342,41 @@ def test_a_head_is_trained_whole_unless_a_layer_of_it_is_named(wanted: Any, save
     assert with_heads_saved(config, model).modules_to_save == saved
     named = config.replace(modules_to_save=["classifier"])
     assert with_heads_saved(named, model) == named
+
+
+def resnet() -> Any:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    return ResNetForImageClassification(config).eval()
+
+
+@pytest.mark.parametrize("whole", [None, ["normalization"]])
+def test_running_statistics_go_with_the_adapter(whole: list[str] | None, tmp_path: Path) -> None:
+    """They move in training though their layer is frozen; PEFT alone saves them with modules_to_save only."""
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+    def run(model: Any) -> Tensor:
+        with torch.no_grad():
+            return model(images).logits  # type: ignore[no-any-return]
+
+    config = ResLoRAConfig(r=2, shortcut="none", target_modules=["convolution"], modules_to_save=whole)
+    model = apply_reslora(resnet(), config)
+    assert not any("running" in name for name in beside(model).frozen)
+    model.train()
+    for _ in range(3):
+        run(model)
+    model.eval()
+    expected, moved = run(model), beside(model).frozen.keys()
+    assert relative_error(expected, run(resnet())) > 0.01
+    save_adapter(model, tmp_path / "native")
+    loaded = load_adapter(resnet(), tmp_path / "native")
+    assert torch.equal(run(loaded), expected)
+    assert beside(loaded).frozen.keys() == moved
+    export_peft(model, tmp_path / "peft")
+    by_transformers = resnet()
+    by_transformers.load_adapter(str(tmp_path / "peft"))
+    by_peft = PeftModel.from_pretrained(resnet(), str(tmp_path / "peft"))
+    for each in (by_peft, by_transformers, load_peft_adapter(resnet(), tmp_path / "peft")):
+        assert relative_error(run(each.eval()), expected) < 1e-5

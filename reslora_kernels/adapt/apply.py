@@ -18,7 +18,7 @@ from ..layers.kinds import config_of, kind_of, weight_of
 from ..layers.shortcuts import hands_on
 from ..quantizers import keep_order
 from . import trained_tokens
-from .checkpoints import guard, undefined
+from .checkpoints import guard, statistics_of, undefined
 from .linking import ChainPlan, Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from .obstacles import refuse_foreign_hooks
 from .record import Record, adapted_layers, checked_name, without_compiled
@@ -108,6 +108,7 @@ def adapt(
     trained_tokens.attach(model, record, found, autocast_adapter_dtype)
     record.layer_names = [without_compiled(name) for name in targets]
     record.kept |= undefined(model)
+    record.statistics = statistics_of(model)
     model.__dict__["_reslora"] = record
     guard(model)
     trained_tokens.tie(model, record, adapted_layers(model))

@@ -1,8 +1,9 @@
 """An adapted model and checkpoints: what the base's does not define, and so is saved too, and what loading one does.
 
 Of a Transformers model that is task heads, new parameters and resized embeddings: loaded anew, the base model has other
-values there. A parameter that the model holds under several names (tied embeddings) is saved under each, so that a
-model in which they are apart gets all of it, and one in which they are tied can tell whether it was saved from such.
+values there. Of any model it is the running statistics of its normalisations, which move while it trains. A parameter
+that the model holds under several names (tied embeddings) is saved under each, so that a model in which they are apart
+gets all of it, and one in which they are tied can tell whether it was saved from such.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapter import ADAPTER_PARAMETERS, AdapterLayer
-from .record import TOKENS, adapted_layers, record_of, root_of, without_compiled
+from .record import TOKENS, Record, adapted_layers, record_of, root_of, without_compiled
 
 _HEADED = re.compile(r"Classification|QuestionAnswering|MultipleChoice")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _HEAD_NAMES = ("classifier", "score", "qa_outputs")  # PEFT's, for classes that do not say what their base model is
 
 
@@ -43,6 +45,25 @@ def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     return {
         without_compiled(name).replace(".base_layer.", "."): parameter
         for name, parameter in root.named_parameters(remove_duplicate=False)
+    }
+
+
+def named_buffers(root: nn.Module) -> dict[str, Tensor]:
+    """Every buffer that a state dict holds, by its plain name."""
+    return {
+        without_compiled(f"{path}.{name}" if path else name).replace(".base_layer.", "."): buffer
+        for path, module in root.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def statistics_of(root: nn.Module) -> dict[str, Tensor]:
+    """Copies of the running statistics of a model's normalisations, as far as they have values."""
+    return {
+        name: buffer.to("cpu", copy=True)
+        for name, buffer in named_buffers(root).items()
+        if name.rpartition(".")[2] in _STATISTICS and not buffer.is_meta
     }
 
 
@@ -94,10 +115,10 @@ def resized_embeddings(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Beside:
-    """Parameters by name: those that train, and those that are frozen and saved all the same."""
+    """Parameters by name: those that train, and those that are frozen and saved all the same; buffers too."""
 
     trained: dict[str, nn.Parameter]
-    frozen: dict[str, nn.Parameter]
+    frozen: dict[str, Tensor]
 
 
 def beside(model: nn.Module) -> Beside:
@@ -107,12 +128,16 @@ def beside(model: nn.Module) -> Beside:
     others = {name: p for name, p in named_parameters(root).items() if id(p) not in adapters}
     resized = tuple(f"{without_compiled(name)}." for name in resized_embeddings(root))
     kept = {id(p) for name, p in others.items() if name in record.kept or name.startswith(resized)}
-    return Beside(
-        trained={name: p for name, p in others.items() if p.requires_grad},
-        frozen={
-            name: p for name, p in others.items() if id(p) in kept and p.is_floating_point() and not p.requires_grad
-        },
-    )
+    trained = {name: p for name, p in others.items() if p.requires_grad}
+    frozen: dict[str, Tensor] = {
+        name: p for name, p in others.items() if id(p) in kept and p.is_floating_point() and not p.requires_grad
+    }
+    return Beside(trained, frozen | {name: b for name, b in named_buffers(root).items() if _has_moved(name, b, record)})
+
+
+def _has_moved(name: str, buffer: Tensor, record: Record) -> bool:
+    before = record.statistics.get(name)
+    return name in record.kept or (before is not None and not torch.equal(before.to(buffer.dtype), buffer.cpu()))
 
 
 def check_shared(root: nn.Module, names: Collection[str], values: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import check_module
 from ..config import ResLoRAConfig
@@ -33,6 +33,7 @@ class Record:
     groups: list[SharedInput] = field(default_factory=list)  # the same, as layers, where they share their projection
     layer_names: list[str] = field(default_factory=list)  # of the adapted layers, as they were found
     kept: set[str] = field(default_factory=set)  # other parameters that are saved though frozen: the base lacks them
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of the model before it trained
     tables: dict[str, Any] = field(default_factory=dict)  # embeddings of which some rows train whole, by name
     tied: list[Any] = field(default_factory=list)  # what gives heads the adapters of embeddings, as chains are active
     watches: list[Any] = field(default_factory=list)  # what sees to it that a head runs, as chains are active

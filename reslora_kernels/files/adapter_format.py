@@ -273,6 +273,8 @@ def _check_header(weights: bytes, file: str) -> None:
         raise ValueError(f"{file} is damaged: its header must be an object, got {header!r:.80}")
     for key, about in header.items():
         dtype = about.get("dtype") if isinstance(about, dict) else None
+        if key.endswith(".num_batches_tracked") and dtype == "I64":
+            continue
         if key != "__metadata__" and dtype not in _DTYPES:
             raise ValueError(f"{file}: tensor {key!r} must be one of {', '.join(_DTYPES)}, got {dtype!r}")
 

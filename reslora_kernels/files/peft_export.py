@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..adapt.checkpoints import Beside, beside
+from ..adapt.checkpoints import Beside, beside, named_buffers, named_parameters
 from ..adapt.record import TOKENS, complete_layers, record_of, refuse_restarted, root_of
 from ..adapt.switching import only_in_force
 from ..adapt.targets import endings_of
@@ -208,7 +208,7 @@ def _export(
             # PEFT's files leave ".weight" out and it reads both; Transformers and diffusers read this alone
             tensors[f"{name}.lora_magnitude_vector.weight"] = magnitudes.to("cpu", layer.lora_A.dtype)
     biases, modules = _trained_whole(root_of(model), layers, others)
-    extra, _ = gathered(_under_pefts_names(others, layers, modules))
+    extra, _ = gathered(_under_pefts_names(_with_whole(root_of(model), modules, others), layers, modules))
     for name, tensor in extra.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"parameter {name!r} holds NaN or Inf; nothing was written")
@@ -316,7 +316,7 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
 
 
 def _trained_whole(root: nn.Module, layers: Mapping[str, AdapterLayer], others: Beside) -> tuple[bool, list[str]]:
-    """Whether biases were trained by themselves, and the modules that were trained whole."""
+    """Whether biases were trained by themselves, and the modules that were trained whole or have moved statistics."""
     whole = [name for name in others.trained if not name.endswith(("bias", f".{TOKENS}"))]
     modules = sorted({name.rpartition(".")[0] for name in whole})
     for module in modules:
@@ -326,7 +326,17 @@ def _trained_whole(root: nn.Module, layers: Mapping[str, AdapterLayer], others: 
         if frozen or module in layers:
             raise ValueError(f"a PEFT adapter saves whole modules, but of trained {module!r} {frozen[:3]} is frozen")
     biases = [name for name in others.trained if name.endswith("bias")]
-    return any(not _is_in(name, modules) for name in biases), modules
+    moved = {name.rpartition(".")[0] for name in others.frozen if name in named_buffers(root)}
+    return any(not _is_in(name, modules) for name in biases), modules + sorted(
+        name for name in moved if not _is_in(f"{name}.", modules)
+    )
+
+
+def _with_whole(root: nn.Module, modules: list[str], others: Beside) -> Beside:
+    """``others`` with all that is in ``modules``: PEFT looks for the whole of each, its buffers included."""
+    inside = named_parameters(root) | named_buffers(root)
+    rest = {name: v for name, v in inside.items() if _is_in(name, modules) and name not in others.trained}
+    return Beside(others.trained, others.frozen | rest)
 
 
 def _listed(target_modules: list[str] | str) -> list[str]:
@@ -344,11 +354,9 @@ def _is_in(name: str, modules: list[str]) -> bool:
     return any(owner == module or owner.startswith(module + ".") for module in modules)
 
 
-def _under_pefts_names(
-    others: Beside, layers: Mapping[str, AdapterLayer], modules: list[str]
-) -> dict[str, nn.Parameter]:
+def _under_pefts_names(others: Beside, layers: Mapping[str, AdapterLayer], modules: list[str]) -> dict[str, Tensor]:
     """The parameters beside the adapters; PEFT holds those of an adapted layer in its ``base_layer``."""
-    named: dict[str, nn.Parameter] = {}
+    named: dict[str, Tensor] = {}
     wrapped = [
         parameter_of(name).rpartition(".")[0] for name, layer in layers.items() if isinstance(layer, ResLoRAExperts)
     ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.apply import apply_reslora
-from ..adapt.checkpoints import check_shared, named_parameters
+from ..adapt.checkpoints import check_shared, named_buffers, named_parameters
 from ..adapt.record import TOKENS, adapted_layers, record_of
 from ..adapt.targets import endings_of
 from ..adapt.trained_tokens import tied_heads, token_shapes
@@ -72,14 +72,14 @@ def load_peft_adapter(
     config = _config_of(about, model, matrices, chosen)
     _check_fit(config, model, matrices, others)
     apply_reslora(model, config, example_inputs=example_inputs, autocast_adapter_dtype=autocast_adapter_dtype)
-    layers, parameters = adapted_layers(model), named_parameters(model)
+    layers, values = adapted_layers(model), named_parameters(model) | named_buffers(model)
     record_of(model).kept |= others.keys()
     with torch.no_grad():
         for (name, kind), tensor in matrices.items():
             own: Tensor = getattr(layers[name], _own_name(kind))
             own.copy_(tensor.view(own.shape))
         for name, tensor in others.items():
-            parameters[name].copy_(tensor)
+            values[name].copy_(tensor)
     return model
 
 
@@ -237,7 +237,8 @@ def _check_fit(
             shapes |= {f"{name}.{key}": list(shape) for key, shape in kind.peft_matrices(module, r).items()}
             if config.use_dora:
                 shapes[f"{name}.lora_magnitude_vector"] = [kind.sizes(module)[1]]
-    parameters = {name: list(parameter.shape) for name, parameter in named_parameters(model).items()}
+    values = named_parameters(model) | named_buffers(model)
+    parameters = {name: list(value.shape) for name, value in values.items()}
     tokens = {name: list(shape) for name, shape in token_shapes(model, config).items()}
     parameters |= tokens
     shapes |= tokens

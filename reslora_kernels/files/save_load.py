@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.apply import adapt, without_hand_over
-from ..adapt.checkpoints import Beside, beside, check_shared, named_parameters
+from ..adapt.checkpoints import Beside, beside, check_shared, named_buffers, named_parameters
 from ..adapt.linking import ChainPlan, confirm_order, names_of_experts, structural_chains
 from ..adapt.obstacles import refuse_foreign_hooks
 from ..adapt.record import (
@@ -79,7 +79,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
     """Save the adapters, and what else a base model loaded anew would lack, to the folder ``path``.
 
     That is every other trained parameter, and frozen ones which the base checkpoint does not define: task heads,
-    resized embeddings, and what an earlier adapter's file had given values to.
+    resized embeddings, and what an earlier adapter's file had given values to. And running statistics (batch norm's)
+    that are not as they were when the model was adapted.
 
     Everything that ``load_adapter`` refuses is refused here, before anything is replaced. The folder is made if need
     be; other files in it are left alone. A crash at any moment leaves the previous adapter or the new one, whole. File
@@ -217,13 +218,13 @@ def load_adapter(
             record.order, record.same_input = "adapter file", saved.same_input
         adapt(model, layers, record, plans, autocast_adapter_dtype=True, init_values=False)
     reshard(model)
-    parameters = named_parameters(root_of(model))
+    values = named_parameters(root_of(model)) | named_buffers(root_of(model))
     record_of(model).kept |= set(saved.beside)
     with torch.no_grad():
         for key, tensor in saved.tensors.items():
-            fill(parameters[key], tensor)
+            fill(values[key], tensor)
             if key in saved.trained:
-                parameters[key].requires_grad_(True)
+                values[key].requires_grad_(True)
     for layer in adapted_layers(model).values():
         layer.unstarted = False
     return model
@@ -287,7 +288,7 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) 
                 shapes[f"{name}.lora_magnitude_vector"] = (signatures[name][1],)
             shapes[f"{name}.{kind}_A"], shapes[f"{name}.{kind}_B"] = of_a, of_b
     shapes |= _shapes_of_gates(saved, root, layers)
-    others = {name: whole_shape(parameter) for name, parameter in named_parameters(root).items()}
+    others = {name: whole_shape(value) for name, value in (named_parameters(root) | named_buffers(root)).items()}
     tokens = token_shapes(root, saved.config)
     for name in (*saved.beside, *(tokens.keys() - set(saved.trained))):
         if name not in others | tokens or name in shapes or name not in saved.tensors:
