@@ -129,13 +129,16 @@ def _counts(models: str, tests: list[Comparison]) -> list[list[str]]:
 
 
 def _beside_lora(lines: list[dict[str, Any]]) -> list[Comparison]:
-    """The losses of the shortcuts alone, each in its family."""
+    """The losses of the shortcuts alone, each in its family; a task with another rank (``--r``) is the same one."""
     results, found = [line for line in lines if "spec" in line], []
     for family in (family for line in lines for family in line.get("compared", ())):
         if "loss" in family["figures"]:
             found += compared(results, family["tasks"], family["pairs"], "loss")
     own = {SHORTCUTS[0], *(f"{shortcut}-1" for shortcut in SHORTCUTS)}
-    return [one for one in found if one.method in own and one.beside == BASELINE]
+    return [
+        one for one in found
+        if one.method in own and one.beside == BASELINE and not re.search(r"-r\d+$", one.task)
+    ]  # fmt: skip
 
 
 def comparisons_table(path: Path) -> str:
