@@ -26,6 +26,7 @@ from reslora_kernels.adapt.checkpoints import beside
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.adapt.targets import with_heads_saved
 from reslora_kernels.files.adapter_format import CONFIG_NAME, WEIGHTS_NAME
+from reslora_kernels.peft import ResLoRAPeftConfig
 from reslora_kernels.testing import relative_error
 
 from .models import needs_transformers_5, randomize
@@ -380,3 +381,16 @@ def test_running_statistics_go_with_the_adapter(whole: list[str] | None, tmp_pat
     by_peft = PeftModel.from_pretrained(resnet(), str(tmp_path / "peft"))
     for each in (by_peft, by_transformers, load_peft_adapter(resnet(), tmp_path / "peft")):
         assert relative_error(run(each.eval()), expected) < 1e-5
+
+
+def test_running_statistics_under_peft(tmp_path: Path) -> None:
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    model = get_peft_model(resnet(), ResLoRAPeftConfig(r=2, target_modules=["classifier.1"])).train()
+    for _ in range(3):
+        model(images)
+    expected = model.eval()(images).logits
+    model.save_pretrained(tmp_path)
+    loaded = resnet()
+    loaded.load_adapter(str(tmp_path))
+    for each in (loaded, with_peft(resnet(), tmp_path)):
+        assert torch.equal(each.eval()(images).logits, expected)

@@ -132,10 +132,11 @@ def beside(model: nn.Module) -> Beside:
     frozen: dict[str, Tensor] = {
         name: p for name, p in others.items() if id(p) in kept and p.is_floating_point() and not p.requires_grad
     }
-    return Beside(trained, frozen | {name: b for name, b in named_buffers(root).items() if _has_moved(name, b, record)})
+    return Beside(trained, frozen | {name: b for name, b in named_buffers(root).items() if has_moved(name, b, record)})
 
 
-def _has_moved(name: str, buffer: Tensor, record: Record) -> bool:
+def has_moved(name: str, buffer: Tensor, record: Record) -> bool:
+    """Whether a buffer is a running statistic that is not as it was, or a file gave it its values."""
     before = record.statistics.get(name)
     return name in record.kept or (before is not None and not torch.equal(before.to(buffer.dtype), buffer.cpu()))
 

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapt.apply import replace_modules, without_hand_over
+from ..adapt.checkpoints import statistics_of
 from ..adapt.linking import Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from ..adapt.obstacles import refuse_foreign_hooks
 from ..adapt.record import Record, SetAside
@@ -50,6 +51,7 @@ class Adapters:
                 hooks on the model would lose the adapters, or be lost.
         """
         record = Record(config, (), name, given=chains is not None, layers=dict(layers))
+        record.statistics = statistics_of(self.root)
         bases: dict[str, Any] = {layer: adapter.base_layer for layer, adapter in layers.items()}
         with plainly(self.root):
             refuse_foreign_hooks(self.root, bases, config)

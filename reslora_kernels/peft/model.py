@@ -14,10 +14,12 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from ..adapt.apply import replace_modules
+from ..adapt.checkpoints import has_moved, named_buffers
 from ..adapt.switching import refuse_in_sum, refuse_samples
 from ..adapt.targets import adaptable, passed_over
 from ..config import ALL_LINEAR, MergeMethod
 from ..dtensors import initialised, refuse_partitioned, refuse_sharded, refuse_zero3
+from ..files.peft_export import PREFIX
 from ..layers.adapter import not_started
 from ..layers.several import BASE, names_by_module
 from ..merge.merging import MergeReport, fit_in, merge_reslora, unmerge_reslora
@@ -69,7 +71,10 @@ class ResLoRAModel(BaseTuner):
         tensors: dict[str, Any] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, *args, **kwargs
         )
-        return tensors
+        root = next(module for module in model.modules() if "_reslora_adapters" in module.__dict__)
+        record = adapters_of(root).records[adapter_name]
+        moved = {name for name, buffer in named_buffers(root).items() if has_moved(name, buffer, record)}
+        return tensors | {key: state_dict[key] for key in state_dict if key.removeprefix(PREFIX) in moved}
 
     @staticmethod
     def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:

@@ -16,12 +16,14 @@ Written by `make sweep`, from models with random weights in float64. "adapted" c
 `target_modules="all-linear"` adapts, "PEFT" those that PEFT's `all-linear` does. The figures are the largest relative
 differences over the four shortcuts: of all outputs and of all gradients of A and B from the equations stated in
 `tests/sweep/test_sweep.py`; of the outputs of the merged model from those of the unmerged one, where that is exact;
-after saving and loading; of the export in PEFT from the merged model; of gradients under checkpointing from those
-without; of logits of cached decoding from uncached. "-" stands for what an architecture does not offer.
+after saving and loading, and of a model that has trained; of the export in PEFT from the merged model; of adapters of
+PEFT's, of all layers that it has a form for, and with DoRA and biases, from what they are there, and of their export in
+PEFT and in Transformers; of trained tokens from the base model with such rows; of gradients under checkpointing from
+those without; of logits of cached decoding from uncached. "-" stands for what an architecture does not offer.
 """
 COLUMNS = (
-    "architecture", "kind", "adapted", "PEFT", "outputs", "gradients", "merged", "loaded", "in PEFT", "checkpointed",
-    "cached decoding", "notes",
+    "architecture", "kind", "adapted", "PEFT", "outputs", "gradients", "merged", "loaded", "trained", "in PEFT",
+    "from PEFT", "in Transformers", "tokens", "checkpointed", "cached decoding", "notes",
 )  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""Every architecture with every shortcut: values, gradients, merge, export, files, checkpointing, cached generation."""
+"""Every architecture with every shortcut: values, gradients, merge, export, files, checkpointing, cached generation.
+
+And with PEFT's adapters of all kinds, which come in and go out again, with trained tokens, and after training.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from reslora_kernels import (
     ResLoRAConfig,
@@ -19,6 +24,7 @@ from reslora_kernels import (
     export_peft,
     inspect,
     load_adapter,
+    load_peft_adapter,
     merge_reslora,
     save_adapter,
 )
@@ -46,6 +52,13 @@ def test_architecture(architecture: Architecture, table: Table, tmp_path: Path) 
     for shortcut in SHORTCUTS:
         with _noted(row, shortcut):
             _check(architecture, base, shortcut, row, tmp_path / shortcut)
+    for number, config in enumerate(({"target_modules": _everything(base)}, {"use_dora": True, "bias": "all"})):
+        with _noted(row, f"PEFT's adapters, {number}"):
+            _compare_peft_files(base, config, architecture.batch(), row, tmp_path / str(number))
+    with _noted(row, "trained tokens"):
+        _compare_trained_tokens(base, architecture.batch(), row)
+    with _noted(row, "trained"):
+        _compare_trained(base, architecture.batch(), row, tmp_path / "trained")
     assert not row.failures, row.failures
 
 
@@ -217,6 +230,77 @@ def _compare_merged(
         return
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(path)).eval()
     _bounded(row, "in PEFT", _difference(_outputs(loaded, batch), outputs))
+
+
+def _everything(base: nn.Module) -> list[str]:
+    """The names of all layers that PEFT has a form for."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, Conv1D)
+    return [name for name, m in base.named_modules() if type(m) in kinds and getattr(m, "groups", 1) == 1]
+
+
+def _compare_peft_files(base: Any, config: dict[str, Any], batch: dict[str, Any], row: Row, folder: Path) -> None:
+    """A file of PEFT's gives what it does there, and goes back to PEFT and Transformers."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    try:
+        lora = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": "all-linear"} | config)
+        theirs = _moved(get_peft_model(copy.deepcopy(base), lora)).eval()
+        wanted = _outputs(theirs, batch)
+    except (ValueError, AttributeError, RuntimeError) as error:
+        row.notes.append("PEFT: " + " ".join(str(error).split())[:90])
+        return
+    theirs.save_pretrained(folder / "theirs")
+    try:
+        ours = load_peft_adapter(copy.deepcopy(base), folder / "theirs").eval()
+        export_peft(ours, folder / "ours")
+    except ValueError as refusal:
+        assert "reads the weight past an adapter" in str(refusal) or "fused experts" in str(refusal), refusal
+        row.notes.append(f"PEFT's adapter refused: {' '.join(str(refusal).split())[:90]}")
+        return
+    _bounded(row, "from PEFT", _difference(_outputs(ours, batch), wanted))
+    back = PeftModel.from_pretrained(copy.deepcopy(base), str(folder / "ours")).eval()
+    _bounded(row, "in PEFT", _difference(_outputs(back, batch), wanted))
+    if getattr(type(base), "load_adapter", None) is PreTrainedModel.load_adapter:
+        loaded = copy.deepcopy(base)
+        loaded.load_adapter(str(folder / "ours"))
+        _bounded(row, "in Transformers", _difference(_outputs(loaded.double().eval(), batch), wanted))
+
+
+@torch.no_grad()
+def _moved(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _compare_trained_tokens(base: Any, batch: dict[str, Any], row: Row) -> None:
+    """The base model with other rows in its embedding's weight, which other embeddings and heads may share."""
+    if "input_ids" not in batch or not isinstance(base.get_input_embeddings(), nn.Embedding):
+        return
+    tokens = list(dict.fromkeys(batch["input_ids"].flatten().tolist()))[:3]
+    truth = copy.deepcopy(base)
+    model = apply_reslora(copy.deepcopy(base), ResLoRAConfig(r=2, shortcut="none", trainable_token_indices=tokens))
+    (trained,) = [p for name, p in model.named_parameters() if name.endswith("trained_tokens")]
+    with torch.no_grad():
+        trained.mul_(-1.5)
+        truth.get_input_embeddings().weight[tokens] *= -1.5
+    assert _difference(_outputs(base, batch), _outputs(truth, batch)) > 0
+    _bounded(row, "tokens", _difference(_outputs(model, batch), _outputs(truth, batch)))
+
+
+def _compare_trained(base: nn.Module, batch: dict[str, Any], row: Row, folder: Path) -> None:
+    """Whatever training changes, buffers too, is saved: loaded onto the base model it is the same model."""
+    model = apply_reslora(copy.deepcopy(base), ResLoRAConfig(r=2, shortcut="block")).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        _loss(_tensors(_run(model, batch))).backward()
+        optimizer.step()
+    save_adapter(model, folder)
+    loaded = load_adapter(copy.deepcopy(base), folder).eval()
+    _bounded(row, "trained", _difference(_outputs(loaded, batch), _outputs(model.eval(), batch)))
 
 
 def _outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
