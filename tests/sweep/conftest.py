@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+ROUNDING = 1e-5  # many of these models compute a part in float32 whatever their dtype
 HEADER = """# The sweep: small models of many architectures
 
 Written by `make sweep`, from models with random weights in float64. "adapted" counts the linear layers that
@@ -39,8 +42,18 @@ class Row:
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def worst(self, column: str, figure: float) -> None:
+    @contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong stands in the table, and fails the test at its end."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+
+    def bounded(self, column: str, figure: float) -> None:
+        """Keep the worst of a column; an AssertionError if it is more than rounding."""
         self.figures[column] = max(figure, self.figures.get(column, 0.0))
+        assert figure < ROUNDING, f"{column} differ by {figure:.1e}"
 
     def cells(self) -> list[str]:
         figures = [f"{self.figures[c]:.0e}" if c in self.figures else "-" for c in COLUMNS[4:-1]]
