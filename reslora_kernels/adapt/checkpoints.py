@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import whole
 from ..layers.adapter import ADAPTER_PARAMETERS, AdapterLayer
 from .record import TOKENS, Record, adapted_layers, record_of, root_of, without_compiled
 
@@ -61,7 +62,7 @@ def named_buffers(root: nn.Module) -> dict[str, Tensor]:
 def statistics_of(root: nn.Module) -> dict[str, Tensor]:
     """Copies of the running statistics of a model's normalisations, as far as they have values."""
     return {
-        name: buffer.to("cpu", copy=True)
+        name: whole(buffer).to("cpu", copy=True)
         for name, buffer in named_buffers(root).items()
         if name.rpartition(".")[2] in _STATISTICS and not buffer.is_meta
     }
@@ -138,7 +139,7 @@ def beside(model: nn.Module) -> Beside:
 def has_moved(name: str, buffer: Tensor, record: Record) -> bool:
     """Whether a buffer is a running statistic that is not as it was, or a file gave it its values."""
     before = record.statistics.get(name)
-    return name in record.kept or (before is not None and not torch.equal(before.to(buffer.dtype), buffer.cpu()))
+    return name in record.kept or (before is not None and not torch.equal(before.to(buffer.dtype), whole(buffer).cpu()))
 
 
 def check_shared(root: nn.Module, names: Collection[str], values: Mapping[str, Tensor]) -> None:

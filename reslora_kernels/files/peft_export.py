@@ -21,7 +21,7 @@ from ..adapt.targets import endings_of
 from ..adapt.trained_tokens import heads_with_adapters
 from ..checks import check_bool
 from ..config import MergeMethod
-from ..dtensors import class_of, gathered, mesh_of, one_writer, refuse_partitioned, reshard
+from ..dtensors import class_of, gathered, mesh_of, one_writer, refuse_partitioned, reshard, whole
 from ..layers.adapter import AdapterLayer
 from ..layers.convolution import TransposedResLoRALinear
 from ..layers.experts import ResLoRAExperts
@@ -204,7 +204,8 @@ def _export(
         tensors |= {own: matrix.to("cpu", layer.lora_A.dtype).contiguous() for own, matrix in matrices.items()}
         if layer.lora_magnitude_vector is not None:  # PEFT divides by its own norm of W + ΔW
             weight = layer.with_update(update.delta()) if merged is None else layer.dense_weight(torch.float32)
-            magnitudes = torch.linalg.vector_norm(weight, dim=1).copysign(layer.lora_magnitude_vector.detach())
+            signs = whole(layer.lora_magnitude_vector.detach())
+            magnitudes = torch.linalg.vector_norm(weight, dim=1).copysign(signs)
             # PEFT's files leave ".weight" out and it reads both; Transformers and diffusers read this alone
             tensors[f"{name}.lora_magnitude_vector.weight"] = magnitudes.to("cpu", layer.lora_A.dtype)
     biases, modules = _trained_whole(root_of(model), layers, others)
@@ -317,8 +318,8 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
 
 def _trained_whole(root: nn.Module, layers: Mapping[str, AdapterLayer], others: Beside) -> tuple[bool, list[str]]:
     """Whether biases were trained by themselves, and the modules that were trained whole or have moved statistics."""
-    whole = [name for name in others.trained if not name.endswith(("bias", f".{TOKENS}"))]
-    modules = sorted({name.rpartition(".")[0] for name in whole})
+    trained = [name for name in others.trained if not name.endswith(("bias", f".{TOKENS}"))]
+    modules = sorted({name.rpartition(".")[0] for name in trained})
     for module in modules:
         frozen = [
             name for name, parameter in root.get_submodule(module).named_parameters() if not parameter.requires_grad
