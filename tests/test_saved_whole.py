@@ -363,7 +363,8 @@ def test_running_statistics_go_with_the_adapter(whole: list[str] | None, tmp_pat
             return model(images).logits  # type: ignore[no-any-return]
 
     config = ResLoRAConfig(r=2, shortcut="none", target_modules=["convolution"], modules_to_save=whole)
-    model = apply_reslora(resnet(), config)
+    resnet().save_pretrained(tmp_path / "base")  # as from the Hub: the model knows where it comes from
+    model = apply_reslora(type(resnet()).from_pretrained(tmp_path / "base"), config)
     assert not any("running" in name for name in beside(model).frozen)
     model.train()
     for _ in range(3):

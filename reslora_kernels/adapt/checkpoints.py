@@ -81,6 +81,16 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The input embedding as Transformers names it; None for other models."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if callable(get) else None
+    except NotImplementedError:  # Transformers' way to say that a model has none
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None
+
+
 def made_anew(model: nn.Module) -> set[str]:
     """Parameters that ``from_pretrained`` did not find in the checkpoint, or that were put in since.
 
@@ -101,16 +111,17 @@ def resized_embeddings(model: nn.Module) -> list[str]:
     """
     config: Any = getattr(model, "config", None)
     source = getattr(config, "_name_or_path", None)
-    embeddings = getattr(model, "get_input_embeddings", None)
-    if not source or not callable(embeddings) or not hasattr(config, "get_text_config"):
+    embedding = input_embedding(model)
+    if not source or embedding is None or not hasattr(config, "get_text_config"):
         return []
     try:
         base: Any = type(config).from_pretrained(source, local_files_only=True)
     except (OSError, ValueError):  # no longer there, or another kind of model's
         return []
-    if base.get_text_config().vocab_size == config.get_text_config().vocab_size:
+    before, now = (getattr(one.get_text_config(), "vocab_size", None) for one in (base, config))
+    if before == now:  # both None: a model of images
         return []
-    changed = [module for module in (embeddings(), output_head(model)) if module is not None]
+    changed = [module for module in (embedding, output_head(model)) if module is not None]
     return [name for name, module in model.named_modules() if any(module is one for one in changed)]
 
 

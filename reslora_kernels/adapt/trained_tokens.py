@@ -20,6 +20,7 @@ from ..config import ResLoRAConfig, matches, with_parents
 from ..layers.embedding import ResLoRAEmbedding, scaled
 from ..layers.kinds import is_linear, kind_of
 from ..layers.linear import ResLoRALinear
+from .checkpoints import input_embedding
 from .obstacles import HeadRuns
 from .record import TOKENS, Record
 
@@ -108,12 +109,8 @@ def _wanted(model: nn.Module, config: ResLoRAConfig) -> dict[str, tuple[int, ...
 
 
 def _input_embedding(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The input embedding as Transformers names it, with its name; None for other models."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding: Any = get() if callable(get) else None
-    except NotImplementedError:  # Transformers' way to say that a model has none
-        return None
+    """The input embedding with its name; None where there is none."""
+    embedding = input_embedding(model)
     return next(((name, module) for name, module in model.named_modules() if module is embedding), None)
 
 
