@@ -110,7 +110,7 @@ def _wanted(model: nn.Module, config: ResLoRAConfig) -> dict[str, tuple[int, ...
 
 def _input_embedding(model: nn.Module) -> tuple[str, nn.Module] | None:
     """The input embedding with its name; None where there is none."""
-    embedding = input_embedding(model)
+    embedding: Any = input_embedding(model)
     return next(((name, module) for name, module in model.named_modules() if module is embedding), None)
 
 
