@@ -20,7 +20,7 @@ struct HopperMatmul {
 
 template <class P>
 RESLORA_DEVICE void produce(P pipeline, const HopperMatmul& p) {
-    for (Tiles tiles = Tiles::make<P>(p); tiles.left(); tiles.tile += tiles.stride) {
+    for (Tiles tiles = Tiles::make<P>(p, static_cast<int>(grid_size().x)); tiles.left(); tiles.tile += tiles.stride) {
         int row, column;
         tiles.place(pipeline, row, column);
         for (int k = 0; k < p.rank; k += DEPTH) pipeline.fill(&p.t, &p.b, row, column, k);
@@ -54,7 +54,7 @@ RESLORA_DEVICE void consume(P pipeline, const HopperMatmul& p, int consumer) {
     const int thread = thread_id() % WARPGROUP, r = thread / 32 * 16 + thread % 32 / 4;
     const int first_row = P::PING_PONG ? 0 : 64 * consumer;
     const int low_rank_steps = (p.rank + DEPTH - 1) / DEPTH, steps = (p.depth + DEPTH - 1) / DEPTH;
-    Tiles tiles = Tiles::make<P>(p);
+    Tiles tiles = Tiles::make<P>(p, static_cast<int>(grid_size().x));
     if (P::PING_PONG && consumer == 1) {
         pipeline.ring.advance(low_rank_steps + steps);
         tiles.tile += tiles.stride;
@@ -85,11 +85,12 @@ RESLORA_DEVICE void consume(P pipeline, const HopperMatmul& p, int consumer) {
             pipeline.ring.advance();
         }
         pipeline.pass_turn(consumer);
+        const Bias<P> bias(p, column);
         wgmma_wait<0>();
         pipeline.release(previous);
         RESLORA_UNROLL
         for (int block = 0; block < P::BLOCKS; ++block)
-            store(pipeline, acc[block], p, consumer, row + 64 * block, column);
+            store<P::STORE_BOXES>(pipeline, acc[block], bias, p, consumer, row + 64 * block, column);
         if constexpr (P::PING_PONG) pipeline.ring.advance(low_rank_steps + steps);
         tiles.tile += (P::PING_PONG ? 2 : 1) * tiles.stride;
     }
@@ -110,7 +111,10 @@ void launch_kernel(const AugmentedMatmul& p, Device device) {
                               map_of(b, P::B_BOX_ROWS), map_of(y, 64), p.bias, p.keep, p.keep_words, p.scale, static_cast<int>(p.x.rows),
                               static_cast<int>(p.y.columns), static_cast<int>(p.x.columns),
                               static_cast<int>(p.t.columns), {p.sums[0], p.sums[1]}};
-    run_tiles<P>("augmented_matmul_hopper", &augmented_matmul_hopper_kernel<P>, params, device);
+    const auto kernel = &augmented_matmul_hopper_kernel<P>;
+    const std::int64_t tiles = tiles_of<P>(p.x.rows, p.y.columns), room = room_for<P>(kernel, device);
+    run("augmented_matmul_hopper", kernel, {tiles < room ? tiles : room, 1, 1}, P::THREADS, P::SHARED_BYTES, params, device,
+        P::DOWN, true);
 }
 
 template <class Element, bool W_BY_K>
@@ -118,8 +122,7 @@ void launch_variant(const AugmentedMatmul& p, Hopper variant, Device device) {
     switch (variant) {
         case COOPERATIVE: return launch_kernel<Pipeline<Element, W_BY_K, false, 1>>(p, device);
         case COOPERATIVE_PAIR: return launch_kernel<Pipeline<Element, W_BY_K, false, 2>>(p, device);
-        case PING_PONG: return launch_kernel<Pipeline<Element, W_BY_K, true, 1>>(p, device);
-        default: return launch_kernel<Pipeline<Element, W_BY_K, true, 2>>(p, device);
+        default: return launch_kernel<Pipeline<Element, W_BY_K, true, 1>>(p, device);
     }
 }
 
@@ -132,7 +135,7 @@ void launch_layout(const AugmentedMatmul& p, Hopper variant, Device device) {
 }  // namespace
 
 void augmented_matmul_sm90(const AugmentedMatmul& p, Math math, Hopper variant, Device device) {
-    if (p.a.data) return augmented_matmul_one_pass_sm90(p, math, variant, device);
+    if (p.a.data) return augmented_matmul_one_pass_sm90(p, math, device);
     if (math == MATH_BFLOAT16) launch_layout<Bf16>(p, variant, device);
     else launch_layout<Fp16>(p, variant, device);
 }

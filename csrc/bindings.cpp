@@ -52,6 +52,13 @@ PYBIND11_MODULE(_cuda, m) {
         py::init([](Address partial, Output out, std::int64_t parts, std::int64_t size, float scale) {
             return Sum{at<const float>(partial), out, parts, size, scale};
         }));
+    py::class_<Strips>(m, "Strips")
+        .def(py::init([](Matrix stream, std::optional<Matrix> t, Output out, std::int64_t column, std::int64_t rank,
+                         float scale) {
+                 return Strips{stream, t.value_or(Matrix{}), out, column, rank, scale};
+             }),
+             py::kw_only(), py::arg("stream"), py::arg("t"), py::arg("out"), py::arg("column"), py::arg("rank"),
+             py::arg("scale"));
     py::class_<OuterProduct>(m, "OuterProduct")
         .def(py::init([](std::optional<Matrix> t, std::optional<Matrix> stream, Address seed, std::uint32_t threshold,
                          Address keep, std::int64_t keep_bytes, std::int64_t rank, std::int64_t columns,
@@ -91,18 +98,21 @@ PYBIND11_MODULE(_cuda, m) {
         [](int math, Device device, bool large, Matrix x, Matrix w, std::optional<Matrix> t, Matrix b,
            std::optional<Matrix> a, std::optional<SideChannel> side, Address bias, Address keep,
            std::int64_t keep_words, float scale, Output y, std::optional<Sum> first, std::optional<Sum> second,
-           Address partial, std::int64_t split, std::int64_t parts, int hopper) {
+           Address partial, std::int64_t split, std::int64_t parts, Address scaled, std::optional<Strips> of_inputs,
+           std::optional<Strips> of_made, int strip_blocks, int hopper) {
             const AugmentedMatmul p{x, w, t.value_or(Matrix{}), b, a.value_or(Matrix{}), side.value_or(SideChannel{}),
                                     at<const void>(bias), at<const std::uint32_t>(keep), keep_words, scale, y,
                                     {first.value_or(Sum{}), second.value_or(Sum{})},
-                                    at<float>(partial), partial ? split : x.columns, parts};
+                                    at<float>(partial), partial ? split : x.columns, parts, at<void>(scaled),
+                                    {of_inputs.value_or(Strips{}), of_made.value_or(Strips{})}, strip_blocks};
             Pass::make(MatmulCall{p, static_cast<Math>(math), large, hopper}, device);
         },
         py::arg("math"), py::arg("device"), py::arg("large"), py::kw_only(), py::arg("x"), py::arg("w"),
         py::arg("t") = py::none(), py::arg("b"), py::arg("a") = py::none(), py::arg("side") = py::none(),
         py::arg("bias") = 0, py::arg("keep") = 0, py::arg("keep_words") = 0, py::arg("scale"), py::arg("y"),
         py::arg("first") = py::none(), py::arg("second") = py::none(), py::arg("partial") = 0, py::arg("split") = 0,
-        py::arg("parts") = 1, py::arg("hopper") = 0);
+        py::arg("parts") = 1, py::arg("scaled") = 0, py::arg("of_inputs") = py::none(),
+        py::arg("of_made") = py::none(), py::arg("strip_blocks") = 0, py::arg("hopper") = 0);
     m.def(
         "low_rank_grads",
         [](int math, Device device, std::optional<OuterProduct> da, std::optional<OuterProduct> db, std::int64_t split,

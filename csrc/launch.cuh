@@ -1,8 +1,12 @@
 // Launching, and choosing the instantiation for a type.
 #pragma once
+#include <cstddef>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "matmul.cuh"
 
@@ -50,7 +54,7 @@ inline cudaError_t allow_shared(const void* kernel, int shared) {
 
 template <class Params>
 void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device device,
-         int cluster = 1, bool programmatic = false) {
+         int cluster = 1, bool programmatic = false, bool = false) {
     cudaError_t error = cudaSuccess;
     if (shared > 48 * 1024) error = allow_shared(reinterpret_cast<const void*>(kernel), shared);
     if (error == cudaSuccess) {
@@ -83,13 +87,60 @@ void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int s
                                  " bytes of shared memory] failed: " + cudaGetErrorString(error));
     }
 }
+// Words in global memory that are zero, for a kernel that leaves them so. The launches of a stream follow each other and
+// share them; a launch that a graph holds has its own for good, since the graph may run beside its stream.
+inline std::uint32_t* progress_words(int count, Device device) {
+    struct Words {
+        std::uint32_t* words;
+        int room;
+    };
+    constexpr int LEAST = 4096;
+    static std::mutex one_at_a_time;
+    static std::map<std::pair<int, std::uintptr_t>, Words> of_streams;
+    static std::map<int, Words> of_graphs;  // what is left of the last piece
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    const auto stream = reinterpret_cast<cudaStream_t>(device.stream);
+    int gpu = 0;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaError_t error = cudaGetDevice(&gpu);
+    if (error == cudaSuccess) error = cudaStreamIsCapturing(stream, &status);
+    const bool captured = status != cudaStreamCaptureStatusNone;
+    Words& found = captured ? of_graphs[gpu] : of_streams[{gpu, device.stream}];
+    if (error == cudaSuccess && found.room < count) {
+        const int room = count > LEAST ? count : LEAST;
+        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // of this thread: an allocation is no part of a graph
+        cudaStream_t beside{};
+        void* made = nullptr;
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        error = cudaMalloc(&made, sizeof(std::uint32_t) * static_cast<std::size_t>(room));
+        if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking);
+        if (error == cudaSuccess) error = cudaMemsetAsync(made, 0, sizeof(std::uint32_t) * static_cast<std::size_t>(room), beside);
+        if (error == cudaSuccess) error = cudaStreamSynchronize(beside);
+        if (beside) cudaStreamDestroy(beside);
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        if (error == cudaSuccess) found = {static_cast<std::uint32_t*>(made), room};
+    }
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        throw std::runtime_error(std::string("no memory for a kernel's progress: ") + cudaGetErrorString(error));
+    }
+    std::uint32_t* words = found.words;
+    if (captured) found = {words + count, found.room - count};
+    return words;
+}
 #else
 inline int clusters_at_a_time(const void*, int, int, int) { return 0; }
+inline std::uint32_t* progress_words(int count, Device) {
+    static std::map<int, std::vector<std::uint32_t>> words;
+    return words.try_emplace(count, count, 0u).first->second.data();
+}
 
 template <class Params>
 void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device,
-         int cluster = 1, bool = false) {
-    emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [&] { kernel(params); }, cluster);
+         int cluster = 1, bool = false, bool together = false) {
+    // Blocks that wait for each other run at one time, like those of a cluster; others one after the other.
+    emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [&] { kernel(params); },
+                     together ? static_cast<int>(grid.x) : cluster);
 }
 #endif
 

@@ -7,10 +7,8 @@ namespace reslora {
 enum Type : int { FLOAT32, FLOAT16, BFLOAT16, FLOAT64 };
 enum Math : int { MATH_BFLOAT16, MATH_FLOAT16, MATH_TF32, MATH_IEEE };  // float32 products: TF32, or exact ones
 
-// See pipeline_sm90.cuh: in two passes alone or in pairs one below the other; in one pass alone, side by side, two by two.
-enum Hopper : int {
-    COOPERATIVE = 1, COOPERATIVE_PAIR, PING_PONG, PING_PONG_PAIR, ONE_PASS, ONE_PASS_PAIR, ONE_PASS_QUAD
-};
+// See pipeline_sm90.cuh: in two passes alone, in pairs one below the other, in turns; in one pass.
+enum Hopper : int { COOPERATIVE = 1, COOPERATIVE_PAIR, PING_PONG, ONE_PASS };
 
 enum Access : int { ELEMENTS, CONVERTED, COPIED };  // one at a time; float32 four at a time; 16 bytes as they are
 
@@ -63,6 +61,14 @@ struct Project {
     std::int64_t split, parts;
 };
 
+// out[c, r] = scale * sum over rows m of stream[m, c] t[m, r], at c * column + r * rank.
+struct Strips {
+    Matrix stream, t;
+    Output out;
+    std::int64_t column, rank;
+    float scale;
+};
+
 // y = x w + bias + keep * (scale t b) with x [M, K], w [K, N], t [M, R], b [R, N].
 // With ``a`` [R_a, K] in place of t: t = side.inner of p = x aᵀ, made in the same pass. With ``partial`` the portable
 // kernel takes K in ``parts`` of ``split`` columns; the launch behind it adds them in order.
@@ -77,6 +83,9 @@ struct AugmentedMatmul {
     Sum sums[2];
     float* partial;  // [parts, M, N], or none: then there is one part
     std::int64_t split, parts;
+    void* scaled;  // in one pass by a Hopper kernel: room for scale t [M, R], R rounded up to 16, 32 or 64
+    Strips strips[2];  // of the same launch by a Hopper kernel: of inputs, and with t as made here; on so many blocks
+    int strip_blocks;
 };
 
 // partial[part, r, c] = sum over the rows m of a part of t[m, r] D(stream)[m, c]; each part has strides (row, column).
@@ -105,7 +114,7 @@ void project_sm90(const Project&, Math, Device);  // no dropout; at most 128 col
 void finish_projection(const Project&, Math, Device);  // adds the parts, if there are any
 void augmented_matmul(const AugmentedMatmul&, Math, bool large, Device);
 void augmented_matmul_sm90(const AugmentedMatmul&, Math, Hopper, Device);
-void augmented_matmul_one_pass_sm90(const AugmentedMatmul&, Math, Hopper, Device);  // with ``a``, of 64 rows at most
+void augmented_matmul_one_pass_sm90(const AugmentedMatmul&, Math, Device);  // with ``a``, of 64 rows at most
 void low_rank_grads(const LowRankGrads&, Math, std::int64_t parts, Device);
 void finish(const Sum&, const Sum&, Device);
 

@@ -72,6 +72,12 @@ void each_address(MatmulCall& call, Visit visit) {
     visit(call.p.keep);
     visit(call.p.y.data);
     visit(call.p.partial);
+    visit(call.p.scaled);
+    for (Strips& strips : call.p.strips) {
+        visit(strips.stream.data);
+        visit(strips.t.data);
+        visit(strips.out.data);
+    }
     for (Sum& sum : call.p.sums) each_address(sum, visit);
 }
 template <class Visit>

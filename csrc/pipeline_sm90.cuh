@@ -40,56 +40,53 @@ struct Ring {
 };
 
 // PING_PONG: the two consumers take tiles of [128, 128] in turn, so that one multiplies while the other stores. Else
-// they share a tile of [128, 256], 64 rows each. In a cluster DOWN blocks, one below the other, share the tile of w, and
-// ACROSS blocks, side by side, that of x. EXTRA rows of another matrix, in the order of w, come with each stage of x and
-// w and are multiplied with the same x.
-template <class Element_, bool W_BY_K_, bool PING_PONG_, int DOWN_, int EXTRA_ = 0, int ACROSS_ = 1>
+// they share a tile of [128, 256], 64 rows each. In a cluster DOWN blocks, one below the other, share the tile of w. EXTRA
+// rows of another matrix, which lie by k, come with each stage of x and w of some tiles and are multiplied with the same x.
+template <class Element_, bool W_BY_K_, bool PING_PONG_, int DOWN_, int EXTRA_ = 0>
 struct Pipeline {
     using Element = Element_;
     static constexpr bool W_BY_K = W_BY_K_, PING_PONG = PING_PONG_;
-    static constexpr int DOWN = DOWN_, ACROSS = ACROSS_, CLUSTER = DOWN * ACROSS, EXTRA = EXTRA_;
+    static constexpr int DOWN = DOWN_, EXTRA = EXTRA_;
     static constexpr int BM = 128, BN = PING_PONG ? 128 : 256;
     static constexpr int GROUP = PING_PONG ? 8 : 16;  // rows of tiles that are walked together: x and w in equal parts
     static constexpr int BLOCKS = PING_PONG ? 2 : 1;  // of 64 rows, for each consumer
-    static constexpr int EXTRA_BYTES = EXTRA == 0 ? 0 : W_BY_K ? EXTRA * LINE : SQUARE;  // [EXTRA, 64 k], or [64 k, 64]
-    static constexpr int A_BYTES = BM * LINE, B_BYTES = BN * LINE, STAGE_BYTES = A_BYTES + B_BYTES + EXTRA_BYTES;
+    static constexpr int EXTRA_BYTES = EXTRA * LINE;  // [EXTRA, 64 k]
+    static constexpr int A_BYTES = BM * LINE, B_BYTES = BN * LINE, STAGE_BYTES = A_BYTES + B_BYTES;
     static constexpr int STAGES = PING_PONG ? 6 : EXTRA_BYTES > SQUARE / 2 ? 3 : 4;
-    static constexpr int A_BOX_ROWS = BM / ACROSS, EXTRA_BOX_ROWS = (W_BY_K ? EXTRA : DEPTH) / ACROSS;
     static constexpr int B_BOX_ROWS = W_BY_K ? BN / DOWN : DEPTH;  // a box holds [n, 64 k], or [64 k, 64 n]
-    static constexpr int STORE_BOXES = EXTRA && STAGES == 4 ? 1 : 2;  // of y, for each consumer
-    static constexpr int STORE_BYTES = STORE_BOXES * SQUARE;
-    static constexpr int BARRIERS_AT = STAGES * STAGE_BYTES + 2 * STORE_BYTES;
+    static constexpr int STORE_BOXES = 2;  // of y, for each consumer; while extra rows are about, one, and they have the others
+    static constexpr int EXTRA_AT = STAGES * STAGE_BYTES + 2 * SQUARE;
+    static constexpr int EXTRA_ROOM = STAGES * EXTRA_BYTES > 2 * SQUARE ? STAGES * EXTRA_BYTES : 2 * SQUARE;
+    static constexpr int BARRIERS_AT = EXTRA_AT + EXTRA_ROOM;
     static constexpr int BARRIERS = 2 * STAGES + 2;
-    static constexpr int SHARED_BYTES = EIGHT_LINES + BARRIERS_AT + BARRIERS * static_cast<int>(sizeof(Barrier));
+    static constexpr int SHARED_BYTES = EIGHT_LINES + BARRIERS_AT + (BARRIERS + 1) * static_cast<int>(sizeof(Barrier));
     static constexpr int THREADS = 3 * WARPGROUP;
-    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES && DOWN <= 2 && ACROSS <= 2 && EXTRA <= DEPTH);
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES && DOWN <= 2 && EXTRA <= DEPTH);
 
     unsigned char* base;  // aligned to where the swizzle repeats
-    int rank;             // of the block in its cluster, row by row
+    int rank;             // of the block in its cluster
     Ring<STAGES> ring;
 
     RESLORA_DEVICE static Pipeline make() {
-        return {swizzled_memory(), CLUSTER > 1 ? cluster_rank() : 0, {}};
+        return {swizzled_memory(), DOWN > 1 ? cluster_rank() : 0, {}};
     }
-    RESLORA_DEVICE int across() const { return rank % ACROSS; }
-    RESLORA_DEVICE int down() const { return rank / ACROSS; }
     RESLORA_DEVICE unsigned char* a(int stage) const { return base + stage * STAGE_BYTES; }
     RESLORA_DEVICE unsigned char* b(int stage) const { return a(stage) + A_BYTES; }
-    RESLORA_DEVICE unsigned char* extra(int stage) const { return b(stage) + B_BYTES; }
+    RESLORA_DEVICE unsigned char* extra(int stage) const { return base + EXTRA_AT + stage * EXTRA_BYTES; }
     RESLORA_DEVICE unsigned char* store_box(int consumer, int box) const {
-        return base + STAGES * STAGE_BYTES + consumer * STORE_BYTES + box * SQUARE;
+        return base + STAGES * STAGE_BYTES + (2 * box + consumer) * SQUARE;
     }
     RESLORA_DEVICE Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(base + BARRIERS_AT) + stage; }
     RESLORA_DEVICE Barrier* empty(int stage) const { return full(stage) + STAGES; }
     RESLORA_DEVICE Barrier* turn(int consumer) const { return full(2 * STAGES) + consumer; }
 
     // By all threads. A stage is full when its bytes are there, empty when each warp that reads it, in this block and
-    // in those with which it shares x or w, has let go of it.
+    // in that with which it shares w, has let go of it.
     RESLORA_DEVICE void start() const {
         if (thread_id() == 0) {
             for (int stage = 0; stage < STAGES; ++stage) {
                 mbarrier_init(full(stage), 1);
-                mbarrier_init(empty(stage), (PING_PONG ? 4 : 8) * (DOWN + ACROSS - 1));
+                mbarrier_init(empty(stage), (PING_PONG ? 4 : 8) * DOWN);
             }
             for (int consumer = 0; consumer < 2; ++consumer) mbarrier_init(turn(consumer), 4);
             fence_barrier_init();
@@ -98,7 +95,7 @@ struct Pipeline {
     }
     // No block may leave while others of its cluster still write to it or read from it.
     RESLORA_DEVICE static void meet() {
-        if constexpr (CLUSTER > 1) {
+        if constexpr (DOWN > 1) {
             cluster_arrive();
             cluster_wait();
         } else {
@@ -106,52 +103,41 @@ struct Pipeline {
         }
     }
 
-    // By the producer: a [BM, 64] at (row, k), b [64, BN] at (k, column), either in as many parts as it has sharers, and
-    // the extra rows with a.
+    // By the producer: a [BM, 64] at (row, k), b [64, BN] at (k, column), of which each sharer brings a part, and with a the
+    // extra rows, if there is a map of them.
     RESLORA_DEVICE void fill(const TensorMap* map_a, const TensorMap* map_b, int row, int column, int k,
                              const TensorMap* map_extra = nullptr) {
         await_empty();
-        mbarrier_expect(full(ring.stage), STAGE_BYTES);
-        const int part = across();
-        load<ACROSS>(a(ring.stage) + part * A_BOX_ROWS * LINE, map_a, k, row + part * A_BOX_ROWS,
-                     sharers_of_x());
-        if constexpr (EXTRA > 0)
-            load<ACROSS>(extra(ring.stage) + part * EXTRA_BOX_ROWS * LINE, map_extra, W_BY_K ? k : 0,
-                         part * EXTRA_BOX_ROWS + (W_BY_K ? 0 : k), sharers_of_x());
+        mbarrier_expect(full(ring.stage), STAGE_BYTES + (map_extra ? EXTRA_BYTES : 0));
+        tma_load(a(ring.stage), map_a, k, row, full(ring.stage));
+        if (EXTRA > 0 && map_extra) tma_load(extra(ring.stage), map_extra, k, 0, full(ring.stage));
         load_b(map_b, column, k);
         ring.advance();
     }
-    // b alone: the consumers put their rows of a into the stage, or have ``a_bytes`` of them copied there.
-    RESLORA_DEVICE void fill_b(const TensorMap* map_b, int column, int a_bytes) {
+    RESLORA_DEVICE void await_empty() const { mbarrier_wait(empty(ring.stage), ring.parity ^ 1); }
+    // b alone: the consumers put their rows of a into the stage.
+    RESLORA_DEVICE void fill_b(const TensorMap* map_b, int column) {
         await_empty();
-        mbarrier_expect(full(ring.stage), B_BYTES + a_bytes);
+        mbarrier_expect(full(ring.stage), B_BYTES);
         load_b(map_b, column, 0);
         ring.advance();
     }
-    RESLORA_DEVICE void await_empty() const { mbarrier_wait(empty(ring.stage), ring.parity ^ 1); }
     RESLORA_DEVICE void load_b(const TensorMap* map, int column, int k) const {
-        const int part = down();
         if constexpr (W_BY_K) {
-            load<DOWN>(b(ring.stage) + part * B_BOX_ROWS * LINE, map, k, column + part * B_BOX_ROWS,
-                       sharers_of_w());
+            load_shared_part(b(ring.stage) + rank * B_BOX_ROWS * LINE, map, k, column + rank * B_BOX_ROWS);
         } else {
             constexpr int BOXES = BN / DEPTH / DOWN;
             RESLORA_UNROLL
             for (int i = 0; i < BOXES; ++i) {
-                const int box = part * BOXES + i;
-                load<DOWN>(b(ring.stage) + box * SQUARE, map, column + box * DEPTH, k, sharers_of_w());
+                const int box = rank * BOXES + i;
+                load_shared_part(b(ring.stage) + box * SQUARE, map, column + box * DEPTH, k);
             }
         }
     }
-    template <int SHARERS>
-    RESLORA_DEVICE void load(void* to, const TensorMap* map, int column, int row, int sharers) const {
-        if constexpr (SHARERS > 1)
-            tma_load_multicast(to, map, column, row, full(ring.stage), static_cast<std::uint16_t>(sharers));
+    RESLORA_DEVICE void load_shared_part(void* to, const TensorMap* map, int column, int row) const {
+        if constexpr (DOWN > 1) tma_load_multicast(to, map, column, row, full(ring.stage), (1 << DOWN) - 1);
         else tma_load(to, map, column, row, full(ring.stage));
     }
-    // By bit: the blocks that have the same rows of x, and those that have the same columns of w.
-    RESLORA_DEVICE int sharers_of_x() const { return ((1 << ACROSS) - 1) << ACROSS * down(); }
-    RESLORA_DEVICE int sharers_of_w() const { return (DOWN > 1 ? 1 | 1 << ACROSS : 1) << across(); }
 
     // By a consumer: begins acc [64 BLOCKS, BN] += a b of the current stage, of its first 16 STEPS k.
     template <int STEPS = DEPTH / 16>
@@ -167,14 +153,13 @@ struct Pipeline {
     RESLORA_DEVICE void multiply_both(float (&acc)[BLOCKS][BN / 2], float (&beside)[COUNT], int first_row) const {
         static_assert(COUNT == EXTRA / 2 && BLOCKS == 1);
         const std::uint64_t left = wgmma_descriptor(a(ring.stage) + first_row * LINE, 16, EIGHT_LINES);
-        const std::uint64_t right = wgmma_descriptor(extra(ring.stage), W_BY_K ? 16 : SQUARE, EIGHT_LINES);
+        const std::uint64_t right = wgmma_descriptor(extra(ring.stage), 16, EIGHT_LINES);
         mbarrier_wait(full(ring.stage), ring.parity);
         wgmma_fence();
         RESLORA_UNROLL
         for (int step = 0; step < DEPTH / 16; ++step) {
             multiply_step(acc, first_row, step);
-            wgmma<EXTRA, !W_BY_K>(beside, descriptor_after(left, step * 32),
-                                  descriptor_after(right, step * (W_BY_K ? 32 : 16 * LINE)), Element{});
+            wgmma<EXTRA, false>(beside, descriptor_after(left, step * 32), descriptor_after(right, step * 32), Element{});
         }
         wgmma_commit();
     }
@@ -207,9 +192,8 @@ struct Pipeline {
     }
     RESLORA_DEVICE void release(int stage) const {
         if (thread_id() % 32 != 0) return;
-        if constexpr (CLUSTER > 1) {
-            for (int block = 0; block < CLUSTER; ++block)  // that across the corner shares nothing
-                if (CLUSTER == 2 || block != (rank ^ 3)) mbarrier_arrive_cluster(empty(stage), block);
+        if constexpr (DOWN > 1) {
+            for (int block = 0; block < DOWN; ++block) mbarrier_arrive_cluster(empty(stage), block);
         } else {
             mbarrier_arrive(empty(stage));
         }

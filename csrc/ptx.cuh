@@ -32,6 +32,8 @@ RESLORA_DEVICE Place block_id() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
 RESLORA_DEVICE Place grid_size() { return {gridDim.x, gridDim.y, gridDim.z}; }
 RESLORA_DEVICE void barrier() { __syncthreads(); }
 RESLORA_DEVICE void warp_barrier() { __syncwarp(); }
+// What that lane of the warp has.
+RESLORA_DEVICE std::uint32_t from_lane(std::uint32_t value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 
 RESLORA_DEVICE unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char memory[];

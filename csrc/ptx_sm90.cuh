@@ -79,12 +79,13 @@ RESLORA_DEVICE void mbarrier_expect(Barrier* barrier, int bytes) {  // arrives, 
 RESLORA_DEVICE void mbarrier_arrive(Barrier* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// At the barrier that lies at the same place in another block of the cluster.
+// At the barrier that lies at the same place in another block of the cluster. It hands on what wgmma has read, nothing
+// that was written: .release.cluster would be a fence of the whole GPU each time, of twice a stage's cycles.
 RESLORA_DEVICE void mbarrier_arrive_cluster(Barrier* barrier, int cta) {
     asm volatile(
         "{\n.reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
         "r"(cta)
         : "memory");
 }
@@ -116,17 +117,6 @@ RESLORA_DEVICE void tma_load_multicast(void* shared, const TensorMap* map, int c
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
         "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(mask)
-        : "memory");
-}
-// So many bytes of this block's shared memory to the same place in another block of the cluster, and at the barrier there.
-RESLORA_DEVICE void copy_to_block(void* shared, int bytes, Barrier* barrier, int cta) {
-    asm volatile(
-        "{\n.reg .b32 copy, remote;\n"
-        "mapa.shared::cluster.u32 copy, %0, %3;\n"
-        "mapa.shared::cluster.u32 remote, %2, %3;\n"
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [copy], [%0], %1, [remote];\n}" ::"r"(
-            shared_address(shared)),
-        "r"(bytes), "r"(shared_address(barrier)), "r"(cta)
         : "memory");
 }
 RESLORA_DEVICE void tma_store(const TensorMap* map, const void* shared, int column, int row) {
@@ -167,27 +157,28 @@ RESLORA_DEVICE void wgmma_wait() {
 #define RESLORA_ACC4(I) "+f"(acc[I]), "+f"(acc[I + 1]), "+f"(acc[I + 2]), "+f"(acc[I + 3])
 #define RESLORA_ACC16(I) RESLORA_ACC4(I), RESLORA_ACC4(I + 4), RESLORA_ACC4(I + 8), RESLORA_ACC4(I + 12)
 #define RESLORA_ACC64(I) RESLORA_ACC16(I), RESLORA_ACC16(I + 16), RESLORA_ACC16(I + 32), RESLORA_ACC16(I + 48)
-#define RESLORA_WGMMA(SIZE, TYPE, ACC, A, B, MAJOR, ...)                                                               \
+#define RESLORA_WGMMA(SIZE, TYPE, ACC, A, B, A_MAJOR, B_MAJOR, ...)                                                    \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" SIZE "k16.f32." TYPE "." TYPE " {" ACC "}, " A ", " B             \
-                 ", 1, 1, 1, 0, " MAJOR ";" : __VA_ARGS__ : "l"(a), "l"(b), "n"(B_MN_MAJOR ? 1 : 0) : "memory")
+                 ", 1, 1, 1, " A_MAJOR ", " B_MAJOR ";"                                                                \
+                 : __VA_ARGS__ : "l"(a), "l"(b), "n"(A_MN_MAJOR ? 1 : 0), "n"(B_MN_MAJOR ? 1 : 0) : "memory")
 
 // acc [64, N] += a [64, 16] b [16, N], begun: acc is there after wgmma_commit and wgmma_wait. Thread t of the warpgroup
 // holds, at 4 j + i, row t / 32 * 16 + t % 32 / 4 + i / 2 * 8 and column 8 j + t % 4 * 2 + i % 2. The last argument is
 // the type of a and b.
 #define RESLORA_WGMMA_OF(ELEMENT, TYPE)                                                                                \
-    template <int N, bool B_MN_MAJOR>                                                                                  \
+    template <int N, bool B_MN_MAJOR, bool A_MN_MAJOR = false>                                                         \
     RESLORA_DEVICE void wgmma(float (&acc)[N / 2], std::uint64_t a, std::uint64_t b, ELEMENT) {                        \
         static_assert(N == 16 || N == 32 || N == 64 || N == 128 || N == 256);                                          \
         if constexpr (N == 256)                                                                                        \
-            RESLORA_WGMMA("256", TYPE, RESLORA_128, "%128", "%129", "%130", RESLORA_ACC64(0), RESLORA_ACC64(64));      \
+            RESLORA_WGMMA("256", TYPE, RESLORA_128, "%128", "%129", "%130", "%131", RESLORA_ACC64(0), RESLORA_ACC64(64)); \
         else if constexpr (N == 128)                                                                                   \
-            RESLORA_WGMMA("128", TYPE, RESLORA_64, "%64", "%65", "%66", RESLORA_ACC64(0));                             \
+            RESLORA_WGMMA("128", TYPE, RESLORA_64, "%64", "%65", "%66", "%67", RESLORA_ACC64(0));                      \
         else if constexpr (N == 64)                                                                                    \
-            RESLORA_WGMMA("64", TYPE, RESLORA_32, "%32", "%33", "%34", RESLORA_ACC16(0), RESLORA_ACC16(16));           \
+            RESLORA_WGMMA("64", TYPE, RESLORA_32, "%32", "%33", "%34", "%35", RESLORA_ACC16(0), RESLORA_ACC16(16));    \
         else if constexpr (N == 32)                                                                                    \
-            RESLORA_WGMMA("32", TYPE, RESLORA_16, "%16", "%17", "%18", RESLORA_ACC16(0));                              \
+            RESLORA_WGMMA("32", TYPE, RESLORA_16, "%16", "%17", "%18", "%19", RESLORA_ACC16(0));                       \
         else                                                                                                           \
-            RESLORA_WGMMA("16", TYPE, RESLORA_8, "%8", "%9", "%10", RESLORA_ACC4(0), RESLORA_ACC4(4));                 \
+            RESLORA_WGMMA("16", TYPE, RESLORA_8, "%8", "%9", "%10", "%11", RESLORA_ACC4(0), RESLORA_ACC4(4));          \
     }
 RESLORA_WGMMA_OF(Bf16, "bf16")
 RESLORA_WGMMA_OF(Fp16, "f16")
@@ -228,6 +219,25 @@ RESLORA_DEVICE void named_barrier(int id, int threads) {
 // What the kernel before has written is there; the kernel after may start.
 RESLORA_DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 RESLORA_DEVICE void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Words in global memory by which blocks of a launch tell each other how far they are.
+RESLORA_DEVICE std::uint32_t add_global(std::uint32_t* word, std::uint32_t value) {
+    std::uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+    return before;
+}
+// Adds behind what this thread has written, and those of its warp before a warp_barrier.
+RESLORA_DEVICE void release_global(std::uint32_t* word, std::uint32_t value) {
+    asm volatile("fence.acq_rel.gpu;\nred.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+// Returns when it is so much.
+RESLORA_DEVICE void await_global(const std::uint32_t* word, std::uint32_t value) {
+    std::uint32_t found;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");
+    while (found != value);
+}
+// Orders accesses of threads to global memory and those of the copy engine.
+RESLORA_DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 }  // namespace reslora
 #endif

@@ -216,11 +216,14 @@ def _backward(
     keep_scale = 1.0 if dropout is None else dropout.keep_scale
     channel = native.side_channel(dhanded, side.hand_start, dh, dresidual, 0, side.c * side.scaling, side.scaling)
     stacks = _in_one_pass(dy, weight, b.T, a, hopper.DX_AND_DH, 1.0) if dx is not None and dropout is None else None
+    strips: dict[str, Any] = {}
     if dx is not None and stacks:
-        _augmented_matmul(dy, weight, None, stacks[1], dx, 1.0, a=stacks[0], side=channel)
+        strips = _strips(dy, x, da, u, db, k, side.scaling)
+        _augmented_matmul(dy, weight, None, stacks[1], dx, 1.0, a=stacks[0], side=channel, **strips)
     elif dh is not None or dresidual is not None:
         _project(dy, b.T, channel, 0 if dh is None else rank, None)
-    left = _outer_products(dh, x, da, u, dy, db, dropout, bits, k, side.scaling)
+    rest_a, rest_b = None if "of_made" in strips else da, None if "of_inputs" in strips else db
+    left = _outer_products(dh, x, rest_a, u, dy, rest_b, dropout, bits, k, side.scaling)
     sums = [None if entry is None else native.sum_of(entry) for entry in left]
     if dx is not None and not stacks:
         assert dh is not None
@@ -240,7 +243,13 @@ def _as_copied(
         setting, native.load(), x.device, x.dtype, x.shape, n, rank, forms, projected
     ):
         return a, b
-    return a.to(x.dtype), b.to(x.dtype)
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    if (
+        hopper.DX_AND_DH in forms
+        and hopper.matmul(native.load(), x, hopper.DX_AND_DH, n, rank).kernel in hopper.NUMBERS
+    ):
+        b = b.T.contiguous().T
+    return a, b
 
 
 def _run_first(
@@ -277,14 +286,19 @@ def _augmented_matmul(
     x: Tensor, w: Tensor, t: Tensor | None, b: Tensor, y: Tensor, scale: float, a: Tensor | None = None, **options: Any
 ) -> None:
     """y [M, N] = x w + scale t b and what ``options`` add: see csrc/params.h. Either t or ``a`` is given."""
-    given = {"t": t, "a": a}
-    matrices = {"x": x, "w": w, "b": b} | {name: matrix for name, matrix in given.items() if matrix is not None}
     form = hopper.form_of(w, a, bool(options.get("keep")))
     kernel, _ = hopper.matmul(native.load(), x, form, y.shape[1], b.shape[0] if a is None else max(len(a), len(b)))
+    a = a.contiguous() if a is not None and kernel in hopper.NUMBERS else a
+    given = {"t": t, "a": a}
+    matrices = {"x": x, "w": w, "b": b} | {name: matrix for name, matrix in given.items() if matrix is not None}
     if kernel in hopper.NUMBERS and hopper.in_order(w, b, t, a):
         converted = {name: matrix.to(x.dtype) for name, matrix in matrices.items()}  # not by the copy engine on the way
         if hopper.unsupported_reason(native.load(), *converted.values(), columns=y.shape[1]) is None:
             options["hopper"], matrices = hopper.NUMBERS[kernel], converted
+            if a is not None:
+                width = next(width for width in hopper.ONE_PASS_WIDTHS if width >= max(len(a), len(b)))
+                scaled = workspace(y, x.shape[0], width)
+                options["scaled"] = scaled.data_ptr()
     split, parts = _matmul_split(x, y.shape[1]) if a is None and "hopper" not in options else (0, 1)
     if parts > 1:
         partial = workspace(y, parts, *y.shape, dtype=torch.float32)
@@ -318,6 +332,28 @@ def _project(x: Tensor, a: Tensor, side: Any, inner_columns: int, dropout: Dropo
         **native.drawn(dropout), partial=0 if partial is None else partial.data_ptr(), split=split, parts=parts,
         hopper=streamed,
     )  # fmt: skip
+
+
+def _strips(
+    dy: Tensor, x: Tensor | None, da: Tensor | None, u: Tensor | None, db: Tensor | None, k: int, scaling: float
+) -> dict[str, Any]:
+    """What has the launch that makes dx make "of_inputs", dB [N, R_b], and "of_made", dA [R_a, K]; nothing: neither."""
+    (m, n), extension = dy.shape, native.load()
+    of_b = db is not None and u is not None and hopper.unsupported_reason(extension, dy, u, columns=k) is None
+    of_a = da is not None and x is not None and hopper.unsupported_reason(extension, dy, x, columns=k) is None
+    widths = ({"of_inputs": n} if of_b else {}) | ({"of_made": k} if of_a else {})
+    free, names = hopper.strips(native.processors(dy), m, n, k, widths)
+    made: dict[str, Any] = {"strip_blocks": free} if names else {}
+    if "of_inputs" in names and u is not None and db is not None:
+        made["of_inputs"] = extension.Strips(
+            stream=native.matrix(dy), t=native.matrix(u), out=native.output(db), column=db.shape[1], rank=1,
+            scale=scaling,
+        )  # fmt: skip
+    if "of_made" in names and x is not None and da is not None:
+        made["of_made"] = extension.Strips(
+            stream=native.matrix(x), t=None, out=native.output(da), column=1, rank=k, scale=1.0
+        )  # fmt: skip
+    return made
 
 
 def _outer_products(
@@ -376,9 +412,9 @@ def _in_one_pass(x: Tensor, w: Tensor, a: Tensor, b: Tensor, form: str, scaling:
     n, rank = w.shape[1], max(len(a), len(b))
     passes = _passes(x, n, rank, form, scaling)
     if passes.kernel in hopper.ONE_PASS_VARIANTS:
-        converted = (a.to(x.dtype), b.to(x.dtype))
+        converted = (a.to(x.dtype).contiguous(), b.to(x.dtype))
         unsupported = hopper.unsupported_reason(native.load(), x, w, *converted, columns=n)
-        if unsupported is None and hopper.in_order(w, b, None, a):
+        if unsupported is None and hopper.in_order(w, b, None, converted[0]):
             return converted
         passes = _portable_passes(n, rank, form, unsupported or "the matrices lie in different orders")
     return (a, b) if passes.kernel is None else None

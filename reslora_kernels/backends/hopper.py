@@ -23,8 +23,8 @@ from . import kinds
 VARIABLE = "RESLORA_CUDA_HOPPER"
 AUTO, OFF = "auto", "off"
 # As in csrc/params.h: in two passes, those first that are expected to be fastest, and in one.
-VARIANTS = {"cooperative-pair": 2, "cooperative": 1, "ping-pong-pair": 4, "ping-pong": 3}
-ONE_PASS_VARIANTS = {"one-pass-pair": 6, "one-pass-quad": 7, "one-pass": 5}
+VARIANTS = {"cooperative-pair": 2, "cooperative": 1, "ping-pong": 3}
+ONE_PASS_VARIANTS = {"one-pass": 4}
 NUMBERS = VARIANTS | ONE_PASS_VARIANTS
 # What else the table compares: the kernels for all GPUs, two launches instead of one pass, project_sm90.cu.
 PORTABLE, TWO_PASSES, STREAMING = "portable", "two passes", "streaming"
@@ -34,8 +34,13 @@ H, DH = "h", "dh"  # and of the projection: a row by row, or column by column
 GENERATION = "sm_90"
 LEAST_ROWS = 64  # below, most of a tile of 128 rows would be of no use
 PROJECTED = 128  # columns of x aᵀ that a block has in registers
-ONE_PASS_RANK = 64  # the same, beside those of y
+ONE_PASS_WIDTHS = (16, 32, 64)  # the same, beside those of y
+ONE_PASS_RANK = ONE_PASS_WIDTHS[-1]
 NARROW = 512  # columns of y up to which one pass is better than two, whatever the kernel
+TILE_ROWS, TILE_COLUMNS = 128, 256  # of y that a block makes at a time, in one pass
+STRIP_TERMS = (
+    12700  # a block reads a column in the time in which the others multiply so many terms for each, as measured
+)
 ALIGNMENT = 16  # bytes: of a base and of a stride, for the copy engine
 
 
@@ -200,12 +205,29 @@ def unsupported_reason(extension: Any, x: Tensor, *others: Tensor, columns: int)
     return None
 
 
+def strips(processors: int, m: int, n: int, k: int, widths: dict[str, int]) -> tuple[int, list[str]]:
+    """How many blocks the tiles of dx [m, k], ``n`` terms each, leave free, and what these can make meanwhile.
+
+    Every block has as many tiles as most others or one less; some may as well have none.
+
+    Args:
+        widths: of what there is to be made, the columns of which a block must read all rows.
+    """
+    tiles = -(-m // TILE_ROWS) * -(-k // TILE_COLUMNS)
+    rounds = -(-tiles // processors)
+    free, made = processors - -(-tiles // rounds), list[str]()
+    for name in sorted(widths, key=widths.__getitem__, reverse=True):
+        if free and free * n * k >= STRIP_TERMS * (sum(widths[other] for other in made) + widths[name]):
+            made.append(name)
+    return free, made
+
+
 def in_order(w: Tensor, b: Tensor, t: Tensor | None, a: Tensor | None) -> bool:
-    """Whether w [K, N] and b [R, N] lie as a kernel takes them, both by columns or both by rows; ``a``, too, for t."""
+    """Whether w [K, N] and b [R, N] lie as a kernel takes them, both by columns or both by rows; ``a`` by rows."""
     first, second = w.stride(0), b.stride(0)
     by_columns, by_rows = first == second == 1, 1 not in (first, second)
     if a is not None:
-        return (by_columns and a.stride(1) == 1) or (by_rows and a.stride(0) == 1)
+        return (by_columns or by_rows) and a.stride(1) == 1
     return (by_columns or by_rows) and t is not None and t.stride(1) == 1
 
 

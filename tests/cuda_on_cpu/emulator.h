@@ -127,7 +127,7 @@ void tma_store_wait_read(int left);
 struct GroupFactors {
     std::uint64_t a, b;  // descriptors
     int n;
-    bool b_mn_major;
+    bool a_mn_major, b_mn_major;
     float (*to_float)(std::uint16_t bits);
 };
 std::uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes);

@@ -217,7 +217,7 @@ struct Operand {
 
 void perform(Sum& sum, const GroupFactors& factors, int rank, int first_row) {
     std::vector<float> a(ROWS * K), b(factors.n * K);
-    Operand{factors.a, false}.read(rank, first_row, ROWS, factors.to_float, a.data());
+    Operand{factors.a, factors.a_mn_major}.read(rank, first_row, ROWS, factors.to_float, a.data());
     Operand{factors.b, factors.b_mn_major}.read(rank, 0, factors.n, factors.to_float, b.data());
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < factors.n; ++j) {

@@ -22,6 +22,20 @@ inline void barrier() { emulator::barrier(); }
 inline void warp_barrier() {
     emulator::warp_wide("bar.warp.sync", nullptr, nullptr, [](emulator::Thread*) {});
 }
+inline std::uint32_t from_lane(std::uint32_t value, int lane) {
+    struct Asked {
+        std::uint32_t value;
+        int lane;
+    } asked{value, lane};
+    std::uint32_t result = 0;
+    emulator::warp_wide("shfl", &asked, &result, [](emulator::Thread* lanes) {
+        for (int i = 0; i < 32; ++i) {
+            const int from = static_cast<const Asked*>(lanes[i].argument)->lane;
+            *static_cast<std::uint32_t*>(lanes[i].result) = static_cast<const Asked*>(lanes[from].argument)->value;
+        }
+    });
+    return result;
+}
 inline unsigned char* shared_memory() { return emulator::shared; }
 
 // One access of each lane, at a time of its own; banks are counted when the block has ended.

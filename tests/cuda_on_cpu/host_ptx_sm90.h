@@ -45,10 +45,10 @@ void wgmma_wait() {
     static_assert(N >= 0 && N <= 7);
     emulator::wgmma_wait(N);
 }
-template <int N, bool B_MN_MAJOR, class Element>
+template <int N, bool B_MN_MAJOR, bool A_MN_MAJOR = false, class Element>
 void wgmma(float (&acc)[N / 2], std::uint64_t a, std::uint64_t b, Element) {
     static_assert(N % 8 == 0 && N >= 8 && N <= 256 && sizeof(Element) == 2);
-    emulator::wgmma(acc, {a, b, N, B_MN_MAJOR, [](std::uint16_t bits) { return to_float(Element{bits}); }});
+    emulator::wgmma(acc, {a, b, N, A_MN_MAJOR, B_MN_MAJOR, [](std::uint16_t bits) { return to_float(Element{bits}); }});
 }
 
 template <int N>
@@ -66,5 +66,16 @@ inline int cluster_rank() { return emulator::current->rank; }
 using emulator::named_barrier;
 inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}
+
+inline std::uint32_t add_global(std::uint32_t* word, std::uint32_t value) {
+    const std::uint32_t before = *word;
+    *word += value;
+    return before;
+}
+inline void release_global(std::uint32_t* word, std::uint32_t value) { *word += value; }
+inline void await_global(const std::uint32_t* word, std::uint32_t value) {
+    emulator::wait_until([word, value] { return *word == value; }, [] { return "a word in global memory"; });
+}
+inline void fence_async_global() {}
 
 }  // namespace reslora
