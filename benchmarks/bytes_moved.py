@@ -225,7 +225,7 @@ def floors(call: Call) -> tuple[int, int]:
     return 2 * (m * k + n * k + m * n + r * k + r * n), 2 * (m * n + n * k + 2 * m * k + m * r + 2 * r * (k + n))
 
 
-def cuda_traffic(call: Call, setting: str = "one-pass-pair") -> tuple[Traffic, Traffic]:
+def cuda_traffic(call: Call, setting: str = "one-pass") -> tuple[Traffic, Traffic]:
     """Forward and backward pass of the CUDA backend under a ``RESLORA_CUDA_HOPPER``, all in one pass."""
     forward, backward = record_cuda(call, setting)
     again = (0, 2 * call.m * call.n)

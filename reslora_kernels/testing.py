@@ -95,7 +95,8 @@ def assert_close_to_truth(actual: Tensor, truth: Tensor, plain: Tensor, what: st
     """The one tolerance rule: at most twice the error that plain PyTorch makes in the same dtype.
 
     Both the elementwise maximum and the relative norm must hold. On top, each of the two products that make a result
-    may round the largest value once more: the maximum over few elements is luck, and plain PyTorch can have it.
+    may round the largest value once more: the maximum over few elements is luck, and plain PyTorch can have it. Of
+    float32 the maximum may be four times as large: sums are in float32 as well, and their order is most of the error.
 
     Args:
         actual: what is tested, ``truth`` the same in float64, ``plain`` the same from plain PyTorch in actual's dtype.
@@ -111,8 +112,9 @@ def assert_close_to_truth(actual: Tensor, truth: Tensor, plain: Tensor, what: st
         return
     step = torch.finfo(actual.dtype).eps
     largest = float(truth.abs().max())
+    most = 4 if actual.dtype == torch.float32 else 2
     for name, error, allowed in (
-        ("largest error", max_error(actual, truth), 2 * (max_error(plain, truth) + step * largest)),
+        ("largest error", max_error(actual, truth), most * (max_error(plain, truth) + step * largest)),
         ("relative error", relative_error(actual, truth), 2 * (relative_error(plain, truth) + step)),
     ):
         if not error <= allowed:

@@ -44,8 +44,9 @@ class Fault:
 
 
 MATMUL, TILE, LAUNCH, SM80 = "matmul.cuh", "tile.cuh", "launch.cuh", "augmented_matmul_sm80.cu"
-SM90, ONE_PASS, PIPELINE, TILES = (
+SM90, ONE_PASS, PIPELINE, TILES, STRIPS = (
     "augmented_matmul_sm90.cu", "augmented_matmul_one_pass_sm90.cu", "pipeline_sm90.cuh", "tiles_sm90.cuh",
+    "strips_sm90.cuh",
 )  # fmt: skip
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
 FAULTS = [
@@ -112,63 +113,59 @@ FAULTS = [
     ),
     Fault(
         "a turn passed by one warp", PIPELINE, "mbarrier_init(turn(consumer), [[4]]);", "1", "is wrong|deadlock",
-        "ping-pong-pair",
+        "ping-pong",
     ),
     Fault(
         "a stage released while products read it", SM90, "wgmma_wait<1>();", "wgmma_wait<2>();", "is wrong",
         "cooperative",
     ),
     Fault(
-        "a stage released in one block of the pair", PIPELINE, "[[block < CLUSTER]]; ++block)", "block < 1",
+        "a stage released in one block of the pair", PIPELINE, "[[block < DOWN]]; ++block)", "block < 1",
         "deadlock", "cooperative-pair",
     ),
     Fault(
-        "each block with the same half of w", PIPELINE, "k, [[column + part * B_BOX_ROWS]],", "column", "is wrong",
+        "each block with the same half of w", PIPELINE, "map, k, [[column + rank * B_BOX_ROWS]]);", "column",
+        "is wrong", "cooperative-pair",
+    ),
+    Fault(
+        "a block that leaves its pair", TILES, "if constexpr (P::DOWN > 1) P::meet();", "", "has ended",
         "cooperative-pair",
     ),
     Fault(
-        "a block that leaves its pair", TILES, "if constexpr (P::CLUSTER > 1) P::meet();", "", "has ended",
-        "ping-pong-pair",
-    ),
-    Fault(
-        "a box written while it is stored", TILES, "if (thread == 0) tma_store_wait_read<P::STORE_BOXES - 1>();", "",
+        "a box written while it is stored", TILES, "if (thread == 0 && part > 0) tma_store_wait_read<BOXES - 1>();", "",
         "too early|is wrong", "ping-pong",
     ),
     Fault("a store with no fence", TILES, "fence_async_shared();", "", "no fence_async_shared", "cooperative"),
-    Fault("u multiplied with no fence", ONE_PASS, "fence_async_shared();", "", "no fence_async_shared", "cooperative"),
+    Fault("u multiplied with no fence", ONE_PASS, "fence_async_shared();", "", "no fence_async_shared", "one-pass"),
     Fault(
-        "more bytes expected than b has", PIPELINE, "B_BYTES + a_bytes", "B_BYTES + a_bytes + 16", "deadlock",
+        "more bytes expected than b has", PIPELINE, "mbarrier_expect(full(ring.stage), [[B_BYTES]]);", "B_BYTES + 16",
+        "deadlock", "one-pass",
+    ),
+    Fault("u put where x is still read", ONE_PASS, "pipeline.await_empty();", "", "is wrong|written", "one-pass"),
+    Fault(
+        "u told of before all of it is there", ONE_PASS, "2 * WARPGROUP / 32", "1", "is wrong|deadlock", "one-pass",
+    ),
+    Fault(
+        "u fetched without waiting for it", ONE_PASS,
+        "[[p.progress.await(row / P::BM);]]\n            pipeline", "", "is wrong", "one-pass",
+    ),
+    Fault(
+        "progress of the launch before", ONE_PASS, "words[i] = 0;", "words[i] = words[i];", "is wrong|deadlock",
         "one-pass",
     ),
     Fault(
-        "u read before it has come from the block beside", ONE_PASS, "P::ACROSS > 1 ? SQUARE : 0", "0",
-        "is wrong|more bytes|in flight", "one-pass-pair",
+        "A over a box of y that is still stored", ONE_PASS, "store<[[1]]>(pipeline", "P::STORE_BOXES",
+        "is wrong|too early|written|deadlock|no fence", "one-pass",
     ),
     Fault(
-        "u copied over x that the block beside still reads", ONE_PASS, "pipeline.await_empty();", "",
-        "is wrong|written", "one-pass-pair",
+        "a strip that takes dh before it is made", STRIPS, "if (second && row % 128 == 0) await(row);", "",
+        "dA is wrong|da", "one-pass",
     ),
     Fault(
-        "u copied before all of its rows are there", ONE_PASS,
-        "[[named_barrier(1 + consumer, WARPGROUP);]]\n            if (P::ACROSS", "", "is wrong|no fence_async_shared",
-        "one-pass-pair",
+        "a stage of strips released while it is read", STRIPS, "wgmma_wait<1>();", "wgmma_wait<2>();", "is wrong",
+        "one-pass",
     ),
-    Fault(
-        "u that is not copied", ONE_PASS, "[[P::ACROSS > 1]] && thread == 0", "P::ACROSS > 2",
-        "deadlock.*0 of 1 arrivals and 8192 bytes", "one-pass-quad",
-    ),
-    Fault(
-        "a block that leaves while u is copied from it", TILES, "if constexpr (P::CLUSTER > 1) P::meet();", "",
-        "has ended", "one-pass-pair",
-    ),
-    Fault(
-        "a stage filled when one block of the row has released it", PIPELINE, "(DOWN + ACROSS - 1)", "DOWN",
-        "is wrong|deadlock|more", "one-pass-quad",
-    ),
-    Fault(
-        "each block with the same half of x", PIPELINE, "k, [[row + part * A_BOX_ROWS]],", "row", "is wrong",
-        "one-pass-quad",
-    ),
+    Fault("a row too many of strips", STRIPS, "c < strips.columns", "c <= strips.columns", OVERFLOW, "one-pass", True),
     Fault(
         "64 columns of w at another distance", PIPELINE, "b(ring.stage), [[W_BY_K ? 16 : SQUARE]]",
         "W_BY_K ? 16 : LINE", "dx is wrong", "cooperative",

@@ -239,16 +239,11 @@ def _as_copied(
 ) -> tuple[Tensor, Tensor]:
     """a and b as a kernel takes them that makes ``n`` columns of y: a Hopper kernel copies them, the others convert."""
     rank = max(a.shape[0], b.shape[1])
-    if a.dtype == b.dtype == x.dtype or not hopper.copies(
-        setting, native.load(), x.device, x.dtype, x.shape, n, rank, forms, projected
-    ):
-        return a, b
-    a, b = a.to(x.dtype), b.to(x.dtype)
-    if (
-        hopper.DX_AND_DH in forms
-        and hopper.matmul(native.load(), x, hopper.DX_AND_DH, n, rank).kernel in hopper.NUMBERS
-    ):
-        b = b.T.contiguous().T
+    if hopper.copies(setting, native.load(), x.device, x.dtype, x.shape, n, rank, forms, projected):
+        a, b = a.to(x.dtype), b.to(x.dtype)
+    passes = hopper.matmul(native.load(), x, hopper.DX_AND_DH, n, rank) if hopper.DX_AND_DH in forms else None
+    if passes is not None and passes.kernel in hopper.NUMBERS:
+        b = b.T.contiguous().T  # where it is read together with x, it lies by the terms
     return a, b
 
 

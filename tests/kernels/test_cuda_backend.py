@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,13 +189,20 @@ def test_launches(emulator: Path, device: torch.device) -> None:
     ],
     ids=["float64", "rank beyond the limit"],
 )
-def test_bad_input_is_refused_before_any_launch(change: dict, message: str) -> None:
+def test_bad_input_is_refused_before_any_launch(change: dict, message: str, device: torch.device) -> None:
     arguments = {
         "x": torch.zeros(2, 8), "weight": torch.zeros(4, 8), "bias": None,
         "a_stack": [torch.zeros(2, 8)], "b_stack": [torch.zeros(4, 2)],
     }  # fmt: skip
+    there = {name: _on(device, value) for name, value in (arguments | change).items()}
     with pytest.raises(ValueError, match=message):
-        lora_linear(**(arguments | change), scaling=1.0, backend="cuda")
+        lora_linear(**there, scaling=1.0, backend="cuda")
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, list):
+        return [one.to(device) for one in value]
+    return value if value is None else value.to(device)
 
 
 FEW_ROWS = Call("few rows: K of y in parts", 5, 1288, 72, 16, 16, BF16, BF16, p=0.5, hand=(0, 16), residual=True)

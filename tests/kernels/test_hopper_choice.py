@@ -46,13 +46,13 @@ def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.d
         x, weight, 129
     )
     assert cuda.explain(x, weight[:264], 16).endswith("by the one-pass Hopper kernel: RESLORA_CUDA_HOPPER=ping-pong")
-    monkeypatch.setenv(hopper.VARIABLE, "one-pass-quad")
-    one = "one pass: both products from one read of x, by the one-pass-quad Hopper kernel: "
-    one += "RESLORA_CUDA_HOPPER=one-pass-quad"
+    monkeypatch.setenv(hopper.VARIABLE, "one-pass")
+    one = "one pass: both products from one read of x, by the one-pass Hopper kernel: "
+    one += "RESLORA_CUDA_HOPPER=one-pass"
     assert cuda.explain(x, weight, 16) == cuda.explain(x, weight, 64) == one
     many = cuda.explain(x, weight, 65)
     assert many.startswith("two passes (one pass takes at most 64 ranks, these are 65): h first, by the streaming")
-    assert many.endswith("by the cooperative-pair Hopper kernel: RESLORA_CUDA_HOPPER=one-pass-quad")
+    assert many.endswith("by the cooperative-pair Hopper kernel: RESLORA_CUDA_HOPPER=one-pass")
     by_columns = cuda.explain(x, weight.T.contiguous().T, 16)
     assert by_columns.startswith("two passes (one by no Hopper kernel: the weight lies by columns): h first")
     monkeypatch.setenv(hopper.VARIABLE, "off")
@@ -118,16 +118,16 @@ def test_the_table_admits_one_pass_where_it_is_faster_than_two(no_table: None, d
     x, weight = values["x"], values["weight"]
     row = {"dtype": "torch.bfloat16", "m": CALL.m, "rank": 16}
     forward, backward = {"form": "one pass", "n": 520, "k": 200}, {"form": "dx and dh", "n": 200, "k": 520}
-    times = {"two passes": 7.0, "one-pass-pair": 5.0, "one-pass-quad": 6.0}
-    slower = {"two passes": 4.0, "one-pass-pair": 5.0}
+    times = {"two passes": 7.0, "one-pass": 5.0}
+    slower = {"two passes": 4.0, "one-pass": 5.0}
     rows = [row | forward | {"microseconds": times}, row | backward | {"microseconds": slower}]
     hopper.admit({"cuda_matmuls": rows, "cuda_projections": []})
-    assert launches(CALL, values) == ([6, 0], [False])
+    assert launches(CALL, values) == ([4, 0], [False])
     assert cuda.explain(x, weight, 16).endswith(
-        "by the one-pass-pair Hopper kernel: measured fastest near this shape (5 us)"
+        "by the one-pass Hopper kernel: measured fastest near this shape (5 us)"
     )
     hopper.admit({"cuda_matmuls": [row | forward | {"microseconds": slower}, row | backward | {"microseconds": times}]})
-    assert launches(CALL, values) == ([0, 6], [False])
+    assert launches(CALL, values) == ([0, 4], [False])
     assert cuda.explain(x, weight, 16).startswith(
         "two passes (two passes were measured fastest near this shape (4 us))"
     )
@@ -200,7 +200,7 @@ def test_what_is_wrong_in_one_form_is_out_of_that_form_and_of_layers() -> None:
     found.wrong.update({"ping-pong, dx": "planted", "one-pass, one pass": "planted"})
     assert not gpu_check.is_right(found, "ping-pong", "dx") and gpu_check.is_right(found, "ping-pong", "forward")
     assert set(settings) - set(gpu_check.settings_for(found, wide, settings)) == {"ping-pong", "one-pass"}
-    alone = [hopper.OFF, "one-pass-pair", "one-pass-quad", hopper.AUTO]
+    alone = [hopper.OFF, hopper.AUTO]
     assert gpu_check.settings_for(found, narrow, settings) == alone
     found.wrong.update({"cooperative": "planted", "streaming, dh": "planted"})
     assert not gpu_check.is_right(found, "cooperative", "forward")

@@ -265,7 +265,7 @@ for gradient in torch.autograd.grad(y, leaves, torch.ones_like(y)):
 """
 
 
-@pytest.mark.parametrize("setting", ["off", "cooperative-pair", "one-pass-pair"])
+@pytest.mark.parametrize("setting", ["off", "cooperative-pair", "one-pass"])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_backward_pass_is_the_first_of_its_thread(
     backend: str, setting: str, monkeypatch: pytest.MonkeyPatch

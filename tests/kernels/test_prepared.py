@@ -134,7 +134,7 @@ def test_a_prepared_pass_of_triton_is_the_same_pass(
 
 
 @pytest.mark.parametrize("call", [c for c in CALLS if c.form != "library"], ids=name_of)
-@pytest.mark.parametrize("setting", ["off", "cooperative-pair", "one-pass-pair"])
+@pytest.mark.parametrize("setting", ["off", "cooperative-pair", "one-pass"])
 def test_a_prepared_pass_of_cuda_is_the_same_pass(
     call: Call, setting: str, hopper_extension: Path | None, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
