@@ -154,10 +154,6 @@ FAULTS = [
         "one-pass",
     ),
     Fault(
-        "A over a box of y that is still stored", ONE_PASS, "store<[[1]]>(pipeline", "P::STORE_BOXES",
-        "is wrong|too early|written|deadlock|no fence", "one-pass",
-    ),
-    Fault(
         "a strip that takes dh before it is made", STRIPS, "if (second && row % 128 == 0) await(row);", "",
         "dA is wrong|da", "one-pass",
     ),
@@ -210,7 +206,8 @@ SMALL_FAULTS = [
         ("64 columns at another distance", "(s.b[turn.stage], [[BOX_BYTES]], 1024)", "1024", "MN-major.*is wrong"),
         ("the next 16 k at another distance", "MAJOR ? [[128]] : 2)", "64", "MN-major.*is wrong"),
         ("a descriptor into the middle of a pattern", "a + [[i * 2]],", "i * 8", "not in the first row"),
-        ("b the other way round", "wgmma<N, B_MN_MAJOR, Element>", "wgmma<N, !B_MN_MAJOR, Element>", "is wrong"),
+        ("b the other way round", "wgmma<N, B_MN_MAJOR, false, Element>",
+         "wgmma<N, !B_MN_MAJOR, false, Element>", "is wrong"),
         ("fewer bytes expected", "(GROUPS + 2) * BOX_BYTES", "(GROUPS + 1) * BOX_BYTES",
          "more bytes came|is wrong|in flight"),
         ("more bytes expected", "(GROUPS + 2) * BOX_BYTES", "(GROUPS + 3) * BOX_BYTES",

@@ -264,7 +264,7 @@ def _limits(case: Case, rates: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Of a layer without dropout, by this GPU's own rates."""
     if case.p or "copy" not in rates:
         return {}
-    stated = goals_of(case.m, case.k, case.n, case.r, rates["matmul"]["bfloat16"], rates["copy"], pairs=True)
+    stated = goals_of(case.m, case.k, case.n, case.r, rates["matmul"]["bfloat16"], rates["copy"], once=True)
     return {phase: asdict(goal) for phase, goal in stated.items()}
 
 

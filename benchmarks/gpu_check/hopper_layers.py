@@ -1,6 +1,6 @@
 """Whole layers by the cuda backend under each setting of ``RESLORA_CUDA_HOPPER``: captured, timed, and their goals.
 
-python -m benchmarks.gpu_check.hopper_layers        the goals of benchmarks/hopper.md, for GPUs that are not here
+python -m benchmarks.gpu_check.hopper_layers        the goals, by arithmetic, for GPUs that are not here
 
 Layers, their inputs and what they must come to are those of ``reslora bench``. A goal is relative to the frozen matmul,
 by arithmetic with two rates, of a large matmul and of a copy: what is bound by neither, and any loss in a matmul of our
@@ -157,8 +157,8 @@ class Goal:
     reason: str
 
 
-def goals_of(m: int, k: int, n: int, rank: int, flops: float, bandwidth: float, pairs: bool) -> dict[str, Goal]:
-    """Goals "forward" and "both" of a 16-bit layer K -> N without dropout; ``pairs``: blocks share the rows of A."""
+def goals_of(m: int, k: int, n: int, rank: int, flops: float, bandwidth: float, once: bool) -> dict[str, Goal]:
+    """Goals "forward" and "both" of a 16-bit layer K -> N without dropout; ``once``: a row of tiles makes x aᵀ once."""
     frozen = max(2.0 * m * k * n / flops, 2.0 * (m * k + k * n + m * n) / bandwidth)
 
     def again(columns: int) -> float:
@@ -166,11 +166,15 @@ def goals_of(m: int, k: int, n: int, rank: int, flops: float, bandwidth: float, 
         return 2.0 * m * columns / bandwidth / frozen
 
     low_rank = 2.0 * m * rank / flops / frozen  # for each column of x or y
-    beside = -(-rank // 16) * 16 / (2 * TILE if pairs else TILE)
-    shared = f"{100 * beside:.1f} % more products"
-    forward = _cheaper(beside, shared, again(k), "x again")
-    # dh comes beside dx where blocks share it; else with dB from a pass over dy, which is then made but once.
-    dh = _cheaper(beside, shared, again(n), "dy again") if pairs else (0.0, "")
+
+    def beside(columns: int) -> tuple[float, str]:
+        """The narrow product in the pass of a matmul to [m, columns]."""
+        cost = -(-rank // 16) * 16 / TILE / (-(-columns // TILE) if once else 1)
+        return cost, f"{100 * cost:.1f} % more products"
+
+    forward = _cheaper(*beside(n), again(k), "x again")
+    # dh comes beside dx where that costs little; else with dB from a pass over dy, which is then made but once.
+    dh = _cheaper(*beside(k), again(n), "dy again") if once else (0.0, "")
     gradients = again(k) + again(n)
     limits = {"forward": 1 + low_rank * n + forward[0]}
     limits["both"] = (limits["forward"] + 1 + low_rank * k + dh[0] + gradients) / 2
@@ -187,7 +191,7 @@ def _cheaper(products: float, shared: str, read: float, what: str) -> tuple[floa
     return read, f"two passes, {what}, {100 * read:.1f} % (not {shared})"
 
 
-KNOWN = {  # those of which rates are known, and whether there is a kernel there in which blocks share the rows of A
+KNOWN = {  # those of which rates are known, and whether there is a kernel there that makes x aᵀ once for a row of tiles
     "H100": (with_rates(GENERATIONS["sm_90"], "H100"), True),
     "H200": (with_rates(GENERATIONS["sm_90"], "H200"), True),
     "A100": (GENERATIONS["sm_80"], False),
@@ -200,9 +204,9 @@ SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))
 def table() -> str:
     """Markdown: every known GPU and shape of a layer with M = 8192 and r = 16."""
     lines = ["| GPU | layer | | floor | goal | why |", "|---|---|---|---|---|---|"]
-    for name, (gpu, pairs) in KNOWN.items():
+    for name, (gpu, once) in KNOWN.items():
         for k, n in SHAPES:
-            for phase, goal in goals_of(8192, k, n, 16, gpu.flops, gpu.bandwidth, pairs).items():
+            for phase, goal in goals_of(8192, k, n, 16, gpu.flops, gpu.bandwidth, once).items():
                 about = f"{name} | {k} -> {n}" if phase == "forward" else "|"
                 lines.append(f"| {about} | {phase} | {goal.floor:.3f} | {goal.limit:.2f} | {goal.reason} |")
     return "\n".join(lines)

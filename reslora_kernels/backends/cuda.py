@@ -239,11 +239,13 @@ def _as_copied(
 ) -> tuple[Tensor, Tensor]:
     """a and b as a kernel takes them that makes ``n`` columns of y: a Hopper kernel copies them, the others convert."""
     rank = max(a.shape[0], b.shape[1])
-    if hopper.copies(setting, native.load(), x.device, x.dtype, x.shape, n, rank, forms, projected):
+    copied, together = hopper.copies(
+        setting, native.load(), x.device, x.dtype, x.shape, n, rank, forms, projected
+    )  # fmt: skip
+    if copied:
         a, b = a.to(x.dtype), b.to(x.dtype)
-    passes = hopper.matmul(native.load(), x, hopper.DX_AND_DH, n, rank) if hopper.DX_AND_DH in forms else None
-    if passes is not None and passes.kernel in hopper.NUMBERS:
-        b = b.T.contiguous().T  # where it is read together with x, it lies by the terms
+    if together:
+        b = b.T.contiguous().T
     return a, b
 
 

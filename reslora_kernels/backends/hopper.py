@@ -148,8 +148,10 @@ def _choice(
 def copies(
     asked: str, extension: Any, device: torch.device, dtype: torch.dtype, shape: torch.Size, n: int, rank: int,
     forms: tuple[str, ...], projected: str,
-) -> bool:  # fmt: skip
+) -> tuple[bool, bool]:  # fmt: skip
     """Whether a Hopper kernel may serve x of this form: then it copies a and b as they are, which must have x's dtype.
+
+    And whether, in the backward pass, it has B read with dy, so that it must lie by the terms of that product.
 
     Args:
         forms: what the matmul to ``n`` columns may be, and ``projected`` what the projection to ``rank`` columns is.
@@ -159,7 +161,8 @@ def copies(
     chosen = [_choice(asked, extension, device, dtype, "cuda_matmuls", form, m, n, k, rank) for form in possible]
     if rank <= PROJECTED:
         chosen.append(_choice(asked, extension, device, dtype, "cuda_projections", projected, m, rank, k, None))
-    return any(kernel not in (None, TWO_PASSES) for kernel, _ in chosen)
+    together = DX_AND_DH in possible and chosen[possible.index(DX_AND_DH)].kernel in NUMBERS
+    return any(kernel not in (None, TWO_PASSES) for kernel, _ in chosen), together
 
 
 def admit(rows: dict[str, list[dict[str, Any]]]) -> None:

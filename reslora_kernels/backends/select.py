@@ -81,7 +81,7 @@ def check(backend: str) -> None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}; usable on this machine: {usable}")
 
 
-def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> BackendChoice:
+def explain(backend: str, x: Tensor, weight: Tensor, rank: int, dropout: bool = False) -> BackendChoice:
     """The backend that serves x [M, K] with weight [N, K] and ``rank`` rows of A, with the reason.
 
     Raises:
@@ -110,19 +110,19 @@ def explain(backend: str, x: Tensor, weight: Tensor, rank: int) -> BackendChoice
             able.append(name)
         else:
             passed_over.append(f"{name}: {reason}")
-    name, why = _fastest(able, x, weight, rank)
+    name, why = _fastest(able, x, weight, rank, dropout)
     return BackendChoice(name, "; ".join([why, _require(name).explain(x, weight, rank), *passed_over]))
 
 
-def choose(backend: str, x: Tensor, weight: Tensor, rank: int) -> ModuleType:
+def choose(backend: str, x: Tensor, weight: Tensor, rank: int, dropout: bool = False) -> ModuleType:
     """The module whose ``forward`` and ``backward`` serve this call; found once for each kind of call.
 
     No kernel is launched on nothing: a call with an empty x or weight goes to torch.
     """
-    kind = (backend, x.device, x.dtype, x.shape, weight.shape, rank)
+    kind = (backend, x.device, x.dtype, x.shape, weight.shape, rank, dropout)
     module: ModuleType | None = recall(kind)
     if module is None:
-        module = _require(explain(backend, x, weight, rank).name)
+        module = _require(explain(backend, x, weight, rank, dropout).name)
         module = module if x.numel() and weight.numel() else _require("torch")
         remember(kind, module)
     return module
@@ -147,12 +147,13 @@ def forget() -> None:
     unavailable_reason.cache_clear()
 
 
-def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int) -> tuple[str, str]:
+def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int, dropout: bool = False) -> tuple[str, str]:
     """The first backend by preference, unless the committed table knows a faster one near this shape.
 
-    The portable CUDA kernels are behind the vendor library's matmul on many GPUs: without a measurement they wait.
+    The portable CUDA kernels are behind the vendor library's matmul on many GPUs: without a measurement they wait. The
+    table is of calls without dropout, and says nothing of the others: on an H100 Triton's were the fastest of those.
     """
-    if x.numel() and weight.numel():
+    if x.numel() and weight.numel() and not dropout:
         sizes = {"m": x.shape[0], "n": weight.shape[0], "k": weight.shape[1], "rank": rank}
         row = nearest(gpu_of(x.device).generation, "calls", sizes, {"dtype": str(x.dtype)})
         times = {name: row["microseconds"][name] for name in able if name in row["microseconds"]} if row else {}

@@ -388,7 +388,7 @@ def _prepared(operands: Operands, asked: _Call) -> _Call:
         if type(weight) in _PLAIN or not isinstance(weight, Tensor):
             dense = operands.unpacked().weight
             rank = height(a_stack) or width(b_stack)
-            served = select.choose(asked.backend, _tokens(x), dense, rank)
+            served = select.choose(asked.backend, _tokens(x), dense, rank, seed is not None)
         small = (
             served is library
             and seed is None

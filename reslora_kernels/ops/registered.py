@@ -54,7 +54,7 @@ def _forward(
     side = SideChannel(c, scaling, hand_start, hand_stop)
     if residual is not None or side.hands_on:
         refuse_recomputation()
-    served_by = select.choose(backend, x, weight, a_cat.shape[0] or b_cat.shape[1])
+    served_by = select.choose(backend, x, weight, a_cat.shape[0] or b_cat.shape[1], seed is not None)
     dropout = None if seed is None else Dropout(seed, p)
     y, handed, u = served_by.forward(x, weight, bias, _stack(a_cat), (b_cat,), residual, side, dropout)
     u = x.new_empty(0, b_cat.shape[1]) if u is None else u
@@ -95,7 +95,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     side = SideChannel(c, scaling, hand_start, hand_start + (0 if dhanded is None else dhanded.shape[1]))
-    served_by = select.choose(backend, dy, weight, a_cat.shape[0] or b_cat.shape[1])
+    served_by = select.choose(backend, dy, weight, a_cat.shape[0] or b_cat.shape[1], seed is not None)
     gradients: Gradients = served_by.backward(
         dy, dhanded, x, weight, _stack(a_cat), (b_cat,), u, side, None if seed is None else Dropout(seed, p),
         Needs(need_dx, need_da, need_db, need_dresidual),

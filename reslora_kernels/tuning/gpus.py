@@ -110,7 +110,7 @@ def with_rates(gpu: Gpu, name: str) -> Gpu:
     return replace(gpu, flops=flops, bandwidth=bandwidth)
 
 
-NEAR = 1.0  # a row answers for shapes whose sizes differ from its own by a factor of 2 in all
+NEAR = 2.0  # a row answers for shapes whose sizes differ from its own by a factor of 4 in all
 
 
 @cache

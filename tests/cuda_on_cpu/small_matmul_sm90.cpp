@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(THREADS) matmul(const __grid_constant__ Params
                                                    : wgmma_descriptor(s.b[turn.stage], 0, 1024);
                 wgmma_fence();
                 for (int i = 0; i < K / 16; ++i)
-                    wgmma<N, B_MN_MAJOR>(acc, a + i * 2, b + i * (B_MN_MAJOR ? 128 : 2), Element{});
+                    wgmma<N, B_MN_MAJOR, false, Element>(acc, a + i * 2, b + i * (B_MN_MAJOR ? 128 : 2), Element{});
                 wgmma_commit();
                 wgmma_wait<1>();
                 if (before >= 0) release(before);
