@@ -283,7 +283,8 @@ def _host_cell(value: float | None, peft: float | None) -> str:
 
 
 def shown_figures(result: bench.Result) -> list[Figure]:
-    return [figure for figure in draw_all(result) if figure.name in SHOWN_FIGURES]
+    """Of a CPU; the table says it all of a GPU."""
+    return [] if result.machine["gpu"] else [f for f in draw_all(result) if f.name in SHOWN_FIGURES]
 
 
 def image_of(path: Path, figure: Figure) -> Path:

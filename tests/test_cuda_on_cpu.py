@@ -141,7 +141,6 @@ FAULTS = [
         "more bytes expected than b has", PIPELINE, "mbarrier_expect(full(ring.stage), [[B_BYTES]]);", "B_BYTES + 16",
         "deadlock", "one-pass",
     ),
-    Fault("u put where x is still read", ONE_PASS, "pipeline.await_empty();", "", "is wrong|written", "one-pass"),
     Fault(
         "u told of before all of it is there", ONE_PASS, "2 * WARPGROUP / 32", "1", "is wrong|deadlock", "one-pass",
     ),
