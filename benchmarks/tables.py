@@ -203,7 +203,7 @@ def updates_table(path: Path) -> str:
                 loss = {way: statistics.mean(run["merges"][way]["loss"] for run in own) for way in own[0]["merges"]}
                 cells = (" / ".join(f"{loss[way]:.4f}" for way in names if way in loss) for names in ways.values())
                 merged.append([title, f"{statistics.mean(run['final']['loss'] for run in own):.4f}", *cells])
-            if first["gradient_norms"]:
+            if any(first["gradient_norms"].values()):
                 size = [f"{update['norm']:.2f}", f"{update['effective_rank']:.1f}"] if update else ["", ""]
                 ratios = gradient_ratios(runs, methods[BASELINE]) if method != BASELINE else {}
                 cells = ("{:.2f} / {:.2f}".format(*ratios[step]) if step in ratios else "" for step in steps)
