@@ -178,6 +178,7 @@ void launch_kernel(const AugmentedMatmul& p, Device device) {
                                {strips_of(p.strips[0], p.strips[0].t), strips_of(p.strips[1], made)}, p.side, p.bias,
                                p.scale, static_cast<int>(p.x.rows), static_cast<int>(p.y.columns),
                                static_cast<int>(p.x.columns), static_cast<int>(count)};
+    if (rows > 0) follow_other_streams(device);
     constexpr int STRIPS = StripPipeline<typename P::Element>::SHARED_BYTES;
     run("augmented_matmul_one_pass_hopper", kernel, {count + p.strip_blocks, 1, 1}, P::THREADS,
         P::SHARED_BYTES > STRIPS ? P::SHARED_BYTES : STRIPS, params, device, 1, true, true);

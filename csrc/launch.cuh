@@ -128,7 +128,36 @@ inline std::uint32_t* progress_words(int count, Device device) {
     if (captured) found = {words + count, found.room - count};
     return words;
 }
+// Before a launch whose blocks wait for each other: two of them at a time, each with half of the multiprocessors, would wait
+// for good. So one begins when those of all other streams have ended. (Of launches that graphs hold nothing is known.)
+inline void follow_other_streams(Device device) {
+    struct Last {
+        cudaStream_t stream;
+        cudaEvent_t reached;
+    };
+    static std::mutex one_at_a_time;
+    static std::map<int, Last> of_gpus;
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    const auto stream = reinterpret_cast<cudaStream_t>(device.stream);
+    int gpu = 0;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaError_t error = cudaGetDevice(&gpu);
+    if (error == cudaSuccess) error = cudaStreamIsCapturing(stream, &status);
+    if (error != cudaSuccess || status != cudaStreamCaptureStatusNone) {
+        cudaGetLastError();  // the launch itself will say what is wrong
+        return;
+    }
+    const auto found = of_gpus.try_emplace(gpu, Last{stream, nullptr});
+    Last& last = found.first->second;
+    if (found.second || last.stream == stream) return;
+    if (!last.reached) error = cudaEventCreateWithFlags(&last.reached, cudaEventDisableTiming);
+    if (error == cudaSuccess) error = cudaEventRecord(last.reached, last.stream);
+    if (error == cudaSuccess) error = cudaStreamWaitEvent(stream, last.reached, 0);
+    if (error != cudaSuccess) cudaGetLastError();  // that stream is gone, or being captured: it runs nothing of these now
+    last.stream = stream;
+}
 #else
+inline void follow_other_streams(Device) {}
 inline int clusters_at_a_time(const void*, int, int, int) { return 0; }
 inline std::uint32_t* progress_words(int count, Device) {
     static std::map<int, std::vector<std::uint32_t>> words;
