@@ -126,7 +126,7 @@ def _calls(quick: bool) -> Iterator[Call]:
 
 
 Counted = tuple[str, int]  # of a launch, its name and bytes
-OPERANDS = ("x", "w", "t", "b", "a", "side", "y", "first", "second", "da", "db")
+OPERANDS = ("x", "w", "t", "b", "a", "side", "y", "first", "second", "da", "db", "of_inputs", "of_made")
 PROCESSORS = 132
 
 
@@ -179,6 +179,9 @@ class _Extension:
 
     def OuterProduct(self, t: int | None, stream: int | None, rank: int, columns: int, **_: Any) -> int:
         return (t or 0) + (stream or 0) + 4 * rank * columns  # one part at least is written
+
+    def Strips(self, stream: int, t: int | None, out: int, **_: Any) -> int:
+        return stream + (t or 0) + out
 
     def project(self, *_: Any, **operands: Any) -> None:
         self._launch("project", **operands)

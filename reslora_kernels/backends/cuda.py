@@ -338,7 +338,8 @@ def _strips(
     (m, n), extension = dy.shape, native.load()
     of_b = db is not None and u is not None and hopper.unsupported_reason(extension, dy, u, columns=k) is None
     of_a = da is not None and x is not None and hopper.unsupported_reason(extension, dy, x, columns=k) is None
-    widths = ({"of_inputs": n} if of_b else {}) | ({"of_made": k} if of_a else {})
+    # dy is in the cache for dx; x comes from memory, which takes a quarter longer.
+    widths = ({"of_inputs": n} if of_b else {}) | ({"of_made": k * 5 // 4} if of_a else {})
     free, names = hopper.strips(native.processors(dy), m, n, k, widths)
     made: dict[str, Any] = {"strip_blocks": free} if names else {}
     if "of_inputs" in names and u is not None and db is not None:

@@ -38,7 +38,7 @@ ONE_PASS_WIDTHS = (16, 32, 64)  # the same, beside those of y
 ONE_PASS_RANK = ONE_PASS_WIDTHS[-1]
 NARROW = 512  # columns of y up to which one pass is better than two, whatever the kernel
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of y that a block makes at a time, in one pass
-STRIP_TERMS = 12700  # a block reads a column while another multiplies so many terms for each; as measured
+STRIP_TERMS = 12000  # a block reads a column while another multiplies so many terms for each; as measured
 ALIGNMENT = 16  # bytes: of a base and of a stride, for the copy engine
 
 

@@ -249,11 +249,14 @@ def test_bytes_moved(call: Call, rank: int, p: float) -> None:
 @pytest.mark.parametrize("rank", [8, 16])
 @pytest.mark.parametrize("call", STANDARD, ids=str)
 def test_one_pass_moves_what_must_be_moved(call: Call, rank: int) -> None:
-    """Forward is one launch: one read of x and W, one write of y. Backward reads dy once more, for dB."""
+    """Forward is one launch: one read of x and W, one write of y. Backward reads dy once more, for dB.
+
+    Backward is one launch where the blocks that dx leaves free have the time for dA and dB.
+    """
     call = replace(call, rank=rank)
     for setting in hopper.ONE_PASS_VARIANTS:
         forward, backward = cuda_traffic(call, setting)
-        assert (forward.launches, backward.launches) == (1, 3)
+        assert (forward.launches, backward.launches) == (1, 1 if call.n > 4096 else 3)
         assert 0 <= forward.overhead <= 0.03 and 0 <= backward.overhead <= 0.04
     launches, _ = split(record(call, HOPPER, ("one_pass", "two_pass")))
     assert len(launches) == 1 and launches[0].bytes_moved() <= 1.03 * floors(call)[0]
