@@ -87,7 +87,11 @@ class Matmul:
 
     def launch(self, given: dict[str, Any]) -> None:
         bias, keep, a = given["bias"], given["keep"], given.get("a")
-        made = {} if a is None else {"a": a, "side": native.side_channel(None, 0, given["t"], None, 0, 1.0, 1.0)}
+        made = (
+            {}
+            if a is None
+            else {"a": a.contiguous(), "side": native.side_channel(None, 0, given["t"], None, 0, 1.0, 1.0)}
+        )
         cuda._augmented_matmul(
             given["x"], given["w"], given["t"] if a is None else None, given["b"], given["y"], given["scale"],
             bias=0 if bias is None else bias.data_ptr(), keep=0 if keep is None else keep.data_ptr(),

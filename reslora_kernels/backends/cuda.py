@@ -168,8 +168,9 @@ def backward(
     dhanded = None if dhanded is None else dhanded.to(dy.dtype)
     x, u = x if needs.da else None, u if needs.db else None
     types = (a.dtype, b.dtype)  # of their gradients
-    a, b = _as_copied(setting, dy, weight.shape[1], a, b, _BACKWARD_FORMS, hopper.DH)
     dropout = dropout if needs.dx or needs.da else None
+    forms = _BACKWARD_FORMS if needs.dx and onto is None and dropout is None else _BACKWARD_FORMS[1:]
+    a, b = _as_copied(setting, dy, weight.shape[1], a, b, forms, hopper.DH)
     operands = (dy, dhanded, x, weight, a, b, u, None if dropout is None else dropout.seed)
     p = None if dropout is None else dropout.p
     alone = onto is None
@@ -285,7 +286,6 @@ def _augmented_matmul(
     """y [M, N] = x w + scale t b and what ``options`` add: see csrc/params.h. Either t or ``a`` is given."""
     form = hopper.form_of(w, a, bool(options.get("keep")))
     kernel, _ = hopper.matmul(native.load(), x, form, y.shape[1], b.shape[0] if a is None else max(len(a), len(b)))
-    a = a.contiguous() if a is not None and kernel in hopper.NUMBERS else a
     given = {"t": t, "a": a}
     matrices = {"x": x, "w": w, "b": b} | {name: matrix for name, matrix in given.items() if matrix is not None}
     if kernel in hopper.NUMBERS and hopper.in_order(w, b, t, a):
