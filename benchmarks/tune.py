@@ -34,6 +34,7 @@ from reslora_kernels.backends import hopper, native, select, triton
 from reslora_kernels.bench import results
 from reslora_kernels.bench.timing import Plan, Subject, check_alive, clock_of, measure, measure_rates, percentiles
 from reslora_kernels.bench.workload import cache_bytes, sets_of, warmed_up
+from reslora_kernels.dropout import Dropout
 from reslora_kernels.side_channel import Needs, SideChannel
 from reslora_kernels.tuning import forms, gpus, tiles
 
@@ -77,6 +78,9 @@ class Timer(Protocol):
     def calls(self, shape: Shape, forward: Candidate, backward: Candidate) -> dict[str, float]:
         """Forward and backward with all gradients in each backend; the Triton one by these two candidates."""
 
+    def calls_with_dropout(self, shape: Shape) -> dict[str, float]:
+        """The same with dropout, as each backend does them."""
+
 
 def shapes() -> Iterator[Shape]:
     """Those of a 7 to 8 billion parameter decoder at r = 16, large M first; then other ranks, sizes and dtypes."""
@@ -115,8 +119,8 @@ def tune(
     keep: Callable[[Table], None],
     deadline: float = math.inf,
 ) -> Table:
-    """Rows "matmuls" and "calls" of the shapes that begin before the deadline; ``keep`` is told after each shape."""
-    table: Table = {"matmuls": [], "calls": []}
+    """Rows of matmuls and calls of the shapes that begin before the deadline; ``keep`` is told after each shape."""
+    table: Table = {"matmuls": [], gpus.calls_of(False): [], gpus.calls_of(True): []}
     for shape in chosen:
         if time.monotonic() >= deadline:
             break
@@ -127,9 +131,12 @@ def tune(
         across = candidates(gpu, swapped, False)
         backward = _fastest(table, swapped, False, across, lambda _, ways, shape=shape: timer.backward(shape, ways))
         if forward is not None and backward is not None:
-            seconds = timer.calls(shape, forward, backward)
-            microseconds = {name: round(value * 1e6, 2) for name, value in seconds.items()}
-            table["calls"].append(shape.sizes() | {"microseconds": microseconds})
+            for dropout, seconds in (
+                (False, timer.calls(shape, forward, backward)),
+                (True, timer.calls_with_dropout(shape)),
+            ):
+                microseconds = {name: round(value * 1e6, 2) for name, value in seconds.items()}
+                table[gpus.calls_of(dropout)].append(shape.sizes() | {"microseconds": microseconds})
         keep(table)
     return table
 
@@ -192,15 +199,25 @@ class GpuTimer:
             self._forward(v, forward)
             self._backward(v, backward, True)
 
-        def other(module: Any) -> Callable[[dict[str, Tensor]], None]:
+        return self._calls(shape, None, {"triton": ours})
+
+    def calls_with_dropout(self, shape: Shape) -> dict[str, float]:
+        return self._calls(shape, Dropout(torch.tensor(7, device=self.device), 0.1), {})
+
+    def _calls(
+        self, shape: Shape, dropout: Dropout | None, given: dict[str, Callable[[dict[str, Tensor]], None]]
+    ) -> dict[str, float]:
+        """By each backend that there is, or as ``given``."""
+
+        def by(module: Any) -> Callable[[dict[str, Tensor]], None]:
             def call(v: dict[str, Tensor]) -> None:
-                module.forward(*_forward_arguments(v))
-                module.backward(*_backward_arguments(v, True))
+                module.forward(*_forward_arguments(v, dropout))
+                module.backward(*_backward_arguments(v, True, dropout))
 
             return call
 
         names = [status.name for status in select.status() if status.available]
-        functions = [ours if name == "triton" else other(select._require(name)) for name in names]
+        functions = [given.get(name) or by(select._require(name)) for name in names]
         seconds = self._time(shape, functions)
         return {name: value for name, value in zip(names, seconds, strict=True) if value is not None}
 
@@ -271,13 +288,13 @@ def _draw(shape: Shape, device: torch.device, seed: int) -> dict[str, Tensor]:
     }
 
 
-def _forward_arguments(v: dict[str, Tensor]) -> tuple[Any, ...]:
-    return (v["x"], v["weight"], None, (v["a"],), (v["b"],), None, SideChannel(1.0, SCALING), None)
+def _forward_arguments(v: dict[str, Tensor], dropout: Dropout | None = None) -> tuple[Any, ...]:
+    return (v["x"], v["weight"], None, (v["a"],), (v["b"],), None, SideChannel(1.0, SCALING), dropout)
 
 
-def _backward_arguments(v: dict[str, Tensor], everything: bool) -> tuple[Any, ...]:
+def _backward_arguments(v: dict[str, Tensor], everything: bool, dropout: Dropout | None = None) -> tuple[Any, ...]:
     needs, side = Needs(da=everything, db=everything), SideChannel(1.0, SCALING)
-    return (v["dy"], None, v["x"], v["weight"], (v["a"],), (v["b"],), v["u"], side, None, needs)
+    return (v["dy"], None, v["x"], v["weight"], (v["a"],), (v["b"],), v["u"], side, dropout, needs)
 
 
 def write(
@@ -319,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = table["matmuls"][-1] if table["matmuls"] else {}
         print(f"{len(table['matmuls'])} products, {len(table['calls'])} calls; last: {row.get('others')}", flush=True)
 
-    keep({"matmuls": [], "calls": []})
+    keep({"matmuls": [], gpus.calls_of(False): [], gpus.calls_of(True): []})
     with hopper.requested(hopper.AUTO):  # calls are timed as they will be served
         table = served | tune(gpu, timer, chosen, keep, deadline)
     found = ", ".join(f"{len(rows)} {kind}" for kind, rows in table.items())

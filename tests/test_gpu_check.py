@@ -340,6 +340,9 @@ class StandInTimer:
         assert (forward.form, backward.form) == ("two_pass", "library")
         return {"triton": 7e-4, "torch": 8e-4}
 
+    def calls_with_dropout(self, shape: tune.Shape) -> dict[str, float]:
+        return {"triton": 9e-4}
+
 
 def test_tuning_writes_the_table_that_the_choice_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "measured.json"
@@ -364,12 +367,14 @@ def test_tuning_writes_the_table_that_the_choice_reads(tmp_path: Path, monkeypat
     assert row is not None and (row["form"], row["tile"], row["seconds"]) == ("library", None, 3e-4)
     call = gpus.nearest("sm_90", "calls", near, {"dtype": "torch.bfloat16"})
     assert call is not None and call["microseconds"] == {"triton": 700.0, "torch": 800.0}
+    call = gpus.nearest("sm_90", "calls with dropout", near, {"dtype": "torch.bfloat16"})
+    assert call is not None and call["microseconds"] == {"triton": 900.0}
 
 
 def test_tuning_stops_at_the_deadline_and_knows_what_cannot_be_in_one_pass() -> None:
     gpu = gpus.GENERATIONS["sm_90"]
     nothing = tune.tune(gpu, StandInTimer(), list(tune.shapes()), lambda table: None, deadline=-math.inf)
-    assert nothing == {"matmuls": [], "calls": []}
+    assert nothing == {"matmuls": [], "calls": [], "calls with dropout": []}
     forms = {c.form for c in tune.candidates(gpu, tune.Shape(8192, 4096, 4096, triton.ONE_PASS_RANK), True)}
     assert forms == {"library", "two_pass", "one_pass"}
     assert all(shape.rank <= tiles.MAX_RANK for shape in tune.shapes())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..tuning.gpus import gpu_of, nearest
+from ..tuning.gpus import calls_of, gpu_of, nearest
 from . import kinds
 
 PREFERENCE = ("triton", "cuda", "torch")  # "auto": the first that can serve the call, "cuda" only where it was measured
@@ -150,12 +150,11 @@ def forget() -> None:
 def _fastest(able: list[str], x: Tensor, weight: Tensor, rank: int, dropout: bool = False) -> tuple[str, str]:
     """The first backend by preference, unless the committed table knows a faster one near this shape.
 
-    The portable CUDA kernels are behind the vendor library's matmul on many GPUs: without a measurement they wait. The
-    table is of calls without dropout, and says nothing of the others: on an H100 Triton's were the fastest of those.
+    The portable CUDA kernels are behind the vendor library's matmul on many GPUs: without a measurement they wait.
     """
-    if x.numel() and weight.numel() and not dropout:
+    if x.numel() and weight.numel():
         sizes = {"m": x.shape[0], "n": weight.shape[0], "k": weight.shape[1], "rank": rank}
-        row = nearest(gpu_of(x.device).generation, "calls", sizes, {"dtype": str(x.dtype)})
+        row = nearest(gpu_of(x.device).generation, calls_of(dropout), sizes, {"dtype": str(x.dtype)})
         times = {name: row["microseconds"][name] for name in able if name in row["microseconds"]} if row else {}
         if able[0] in times:
             name = min(times, key=times.__getitem__)

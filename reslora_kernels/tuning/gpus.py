@@ -11,7 +11,8 @@ which maps a device's name to [16-bit FLOP of a matmul, bytes copied] a second, 
   kernel of the CUDA backend that was right: "portable" and variants of ``backends.hopper``, where the forms are too. A
   form in one pass also has "two passes", the fastest projection and matmul together.
 - "cuda_projections": form, dtype, m, n, k and the microseconds of x aᵀ [m, n] by "portable" and "streaming".
-- "calls": dtype, m, n, k, rank and the microseconds that forward and backward took in each backend.
+- "calls" and "calls with dropout": dtype, m, n, k, rank and the microseconds that forward and backward took in each
+  backend.
 """
 
 from __future__ import annotations
@@ -119,6 +120,11 @@ def table() -> dict[str, dict[str, Any]]:
     file = resources.files(__package__) / "measured.json"
     content: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return content
+
+
+def calls_of(dropout: bool) -> str:
+    """The kind of the rows of whole calls."""
+    return "calls with dropout" if dropout else "calls"
 
 
 def nearest(generation: str, kind: str, sizes: dict[str, int], exact: dict[str, str | bool]) -> dict[str, Any] | None:

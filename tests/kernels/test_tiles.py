@@ -169,6 +169,7 @@ def test_auto_never_takes_a_backend_that_was_measured_slower(table: None) -> Non
     name, reason = select._fastest(["triton", "torch"], x, weight, 16)
     assert (name, reason) == ("torch", "measured fastest near this shape (700 us)")
     assert select._fastest(["triton", "torch"], x[:100], weight, 16) == ("triton", "first choice")
+    assert select._fastest(["triton", "torch"], x, weight, 16, dropout=True) == ("triton", "first choice")
     unmeasured = ("torch", "first choice: cuda was not measured near this shape")
     assert select._fastest(["cuda", "torch"], x, weight, 16) == unmeasured
     gpus.table()["interpreter"]["calls"][0]["microseconds"]["cuda"] = 800.0
