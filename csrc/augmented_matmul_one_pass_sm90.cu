@@ -147,9 +147,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
         play_roles<P>(p);
     } else {
         grid_dependency_wait();
-        add_strips<typename P::Element>(p.strips, p.rows, block - p.blocks,
-                                                  static_cast<int>(grid_size().x) - p.blocks,
-                                                  [&](int row) { p.progress.await(row / P::BM); });
+        add_strips<typename P::Element>(p.strips, p.rows, block - p.blocks, static_cast<int>(grid_size().x) - p.blocks,
+                                        [&](int row) { p.progress.await(row / P::BM); });
     }
     p.progress.end(reinterpret_cast<std::uint32_t*>(P::make().full(P::BARRIERS)));
 }

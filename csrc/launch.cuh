@@ -87,6 +87,15 @@ void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int s
                                  " bytes of shared memory] failed: " + cudaGetErrorString(error));
     }
 }
+// The GPU of a launch, and whether a graph takes it instead of the stream.
+inline cudaError_t find_place(Device device, int& gpu, bool& captured) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaError_t error = cudaGetDevice(&gpu);
+    if (error == cudaSuccess) error = cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(device.stream), &status);
+    captured = status != cudaStreamCaptureStatusNone;
+    return error;
+}
+
 // Words in global memory that are zero, for a kernel that leaves them so. The launches of a stream follow each other and
 // share them; a launch that a graph holds has its own for good, since the graph may run beside its stream.
 inline std::uint32_t* progress_words(int count, Device device) {
@@ -99,12 +108,9 @@ inline std::uint32_t* progress_words(int count, Device device) {
     static std::map<std::pair<int, std::uintptr_t>, Words> of_streams;
     static std::map<int, Words> of_graphs;  // what is left of the last piece
     const std::lock_guard<std::mutex> lock(one_at_a_time);
-    const auto stream = reinterpret_cast<cudaStream_t>(device.stream);
     int gpu = 0;
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    cudaError_t error = cudaGetDevice(&gpu);
-    if (error == cudaSuccess) error = cudaStreamIsCapturing(stream, &status);
-    const bool captured = status != cudaStreamCaptureStatusNone;
+    bool captured = false;
+    cudaError_t error = find_place(device, gpu, captured);
     Words& found = captured ? of_graphs[gpu] : of_streams[{gpu, device.stream}];
     if (error == cudaSuccess && found.room < count) {
         const int room = count > LEAST ? count : LEAST;
@@ -140,10 +146,9 @@ inline void follow_other_streams(Device device) {
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     const auto stream = reinterpret_cast<cudaStream_t>(device.stream);
     int gpu = 0;
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    cudaError_t error = cudaGetDevice(&gpu);
-    if (error == cudaSuccess) error = cudaStreamIsCapturing(stream, &status);
-    if (error != cudaSuccess || status != cudaStreamCaptureStatusNone) {
+    bool captured = false;
+    cudaError_t error = find_place(device, gpu, captured);
+    if (error != cudaSuccess || captured) {
         cudaGetLastError();  // the launch itself will say what is wrong
         return;
     }
