@@ -12,9 +12,16 @@ namespace {
 
 // What blocks of a launch tell each other; zero before it and after it.
 struct Progress {
-    std::uint32_t* words;  // for each BM rows how many warps have put their part of t there; then, how many blocks have ended
-    int rows;              // of tiles; 0: nothing waits for t
+    // For each BM rows how many warps have put their part of t there; then how many tiles are taken, and how many blocks
+    // have ended.
+    std::uint32_t* words;
+    int rows;  // of tiles; 0: nothing waits for t
 
+    // A tile waits only for one that was taken before it, so by a block that runs, and that waits for nothing: all comes to
+    // its end however few blocks run at a time.
+    RESLORA_DEVICE int take(int otherwise) const {
+        return rows ? static_cast<int>(take_global(words + rows)) : otherwise;
+    }
     RESLORA_DEVICE void publish(int row) const { release_global(words + row, 1); }
     RESLORA_DEVICE void await(int row) const {
         await_global(words + row, 2 * WARPGROUP / 32);
@@ -24,10 +31,10 @@ struct Progress {
     RESLORA_DEVICE void end(std::uint32_t* shared_word) const {
         if (rows == 0) return;
         barrier();
-        if (thread_id() == 0) *shared_word = add_global(words + rows, 1);
+        if (thread_id() == 0) *shared_word = add_global(words + rows + 1, 1);
         barrier();
         if (*shared_word + 1 != static_cast<std::uint32_t>(grid_size().x)) return;
-        for (int i = thread_id(); i <= rows; i += 3 * WARPGROUP) words[i] = 0;
+        for (int i = thread_id(); i <= rows + 1; i += 3 * WARPGROUP) words[i] = 0;
     }
 };
 
@@ -45,9 +52,13 @@ struct OnePassMatmul {
 
 template <class P>
 RESLORA_DEVICE void produce(P pipeline, const OnePassMatmul& p) {
-    for (Tiles tiles = Tiles::make<P>(p, p.blocks); tiles.left(); tiles.tile += tiles.stride) {
+    Tiles tiles = Tiles::make<P>(p, p.blocks);
+    tiles.tile = p.progress.take(tiles.tile);
+    for (int next; tiles.left(); tiles.tile = next) {
+        next = p.progress.take(tiles.tile + tiles.stride);  // it comes while this one is loaded
         int row, column;
         const bool first = tiles.place_first_column_first(pipeline, row, column);
+        pipeline.announce(tiles.tile);
         for (int k = 0; k < p.depth; k += DEPTH) pipeline.fill(&p.x, &p.w, row, column, k, first ? &p.a : nullptr);
         if (first) {
             pipeline.fill_b(&p.b, column);
@@ -56,6 +67,8 @@ RESLORA_DEVICE void produce(P pipeline, const OnePassMatmul& p) {
             pipeline.fill(&p.t, &p.b, row, column, 0);
         }
     }
+    pipeline.announce(-1);
+    mbarrier_arrive(pipeline.full(pipeline.ring.stage));
 }
 
 // Puts scale t [64, EXTRA], made of product, where x lies in a stage, and where others find it; its rows begin at ``row``.
@@ -95,7 +108,8 @@ template <class P>
 RESLORA_DEVICE void consume(P pipeline, const OnePassMatmul& p, int consumer) {
     const int thread = thread_id() % WARPGROUP, first_row = 64 * consumer;
     const int steps = (p.depth + DEPTH - 1) / DEPTH;
-    for (Tiles tiles = Tiles::make<P>(p, p.blocks); tiles.left(); tiles.tile += tiles.stride) {
+    Tiles tiles = Tiles::make<P>(p, p.blocks);
+    while ((tiles.tile = pipeline.announced()) >= 0) {
         int row, column;
         const bool first = tiles.place_first_column_first(pipeline, row, column);
         row += first_row;
@@ -173,11 +187,10 @@ void launch_kernel(const AugmentedMatmul& p, Device device) {
     const int rows = waits ? static_cast<int>(blocks(p.x.rows, P::BM)) : 0;
     const OnePassMatmul params{map_of(p.x, P::BM), map_of(w, P::B_BOX_ROWS), map_of(p.a, P::EXTRA),
                                map_of(b, P::B_BOX_ROWS), map_of(t, P::BM), map_of(y, 64), p.scaled,
-                               {progress_words(rows + 1, device), rows},
+                               {progress_words(rows + 2, device), rows},
                                {strips_of(p.strips[0], p.strips[0].t), strips_of(p.strips[1], made)}, p.side, p.bias,
                                p.scale, static_cast<int>(p.x.rows), static_cast<int>(p.y.columns),
                                static_cast<int>(p.x.columns), static_cast<int>(count)};
-    if (rows > 0) follow_other_streams(device);
     constexpr int STRIPS = StripPipeline<typename P::Element>::SHARED_BYTES;
     run("augmented_matmul_one_pass_hopper", kernel, {count + p.strip_blocks, 1, 1}, P::THREADS,
         P::SHARED_BYTES > STRIPS ? P::SHARED_BYTES : STRIPS, params, device, 1, true, true);

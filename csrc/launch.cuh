@@ -87,15 +87,6 @@ void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int s
                                  " bytes of shared memory] failed: " + cudaGetErrorString(error));
     }
 }
-// The GPU of a launch, and whether a graph takes it instead of the stream.
-inline cudaError_t find_place(Device device, int& gpu, bool& captured) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    cudaError_t error = cudaGetDevice(&gpu);
-    if (error == cudaSuccess) error = cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(device.stream), &status);
-    captured = status != cudaStreamCaptureStatusNone;
-    return error;
-}
-
 // Words in global memory that are zero, for a kernel that leaves them so. The launches of a stream follow each other and
 // share them; a launch that a graph holds has its own for good, since the graph may run beside its stream.
 inline std::uint32_t* progress_words(int count, Device device) {
@@ -109,8 +100,10 @@ inline std::uint32_t* progress_words(int count, Device device) {
     static std::map<int, Words> of_graphs;  // what is left of the last piece
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     int gpu = 0;
-    bool captured = false;
-    cudaError_t error = find_place(device, gpu, captured);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaError_t error = cudaGetDevice(&gpu);
+    if (error == cudaSuccess) error = cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(device.stream), &status);
+    const bool captured = status != cudaStreamCaptureStatusNone;
     Words& found = captured ? of_graphs[gpu] : of_streams[{gpu, device.stream}];
     if (error == cudaSuccess && found.room < count) {
         const int room = count > LEAST ? count : LEAST;
@@ -134,35 +127,7 @@ inline std::uint32_t* progress_words(int count, Device device) {
     if (captured) found = {words + count, found.room - count};
     return words;
 }
-// Before a launch whose blocks wait for each other: two of them at a time, each with half of the multiprocessors, would wait
-// for good. So one begins when those of all other streams have ended. (Of launches that graphs hold nothing is known.)
-inline void follow_other_streams(Device device) {
-    struct Last {
-        cudaStream_t stream;
-        cudaEvent_t reached;
-    };
-    static std::mutex one_at_a_time;
-    static std::map<int, Last> of_gpus;
-    const std::lock_guard<std::mutex> lock(one_at_a_time);
-    const auto stream = reinterpret_cast<cudaStream_t>(device.stream);
-    int gpu = 0;
-    bool captured = false;
-    cudaError_t error = find_place(device, gpu, captured);
-    if (error != cudaSuccess || captured) {
-        cudaGetLastError();  // the launch itself will say what is wrong
-        return;
-    }
-    const auto found = of_gpus.try_emplace(gpu, Last{stream, nullptr});
-    Last& last = found.first->second;
-    if (found.second || last.stream == stream) return;
-    if (!last.reached) error = cudaEventCreateWithFlags(&last.reached, cudaEventDisableTiming);
-    if (error == cudaSuccess) error = cudaEventRecord(last.reached, last.stream);
-    if (error == cudaSuccess) error = cudaStreamWaitEvent(stream, last.reached, 0);
-    if (error != cudaSuccess) cudaGetLastError();  // that stream is gone, or being captured: it runs nothing of these now
-    last.stream = stream;
-}
 #else
-inline void follow_other_streams(Device) {}
 inline int clusters_at_a_time(const void*, int, int, int) { return 0; }
 inline std::uint32_t* progress_words(int count, Device) {
     static std::map<int, std::vector<std::uint32_t>> words;
@@ -171,10 +136,8 @@ inline std::uint32_t* progress_words(int count, Device) {
 
 template <class Params>
 void run(const char* name, void (*kernel)(Params), Grid grid, int threads, int shared, Params params, Device,
-         int cluster = 1, bool = false, bool together = false) {
-    // Blocks that wait for each other run at one time, like those of a cluster; others one after the other.
-    emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [&] { kernel(params); },
-                     together ? static_cast<int>(grid.x) : cluster);
+         int cluster = 1, bool = false, bool in_order = false) {
+    emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [&] { kernel(params); }, cluster, in_order);
 }
 #endif
 

@@ -59,7 +59,7 @@ struct Pipeline {
     static constexpr int EXTRA_ROOM = STAGES * EXTRA_BYTES > 2 * SQUARE ? STAGES * EXTRA_BYTES : 2 * SQUARE;
     static constexpr int BARRIERS_AT = EXTRA_AT + EXTRA_ROOM;
     static constexpr int BARRIERS = 2 * STAGES + 2;
-    static constexpr int SHARED_BYTES = EIGHT_LINES + BARRIERS_AT + (BARRIERS + 1) * static_cast<int>(sizeof(Barrier));
+    static constexpr int SHARED_BYTES = EIGHT_LINES + BARRIERS_AT + (BARRIERS + 1) * static_cast<int>(sizeof(Barrier)) + STAGES * 4;
     static constexpr int THREADS = 3 * WARPGROUP;
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES && DOWN <= 2 && EXTRA <= DEPTH);
 
@@ -78,6 +78,7 @@ struct Pipeline {
     }
     RESLORA_DEVICE Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(base + BARRIERS_AT) + stage; }
     RESLORA_DEVICE Barrier* empty(int stage) const { return full(stage) + STAGES; }
+    RESLORA_DEVICE int* tile() const { return reinterpret_cast<int*>(full(BARRIERS + 1)) + ring.stage; }
     RESLORA_DEVICE Barrier* turn(int consumer) const { return full(2 * STAGES) + consumer; }
 
     // By all threads. A stage is full when its bytes are there, empty when each warp that reads it, in this block and
@@ -115,6 +116,11 @@ struct Pipeline {
         ring.advance();
     }
     RESLORA_DEVICE void await_empty() const { mbarrier_wait(empty(ring.stage), ring.parity ^ 1); }
+    // With the next stage comes the number of the tile that begins there.
+    RESLORA_DEVICE void announce(int number) const {
+        await_empty();
+        *tile() = number;
+    }
     // b alone: the consumers put their rows of a into the stage.
     RESLORA_DEVICE void fill_b(const TensorMap* map_b, int column) {
         await_empty();
@@ -139,6 +145,11 @@ struct Pipeline {
         else tma_load(to, map, column, row, full(ring.stage));
     }
 
+    // By a consumer.
+    RESLORA_DEVICE int announced() const {
+        mbarrier_wait(full(ring.stage), ring.parity);
+        return same_in_warp(*tile());
+    }
     // By a consumer: begins acc [64 BLOCKS, BN] += a b of the current stage, of its first 16 STEPS k.
     template <int STEPS = DEPTH / 16>
     RESLORA_DEVICE void multiply(float (&acc)[BLOCKS][BN / 2], int first_row) const {

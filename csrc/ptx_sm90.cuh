@@ -220,10 +220,23 @@ RESLORA_DEVICE void named_barrier(int id, int threads) {
 RESLORA_DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 RESLORA_DEVICE void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// A value that all lanes of a warp have, and that the compiler knows them to: what follows from it stays in uniform registers.
+RESLORA_DEVICE int same_in_warp(int value) {
+    int same;
+    asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(same) : "r"(value));
+    return same;
+}
+
 // Words in global memory by which blocks of a launch tell each other how far they are.
 RESLORA_DEVICE std::uint32_t add_global(std::uint32_t* word, std::uint32_t value) {
     std::uint32_t before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+    return before;
+}
+// Counts one on, and hands on nothing.
+RESLORA_DEVICE std::uint32_t take_global(std::uint32_t* word) {
+    std::uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(word) : "memory");
     return before;
 }
 // Adds behind what this thread has written, and those of its warp before a warp_barrier.

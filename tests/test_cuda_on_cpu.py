@@ -153,6 +153,11 @@ FAULTS = [
         "one-pass",
     ),
     Fault(
+        "tiles shared out to blocks that do not run yet", ONE_PASS,
+        "rows ? static_cast<int>(take_global(words + rows)) : otherwise", "otherwise", "deadlock", "one-pass",
+    ),
+    Fault("a tile without its number", PIPELINE, "*tile() = number;", "", "is wrong|deadlock|begin", "one-pass"),
+    Fault(
         "a strip that takes dh before it is made", STRIPS, "if (second && row % 128 == 0) await(row);", "",
         "dA is wrong|da", "one-pass",
     ),

@@ -296,8 +296,11 @@ void settle(Event& event) {
 }
 
 void launch(const char* name, Place size, int count, int shared_bytes, const std::function<void()>& body,
-            int cluster_size) {
+            int cluster_size, bool in_order) {
     failure.clear();
+    if (in_order && size.x > 0)
+        for (cluster_size = 1 + static_cast<int>(chance() % std::min<std::int64_t>(size.x, 8)); size.x % cluster_size;)
+            --cluster_size;
     if (count % WARP || count > 1024) failure = "the number of threads must be a multiple of 32, at most 1024";
     if (size.x < 1 || size.y < 1 || size.z < 1 || size.x >= 1LL << 31 || size.y > 65535 || size.z > 65535)
         failure = "no such grid";
@@ -314,7 +317,7 @@ void launch(const char* name, Place size, int count, int shared_bytes, const std
     pending.assign(threads.size() / WARP, nullptr);
     std::vector<std::int64_t> order(failure.empty() ? size.x * size.y * size.z / cluster_size : 0);
     for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int64_t>(i) * cluster_size;
-    std::shuffle(order.begin(), order.end(), chance);
+    if (!in_order) std::shuffle(order.begin(), order.end(), chance);
     for (std::int64_t i : order) {
         // A piece of its own from the heap for each block, so that AddressSanitizer sees its bounds. All NaN at first.
         std::vector<std::unique_ptr<unsigned char, void (*)(void*)>> memory;

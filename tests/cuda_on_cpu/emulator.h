@@ -85,9 +85,10 @@ void wait_until(std::function<bool()> may_go_on, std::function<std::string()> wa
 std::shared_ptr<Event> later(std::function<void()> happen);
 void settle(Event& event);
 // Raises std::runtime_error for what would be a fault, a hang or a race on the device. The blocks of a cluster,
-// neighbours in x, run together.
+// neighbours in x, run together. In order: the device begins blocks by their number, only so many at a time as chance
+// has it, the next when those have ended; else in any order.
 void launch(const char* name, Place grid, int threads, int shared_bytes, const std::function<void()>& kernel,
-            int cluster_size = 1);
+            int cluster_size = 1, bool in_order = false);
 
 // Of the units that only sm_90 has, in emulator_sm90.cpp.
 void cluster_begins();

@@ -67,11 +67,14 @@ using emulator::named_barrier;
 inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}
 
+inline int same_in_warp(int value) { return static_cast<int>(from_lane(static_cast<std::uint32_t>(value), 0)); }
+
 inline std::uint32_t add_global(std::uint32_t* word, std::uint32_t value) {
     const std::uint32_t before = *word;
     *word += value;
     return before;
 }
+inline std::uint32_t take_global(std::uint32_t* word) { return add_global(word, 1); }
 inline void release_global(std::uint32_t* word, std::uint32_t value) { *word += value; }
 inline void await_global(const std::uint32_t* word, std::uint32_t value) {
     emulator::wait_until([word, value] { return *word == value; }, [] { return "a word in global memory"; });
