@@ -150,8 +150,7 @@ def check(row: Row) -> list[str]:
         if row.blocks < BLOCKS[matmul[1]]:
             broken.append(f"registers for {row.blocks} blocks, not {BLOCKS[matmul[1]]}")
     broken += [f"ptxas remarks {code}" for code in row.remarks]
-    # Of one launch a pass: the first tile, the next, the blocks that have ended, and the parts of t that are there. No sum
-    # is made so.
+    # Of one launch a pass: its first tile, the next, blocks that have ended, parts of t that are there. No sums.
     progress = {"ATOMG": 3, "REDG": 1} if "one_pass_hopper" in row.kernel else {}
     broken += [f"atomics: {count[name]} {name}" for name in ATOMICS if count.get(name, 0) != progress.get(name, 0)]
     return broken

@@ -66,7 +66,7 @@ def why_not_linear(module: nn.Linear) -> str | None:
             f"a {type(module).__name__} that holds {', '.join(others) or 'no weight'}: only a weight and a bias that "
             "are parameters can be adapted. Remove weight_norm, spectral_norm or pruning first "
             "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm, "
-            "prune.remove)"
+            "prune.remove); from a conversion (QAT, float8) leave out the layers to adapt (filter_fn, module_filter_fn)"
         )
     if nn.parameter.is_lazy(module.weight):
         return f"a {type(module).__name__} whose sizes are not known before its first forward"

@@ -121,6 +121,18 @@ def unet() -> Any:
     return denoiser().eval()
 
 
+@torch.no_grad()
+def denoised(model: Any, **settings: Any) -> Tensor:
+    """What a diffusers model in its dtype makes of a noisy image or film and a text."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 8, 8) if "Wan" in type(model).__name__ else (8, 8)
+    width = model.config.get("cross_attention_dim", 16)
+    image = torch.randn(1, model.config.in_channels, *sizes, generator=generator, dtype=model.dtype)
+    text = torch.randn(1, 5, width, generator=generator, dtype=model.dtype)
+    sample: Tensor = model(image, timestep=torch.tensor([3]), encoder_hidden_states=text, **settings).sample
+    return sample
+
+
 def _tokens(seed: int, rows: int, length: int) -> Tensor:
     """Sequences in which the next token follows from the last by a fixed rule, half of the time."""
     generator = torch.Generator().manual_seed(seed)

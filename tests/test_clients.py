@@ -22,7 +22,7 @@ from reslora_kernels import (
 from reslora_kernels.training import AdapterCheckpoints
 
 from .conftest import PROSE, make_tokenizer
-from .models import FAMILIES, llama, randomize, roberta, unet
+from .models import FAMILIES, denoised, llama, randomize, roberta, unet
 
 CONFIG = ResLoRAConfig(r=2, shortcut="input", target_modules=["q_proj", "v_proj"], lora_alpha=16)
 OPTIONS = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.02}
@@ -217,17 +217,6 @@ def video_model() -> Any:
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
         freq_dim=16, ffn_dim=24, num_layers=2, rope_max_seq_len=32,
     ).eval()  # fmt: skip
-
-
-@torch.no_grad()
-def denoised(model: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    sizes = (1, 8, 8) if "Wan" in type(model).__name__ else (8, 8)
-    width = model.config.get("cross_attention_dim", 16)
-    image = torch.randn(1, model.config.in_channels, *sizes, generator=generator, dtype=torch.float64)
-    text = torch.randn(1, 5, width, generator=generator, dtype=torch.float64)
-    sample: Tensor = model(image, timestep=torch.tensor([3]), encoder_hidden_states=text).sample
-    return sample
 
 
 class TestDiffusers:

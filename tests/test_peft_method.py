@@ -192,10 +192,22 @@ def test_embeddings_that_peft_saves_along_do_not_train(tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" in read(tmp_path / "native").frozen
 
 
-def test_chains_that_do_not_fit_leave_the_model_as_it_was() -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chains": [["nowhere"]]}, "no adapted layer"),
+        ({"rank_pattern": {"qproj": 2}}, "rank_pattern key 'qproj' matches no adapted layer"),
+        (
+            {"alpha_pattern": {"layers.9.self_attn.q_proj": 2}},
+            "alpha_pattern key 'layers.9.self_attn.q_proj' matches no",
+        ),
+    ],
+    ids=["chains", "rank_pattern", "alpha_pattern"],
+)
+def test_what_does_not_fit_leaves_the_model_as_it_was(changes: dict[str, Any], message: str) -> None:
     model = llama()
-    with pytest.raises(ValueError, match="no adapted layer"):
-        peft.get_peft_model(model, ResLoRAPeftConfig(**wanted(chains=[["nowhere"]])))
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(model, ResLoRAPeftConfig(**wanted(**changes)))
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.state_dict().keys() == llama().state_dict().keys()
 
@@ -311,6 +323,8 @@ def test_what_cannot_be_right_is_refused_by_name() -> None:
         add_adapter(model, "third", ResLoRAConfig())
     with pytest.raises(ValueError, match="held by PEFT"):
         restart_reslora(model)
+    with pytest.raises(NotImplementedError, match=r"set_adapter\(\[\.\.\.\]\) sums them"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
     with pytest.raises(ValueError, match="held by PEFT"):
         merge_and_unload(model, calibration=[LLAMA.batch(1)])
     assert torch.equal(logits(model), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from torch import Tensor
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from reslora_kernels import ResLoRAConfig, apply_reslora  # noqa: E402
 from reslora_kernels.peft import ResLoRAPeftConfig  # noqa: E402
+from reslora_kernels.training import AdapterCheckpoints  # noqa: E402
 
 from . import processes  # noqa: E402
 from .conftest import make_tokenizer  # noqa: E402
@@ -135,6 +138,32 @@ def test_trl_preference_optimisation_starts_at_its_reference(tmp_path: Path, sho
     assert abs(losses[0] - LOG2) < 1e-3
     assert abs(losses[-1] - LOG2) > 1e-3
     assert any(not torch.equal(before[name], after) for name, after in adapters(trainer.model).items())
+
+
+def test_trl_takes_no_base_model_as_the_reference_of_an_adapted_one(tmp_path: Path) -> None:
+    """It makes one from the base model's files, which has none of the adapters that the policy begins with."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    wide_llama().save_pretrained(tmp_path / "base")
+    pairs = [{"prompt": "two plus", "chosen": f" {i} is four", "rejected": f" the dog {i}"} for i in range(16)]
+
+    class Trainer(AdapterCheckpoints, trl.DPOTrainer):
+        pass
+
+    def trainer(model: Any, **reference: Any) -> Any:
+        args = settings(trl.DPOConfig, tmp_path, max_length=24)
+        rows = datasets.Dataset.from_list(pairs)
+        return Trainer(model=model, args=args, train_dataset=rows, processing_class=make_tokenizer(), **reference)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = apply_reslora(model, ResLoRAConfig(r=4, target_modules=["q_proj", "v_proj"], shortcut="block"))
+    assert trainer(model).ref_model is not None  # they are one model so far
+    with pytest.raises(ValueError, match=r"ref_model would be the base model.*ref_model=copy\.deepcopy\(model\)"):
+        trainer(randomize(model))
+    right = trainer(model, ref_model=copy.deepcopy(model))
+    right.train()
+    assert abs(next(row["loss"] for row in right.state.log_history if "loss" in row) - LOG2) < 1e-3
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])

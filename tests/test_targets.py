@@ -279,6 +279,8 @@ class Blocks(nn.Module):
     [
         ({"target_modules": ["fc", "fc_in"]}, r"target_modules: 'fc_in' matches no module"),
         ({"target_modules": ["fc"], "layers_to_transform": [1, 3]}, r"layers_to_transform: 3 is no layer"),
+        ({"exclude_modules": ["fc_out", "norm"]}, r"exclude_modules: 'fc_out' matches no module"),
+        ({"exclude_modules": r"head\..*"}, r"exclude_modules: 'head.*' matches no module"),
         ({"layers_to_transform": [0, 7]}, r"layers_to_transform: 7 is no layer"),
     ],
     ids=str,

@@ -13,7 +13,7 @@ from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
 from ..layers.kinds import is_linear
 from ..layers.shortcuts import hands_on
-from .record import Record, adapted_layers, record_of, root_of
+from .record import Record, complete_layers, record_of, root_of
 
 NOMINAL_TOKENS = 4096  # for which the choice of a backend is shown
 
@@ -104,7 +104,7 @@ def inspect(model: nn.Module) -> Coverage:
         TypeError: ``model`` is not a module.
         ValueError: it is not adapted.
     """
-    layers = adapted_layers(model)
+    layers = complete_layers(model)
     record = record_of(model)
     names = {id(layer): name for name, layer in layers.items()}
     linked = [layer for chain in record.chains for layer in chain.layers]

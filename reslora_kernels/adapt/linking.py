@@ -26,7 +26,7 @@ from ..quantizers import keep_order
 from .checkpoints import output_head
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
-from .obstacles import Surroundings, watch_head
+from .obstacles import Surroundings, refuse_switches, watch_head
 from .record import Record, adapted_layers, record_of
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
@@ -286,6 +286,7 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     if layers:
         record.hooks.append(model.register_forward_pre_hook(Surroundings(model, record, layers)))
     watch_head(model, output_head(model), record, layers)
+    refuse_switches(model, record)
 
 
 def _open_passes(model: nn.Module) -> None:

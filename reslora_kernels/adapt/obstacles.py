@@ -15,6 +15,7 @@ import ast
 import functools
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.offloading import is_hooked, offloader
 from ..layers.tensor_parallel import is_parallelized
-from .record import Record
+from .record import Record, at, holds, place_of, refuse_replaced
 
 _FACTS = ("dtype", "device", "shape", "ndim", "size", "dim", "requires_grad", "is_cuda")  # nothing of the values
 _JOINTS = {  # what diffusers' attention runs when it is fused, and in whose place
@@ -155,7 +156,7 @@ def refuse_fused(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
 def _fused(model: nn.Module, name: str) -> str | None:
     """What is wrong if diffusers has fused a layer's weight with its neighbours' (``fuse_qkv_projections``)."""
     path, _, child = name.rpartition(".")
-    owner = _at(model, path)
+    owner = at(model, path)
     if owner is None or not _is_fused(owner):
         return None
     joint = next((joint for joint, parts in _JOINTS.items() if joint in owner._modules and child in parts), None)
@@ -210,16 +211,21 @@ class Surroundings:
         self.first = next(iter(layers.values()))
         self.told: object = None  # the parameter under whose ds_id ZeRO-3 was told who reads what
         self.ends = _ends(record, layers)
-        owners = dict.fromkeys(_at(model, name.rpartition(".")[0]) for name in layers)
+        self.places = [(*place_of(model, record, name, layer), layer, name) for name, layer in layers.items()]
+        owners = dict.fromkeys(at(model, name.rpartition(".")[0]) for name in layers)
         self.fusible = [owner for owner in owners if owner is not None and hasattr(owner, "fuse_projections")]
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        active = self.record.chains[0].active
+        for parent, child, layer, name in self.places if active else ():
+            if parent is not None and parent._modules.get(child) is not layer:
+                refuse_replaced(parent, child, layer, name)
         for chain, name, layer in self.ends:
-            if chain.active and self.record.layers is None and not _holds(_at(model, name), layer):
+            if chain.active and self.record.layers is None and not holds(at(model, name), layer):
                 _refuse_gone(model, chain, name, layer)
-        if any(_is_fused(owner) for owner in self.fusible) and self.record.chains[0].active:
+        if active and any(_is_fused(owner) for owner in self.fusible):
             refuse_fused(model, self.layers)
         a = self.first.lora_A
         if a.is_meta and a.requires_grad and torch.is_grad_enabled() and offloader(self.first) is not None:
@@ -253,24 +259,10 @@ def _ends(record: Record, layers: Mapping[str, AdapterLayer]) -> list[tuple[Chai
     return [(chain, names[id(chain.layers[at])], chain.layers[at]) for chain in stacks.values() for at in (0, -1)]
 
 
-def _at(model: nn.Module, name: str) -> nn.Module | None:
-    module: nn.Module | None = model
-    for part in name.split(".") if name else ():
-        module = None if module is None else module._modules.get(part)
-    return module
-
-
-def _holds(place: nn.Module | None, layer: AdapterLayer) -> bool:
-    """Whether ``layer`` is in force at a place, by itself or beside that of another adapter."""
-    if place is layer or not isinstance(place, AdapterLayer):
-        return place is layer
-    return any(layer is other for part in place.division for other in part.layers)
-
-
 def _refuse_gone(model: nn.Module, chain: Chain[AdapterLayer], name: str, layer: AdapterLayer) -> None:
     """ValueError if ``layer`` is not in the model under another name either, nor the model a part of a pipeline."""
     state = chain.passes.current()
-    if (state is None or state.owner is model) and not any(_holds(module, layer) for module in model.modules()):
+    if (state is None or state.owner is model) and not any(holds(module, layer) for module in model.modules()):
         raise ValueError(
             f"layer {name!r} of chain {chain.name!r} is no longer in the model, and others read of it: adapt the part "
             "that is left by itself, so that its chains end with it, or let them go on with pipeline_reslora"
@@ -343,3 +335,53 @@ class HeadRuns:
                 "tokens: its loss reads the weight alone (TRL's trainers and Liger's kernels do). Train the head whole "
                 "(modules_to_save), leave it as it is, or take a loss that runs it"
             )
+
+
+_SWITCHES = (
+    "set_adapters", "disable_lora", "enable_lora", "fuse_lora", "unfuse_lora", "unload_lora", "delete_adapters",
+    "save_lora_adapter",
+)  # fmt: skip
+
+
+def refuse_switches(model: nn.Module, record: Record) -> None:
+    """Let diffusers' switches and its scale, which would do nothing on an adapted model, say so."""
+    if record.layers is None and all(hasattr(type(model), name) for name in _SWITCHES):
+        record.hooks += [Switch(model, name) for name in _SWITCHES]
+        record.hooks.append(model.register_forward_pre_hook(refuse_scale, with_kwargs=True))
+
+
+class Switch:
+    """A method of a diffusers model, before its class's, which knows PEFT's layers: ValueError where there are none."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+        vars(model)[name] = self
+
+    def remove(self) -> None:
+        """Let the class's method be met again."""
+        if vars(self.model).get(self.name) is self:
+            del vars(self.model)[self.name]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _has_tuners(self.model):
+            raise ValueError(
+                f"{self.name} is for adapters that PEFT holds, and would do nothing here: use set_adapter, "
+                "disable_adapter, merge_reslora or save_adapter of reslora_kernels, or load in a pipeline what "
+                "export_peft(model, path, layout='diffusers') writes"
+            )
+        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+
+
+def refuse_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: ValueError for a scale that diffusers would give to PEFT's layers only."""
+    for name, given in kwargs.items():
+        if name.endswith("attention_kwargs") and given and given.get("scale", 1.0) != 1.0 and not _has_tuners(model):
+            raise ValueError(
+                f"{name}: scale={given['scale']!r} is for adapters that PEFT holds, and would do nothing here: "
+                "export_peft(model, path, layout='diffusers') and load that, or disable_adapter(model) in place of 0"
+            )
+
+
+def _has_tuners(model: nn.Module) -> bool:
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return peft is not None and any(isinstance(module, peft.BaseTunerLayer) for module in model.modules())

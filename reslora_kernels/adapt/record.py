@@ -116,20 +116,65 @@ def without_compiled(name: str) -> str:
 def complete_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """``adapted_layers``; ValueError, which names it, if one is no longer in the model or was trained elsewhere."""
     layers = adapted_layers(model)
-    refuse_incomplete(record_of(model), layers)
+    refuse_incomplete(root_of(model), record_of(model), layers)
     return layers
 
 
-def refuse_incomplete(record: Record, layers: Mapping[str, AdapterLayer]) -> None:
+def refuse_incomplete(root: nn.Module, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
     """The same for one of the adapters in force."""
     if record.spread:
         raise ValueError(record.spread)
-    gone = sorted(set(record.layer_names) - layers.keys())
-    if gone:
-        raise ValueError(
-            f"layer {gone[0]!r} was adapted and is gone: another was put in its place (resize_token_embeddings does "
-            "that). Change the model first, then adapt it"
+    if record.layers is not None:
+        for name, layer in layers.items():
+            refuse_replaced(*place_of(root, record, name, layer), layer, name)
+    for name in sorted(set(record.layer_names) - layers.keys()):
+        raise ValueError(gone(name, at(root, name)))
+
+
+def place_of(root: nn.Module, record: Record, name: str, layer: Any) -> tuple[nn.Module | None, str]:
+    """The module that has ``layer`` as a child, and as which."""
+    if record.layers is not None:
+        return layer.holder.reslora_adapter, record.name
+    path, _, child = name.rpartition(".")
+    return at(root, path), child
+
+
+def at(root: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name; None where there is none."""
+    module: nn.Module | None = root
+    for part in name.split(".") if name else ():
+        module = None if module is None else module._modules.get(part)
+    return module
+
+
+def holds(place: nn.Module | None, layer: AdapterLayer) -> bool:
+    """Whether ``layer`` is in force at a place, by itself or beside that of another adapter."""
+    if place is layer or not isinstance(place, AdapterLayer):
+        return place is layer
+    return any(layer is other for part in place.division for other in part.layers)
+
+
+def refuse_replaced(parent: nn.Module | None, child: str, layer: AdapterLayer, name: str) -> None:
+    """ValueError if ``parent`` has another module in the place of ``layer``, and not one around it."""
+    there = None if parent is None else parent._modules.get(child)
+    if there is not None and not any(holds(module, layer) for module in there.modules()):
+        raise ValueError(gone(name, there))
+
+
+def gone(name: str, there: nn.Module | None) -> str:
+    """What is wrong with an adapted layer in whose place ``there`` is."""
+    if there is None:
+        return f"layer {name!r} was adapted and is gone. Change the model first, then adapt it"
+    if any(isinstance(module, AdapterLayer) for module in there.modules()):
+        return (
+            f"layer {name!r} was adapted, and is inside a {type(there).__module__}.{type(there).__name__} now: another "
+            "adapter was put around it, which fits the merged model. Call merge_reslora first, then add the other"
         )
+    return (
+        f"layer {name!r} was adapted and is gone: a {type(there).__name__} is in its place. What puts its own layers "
+        "in the place of linear ones (float8, QAT, quantize_dynamic, resize_token_embeddings) takes adapted ones, too: "
+        "leave them out of it (module_filter_fn, filter_fn), or change the model first, then adapt it"
+    )
 
 
 def root_of(model: nn.Module) -> nn.Module:

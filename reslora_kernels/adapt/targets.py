@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +67,17 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     for ending in config.modules_to_save or ():
         if not any(matches(name, [ending]) for name, _ in model.named_modules()):
             raise ValueError(f"modules_to_save: {ending!r} matches no module of the model")
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
-            if not any(pattern_matches(key, name.removesuffix(PARAMETER_ADAPTER)) for name in matched):
-                raise ValueError(f"{field} key {key!r} matches no adapted layer; they are {', '.join(matched)}")
+    refuse_idle_patterns(config, matched)
     _warn_of_unused(model, config)
     return Targets(matched, tuple(unmatched))
+
+
+def refuse_idle_patterns(config: ResLoRAConfig, adapted: Collection[str]) -> None:
+    """ValueError, which names it, for a ``rank_pattern`` or ``alpha_pattern`` that means none of the adapted layers."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(pattern_matches(key, name.removesuffix(PARAMETER_ADAPTER)) for name in adapted):
+                raise ValueError(f"{field} key {key!r} matches no adapted layer; they are {', '.join(adapted)}")
 
 
 def with_heads_saved(config: ResLoRAConfig, model: nn.Module) -> ResLoRAConfig:
@@ -180,10 +185,11 @@ def _layer_index(name: str) -> int | None:
 
 def _warn_of_unused(model: nn.Module, config: ResLoRAConfig) -> None:
     names = [name for name, _ in model.named_modules() if name]
-    wanted = config.target_modules
-    unused = [] if isinstance(wanted, str) else [t for t in wanted if not any(matches(name, [t]) for name in names)]
-    if unused:
-        warnings.warn(f"target_modules: {_listed(unused)} matches no module of the model", stacklevel=4)
+    for field in ("target_modules", "exclude_modules"):
+        given = getattr(config, field) or ()
+        unused = [] if isinstance(given, str) else [t for t in given if not any(matches(name, [t]) for name in names)]
+        if unused or (field == "exclude_modules" and given and not any(matches(name, given) for name in names)):
+            warnings.warn(f"{field}: {_listed(unused or [given])} matches no module of the model", stacklevel=4)
     assert not isinstance(config.layers_to_transform, int)
     if config.layers_to_transform is not None:
         head = output_head(model)

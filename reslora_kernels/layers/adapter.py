@@ -57,6 +57,7 @@ class AdapterLayer(nn.Module):
     observer: Observer | None
     replacement: tuple[Tensor, Tensor] | None  # (A, B) of a plain update that stands in, while merging
     detour: bool  # whether any of these six is so: all that a forward looks at
+    factor: float = 1.0  # by which s counts
     holds_all_it_reads: ClassVar[bool] = False  # whether it is called, on parameters of its own and of its neighbours
 
     def base_in(self, root: nn.Module, name: str) -> Any:
@@ -181,8 +182,8 @@ class AdapterLayer(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """s of the equations."""
-        return self.config.scaling
+        """s of the equations, by the factor that PEFT's ``set_scale`` has set."""
+        return self.config.scaling * self.factor
 
     @property
     def chain_length(self) -> int:

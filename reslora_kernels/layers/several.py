@@ -106,8 +106,12 @@ def summed(place: Any, layers: Sequence[Any], x: Tensor) -> Tensor:
     if not layers:
         frozen: Tensor = place.frozen_forward(x)
         return frozen
-    found = [(layer.scaling / place.scaling, *_contribution(layer, x)) for layer in layers]
-    stack = tuple([b if ratio == 1 else b * ratio for ratio, _, b_stack in found for b in b_stack])
+    found = [(layer.scaling, *_contribution(layer, x)) for layer in layers]  # of scale 0 too: it may hand on
+    place = next((one for one in (place, *layers) if one.scaling), place)
+    if not place.scaling:
+        return place.frozen_forward(x)  # type: ignore[no-any-return]
+    ratios = [scaling / place.scaling for scaling, _, _ in found]
+    stack = tuple([b if ratio == 1 else b * ratio for ratio, (_, _, bs) in zip(ratios, found, strict=True) for b in bs])
     y: Tensor = place._low_rank(
         x, place.frozen_bias, 0.0, Call((), stack, residual=torch.cat([u for _, u, _ in found], -1))
     )[0]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapt.record import Record, refuse_incomplete
 from ..layers.adapter import AdapterLayer
@@ -102,7 +102,9 @@ def updates_of_chain(
     return updates
 
 
-def summed_updates(adapters: Sequence[tuple[Record, Mapping[str, AdapterLayer]]]) -> dict[str, LowRankUpdate]:
+def summed_updates(
+    root: nn.Module, adapters: Sequence[tuple[Record, Mapping[str, AdapterLayer]]]
+) -> dict[str, LowRankUpdate]:
     """The sum of what several adapters in force merge to: one update of all their ranks, by layer.
 
     Raises:
@@ -110,7 +112,7 @@ def summed_updates(adapters: Sequence[tuple[Record, Mapping[str, AdapterLayer]]]
     """
     parts: dict[str, list[LowRankUpdate]] = {}
     for record, layers in adapters:
-        refuse_incomplete(record, layers)
+        refuse_incomplete(root, record, layers)
         fitted = next((n for n, layer in layers.items() if hands_on(layer.config.shortcut, layer.config.pre_num)), None)
         if fitted is not None:
             raise ValueError(

@@ -219,7 +219,7 @@ def compute_updates(
     refuse_fsdp(model, "merged or exported", "save_adapter(model, path), then load and merge it in one process")
     _check_arguments(method, statistics, calibration, sequential, joint_steps, regularization)
     if record_of(model).together:
-        return summed_updates(in_force(model))
+        return summed_updates(root_of(model), in_force(model))
     layers = complete_layers(model)
     if (sequential or joint_steps) and is_sharded(model):
         raise ValueError(

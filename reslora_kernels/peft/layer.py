@@ -258,6 +258,21 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
             raise ValueError("the adapter is merged into the weights: unmerge it before it is disabled")
         super().enable_adapters(enabled)
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let s of an adapter count ``scale`` times; merges and exports see it, saves do not, as with PEFT's LoRA."""
+        if adapter in self.reslora_adapter:
+            self.reslora_adapter[adapter].factor = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """``scale`` times what the adapters in force count: diffusers' ``cross_attention_kwargs={"scale": scale}``."""
+        for adapter in self.in_force:
+            adapter.factor *= float(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Takes ``scale_layer`` back; None sets all back to 1."""
+        for adapter in self.in_force:
+            adapter.factor = 1.0 if scale is None else adapter.factor / scale
+
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         for adapter in self.reslora_adapter.values():
             for name, parameter in adapter.adapter_parameters().items():

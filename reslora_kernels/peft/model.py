@@ -15,12 +15,13 @@ from torch import nn
 
 from ..adapt.apply import replace_modules
 from ..adapt.checkpoints import has_moved, named_buffers
+from ..adapt.record import gone
 from ..adapt.switching import refuse_in_sum, refuse_samples
-from ..adapt.targets import adaptable, passed_over
+from ..adapt.targets import adaptable, passed_over, refuse_idle_patterns
 from ..config import ALL_LINEAR, MergeMethod
 from ..dtensors import initialised, refuse_partitioned, refuse_sharded, refuse_zero3
 from ..files.peft_export import PREFIX
-from ..layers.adapter import not_started
+from ..layers.adapter import AdapterLayer, not_started
 from ..layers.several import BASE, names_by_module
 from ..merge.merging import MergeReport, fit_in, merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics
@@ -50,7 +51,9 @@ class ResLoRAModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config: Any = self.peft_config[adapter_name]
-            adapters.link(adapter_name, config.native(), self._layers_of(model, adapter_name), config.chains)
+            layers = self._layers_of(model, adapter_name)
+            refuse_idle_patterns(config.native(), layers)
+            adapters.link(adapter_name, config.native(), layers, config.chains)
             adapters.put_in_force(self.active_adapters)
         except BaseException:
             self._withdraw(model, adapter_name)
@@ -148,6 +151,13 @@ class ResLoRAModel(BaseTuner):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Refused: NotImplementedError."""
+        raise NotImplementedError(
+            "add_weighted_adapter makes one adapter of several that the package holds: load them with load_adapter and "
+            "call add_weighted_adapter of reslora_kernels. Here base_model.set_adapter([...]) sums them"
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -318,6 +328,8 @@ def _refuse_unsound(model: nn.Module, adapter_name: str, tensors: Mapping[str, A
     for name, layer in model.named_modules():
         if isinstance(layer, ResLoRALayer) and adapter_name in layer.reslora_adapter:
             adapter = layer.reslora_adapter[adapter_name]
+            if not isinstance(adapter, AdapterLayer):
+                raise ValueError(f"nothing was saved: {gone(name, adapter)}")
             if adapter.unstarted:
                 raise ValueError(f"nothing was saved: {not_started(adapter.config)}")
             for own, shape in adapter.adapter_shapes().items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from ..adapt.record import adapted_layers
 from ..config import MergeMethod
@@ -44,6 +45,8 @@ class AdapterCheckpoints:
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         with _adapters_on_top(model):
             super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        if kwargs.get("ref_model") is None and not any(isinstance(given, nn.Module) for given in args):
+            _refuse_bare_reference(self.model, getattr(self, "ref_model", None))
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As the Trainer's, without gates, which weight decay would close."""
@@ -104,6 +107,19 @@ def _adapters_on_top(model: Any) -> Iterator[None]:
         yield
     finally:
         model.is_quantized = True
+
+
+def _refuse_bare_reference(model: Any, reference: Any) -> None:
+    """ValueError if TRL has made ``reference`` of the base model's files, and ``model`` is not the base model."""
+    if not isinstance(reference, nn.Module) or any(isinstance(module, AdapterLayer) for module in reference.modules()):
+        return
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    if any(bool(layer.adapter_parameters()[layer.zero_at_start].detach().any()) for layer in layers):
+        raise ValueError(
+            "ref_model would be the base model, without the adapters that model begins with: they would differ at the "
+            "first step. Give ref_model=copy.deepcopy(model). Where the trainer takes none (GRPO), train through PEFT "
+            "(reslora_kernels.peft.from_native), or merge and train a new adapter"
+        )
 
 
 class ResLoRACallback:
