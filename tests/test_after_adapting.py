@@ -64,6 +64,13 @@ class TestReplacedLayers:
                 use()
         assert not list(tmp_path.glob("*.safetensors"))
 
+    def test_a_weight_that_is_quantised_then(self) -> None:
+        quantization = pytest.importorskip("torchao.quantization")
+        model = native("block")
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        with pytest.raises(ValueError, match=r"_proj' was adapted, then its weight was quantised \(Int8Tensor\)"):
+            logits(model)
+
     def test_a_layer_in_a_wrapper_goes_on(self) -> None:
         model = native("block")
         expected = logits(model)

@@ -73,7 +73,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
     "adapt": (
         ("record", "execution"),
         ("checkpoints", "obstacles"),
-        ("targets",),
+        ("targets", "surroundings"),
         ("coverage", "linking", "trained_tokens"),
         ("apply",),
         ("switching",),

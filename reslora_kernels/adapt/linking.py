@@ -26,8 +26,8 @@ from ..quantizers import keep_order
 from .checkpoints import output_head
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
-from .obstacles import Surroundings, refuse_switches, watch_head
 from .record import Record, adapted_layers, record_of
+from .surroundings import Surroundings, refuse_switches, watch_head
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
 _ATTRIBUTE = re.compile(r"(layer|block|stage)s?_?(\d+)")  # layer1, layer2, .. are a list as well

@@ -1,8 +1,5 @@
 """What keeps a layer from being adapted as it stands: an owner that reads its weight, or another library's hooks.
 
-And what others do to a model after it was adapted: blocks taken out, adapters taken off the device, ZeRO-3, losses
-that read the weight of its head, projections fused.
-
 Owners that read the weight itself, past the module, are those of Mamba's dt_proj, of the projections of
 nn.MultiheadAttention and WavLM's attention, and, in its fused training path, of Mamba's out_proj. The owner's source
 tells: its forward, and the methods that it calls, name ``self.<layer>.weight`` as a value, not for its dtype or shape
@@ -14,23 +11,17 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import re
-import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import ResLoRAConfig, matches, with_parents
-from ..dtensors import refuse_zero3
-from ..forward_state import Passes, scope_pass
 from ..layers.adapter import AdapterLayer
-from ..layers.chain import Chain
 from ..layers.offloading import is_hooked, offloader
 from ..layers.tensor_parallel import is_parallelized
-from .record import Record, at, holds, place_of, refuse_replaced
+from .record import at
 
 _FACTS = ("dtype", "device", "shape", "ndim", "size", "dim", "requires_grad", "is_cuda")  # nothing of the values
 _JOINTS = {  # what diffusers' attention runs when it is fused, and in whose place
@@ -149,7 +140,7 @@ def _faults(model: nn.Module, targets: Mapping[str, nn.Module], config: ResLoRAC
 
 def refuse_fused(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
     """ValueError, which names it, if diffusers runs another layer in the place of one of ``layers``."""
-    for fault in filter(None, (_fused(model, name) for name, layer in layers.items() if not _has_no_say(layer))):
+    for fault in filter(None, (_fused(model, name) for name, layer in layers.items() if not has_no_say(layer))):
         raise ValueError(fault)
 
 
@@ -157,7 +148,7 @@ def _fused(model: nn.Module, name: str) -> str | None:
     """What is wrong if diffusers has fused a layer's weight with its neighbours' (``fuse_qkv_projections``)."""
     path, _, child = name.rpartition(".")
     owner = at(model, path)
-    if owner is None or not _is_fused(owner):
+    if owner is None or not is_fused(owner):
         return None
     joint = next((joint for joint, parts in _JOINTS.items() if joint in owner._modules and child in parts), None)
     if joint is None:
@@ -168,14 +159,18 @@ def _fused(model: nn.Module, name: str) -> str | None:
     )
 
 
-def _is_fused(owner: nn.Module) -> bool:
-    """Of some classes a processor decides, whatever the mark says after ``unfuse_qkv_projections``."""
+def is_fused(owner: nn.Module) -> bool:
+    """Whether diffusers has fused its projections.
+
+    Of some classes a processor decides, whatever the mark says after ``unfuse_qkv_projections``.
+    """
     marked = vars(owner).get("fused_projections", False)
     processor = type(getattr(owner, "processor", None)).__name__ if marked else ""
     return marked and (hasattr(owner, "unfuse_projections") or processor.startswith("Fused"))
 
 
-def _has_no_say(layer: Any) -> bool:
+def has_no_say(layer: Any) -> bool:
+    """Whether the layer computes what the frozen one does."""
     return bool(layer.merged or layer.disabled)
 
 
@@ -201,187 +196,3 @@ def _whose(linear: nn.Module) -> str:
     forward = vars(linear)["forward"]
     forward = getattr(forward, "func", forward)
     return f"{getattr(forward, '__module__', '?')}.{getattr(forward, '__qualname__', type(forward).__name__)}"
-
-
-class Surroundings:
-    """Forward pre-hook of an adapted model: meets what others have done to it after it was adapted."""
-
-    def __init__(self, model: nn.Module, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
-        self.record, self.layers = record, layers
-        self.first = next(iter(layers.values()))
-        self.told: object = None  # the parameter under whose ds_id ZeRO-3 was told who reads what
-        self.ends = _ends(record, layers)
-        self.places = [(*place_of(model, record, name, layer), layer, name) for name, layer in layers.items()]
-        owners = dict.fromkeys(at(model, name.rpartition(".")[0]) for name in layers)
-        self.fusible = [owner for owner in owners if owner is not None and hasattr(owner, "fuse_projections")]
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        active = self.record.chains[0].active
-        for parent, child, layer, name in self.places if active else ():
-            if parent is not None and parent._modules.get(child) is not layer:
-                refuse_replaced(parent, child, layer, name)
-        for chain, name, layer in self.ends:
-            if chain.active and self.record.layers is None and not holds(at(model, name), layer):
-                _refuse_gone(model, chain, name, layer)
-        if active and any(_is_fused(owner) for owner in self.fusible):
-            refuse_fused(model, self.layers)
-        a = self.first.lora_A
-        if a.is_meta and a.requires_grad and torch.is_grad_enabled() and offloader(self.first) is not None:
-            raise ValueError(
-                "accelerate has taken the adapters off the device with the weights, where they get no gradients: call "
-                "cpu_offload, disk_offload or dispatch_model first, then apply_reslora or load_adapter"
-            )
-        if hasattr(a, "ds_id"):
-            self._under_zero3(model, a)
-
-    def _under_zero3(self, model: nn.Module, a: Any) -> None:
-        if self.record.layers is not None:
-            refuse_zero3(model)
-        if self.record.together or self.record.tied:
-            raise ValueError(
-                "several adapters in force, and heads with their embedding's adapter (ensure_weight_tying), read what "
-                "DeepSpeed's ZeRO-3 does not gather for them: train with ZeRO-2, or with FSDP2 (shard_reslora)"
-            )
-        if self.told != (id(a), a.ds_id):
-            tell_zero3(self.layers)
-            self.told = id(a), a.ds_id
-
-
-def _ends(record: Record, layers: Mapping[str, AdapterLayer]) -> list[tuple[Chain[AdapterLayer], str, AdapterLayer]]:
-    """The first and the last layer of a chain in each stack of blocks, which are gone if some of its blocks are."""
-    names = {id(layer): name for name, layer in layers.items()}
-    stacks: dict[str, Chain[AdapterLayer]] = {}
-    for chain in record.chains:
-        if any(chain.reach):
-            stacks.setdefault(re.split(r"\.\d+\.", names[id(chain.layers[0])])[0], chain)
-    return [(chain, names[id(chain.layers[at])], chain.layers[at]) for chain in stacks.values() for at in (0, -1)]
-
-
-def _refuse_gone(model: nn.Module, chain: Chain[AdapterLayer], name: str, layer: AdapterLayer) -> None:
-    """ValueError if ``layer`` is not in the model under another name either, nor the model a part of a pipeline."""
-    state = chain.passes.current()
-    if (state is None or state.owner is model) and not any(holds(module, layer) for module in model.modules()):
-        raise ValueError(
-            f"layer {name!r} of chain {chain.name!r} is no longer in the model, and others read of it: adapt the part "
-            "that is left by itself, so that its chains end with it, or let them go on with pipeline_reslora"
-        )
-
-
-def tell_zero3(layers: Mapping[str, AdapterLayer]) -> None:
-    """Let DeepSpeed's ZeRO-3 gather for each layer what it reads of others, for its forward and for its backward.
-
-    Raises:
-        ValueError: a layer reads parameters for which that does not do: of a module inside it or around it.
-    """
-    from deepspeed import zero
-
-    for name, layer in layers.items():
-        if not layer.holds_all_it_reads:
-            raise ValueError(
-                f"layer {name!r} (a {type(layer).__name__}) reads parameters that DeepSpeed's ZeRO-3 does not gather "
-                "for it: train with ZeRO-2, or with FSDP2 (shard_reslora)"
-            )
-        for other, kinds in layer.reads():
-            for own, parameter in other.adapter_parameters().items():
-                if own[-1] in kinds:
-                    zero.register_external_parameter(layer, parameter)
-
-
-def watch_head(model: nn.Module, head: Any, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
-    """See to it that forwards of ``model`` run its ``head``, if an adapter or trained tokens have an effect there."""
-    name = next((name for name, module in model.named_modules() if module is head), None)
-    if head is None or name is None:
-        return
-    changes: list[Any] = [layers[name]] if name in layers else []
-    changes += [tied.layer for tied in record.tied if tied.layer.weight is head.weight]
-    changes += [rows for rows in record.tables.values() if rows.table.weight is head.weight]
-    if changes:
-        watch = HeadRuns(name, changes)
-        record.watches.append(watch)
-        record.hooks += [head.register_forward_hook(watch.ran), model.register_forward_hook(watch.ended)]
-        record.hooks += scope_pass(model, [watch])
-
-
-class HeadRuns:
-    """Hooks that meet a forward of the model in which its head has not run: a loss has read the head's weight.
-
-    TRL's trainers, Liger's and other fused losses do so, past all that a head has beside its weight.
-    """
-
-    def __init__(self, name: str, changes: Sequence[Any]) -> None:
-        self.name, self.changes = name, changes
-        self.passes, self.active = Passes(), True
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the model runs, in this thread."""
-        return self.passes.current() is not None
-
-    def ran(self, *_: Any) -> None:
-        """The head has run, or its weight has been read with all that it has beside it."""
-        state = self.passes.current()
-        if state is not None:
-            state.reading = True
-
-    def ended(self, model: nn.Module, args: Any, output: Any) -> None:
-        state = self.passes.current()
-        if state is None or state.owner is not model or state.reading:
-            return
-        if not all(_has_no_say(change) for change in self.changes):
-            raise RuntimeError(
-                f"the forward of {type(model).__name__} has not run {self.name!r}, which has an adapter or trained "
-                "tokens: its loss reads the weight alone (TRL's trainers and Liger's kernels do). Train the head whole "
-                "(modules_to_save), leave it as it is, or take a loss that runs it"
-            )
-
-
-_SWITCHES = (
-    "set_adapters", "disable_lora", "enable_lora", "fuse_lora", "unfuse_lora", "unload_lora", "delete_adapters",
-    "save_lora_adapter",
-)  # fmt: skip
-
-
-def refuse_switches(model: nn.Module, record: Record) -> None:
-    """Let diffusers' switches and its scale, which would do nothing on an adapted model, say so."""
-    if record.layers is None and all(hasattr(type(model), name) for name in _SWITCHES):
-        record.hooks += [Switch(model, name) for name in _SWITCHES]
-        record.hooks.append(model.register_forward_pre_hook(refuse_scale, with_kwargs=True))
-
-
-class Switch:
-    """A method of a diffusers model, before its class's, which knows PEFT's layers: ValueError where there are none."""
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        self.model, self.name = model, name
-        vars(model)[name] = self
-
-    def remove(self) -> None:
-        """Let the class's method be met again."""
-        if vars(self.model).get(self.name) is self:
-            del vars(self.model)[self.name]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _has_tuners(self.model):
-            raise ValueError(
-                f"{self.name} is for adapters that PEFT holds, and would do nothing here: use set_adapter, "
-                "disable_adapter, merge_reslora or save_adapter of reslora_kernels, or load in a pipeline what "
-                "export_peft(model, path, layout='diffusers') writes"
-            )
-        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
-
-
-def refuse_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: ValueError for a scale that diffusers would give to PEFT's layers only."""
-    for name, given in kwargs.items():
-        if name.endswith("attention_kwargs") and given and given.get("scale", 1.0) != 1.0 and not _has_tuners(model):
-            raise ValueError(
-                f"{name}: scale={given['scale']!r} is for adapters that PEFT holds, and would do nothing here: "
-                "export_peft(model, path, layout='diffusers') and load that, or disable_adapter(model) in place of 0"
-            )
-
-
-def _has_tuners(model: nn.Module) -> bool:
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    return peft is not None and any(isinstance(module, peft.BaseTunerLayer) for module in model.modules())

@@ -21,8 +21,8 @@ from ..layers.embedding import ResLoRAEmbedding, scaled
 from ..layers.kinds import is_linear, kind_of
 from ..layers.linear import ResLoRALinear
 from .checkpoints import input_embedding
-from .obstacles import HeadRuns
 from .record import TOKENS, Record
+from .surroundings import HeadRuns
 
 
 def tables(model: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
