@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrizations, prune
 
-from reslora_kernels import ResLoRAConfig, apply_reslora, inspect, merge_reslora, save_adapter
+from reslora_kernels import (
+    ResLoRAConfig,
+    add_adapter,
+    apply_reslora,
+    collect_statistics,
+    export_peft,
+    inspect,
+    load_adapter,
+    merge_reslora,
+    save_adapter,
+    set_adapter,
+)
 from reslora_kernels.testing import relative_error
+from reslora_kernels.training import ResLoRACallback
 
-from .models import denoised, llama, logits, randomize, unet
+from .models import FAMILIES, denoised, llama, logits, randomize, unet
 
 peft = pytest.importorskip("peft")
 
@@ -77,6 +91,106 @@ class TestReplacedLayers:
         attention = model.model.layers[1].self_attn
         attention.q_proj = checkpoint_wrapper(attention.q_proj)
         assert torch.equal(logits(model), expected)
+
+    @pytest.mark.parametrize(
+        "change",
+        [lambda layer: prune.l1_unstructured(layer, "weight", 0.5), parametrizations.weight_norm],
+        ids=["pruned", "weight norm"],
+    )
+    def test_a_weight_that_is_computed_then(self, change: Any, tmp_path: Path) -> None:
+        """What a merge writes there would be gone at the next forward."""
+        model = native("block")
+        change(model.model.layers[1].self_attn.v_proj)
+        for use in (lambda: merge_reslora(model), lambda: save_adapter(model, tmp_path)):
+            with pytest.raises(ValueError, match=r"'weight' of layer '.*v_proj' is computed in each forward"):
+                use()
+
+
+class TestWhatTrainsBeside:
+    """It is in no base checkpoint, whether it still trains when it is saved or not."""
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}, {}],
+        ids=["a module", "tokens", "by hand"],
+    )
+    def test_is_saved_when_it_is_frozen(self, changes: dict[str, Any], tmp_path: Path) -> None:
+        base = llama()
+        model = apply_reslora(base, ResLoRAConfig(r=4, target_modules=TARGETS, **changes)).train()
+        model.model.norm.requires_grad_(not changes)
+        model(**FAMILIES["llama"].batch(5)).logits.square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.rand_like(parameter))
+        model.requires_grad_(False)
+        save_adapter(model, tmp_path)
+        loaded = load_adapter(llama(), tmp_path)
+        assert torch.equal(logits(loaded.eval()), logits(model.eval()))
+
+    def test_is_refused_where_it_is_outside_of_the_adapted_part(self, tmp_path: Path) -> None:
+        model = nn.ModuleDict({"model": native("input"), "head": nn.Linear(4, 1)})
+        with pytest.raises(ValueError, match=r"'head\.weight' trains beside the LlamaForCausalLM that was adapted"):
+            save_adapter(model, tmp_path)
+        save_adapter(model.requires_grad_(False), tmp_path)
+        with pytest.raises(ValueError, match=r"holds 2 adapted models.* model\.model or model\.other"):
+            save_adapter(nn.ModuleDict({"model": model["model"], "other": native("none")}), tmp_path)
+
+    @pytest.mark.parametrize("trains", [True, False], ids=["trains", "inference"])
+    def test_is_exported_from_peft(self, trains: bool, tmp_path: Path) -> None:
+        config = ResLoRAPeftConfig(r=4, target_modules=TARGETS, shortcut="block", modules_to_save=["lm_head"])
+        model = randomize(peft.get_peft_model(llama(), config))
+        with torch.no_grad():
+            model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(-2)
+        expected = logits(model)
+        model.save_pretrained(tmp_path / "own")
+        model = peft.PeftModel.from_pretrained(llama(), tmp_path / "own", is_trainable=trains)
+        export_peft(model, tmp_path / "lora")
+        assert relative_error(logits(peft.PeftModel.from_pretrained(llama(), tmp_path / "lora")), expected) < 1e-5
+
+
+    def test_adapters_among_the_weights_are_said(self, tmp_path: Path) -> None:
+        model = native("block")
+        with pytest.warns(UserWarning, match="save_pretrained writes the adapters among the weights"):
+            model.save_pretrained(tmp_path)
+        with pytest.raises(FileNotFoundError, match="It holds a whole model"):
+            load_adapter(llama(), tmp_path)
+        merge_reslora(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("make", [native, held_by_peft])
+@pytest.mark.parametrize("shortcut", ["none", "block", "middle"])
+def test_recomputed_layers_run_with_the_adapter_that_they_ran_with(shortcut: str, make: Any) -> None:
+    model = make(shortcut).train()
+    if make is native:
+        add_adapter(model, "other", ResLoRAConfig(r=2, target_modules=TARGETS, shortcut=shortcut))
+    else:
+        model.add_adapter("other", ResLoRAPeftConfig(r=2, target_modules=TARGETS, shortcut=shortcut))
+    switch: Any = (lambda name: set_adapter(model, name)) if make is native else model.set_adapter
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    switch("default")
+    loss = model(**FAMILIES["llama"].batch(5)).logits.square().mean()
+    switch("other")
+    with pytest.raises(RuntimeError, match="another adapter in force: call backward before set_adapter"):
+        loss.backward(retain_graph=True)
+    switch("default")
+    loss.backward()
+
+
+def test_statistics_are_free_after_a_step_that_was_cut_off() -> None:
+    """As ``auto_find_batch_size`` does when memory is short, and whoever interrupts a notebook's cell."""
+    transformers = pytest.importorskip("transformers")
+    model, callback = native("input"), ResLoRACallback()
+    args, state = transformers.TrainingArguments("never", use_cpu=True), transformers.TrainerState()
+    for _ in range(2):
+        callback.on_train_begin(args, state, None, model=model)
+        callback.on_step_begin(args, state, None, model=model)
+    callback.detach()
+    with collect_statistics(model):
+        logits(model)
 
 
 @pytest.mark.parametrize("shortcut", ["none", "middle"])

@@ -18,7 +18,7 @@ from ..layers.kinds import config_of, kind_of, weight_of
 from ..layers.shortcuts import hands_on
 from ..quantizers import keep_order
 from . import trained_tokens
-from .checkpoints import guard, statistics_of, undefined
+from .checkpoints import guard, statistics_of, trained_beside, undefined
 from .linking import ChainPlan, Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from .obstacles import refuse_foreign_hooks
 from .record import Record, adapted_layers, checked_name, without_compiled
@@ -107,7 +107,7 @@ def adapt(
     _swap(model, targets, config, configs, autocast_adapter_dtype, init_values)
     trained_tokens.attach(model, record, found, autocast_adapter_dtype)
     record.layer_names = [without_compiled(name) for name in targets]
-    record.kept |= undefined(model)
+    record.kept |= undefined(model) | trained_beside(model)
     record.statistics = statistics_of(model)
     model.__dict__["_reslora"] = record
     guard(model)

@@ -23,6 +23,7 @@ from .record import TOKENS, Record, adapted_layers, record_of, root_of, without_
 
 _HEADED = re.compile(r"Classification|QuestionAnswering|MultipleChoice")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_TRAINED_WHOLE, _ORIGINAL = ".modules_to_save.", ".original_module."  # in the names of what PEFT trains whole
 _HEAD_NAMES = ("classifier", "score", "qa_outputs")  # PEFT's, for classes that do not say what their base model is
 
 
@@ -43,20 +44,36 @@ def task_heads(model: nn.Module) -> list[str]:
 
 def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by its plain name, without what wrappers put in; a shared one under each of its names."""
-    return {
-        without_compiled(name).replace(".base_layer.", "."): parameter
-        for name, parameter in root.named_parameters(remove_duplicate=False)
-    }
+    return _plainly(root, dict(root.named_parameters(remove_duplicate=False)))[0]
 
 
 def named_buffers(root: nn.Module) -> dict[str, Tensor]:
     """Every buffer that a state dict holds, by its plain name."""
-    return {
-        without_compiled(f"{path}.{name}" if path else name).replace(".base_layer.", "."): buffer
+    found = {
+        f"{path}.{name}" if path else name: buffer
         for path, module in root.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+    return _plainly(root, found)[0]
+
+
+def _plainly(root: nn.Module, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Tensors of ``root`` by their plain names, and the names of those that PEFT trains whole in copies.
+
+    Of such a copy for each adapter, that of the one in force is what the model has under the name.
+    """
+    record = vars(root).get("_reslora")
+    names = {without_compiled(name).replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
+    if record is None or record.layers is None:
+        return names, set()
+    copies = {name: name.partition(_TRAINED_WHOLE) for name in names if _TRAINED_WHOLE in name}
+    own = {
+        owner + inside.removeprefix(record.name): names[name]
+        for name, (owner, _, inside) in copies.items()
+        if inside.startswith(f"{record.name}.")
+    }
+    return {name.replace(_ORIGINAL, "."): t for name, t in names.items() if name not in copies} | own, set(own)
 
 
 def statistics_of(root: nn.Module) -> dict[str, Tensor]:
@@ -137,14 +154,34 @@ def beside(model: nn.Module) -> Beside:
     """What of an adapted model is saved beside its adapters."""
     root, record = root_of(model), record_of(model)
     adapters = {id(p) for layer in adapted_layers(model).values() for p in layer.adapter_parameters().values()}
-    others = {name: p for name, p in named_parameters(root).items() if id(p) not in adapters}
+    named, by_peft = _plainly(root, dict(root.named_parameters(remove_duplicate=False)))
+    others = {name: p for name, p in named.items() if id(p) not in adapters}
+    _refuse_outside(model, root)
     resized = tuple(f"{without_compiled(name)}." for name in resized_embeddings(root))
     kept = {id(p) for name, p in others.items() if name in record.kept or name.startswith(resized)}
-    trained = {name: p for name, p in others.items() if p.requires_grad}
+    trained = {name: p for name, p in others.items() if p.requires_grad or name in by_peft}
     frozen: dict[str, Tensor] = {
-        name: p for name, p in others.items() if id(p) in kept and p.is_floating_point() and not p.requires_grad
+        name: p for name, p in others.items() if id(p) in kept and p.is_floating_point() and name not in trained
     }
     return Beside(trained, frozen | {name: b for name, b in named_buffers(root).items() if has_moved(name, b, record)})
+
+
+def trained_beside(root: nn.Module) -> set[str]:
+    """The parameters that train now, but for those of adapters: saved from here on, though they be frozen then."""
+    trained = {name for name, p in named_parameters(root).items() if p.requires_grad}
+    return {name for name in trained if name.rpartition(".")[2] not in ADAPTER_PARAMETERS}
+
+
+def _refuse_outside(model: nn.Module, root: nn.Module) -> None:
+    """ValueError, which names it, for what trains in ``model`` and is no part of ``root``, which has the adapters."""
+    inside = {id(parameter) for parameter in root.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in inside:
+            raise ValueError(
+                f"{name!r} trains beside the {type(root).__name__} that was adapted and would not be saved with it: "
+                f"adapt the {type(model).__name__} as a whole (modules_to_save=, target_modules=), or give the adapted "
+                "part alone and save the rest yourself"
+            )
 
 
 def has_moved(name: str, buffer: Tensor, record: Record) -> bool:

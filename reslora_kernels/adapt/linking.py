@@ -27,7 +27,7 @@ from .checkpoints import output_head
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
 from .record import Record, adapted_layers, record_of
-from .surroundings import Surroundings, refuse_switches, watch_head
+from .surroundings import Surroundings, watch_head, watch_methods
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
 _ATTRIBUTE = re.compile(r"(layer|block|stage)s?_?(\d+)")  # layer1, layer2, .. are a list as well
@@ -286,7 +286,7 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     if layers:
         record.hooks.append(model.register_forward_pre_hook(Surroundings(model, record, layers)))
     watch_head(model, output_head(model), record, layers)
-    refuse_switches(model, record)
+    watch_methods(model, record)
 
 
 def _open_passes(model: nn.Module) -> None:
@@ -311,9 +311,9 @@ def _open_passes(model: nn.Module) -> None:
     for ancestor in dict.fromkeys((*chains, *groups)):
         module = model.get_submodule(ancestor)
         record.hooks += scope_pass(module, [*chains.get(ancestor, ()), *groups.get(ancestor, ())])
-        if ancestor in chains:
-            carry = CarryThroughCheckpoints(module, record.chains)
-            record.hooks.append(module.register_forward_pre_hook(carry))
+    for ancestor in dict.fromkeys(("", *chains)):
+        module = model.get_submodule(ancestor)
+        record.hooks.append(module.register_forward_pre_hook(CarryThroughCheckpoints(module, record.chains)))
     for ancestor, entered in read.items():
         record.hooks.append(model.get_submodule(ancestor).register_forward_pre_hook(Entered(entered)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain, SharedInput
 
+_COMPUTED = ("_orig", "_g", "_v")  # what torch's functions add to the name of a parameter that they compute
 TOKENS = "trained_tokens"  # the parameter of an embedding that holds the rows which train whole
 
 
@@ -129,6 +130,23 @@ def refuse_incomplete(root: nn.Module, record: Record, layers: Mapping[str, Adap
             refuse_replaced(*place_of(root, record, name, layer), layer, name)
     for name in sorted(set(record.layer_names) - layers.keys()):
         raise ValueError(gone(name, at(root, name)))
+    for name, rows in record.tables.items():
+        refuse_replaced(*place_of(root, record, name, rows.table), rows.table, name)
+    for name, layer in layers.items():
+        _refuse_computed(name, layer, getattr(layer, "holds_weight", layer))
+
+
+def _refuse_computed(name: str, *modules: nn.Module) -> None:
+    """ValueError if a parameter of an adapted layer is computed from others, which a merge would not reach."""
+    for module in modules:
+        made = [own.rpartition("_")[0] for own in module._parameters if own.endswith(_COMPUTED)]
+        made += getattr(module, "parametrizations", {})
+        if made:
+            raise ValueError(
+                f"{made[0]!r} of layer {name!r} is computed in each forward since the layer was adapted (weight_norm, "
+                "spectral_norm, pruning, a parametrization): make it permanent first (prune.remove, "
+                "remove_parametrizations)"
+            )
 
 
 def place_of(root: nn.Module, record: Record, name: str, layer: Any) -> tuple[nn.Module | None, str]:
@@ -154,10 +172,10 @@ def holds(place: nn.Module | None, layer: AdapterLayer) -> bool:
     return any(layer is other for part in place.division for other in part.layers)
 
 
-def refuse_replaced(parent: nn.Module | None, child: str, layer: AdapterLayer, name: str) -> None:
+def refuse_replaced(parent: nn.Module | None, child: str, layer: Any, name: str) -> None:
     """ValueError if ``parent`` has another module in the place of ``layer``, and not one around it."""
     there = None if parent is None else parent._modules.get(child)
-    if there is not None and not any(holds(module, layer) for module in there.modules()):
+    if there is not None and not any(module is layer or holds(module, layer) for module in there.modules()):
         raise ValueError(gone(name, there))
 
 
@@ -182,15 +200,24 @@ def root_of(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: there is none.
+        ValueError: there is none, or more than one.
     """
     check_module("model", model)
-    for module in model.modules():
-        if isinstance(module.__dict__.get("_reslora"), Record):
-            return module
-    raise ValueError(
-        "model has no ResLoRA adapters: call apply_reslora(model, config) or load_adapter(model, path) first"
-    )
+    modules = model.named_modules()
+    roots: dict[str, nn.Module] = {
+        name: each for name, each in modules if isinstance(vars(each).get("_reslora"), Record)
+    }
+    if not roots:
+        raise ValueError(
+            "model has no ResLoRA adapters: call apply_reslora(model, config) or load_adapter(model, path) first"
+        )
+    if len(roots) > 1:
+        raise ValueError(f"model holds {len(roots)} adapted models, and this is for one: give {_one_of(roots)}")
+    return next(iter(roots.values()))
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return " or ".join(f"model.{name}" for name in names)
 
 
 def record_of(model: nn.Module) -> Record:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain
 from ..layers.offloading import offloader
 from ..layers.quantized_linear import QuantizedResLoRALinear
+from .checkpoints import trained_beside
 from .obstacles import has_no_say, is_fused, refuse_fused
 from .record import Record, at, holds, place_of, refuse_replaced
 
@@ -30,6 +32,7 @@ class Surroundings:
     def __init__(self, model: nn.Module, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
         self.record, self.layers = record, layers
         self.first = next(iter(layers.values()))
+        self.trains = False  # whether it was seen to
         self.told: object = None  # the parameter under whose ds_id ZeRO-3 was told who reads what
         self.ends = _ends(record, layers)
         self.places: list[tuple[nn.Module | None, str, Any, str]] = [
@@ -41,6 +44,9 @@ class Surroundings:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        if not self.trains and model.training and torch.is_grad_enabled() and self.record.layers is None:
+            self.trains = True
+            self.record.kept |= trained_beside(model)
         active = self.record.chains[0].active
         for parent, child, layer, name in self.places if active else ():
             if parent is not None and parent._modules.get(child) is not layer:
@@ -87,6 +93,12 @@ def _ends(record: Record, layers: Mapping[str, AdapterLayer]) -> list[tuple[Chai
 
 def _refuse_gone(model: nn.Module, chain: Chain[AdapterLayer], name: str, layer: AdapterLayer) -> None:
     """ValueError if ``layer`` is not in the model under another name either, nor the model a part of a pipeline."""
+    if getattr(model, "_is_replica", False):
+        raise ValueError(
+            f"shortcut={layer.config.shortcut!r} reads earlier blocks, and nn.DataParallel makes copies that do not "
+            "know each other: start a process for each GPU (torchrun, accelerate launch), or let the program see one "
+            "GPU (CUDA_VISIBLE_DEVICES)"
+        )
     state = chain.passes.current()
     if (state is None or state.owner is model) and not any(holds(module, layer) for module in model.modules()):
         raise ValueError(
@@ -178,15 +190,19 @@ _SWITCHES = (
 )  # fmt: skip
 
 
-def refuse_switches(model: nn.Module, record: Record) -> None:
-    """Let diffusers' switches and its scale, which would do nothing on an adapted model, say so."""
-    if record.layers is None and all(hasattr(type(model), name) for name in _SWITCHES):
+def watch_methods(model: nn.Module, record: Record) -> None:
+    """Let methods of Transformers and diffusers that know nothing of adapters, or PEFT's only, say so."""
+    if record.layers is not None:
+        return
+    if hasattr(type(model), "save_pretrained"):
+        record.hooks.append(Save(model, "save_pretrained"))
+    if all(hasattr(type(model), name) for name in _SWITCHES):
         record.hooks += [Switch(model, name) for name in _SWITCHES]
         record.hooks.append(model.register_forward_pre_hook(refuse_scale, with_kwargs=True))
 
 
-class Switch:
-    """A method of a diffusers model, before its class's, which knows PEFT's layers: ValueError where there are none."""
+class Method:
+    """A method of an adapted model that is met before its class's."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model, self.name = model, name
@@ -198,13 +214,35 @@ class Switch:
             del vars(self.model)[self.name]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+
+
+class Save(Method):
+    """``save_pretrained``, which writes adapters among the weights: a warning, as from_pretrained leaves them there."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layers = [module for module in self.model.modules() if isinstance(module, AdapterLayer)]
+        if not all(layer.merged for layer in layers):
+            warnings.warn(
+                "save_pretrained writes the adapters among the weights, where from_pretrained does not look for them: "
+                "save_adapter(model, path) saves them (AdapterCheckpoints in a Trainer), merge_and_unload(model) first "
+                "makes a plain model",
+                stacklevel=2,
+            )
+        return super().__call__(*args, **kwargs)
+
+
+class Switch(Method):
+    """A switch of a diffusers model, which knows PEFT's layers: ValueError where there are none."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not _has_tuners(self.model):
             raise ValueError(
                 f"{self.name} is for adapters that PEFT holds, and would do nothing here: use set_adapter, "
                 "disable_adapter, merge_reslora or save_adapter of reslora_kernels, or load in a pipeline what "
                 "export_peft(model, path, layout='diffusers') writes"
             )
-        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 def refuse_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -168,7 +168,16 @@ def parsed(config: bytes, weights: bytes) -> SavedAdapter:
 
 def _config_file(folder: Path) -> Path:
     if not os.path.lexists(folder / CONFIG_NAME):
-        raise FileNotFoundError(f"path {str(folder)!r} holds no {CONFIG_NAME}: it is not a ResLoRA adapter")
+        whole = any(folder.glob("model*.safetensors")) or any(folder.glob("diffusion_pytorch_model*.safetensors"))
+        raise FileNotFoundError(
+            f"path {str(folder)!r} holds no {CONFIG_NAME}: it is not a ResLoRA adapter"
+            + (
+                ". It holds a whole model: if that was saved with adapters in it, load_state_dict of a model that is "
+                "adapted alike takes its weights"
+                if whole
+                else ""
+            )
+        )
     return regular(folder / CONFIG_NAME)
 
 

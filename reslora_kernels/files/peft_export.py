@@ -320,9 +320,12 @@ def _trained_whole(root: nn.Module, layers: Mapping[str, AdapterLayer], others: 
     """Whether biases were trained by themselves, and the modules that were trained whole or have moved statistics."""
     trained = [name for name in others.trained if not name.endswith(("bias", f".{TOKENS}"))]
     modules = sorted({name.rpartition(".")[0] for name in trained})
+    inside = named_parameters(root)
     for module in modules:
         frozen = [
-            name for name, parameter in root.get_submodule(module).named_parameters() if not parameter.requires_grad
+            name.removeprefix(f"{module}.")
+            for name, parameter in inside.items()
+            if name.startswith(f"{module}.") and name not in others.trained and not parameter.requires_grad
         ]
         if frozen or module in layers:
             raise ValueError(f"a PEFT adapter saves whole modules, but of trained {module!r} {frozen[:3]} is frozen")

@@ -104,15 +104,21 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
         return _save(model, path)
 
 
-def _save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    layers = complete_layers(model)
-    refuse_restarted(model)
+def refuse_unsaved(model: nn.Module) -> Beside:
+    """What is saved beside the adapters; ValueError if ``save_adapter`` would refuse the model whatever its values."""
     refuse_beside(model, "saved", "call save_pretrained of the PeftModel, then reslora_kernels.peft.to_native")
+    complete_layers(model)
+    refuse_restarted(model)
+    return beside(model)
+
+
+def _save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    others = refuse_unsaved(model)
+    layers = adapted_layers(model)
     if any(layer.unstarted for layer in layers.values()):
         raise ValueError(f"nothing was saved: {not_started(record_of(model).config)}")
     refuse_flat(model)
     reshard(model)
-    others = beside(model)
     tensors = _own_parameters(layers) | others.trained | others.frozen
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError("model has parameters on the meta device: there are no values to save")
@@ -290,7 +296,7 @@ def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) 
     shapes |= _shapes_of_gates(saved, root, layers)
     others = {name: whole_shape(value) for name, value in (named_parameters(root) | named_buffers(root)).items()}
     tokens = token_shapes(root, saved.config)
-    for name in (*saved.beside, *(tokens.keys() - set(saved.trained))):
+    for name in (*saved.beside, *(tokens.keys() - set(saved.beside))):
         if name not in others | tokens or name in shapes or name not in saved.tensors:
             raise ValueError(f"the adapter does not fit the model: there is no parameter {name!r}")
         shapes[name] = (others | tokens)[name]

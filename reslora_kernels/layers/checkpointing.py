@@ -80,10 +80,11 @@ class _CarriedCheckpoint:
         snapshot, differentiable = _Snapshot(self.chains), torch.is_grad_enabled()
 
         def region(*region_args: Any, **region_kwargs: Any) -> Any:
+            snapshot.refuse_others()
             if snapshot.is_stale:
                 with _Resumed(snapshot):
                     return function(*region_args, **region_kwargs)
-            if differentiable and not torch.is_grad_enabled():
+            if differentiable and not torch.is_grad_enabled() and snapshot.hands_on:
                 raise RuntimeError(
                     "reentrant activation checkpointing loses the gradients that flow between the layers of a chain; "
                     'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
@@ -94,11 +95,24 @@ class _CarriedCheckpoint:
 
 
 class _Snapshot:
-    """The open forward passes of some chains, as they are now."""
+    """The open forward passes of some chains, and which of these are in force, as they are now."""
 
     def __init__(self, chains: Sequence[Chain[AdapterLayer]]) -> None:
+        self._active = [(chain, chain.active) for chain in chains]
         open_now = ((chain.passes, chain.passes.current()) for chain in chains)
         self._states = [(passes, state.copy()) for passes, state in open_now if state is not None]
+
+    @property
+    def hands_on(self) -> bool:
+        return bool(self._states)
+
+    def refuse_others(self) -> None:
+        """RuntimeError if a layer would be recomputed with another adapter than it ran with."""
+        if any(chain.active != active for chain, active in self._active):
+            raise RuntimeError(
+                "activation checkpointing recomputes in the backward pass what ran with another adapter in force: call "
+                "backward before set_adapter, or sum the losses of adapters that are in force together"
+            )
 
     @property
     def is_stale(self) -> bool:
@@ -117,6 +131,7 @@ class _Resumed(AbstractContextManager[None]):
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
+        self._snapshot.refuse_others()
         self._snapshot.resume(self._stack)
 
     def __exit__(self, *exception: Any) -> None:

@@ -14,7 +14,7 @@ from ..adapt.record import adapted_layers
 from ..config import MergeMethod
 from ..dtensors import initialised, is_sharded, under_zero3
 from ..files.adapter_format import write_durably
-from ..files.save_load import load_adapter, save_adapter
+from ..files.save_load import load_adapter, refuse_unsaved, save_adapter
 from ..layers.adapter import AdapterLayer
 from ..merge.merging import merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics, collect_statistics
@@ -47,6 +47,17 @@ class AdapterCheckpoints:
             super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         if kwargs.get("ref_model") is None and not any(isinstance(given, nn.Module) for given in args):
             _refuse_bare_reference(self.model, getattr(self, "ref_model", None))
+        if any(isinstance(module, AdapterLayer) for module in self.model.modules()):
+            refuse_unsaved(self.model)  # now, not at the first checkpoint
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:  # an exception ends it too
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ResLoRACallback):
+                    callback.detach()
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As the Trainer's, without gates, which weight decay would close."""
@@ -170,10 +181,12 @@ class ResLoRACallback:
         self.statistics: Statistics | None = None
         self.resume_from: Path | None = None
         self._merged = False
+        self._observed: list[AdapterLayer] = []
         self._written_to: Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         self._written_to = None
+        self.detach()
         with collect_statistics(model, second_moments=self.second_moments) as self.statistics:
             pass  # made here, attached to the layers from step to step
         if state.global_step:
@@ -185,10 +198,16 @@ class ResLoRACallback:
         if args.process_index == 0 and self.statistics is not None:
             for name, layer in adapted_layers(model).items():
                 layer.observer = self.statistics.layers[name]
+                self._observed.append(layer)
+
+    def detach(self) -> None:
+        """Stop to observe the layers, between steps and after one that was cut off."""
+        for layer in self._observed:
+            layer.observer = None
+        self._observed = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
-        for layer in adapted_layers(model).values():
-            layer.observer = None
+        self.detach()
         self._merge_for_evaluation(model, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
