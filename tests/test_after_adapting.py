@@ -148,7 +148,6 @@ class TestWhatTrainsBeside:
         export_peft(model, tmp_path / "lora")
         assert relative_error(logits(peft.PeftModel.from_pretrained(llama(), tmp_path / "lora")), expected) < 1e-5
 
-
     def test_adapters_among_the_weights_are_said(self, tmp_path: Path) -> None:
         model = native("block")
         with pytest.warns(UserWarning, match="save_pretrained writes the adapters among the weights"):

@@ -300,6 +300,7 @@ class TestDiffusers:
             ({"layout": "diffusers", "pattern": True}, "pattern must be False"),
             ({"layout": "diffusers"}, "component must say .* LlamaForCausalLM"),
             ({"layout": "diffusers", "component": "my unet"}, "component must be .* got 'my unet'"),
+            ({"layout": "diffusers", "component": "transformer_2"}, "load_into_transformer_2=True"),
             ({"component": "unet"}, "component is for layout='diffusers'"),
         ],
     )

@@ -22,7 +22,8 @@ from typing import Any
 
 from reslora_kernels.cli.options import require
 
-JSON_LINES = (".jsonl", ".json", ".ndjson")
+JSON_LINES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
+TEXTS = ("", ".txt", ".text", ".md")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NOT_TEXT = ("functions", "function_call", "documents", "image", "images", "video", "videos", "audio", "audios")
 FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
@@ -75,8 +76,7 @@ def read_examples(option: str, source: str, split: str = "train") -> list[Exampl
     """
     path = Path(source).expanduser()
     if path.is_file():
-        jsonl = path.suffix.lower() in JSON_LINES
-        examples = list(_json_lines(path) if jsonl else _text_file(path))
+        examples = list(_json_lines(path) if path.suffix.lower() in JSON_LINES else _text_file(option, path))
     elif path.is_dir():
         examples = list(_dataset(option, path, split))
     elif path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
@@ -220,8 +220,23 @@ def _json_lines(path: Path) -> Iterator[Example]:
             yield parse_record(record, where)
 
 
-def _text_file(path: Path) -> Iterator[Example]:
-    yield Text(_decoded(path.read_bytes(), path.name), path.name)
+def _text_file(option: str, path: Path) -> Iterator[Example]:
+    if path.suffix.lower() not in TEXTS:
+        raise ValueError(
+            f"{option} {str(path)!r}: a file must be JSON Lines ({', '.join(JSON_LINES)}) or plain text "
+            f"({', '.join(TEXTS[1:])}, or no suffix): rename it, or convert it with datasets (save_to_disk)"
+        )
+    text = _decoded(path.read_bytes(), path.name)
+    if _is_object(text.lstrip().partition("\n")[0]):
+        raise ValueError(f"{option} {str(path)!r} looks like JSON Lines: name it {path.with_suffix('.jsonl').name!r}")
+    yield Text(text, path.name)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _decoded(content: bytes, where: str) -> str:

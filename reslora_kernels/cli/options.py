@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -145,6 +146,14 @@ def torch_device(name: str, option: str = "--device") -> torch.device:
 
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+PROCESSOR_FILES = (  # of images, sound and films
+    "processor_config.json",
+    "preprocessor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -300,7 +309,16 @@ def tokenizer_source(adapter: str, base: str) -> tuple[str, str] | None:
 
 
 def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A merged model as Transformers saves it, without the adapters, and its tokenizer if it has one."""
+    """A merged model as Transformers saves it, without the adapters; its tokenizer, if any; its base's processor."""
+    from transformers.utils.hub import cached_file
+
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    base: str = getattr(model.config, "_name_or_path", None) or ""
+    for name in PROCESSOR_FILES if base else ():
+        found = cached_file(
+            base, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        if found is not None and not (folder / name).exists():  # that of the tokenizer may be the adapter's own
+            shutil.copyfile(found, folder / name)

@@ -99,9 +99,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def _staging(folder: Path) -> Path:
-    """A new folder on the same disk: beside ``folder``, or in it if it is a mount point or has no place beside it."""
+    """A new folder on the same disk: beside ``folder``, or in it if it is a mount point or has no place beside it.
+
+    Or if this process is in it, and would be left in a folder that is no longer there.
+    """
+    here = Path.cwd()
     try:
-        place = folder if os.path.ismount(folder) else folder.parent
+        place = folder if os.path.ismount(folder) or folder in (here, *here.parents) else folder.parent
         return Path(tempfile.mkdtemp(prefix=".reslora-", suffix=".new", dir=place))
     except OSError:
         if not folder.is_dir():

@@ -44,7 +44,8 @@ class Card:
         return "\n\n".join((self._header(), self._method(), *merges, self._serving())) + "\n"
 
     def _header(self) -> str:
-        base = self.base if self.base and not Path(self.base).exists() else None  # a folder means nothing on the Hub
+        named = self.base is not None and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.base)
+        base = self.base if named and not Path(self.base or "").exists() else None  # a folder means nothing on the Hub
         lines = [
             "---",
             *([f"base_model: {base}"] if base else []),

@@ -50,6 +50,7 @@ PREFIX = "base_model.model."
 PEFT_TOKENS = "token_adapter.trainable_tokens_delta"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 _COMPONENTS = {r".*UNet.*": "unet", r".*Transformer\d*D?Model": "transformer", "CLIPTextModel": "text_encoder"}
+_READ_BY_PIPELINES = ("unet", "transformer", "text_encoder", "text_encoder_2", "connectors", "text_conditioner")
 
 
 @dataclass(frozen=True)
@@ -377,8 +378,12 @@ def _under_pefts_names(others: Beside, layers: Mapping[str, AdapterLayer], modul
 def _component_of(root: nn.Module, component: str | None) -> str:
     """What the pipeline calls the model; ValueError where its class does not say it and ``component`` is None."""
     if component is not None:
-        if not isinstance(component, str) or not component.isidentifier():
-            raise ValueError(f"component must be the name of a part of the pipeline, such as 'unet', got {component!r}")
+        if component not in _READ_BY_PIPELINES:
+            raise ValueError(
+                f"component must be a part that pipelines load adapters of ({', '.join(_READ_BY_PIPELINES)}), "
+                f"got {component!r}. The second transformer of a pipeline (Wan 2.2) goes into a folder of its own as "
+                "component='transformer', and is loaded with load_into_transformer_2=True"
+            )
         return component
     name = type(root).__name__
     for pattern, part in _COMPONENTS.items():

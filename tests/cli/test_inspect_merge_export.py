@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,11 @@ def test_merged_block_model_equals_the_adapted_one(
 ) -> None:
     from transformers import AutoTokenizer
 
-    out = tmp_path / "new" / "merged"
-    assert main(["merge", str(adapters["block"]), "--base", str(base), "--out", str(out)]) == 0
+    out, of_images = tmp_path / "new" / "merged", tmp_path / "of images"
+    shutil.copytree(base, of_images)
+    (of_images / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    assert main(["merge", str(adapters["block"]), "--base", str(of_images), "--out", str(out)]) == 0
+    assert (out / "preprocessor_config.json").read_bytes() == (of_images / "preprocessor_config.json").read_bytes()
     printed = capsys.readouterr().out
     assert "model.layers.2.self_attn.v_proj" in printed
     assert "exact" in printed
@@ -221,7 +225,11 @@ def test_half_precision_is_kept(base: Path, adapters: dict[str, Path], tmp_path:
 
 
 def test_overwrite_replaces_what_the_command_wrote_only(
-    base: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     arguments = ["merge", str(adapters["block"]), "--base", str(base), "--out", str(out)]
@@ -232,6 +240,10 @@ def test_overwrite_replaces_what_the_command_wrote_only(
     assert main([*arguments, "--overwrite"]) == 0
     assert not (out / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    monkeypatch.chdir(out)  # and stays there
+    assert main([*arguments[:-1], ".", "--overwrite"]) == 0
+    assert Path("config.json").is_file()
+    monkeypatch.chdir(tmp_path)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "notes.txt").touch()

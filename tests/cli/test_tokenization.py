@@ -56,6 +56,10 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(GOOD.encode() + b'{"text": "Gr\xf6"}')
     with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8 text \(byte 2 is 0xf6\)"):
         read_examples("--data", str(tmp_path / "latin.txt"))
+    for name, message in (("data.csv", r"must be JSON Lines .* or plain text"), ("data.txt", r"name it 'data\.jsonl'")):
+        (tmp_path / name).write_text(GOOD)
+        with pytest.raises(ValueError, match=message):
+            read_examples("--data", str(tmp_path / name))
     with pytest.raises(ValueError, match=r"latin\.jsonl line 2: not UTF-8 text"):
         read_examples("--data", str(tmp_path / "latin.jsonl"))
 
