@@ -431,7 +431,7 @@ def test_what_cannot_be_right_is_refused(tmp_path: Any) -> None:
         pass
     with pytest.raises(TypeError, match="list of names"), adapters_per_sample(model, "a"):
         pass
-    with pytest.raises(ValueError, match="a name for each sample"), adapters_per_sample(model, ["a", "b"]):
+    with pytest.raises(ValueError, match="one for each sample"), adapters_per_sample(model, ["a", "b"]):
         model(**BATCH)
     assert adapter_names(model) == ["a", "b"]
     with pytest.raises(ValueError, match="names that differ"):

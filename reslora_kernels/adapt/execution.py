@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,25 @@ def record_order(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> lis
         for handle in handles:
             handle.remove()
     return list(order.values())
+
+
+def find_samples(model: nn.Module, layers: Iterable[Any]) -> None:
+    """Run one sample, if inputs for it are known, and mark the layers that have it in the first dimension of x."""
+    unknown, inputs = [layer for layer in layers if not layer.samples_first], example_inputs(model)
+    if not unknown or inputs is None:
+        return
+
+    def mark(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shape = (args[0] if args else next(iter(kwargs.values()))).shape
+        layer.samples_first |= len(shape) > 2 and shape[0] == 1 and shape[1] > 1
+
+    handles = [layer.register_forward_pre_hook(mark, with_kwargs=True) for layer in unknown]
+    try:
+        with undisturbed(model), suppress(Exception):  # inputs that do not do leave it unknown
+            call_with(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -276,6 +276,8 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     record = record_of(model)
     record.chains += [link([layers[name] for name in plan.names], name=plan.title) for plan in plans]
     record.experts = set(names_of_experts(plans))
+    for name in record.experts:
+        layers[name].expert = True
     if record.config.stack_projections:
         groups = ([layers[name] for name in names] for names in record.same_input)
         record.groups += [SharedInput(group) for group in groups if all(layer.shares_projections for layer in group)]

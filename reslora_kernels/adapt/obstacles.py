@@ -47,6 +47,20 @@ def read_past(owner: nn.Module, child: str) -> str | None:
     return "also" if child in called else "instead" if child in branched else "only"
 
 
+def reader_of_given(model: nn.Module) -> str | None:
+    """The class of a module that reads the weight of a module that its forward is given, as heads of DeBERTa do."""
+    return next((kind.__name__ for kind in dict.fromkeys(map(type, model.modules())) if _reads_given(kind)), None)
+
+
+@functools.cache
+def _reads_given(kind: Any) -> bool:
+    tree = None if kind.__module__.startswith("torch.") else _source(kind.forward)
+    nodes = [] if tree is None else [*_nodes(tree)]
+    given = {argument.arg for node, _, _ in nodes if isinstance(node, ast.arguments) for argument in node.args[1:]}
+    weights = [node for node, parent, _ in nodes if isinstance(node, ast.Attribute) and _is_value(node, parent)]
+    return any(isinstance(weight.value, ast.Name) and weight.value.id in given for weight in weights)
+
+
 @functools.cache
 def _uses(kind: Any, forward: Any = None) -> tuple[set[str], set[str], set[str]]:
     """What ``kind``, a class of modules, reads the weight of in its forward; what it runs there; what in branches.
@@ -127,6 +141,8 @@ def _faults(model: nn.Module, targets: Mapping[str, nn.Module], config: ResLoRAC
                 f"{name!r} would be trained (modules_to_save, bias), but accelerate offloads it, so that every forward "
                 "starts from the old value: keep it on a device in device_map"
             )
+    if fault := _rescaled(model):
+        yield fault
     for name, linear in targets.items():
         if fault := _fused(model, name):
             yield fault
@@ -136,6 +152,19 @@ def _faults(model: nn.Module, targets: Mapping[str, nn.Module], config: ResLoRAC
                 "lose: call apply_reslora first and replace it afterwards. For diffusers' layerwise casting that is "
                 "enable_layerwise_casting(skip_modules_classes=(ResLoRALinear,)): adapters are not held in 8 bits"
             )
+
+
+def _rescaled(model: nn.Module) -> str | None:
+    """What is wrong if the model divides weights of its later blocks in evaluation, as RWKV does: not their updates."""
+    for module in model.modules():
+        settings: Any = getattr(module, "config", None)
+        every = getattr(settings, "rescale_every", 0) if hasattr(module, "layers_are_rescaled") else 0
+        if 0 < every < settings.num_hidden_layers:
+            return (
+                f"{type(module).__name__} divides the weights of its blocks from {every} on in evaluation, past their "
+                "adapters: set model.config.rescale_every = 0 first"
+            )
+    return None
 
 
 def refuse_fused(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:

@@ -19,6 +19,7 @@ from ..dtensors import refuse_sharded
 from ..layers.adapter import AdapterLayer, not_started
 from ..layers.several import BASE, names_by_module, parts_for
 from .apply import adapt, apply_reslora, put_in_place, replace_modules
+from .execution import find_samples
 from .linking import Chains, structural_chains
 from .record import (
     Record,
@@ -163,6 +164,7 @@ def adapters_per_sample(model: nn.Module, names: Sequence[str], *, num_beams: in
         raise ValueError("trained tokens (trainable_token_indices) are those of every sample: split the batch")
     set_adapter(model, used)
     places = layers_in_place(model)
+    find_samples(root, places.values())
     sums = {name: layer.division for name, layer in places.items()}
     names_of = names_by_module(root, names, num_beams)
     try:

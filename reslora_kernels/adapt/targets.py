@@ -17,7 +17,7 @@ from ..layers.kinds import is_linear, kind_of, known_kind_of
 from ..layers.offloading import offloader
 from ..quantizers import quantizer_of
 from .checkpoints import output_head, task_heads
-from .obstacles import read_past
+from .obstacles import read_past, reader_of_given
 
 LORA_PARAMETERS = frozenset(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))  # as LoRA libraries name them
 
@@ -144,6 +144,8 @@ def adaptable(name: str, module: nn.Module, config: ResLoRAConfig, model: nn.Mod
         raise ValueError(f"{asked}, a {type(module).__name__}, but {fault}")
     if fault := _incompatible(model, name):
         raise ValueError(f"{asked}, {fault}: leave it out of target_modules")
+    if isinstance(module, nn.Embedding) and (reader := reader_of_given(model)):
+        raise ValueError(f"{asked}, whose weight {reader} reads past an adapter: leave it out of target_modules")
     if fault := _without_effect(model, name):
         warnings.warn(f"{asked}, but an adapter there has no effect: {fault}", stacklevel=4)
     return module

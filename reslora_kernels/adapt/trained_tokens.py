@@ -21,6 +21,7 @@ from ..layers.embedding import ResLoRAEmbedding, scaled
 from ..layers.kinds import is_linear, kind_of
 from ..layers.linear import ResLoRALinear
 from .checkpoints import input_embedding
+from .obstacles import reader_of_given
 from .record import TOKENS, Record
 from .surroundings import HeadRuns
 
@@ -36,6 +37,11 @@ def tables(model: nn.Module, config: ResLoRAConfig, targets: Mapping[str, nn.Mod
     found: dict[str, tuple[int, ...]] = {}
     owners: dict[int, str] = {}
     meant: set[str] = set()
+    if config.trainable_token_indices is not None and (reader := reader_of_given(model)):
+        raise ValueError(
+            f"trainable_token_indices: {reader} reads the weight of an embedding past rows that train: train the "
+            "embedding whole (modules_to_save)"
+        )
     for ending, indices in _wanted(model, config).items():
         names = [name for name, module in model.named_modules() if f".{name}".endswith(f".{ending}") and _is(module)]
         if not names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -278,12 +278,28 @@ def _shapes_of_gates(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, 
     return shapes
 
 
+def _why_shifted(saved: Collection[str], layers: Collection[str]) -> str:
+    """How the names go together, if those of the file and of the model differ by a part in front alone."""
+    if len(saved) != len(layers) or not saved:
+        return ""
+    longer, shorter = (saved, layers) if len(min(saved, key=len)) > len(min(layers, key=len)) else (layers, saved)
+    first = min(shorter, key=len)
+    for name in longer:
+        part = name.removesuffix(f".{first}")
+        if part != name and {f"{part}.{other}" for other in shorter} == set(longer):
+            if longer is layers:
+                return f". It was trained on what this model has as its {part!r}: load_adapter(model.{part}, ...)"
+            return f". It was trained on a model that has one like this as its {part!r}: load it into such a one"
+    return ""
+
+
 def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) -> None:
     """Refuse an adapter that is not this model's: same layers, sizes, chains that cover each layer once."""
     missing, unexpected = sorted(layers.keys() - saved.layers), sorted(saved.layers - layers.keys())
     if missing or unexpected:
         raise ValueError(
             f"the adapter does not fit the model: layers missing {missing[:5]}, unexpected {unexpected[:5]}"
+            + _why_shifted(saved.layers, layers)
         )
     shapes: dict[str, tuple[int, ...]] = {}
     signatures = {name: signature_of(layer) for name, layer in layers.items()}

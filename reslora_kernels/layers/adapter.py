@@ -58,6 +58,8 @@ class AdapterLayer(nn.Module):
     replacement: tuple[Tensor, Tensor] | None  # (A, B) of a plain update that stands in, while merging
     detour: bool  # whether any of these six is so: all that a forward looks at
     factor: float = 1.0  # by which s counts
+    samples_first: bool = False  # whether it was seen that x has the batch in its first dimension
+    expert: bool = False  # whether the model gives it a choice of the tokens
     holds_all_it_reads: ClassVar[bool] = False  # whether it is called, on parameters of its own and of its neighbours
 
     def base_in(self, root: nn.Module, name: str) -> Any:
@@ -163,6 +165,8 @@ class AdapterLayer(nn.Module):
         """Why the layer cannot run for some samples of a batch only; None where it can."""
         if self.config.use_dora:
             return "uses DoRA"
+        if self.expert:
+            return "is an expert, which sees a choice of the tokens"
         return None if self.takes_samples else f"is a {type(self).__name__}"
 
     @property

@@ -86,19 +86,26 @@ def in_parts(place: Any, parts: Sequence[Part], x: Tensor) -> Tensor:
     if parts[0].rows is None:
         return summed(place, parts[0].layers, x)
     rows = torch.cat([part.rows for part in parts if part.rows is not None]).to(x.device)
-    check_samples(len(rows), x)
+    check_samples(place, len(rows), len(parts), x)
     samples = torch.split(x[rows], [len(part.rows) for part in parts if part.rows is not None])
     of_parts = [summed(place, part.layers, each) for part, each in zip(parts, samples, strict=True)]
     return torch.cat(of_parts)[rows.argsort()]
 
 
-def check_samples(count: int, x: Tensor) -> None:
-    """ValueError unless x has a sample for each name."""
+def check_samples(place: Any, count: int, different: int, x: Tensor) -> None:
+    """ValueError unless x has a sample for each name, in its first dimension as far as can be told."""
     if len(x) != count:
         raise ValueError(
-            f"adapter_names must have a name for each sample of the batch: got {count}, and a layer sees {len(x)} (a "
-            "beam search repeats each sample, and so must its name be; experts see a choice of the tokens)"
+            f"names (adapter_names) must have one for each sample of the batch: got {count}, and a layer sees {len(x)} "
+            "(a beam search repeats each sample, and so must its name be)"
         )
+    alike = x.dim() > 2 and x.shape[1] == count
+    if alike and different > 1 and not place.samples_first:
+        raise ValueError(
+            f"a layer sees {list(x.shape)}, of which either dimension could be the {count} samples: pad the samples to "
+            "another length"
+        )
+    place.samples_first |= not alike
 
 
 def summed(place: Any, layers: Sequence[Any], x: Tensor) -> Tensor:

@@ -145,13 +145,13 @@ def merge_reslora(
             "no weight in groups can hold its update. export_peft(model, path) keeps the adapter apart"
         )
     refuse_fused(root_of(model), layers)
+    for one, own in adapters:
+        _refuse_tied(root_of(model), one, own)
     updates = compute_updates(
         model, method,
         statistics=statistics, calibration=calibration, sequential=sequential, joint_steps=joint_steps,
         extra_rank=extra_rank, regularization=regularization,
     )  # fmt: skip
-    for one, own in adapters:
-        _refuse_tied(root_of(model), one, own)
     merged_weights: dict[str, Tensor] = {}
     for name, layer in layers.items():
         merged_weights[name] = layer.with_update(updates[name].delta()).to(layer.merged_dtype)

@@ -156,6 +156,14 @@ class _BesideItsBase:
     def base_layer(self) -> Any:
         return self.holder.base_layer
 
+    @property
+    def samples_first(self) -> bool:
+        return self.holder.samples_first
+
+    @samples_first.setter
+    def samples_first(self, known: bool) -> None:
+        self.holder.samples_first = known
+
     def _replace_base(self, base: nn.Linear) -> None:
         self.holder.base_layer = base
 
@@ -213,6 +221,7 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
                 "call apply_reslora on the model instead"
             )
         self.in_features, self.out_features = self.kind.sizes(base_layer)
+        self.samples_first = self.kind.samples_first
         self.base_layer = base_layer
         self.reslora_adapter = nn.ModuleDict()
         self.adapters = adapters

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..adapt.apply import replace_modules
 from ..adapt.checkpoints import has_moved, named_buffers
+from ..adapt.execution import find_samples
 from ..adapt.record import gone
 from ..adapt.switching import refuse_in_sum, refuse_samples
 from ..adapt.targets import adaptable, passed_over, refuse_idle_patterns
@@ -184,6 +185,7 @@ class ResLoRAModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         refuse_samples(adapters.layers_of(used))
         names_of = names_by_module(self.model, names, beams if isinstance(beams, int) else 1)
+        find_samples(self.model, [module for module in self.model.modules() if isinstance(module, ResLoRALayer)])
         with adapters.for_a_while(used), ExitStack() as hooks:
             for module in self.model.modules():
                 if isinstance(module, ResLoRALayer):
