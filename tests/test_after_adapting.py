@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
@@ -18,13 +19,18 @@ from reslora_kernels import (
     add_adapter,
     apply_reslora,
     collect_statistics,
+    delete_adapter,
+    disable_adapter,
     export_peft,
     inspect,
     load_adapter,
     merge_reslora,
     save_adapter,
     set_adapter,
+    unload,
 )
+from reslora_kernels.adapt.record import adapted_layers
+from reslora_kernels.files.adapter_format import WEIGHTS_NAME
 from reslora_kernels.testing import relative_error
 from reslora_kernels.training import ResLoRACallback
 
@@ -128,6 +134,38 @@ class TestWhatTrainsBeside:
         loaded = load_adapter(llama(), tmp_path)
         assert torch.equal(logits(loaded.eval()), logits(model.eval()))
 
+    def test_is_saved_though_unfrozen_for_some_steps_only(self, tmp_path: Path) -> None:
+        model = apply_reslora(llama(), ResLoRAConfig(r=4, target_modules=TARGETS)).train()
+        for module in (None, model.lm_head, model.model.norm):
+            if module is not None:
+                module.requires_grad_(True)
+            model(**FAMILIES["llama"].batch(5)).loss.backward()
+            if module is model.lm_head:
+                with torch.no_grad():
+                    module.weight.mul_(-1)
+            model.requires_grad_(False)
+            for layer in adapted_layers(model).values():
+                layer.lora_A.requires_grad_(True)
+        save_adapter(model, tmp_path)
+        assert torch.equal(logits(load_adapter(llama(), tmp_path).eval()), logits(model.eval()))
+        names = {name for name in load_file(tmp_path / WEIGHTS_NAME) if "lora_" not in name}
+        assert names == {"lm_head.weight"}  # the norm was tried, and is as it was
+
+    def test_is_exported_whole_or_refused(self, tmp_path: Path) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.token, self.linear = nn.Parameter(torch.zeros(8)), nn.Linear(8, 8)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y: Tensor = self.linear(x + self.token)
+                return y
+
+        model = apply_reslora(Model(), ResLoRAConfig(target_modules=["linear"]))
+        model.token.requires_grad_(True)
+        with pytest.raises(ValueError, match=r"saves whole modules, but of trained '' \['linear"):
+            export_peft(model, tmp_path)
+
     def test_is_refused_where_it_is_outside_of_the_adapted_part(self, tmp_path: Path) -> None:
         model = nn.ModuleDict({"model": native("input"), "head": nn.Linear(4, 1)})
         with pytest.raises(ValueError, match=r"'head\.weight' trains beside the LlamaForCausalLM that was adapted"):
@@ -135,6 +173,10 @@ class TestWhatTrainsBeside:
         save_adapter(model.requires_grad_(False), tmp_path)
         with pytest.raises(ValueError, match=r"holds 2 adapted models.* model\.model or model\.other"):
             save_adapter(nn.ModuleDict({"model": model["model"], "other": native("none")}), tmp_path)
+        both = apply_reslora(llama(), ResLoRAConfig(target_modules=["layers.0.self_attn.q_proj"]))
+        apply_reslora(both.model.layers[1], ResLoRAConfig(target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match=r"merge_and_unload\(model\.get_submodule\('model\.layers\.1'\)\)"):
+            save_adapter(both, tmp_path)
 
     @pytest.mark.parametrize("trains", [True, False], ids=["trains", "inference"])
     def test_is_exported_from_peft(self, trains: bool, tmp_path: Path) -> None:
@@ -158,6 +200,19 @@ class TestWhatTrainsBeside:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             model.save_pretrained(tmp_path)
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """What nn.DataParallel makes of a module, but for its parameters on another device."""
+    copied = module._replicate_for_data_parallel()
+    copied._modules = {name: child if child is None else replica(child) for name, child in module._modules.items()}
+    return copied
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block"])
+def test_data_parallel_copies_are_refused(shortcut: str) -> None:
+    with pytest.raises(ValueError, match=r"nn\.DataParallel makes copies .*torchrun"):
+        logits(replica(native(shortcut)))
 
 
 @pytest.mark.parametrize("make", [native, held_by_peft])
@@ -192,13 +247,20 @@ def test_statistics_are_free_after_a_step_that_was_cut_off() -> None:
         logits(model)
 
 
-@pytest.mark.parametrize("shortcut", ["none", "middle"])
+@pytest.mark.parametrize("shortcut", ["none", "block"])
 def test_lora_around_an_adapted_layer(shortcut: str, tmp_path: Path) -> None:
     """It computes their sum; a save of either alone would fit no model."""
     model = native(shortcut)
     expected = logits(model)
-    both = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=TARGETS))
-    assert torch.equal(logits(both), expected)
+    both = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    with both.disable_adapter():
+        assert torch.equal(logits(both), expected)
+    assert not torch.equal(logits(both), expected)
+    layer = both.base_model.model.model.layers[0].self_attn.v_proj
+    x = torch.randn(1, 3, 32)
+    assert (
+        relative_error(layer(x) - layer.base_layer(x), 4 * layer.lora_B["default"](layer.lora_A["default"](x))) < 1e-5
+    )
     with pytest.raises(ValueError, match=r"is inside a peft\.tuners\.lora\.layer\.Linear now"):
         save_adapter(model, tmp_path)
     save_adapter(both.unload(), tmp_path)
@@ -263,17 +325,25 @@ class TestScale:
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("disable_lora", ()), ("unload_lora", ()), ("set_adapters", ("default", 0.5)), ("fuse_lora", (0.5,))],
+    [("disable_lora", ()), ("set_adapters", ("default", 0.5)), ("fuse_lora", (0.5,))],
 )
 def test_switches_of_diffusers_refuse_a_native_adapter(name: str, arguments: tuple[Any, ...]) -> None:
     """They would return and leave it in force."""
     model = randomize(apply_reslora(unet(), ResLoRAConfig(r=3, target_modules=["to_q", "to_v"])))
     expected = denoised(model)
+    with pytest.warns(UserWarning, match="unload_lora is for adapters that PEFT holds"):
+        model.unload_lora()  # a pipeline calls it on all its parts
+    add_adapter(model, "other", ResLoRAConfig(r=3, target_modules=["to_q"]))
+    delete_adapter(model, "other")  # and its own is still watched
     with pytest.raises(ValueError, match=f"{name} is for adapters that PEFT holds.*disable_adapter"):
         getattr(model, name)(*arguments)
     with pytest.raises(ValueError, match=r"cross_attention_kwargs: scale=0\.5 is for adapters that PEFT holds"):
         denoised(model, cross_attention_kwargs={"scale": 0.5})
     assert torch.equal(denoised(model, cross_attention_kwargs={"scale": 1.0}), expected)
+    with disable_adapter(model):
+        assert torch.equal(denoised(model, cross_attention_kwargs={"scale": 0.0}), denoised(unet()))
+    own = unload(model)
+    assert "disable_lora" not in vars(own)
 
 
 def test_switches_of_diffusers_are_its_own_for_lora_beside() -> None:

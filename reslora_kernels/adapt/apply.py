@@ -22,6 +22,7 @@ from .checkpoints import guard, statistics_of, trained_beside, undefined
 from .linking import ChainPlan, Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from .obstacles import refuse_foreign_hooks
 from .record import Record, adapted_layers, checked_name, without_compiled
+from .surroundings import watch_methods
 from .targets import find_targets, with_heads_saved
 
 
@@ -111,6 +112,7 @@ def adapt(
     record.statistics = statistics_of(model)
     model.__dict__["_reslora"] = record
     guard(model)
+    watch_methods(model)
     trained_tokens.tie(model, record, adapted_layers(model))
     build_chains(model, plans)
 

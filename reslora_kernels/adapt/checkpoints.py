@@ -158,12 +158,21 @@ def beside(model: nn.Module) -> Beside:
     others = {name: p for name, p in named.items() if id(p) not in adapters}
     _refuse_outside(model, root)
     resized = tuple(f"{without_compiled(name)}." for name in resized_embeddings(root))
-    kept = {id(p) for name, p in others.items() if name in record.kept or name.startswith(resized)}
+    kept = {
+        id(p)
+        for name, p in others.items()
+        if name in record.kept or name.startswith(resized) or _was_trained(p, record.noted.get(name))
+    }
     trained = {name: p for name, p in others.items() if p.requires_grad or name in by_peft}
     frozen: dict[str, Tensor] = {
         name: p for name, p in others.items() if id(p) in kept and p.is_floating_point() and name not in trained
     }
     return Beside(trained, frozen | {name: b for name, b in named_buffers(root).items() if has_moved(name, b, record)})
+
+
+def _was_trained(parameter: nn.Parameter, noted: int | None) -> bool:
+    """Whether a parameter that somebody had unfrozen has changed since; of one that is spread that is not known."""
+    return noted is not None and (parameter._version > noted or type(parameter) is not nn.Parameter)
 
 
 def trained_beside(root: nn.Module) -> set[str]:

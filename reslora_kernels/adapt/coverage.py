@@ -13,7 +13,7 @@ from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
 from ..layers.kinds import is_linear
 from ..layers.shortcuts import hands_on
-from .record import Record, complete_layers, record_of, root_of
+from .record import Record, adapted_layers, record_of, refuse_lost, root_of
 
 NOMINAL_TOKENS = 4096  # for which the choice of a backend is shown
 
@@ -102,10 +102,10 @@ def inspect(model: nn.Module) -> Coverage:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it is not adapted.
+        ValueError: it is not adapted, or an adapted layer is no longer in it.
     """
-    layers = complete_layers(model)
-    record = record_of(model)
+    layers, record = adapted_layers(model), record_of(model)
+    refuse_lost(root_of(model), record, layers)
     names = {id(layer): name for name, layer in layers.items()}
     linked = [layer for chain in record.chains for layer in chain.layers]
     parameters = list(root_of(model).parameters())

@@ -50,13 +50,16 @@ def record_order(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> lis
 
 def find_samples(model: nn.Module, layers: Iterable[Any]) -> None:
     """Run one sample, if inputs for it are known, and mark the layers that have it in the first dimension of x."""
-    unknown, inputs = [layer for layer in layers if not layer.samples_first], example_inputs(model)
-    if not unknown or inputs is None:
+    unknown = [layer for layer in layers if layer.samples_first is None]
+    inputs = example_inputs(model) if unknown else None
+    for layer in unknown:
+        layer.samples_first = False
+    if inputs is None:
         return
 
     def mark(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         shape = (args[0] if args else next(iter(kwargs.values()))).shape
-        layer.samples_first |= len(shape) > 2 and shape[0] == 1 and shape[1] > 1
+        layer.samples_first = len(shape) > 2 and shape[0] == 1 and shape[1] > 1
 
     handles = [layer.register_forward_pre_hook(mark, with_kwargs=True) for layer in unknown]
     try:

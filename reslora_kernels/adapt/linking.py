@@ -27,7 +27,7 @@ from .checkpoints import output_head
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
 from .record import Record, adapted_layers, record_of
-from .surroundings import Surroundings, watch_head, watch_methods
+from .surroundings import Surroundings, watch_head
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
 _ATTRIBUTE = re.compile(r"(layer|block|stage)s?_?(\d+)")  # layer1, layer2, .. are a list as well
@@ -288,7 +288,6 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     if layers:
         record.hooks.append(model.register_forward_pre_hook(Surroundings(model, record, layers)))
     watch_head(model, output_head(model), record, layers)
-    watch_methods(model, record)
 
 
 def _open_passes(model: nn.Module) -> None:

@@ -48,7 +48,10 @@ def read_past(owner: nn.Module, child: str) -> str | None:
 
 
 def reader_of_given(model: nn.Module) -> str | None:
-    """The class of a module that reads the weight of a module that its forward is given, as heads of DeBERTa do."""
+    """The class of a module that reads the weight of an embedding that its forward is given, as heads of DeBERTa do.
+
+    What the argument is told by its name alone.
+    """
     return next((kind.__name__ for kind in dict.fromkeys(map(type, model.modules())) if _reads_given(kind)), None)
 
 
@@ -57,6 +60,7 @@ def _reads_given(kind: Any) -> bool:
     tree = None if kind.__module__.startswith("torch.") else _source(kind.forward)
     nodes = [] if tree is None else [*_nodes(tree)]
     given = {argument.arg for node, _, _ in nodes if isinstance(node, ast.arguments) for argument in node.args[1:]}
+    given = {name for name in given if "emb" in name}
     weights = [node for node, parent, _ in nodes if isinstance(node, ast.Attribute) and _is_value(node, parent)]
     return any(isinstance(weight.value, ast.Name) and weight.value.id in given for weight in weights)
 

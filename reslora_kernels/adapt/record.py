@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain, SharedInput
 
-_COMPUTED = ("_orig", "_g", "_v")  # what torch's functions add to the name of a parameter that they compute
 TOKENS = "trained_tokens"  # the parameter of an embedding that holds the rows which train whole
 
 
@@ -34,6 +33,7 @@ class Record:
     groups: list[SharedInput] = field(default_factory=list)  # the same, as layers, where they share their projection
     layer_names: list[str] = field(default_factory=list)  # of the adapted layers, as they were found
     kept: set[str] = field(default_factory=set)  # other parameters that are saved though frozen: the base lacks them
+    noted: dict[str, int] = field(default_factory=dict)  # those that were seen to train, with their versions then
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of the model before it trained
     tables: dict[str, Any] = field(default_factory=dict)  # embeddings of which some rows train whole, by name
     tied: list[Any] = field(default_factory=list)  # what gives heads the adapters of embeddings, as chains are active
@@ -125,6 +125,13 @@ def refuse_incomplete(root: nn.Module, record: Record, layers: Mapping[str, Adap
     """The same for one of the adapters in force."""
     if record.spread:
         raise ValueError(record.spread)
+    refuse_lost(root, record, layers)
+    for name, layer in layers.items():
+        _refuse_computed(name, layer, getattr(layer, "holds_weight", layer), getattr(layer, "owner", layer))
+
+
+def refuse_lost(root: nn.Module, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
+    """ValueError, which names it, for a layer that is no longer in the model."""
     if record.layers is not None:
         for name, layer in layers.items():
             refuse_replaced(*place_of(root, record, name, layer), layer, name)
@@ -132,14 +139,14 @@ def refuse_incomplete(root: nn.Module, record: Record, layers: Mapping[str, Adap
         raise ValueError(gone(name, at(root, name)))
     for name, rows in record.tables.items():
         refuse_replaced(*place_of(root, record, name, rows.table), rows.table, name)
-    for name, layer in layers.items():
-        _refuse_computed(name, layer, getattr(layer, "holds_weight", layer))
 
 
 def _refuse_computed(name: str, *modules: nn.Module) -> None:
     """ValueError if a parameter of an adapted layer is computed from others, which a merge would not reach."""
     for module in modules:
-        made = [own.rpartition("_")[0] for own in module._parameters if own.endswith(_COMPUTED)]
+        own = module._parameters
+        made = [key.removesuffix("_orig") for key in own if key.endswith("_orig")]
+        made += [key.removesuffix("_g") for key in own if key.endswith("_g") and f"{key[:-2]}_v" in own]
         made += getattr(module, "parametrizations", {})
         if made:
             raise ValueError(
@@ -211,13 +218,21 @@ def root_of(model: nn.Module) -> nn.Module:
         raise ValueError(
             "model has no ResLoRA adapters: call apply_reslora(model, config) or load_adapter(model, path) first"
         )
-    if len(roots) > 1:
-        raise ValueError(f"model holds {len(roots)} adapted models, and this is for one: give {_one_of(roots)}")
-    return next(iter(roots.values()))
+    if len(roots) == 1:
+        return next(iter(roots.values()))
+    parts = [reached(name) for name in roots if name]
+    if model is roots.get(""):
+        raise ValueError(
+            f"model was adapted, and {parts[0]} inside it by itself: merge_and_unload({parts[0]}) first, or adapt both "
+            "as one"
+        )
+    raise ValueError(f"model holds {len(roots)} adapted models, and this is for one: give {' or '.join(parts)}")
 
 
-def _one_of(names: Iterable[str]) -> str:
-    return " or ".join(f"model.{name}" for name in names)
+def reached(name: str) -> str:
+    """How Python reaches the module of that name."""
+    numbered = any(part.isdecimal() for part in name.split("."))
+    return f"model.get_submodule({name!r})" if numbered else f"model.{name}"
 
 
 def record_of(model: nn.Module) -> Record:

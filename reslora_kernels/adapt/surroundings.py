@@ -17,13 +17,12 @@ from torch import nn
 
 from ..dtensors import refuse_zero3
 from ..forward_state import Passes, scope_pass
-from ..layers.adapter import AdapterLayer
+from ..layers.adapter import ADAPTER_PARAMETERS, AdapterLayer
 from ..layers.chain import Chain
 from ..layers.offloading import offloader
 from ..layers.quantized_linear import QuantizedResLoRALinear
-from .checkpoints import trained_beside
 from .obstacles import has_no_say, is_fused, refuse_fused
-from .record import Record, at, holds, place_of, refuse_replaced
+from .record import Record, at, holds, place_of, refuse_replaced, without_compiled
 
 
 class Surroundings:
@@ -32,7 +31,7 @@ class Surroundings:
     def __init__(self, model: nn.Module, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
         self.record, self.layers = record, layers
         self.first = next(iter(layers.values()))
-        self.trains = False  # whether it was seen to
+        self.others = [] if record.layers is not None else _places_beside(model)
         self.told: object = None  # the parameter under whose ds_id ZeRO-3 was told who reads what
         self.ends = _ends(record, layers)
         self.places: list[tuple[nn.Module | None, str, Any, str]] = [
@@ -44,9 +43,8 @@ class Surroundings:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if not self.trains and model.training and torch.is_grad_enabled() and self.record.layers is None:
-            self.trains = True
-            self.record.kept |= trained_beside(model)
+        if model.training and torch.is_grad_enabled():
+            self._note_what_trains()
         active = self.record.chains[0].active
         for parent, child, layer, name in self.places if active else ():
             if parent is not None and parent._modules.get(child) is not layer:
@@ -68,6 +66,14 @@ class Surroundings:
         if hasattr(a, "ds_id"):
             self._under_zero3(model, a)
 
+    def _note_what_trains(self) -> None:
+        """What somebody has unfrozen, which is to be saved though it be frozen again; see ``beside``."""
+        noted = self.record.noted
+        for name, module, own in self.others:
+            parameter = module._parameters[own]
+            if parameter is not None and parameter.requires_grad and name not in noted:
+                noted[name] = parameter._version
+
     def _under_zero3(self, model: nn.Module, a: Any) -> None:
         if self.record.layers is not None:
             refuse_zero3(model)
@@ -79,6 +85,16 @@ class Surroundings:
         if self.told != (id(a), a.ds_id):
             tell_zero3(self.layers)
             self.told = id(a), a.ds_id
+
+
+def _places_beside(root: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """The name, the owner and the owner's key of every parameter that is no adapter's."""
+    return [
+        (without_compiled(f"{path}.{own}" if path else own), module, own)
+        for path, module in root.named_modules()
+        for own in module._parameters
+        if own not in ADAPTER_PARAMETERS
+    ]
 
 
 def _ends(record: Record, layers: Mapping[str, AdapterLayer]) -> list[tuple[Chain[AdapterLayer], str, AdapterLayer]]:
@@ -184,37 +200,49 @@ class HeadRuns:
             )
 
 
-_SWITCHES = (
-    "set_adapters", "disable_lora", "enable_lora", "fuse_lora", "unfuse_lora", "unload_lora", "delete_adapters",
-    "save_lora_adapter",
-)  # fmt: skip
+_SWITCHES = ("set_adapters", "disable_lora", "enable_lora", "fuse_lora", "unfuse_lora", "save_lora_adapter")
+_LEAVING = ("unload_lora", "delete_adapters")
+_METHODS = "_reslora_methods"
 
 
-def watch_methods(model: nn.Module, record: Record) -> None:
-    """Let methods of Transformers and diffusers that know nothing of adapters, or PEFT's only, say so."""
-    if record.layers is not None:
+def watch_methods(root: nn.Module) -> None:
+    """Let methods of Transformers and diffusers that know nothing of adapters, or PEFT's only, say so.
+
+    Once for a model, however many adapters it gets.
+    """
+    if _METHODS in vars(root):
         return
-    if hasattr(type(model), "save_pretrained"):
-        record.hooks.append(Save(model, "save_pretrained"))
-    if all(hasattr(type(model), name) for name in _SWITCHES):
-        record.hooks += [Switch(model, name) for name in _SWITCHES]
-        record.hooks.append(model.register_forward_pre_hook(refuse_scale, with_kwargs=True))
+    handles: list[Any] = []
+    if hasattr(type(root), "save_pretrained"):
+        handles.append(Save(root, "save_pretrained"))
+    if all(hasattr(type(root), name) for name in (*_SWITCHES, *_LEAVING)):
+        handles += [Switch(root, name) for name in (*_SWITCHES, *_LEAVING)]
+        handles.append(root.register_forward_pre_hook(refuse_scale, with_kwargs=True))
+    vars(root)[_METHODS] = handles
+
+
+def release_methods(root: nn.Module) -> None:
+    """The inverse of ``watch_methods``."""
+    for handle in vars(root).pop(_METHODS, ()):
+        handle.remove()
 
 
 class Method:
-    """A method of an adapted model that is met before its class's."""
+    """A method of an adapted model that is met before its own."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
-        self.model, self.name = model, name
+        self.model, self.name, self.before = model, name, vars(model).get(name)
         vars(model)[name] = self
 
     def remove(self) -> None:
-        """Let the class's method be met again."""
-        if vars(self.model).get(self.name) is self:
-            del vars(self.model)[self.name]
+        """Let its own be met again."""
+        del vars(self.model)[self.name]
+        if self.before is not None:
+            vars(self.model)[self.name] = self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        own = self.before if self.before is not None else getattr(type(self.model), self.name).__get__(self.model)
+        return own(*args, **kwargs)
 
 
 class Save(Method):
@@ -233,25 +261,33 @@ class Save(Method):
 
 
 class Switch(Method):
-    """A switch of a diffusers model, which knows PEFT's layers: ValueError where there are none."""
+    """A switch of a diffusers model, which knows PEFT's layers: ValueError where there are none.
+
+    Of what takes adapters out a warning: a pipeline asks it of all its parts, for those of another.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not _has_tuners(self.model):
-            raise ValueError(
-                f"{self.name} is for adapters that PEFT holds, and would do nothing here: use set_adapter, "
-                "disable_adapter, merge_reslora or save_adapter of reslora_kernels, or load in a pipeline what "
+            message = (
+                f"{self.name} is for adapters that PEFT holds, and does nothing here: use set_adapter, "
+                "disable_adapter, merge_reslora, save_adapter or unload of reslora_kernels, or load in a pipeline what "
                 "export_peft(model, path, layout='diffusers') writes"
             )
+            if self.name not in _LEAVING:
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=2)
         return super().__call__(*args, **kwargs)
 
 
 def refuse_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: ValueError for a scale that diffusers would give to PEFT's layers only."""
+    if all(has_no_say(module) for module in model.modules() if isinstance(module, AdapterLayer)):
+        return
     for name, given in kwargs.items():
         if name.endswith("attention_kwargs") and given and given.get("scale", 1.0) != 1.0 and not _has_tuners(model):
             raise ValueError(
                 f"{name}: scale={given['scale']!r} is for adapters that PEFT holds, and would do nothing here: "
-                "export_peft(model, path, layout='diffusers') and load that, or disable_adapter(model) in place of 0"
+                "export_peft(model, path, layout='diffusers') and load that, or disable_adapter(model) for 0"
             )
 
 

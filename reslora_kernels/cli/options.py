@@ -151,8 +151,6 @@ PROCESSOR_FILES = (  # of images, sound and films
     "preprocessor_config.json",
     "image_processor_config.json",
     "video_preprocessor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
 )
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -320,5 +318,5 @@ def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
         found = cached_file(
             base, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
         )
-        if found is not None and not (folder / name).exists():  # that of the tokenizer may be the adapter's own
+        if found is not None and not (folder / name).exists():
             shutil.copyfile(found, folder / name)

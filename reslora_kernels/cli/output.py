@@ -103,14 +103,21 @@ def _staging(folder: Path) -> Path:
 
     Or if this process is in it, and would be left in a folder that is no longer there.
     """
-    here = Path.cwd()
     try:
-        place = folder if os.path.ismount(folder) or folder in (here, *here.parents) else folder.parent
+        place = folder if os.path.ismount(folder) or _is_here(folder) else folder.parent
         return Path(tempfile.mkdtemp(prefix=".reslora-", suffix=".new", dir=place))
     except OSError:
         if not folder.is_dir():
             raise
         return Path(tempfile.mkdtemp(prefix=".reslora-", suffix=".new", dir=folder))
+
+
+def _is_here(folder: Path) -> bool:
+    """Whether this process works in ``folder``."""
+    try:
+        return folder in (Path.cwd(), *Path.cwd().parents)
+    except FileNotFoundError:  # its own is gone
+        return False
 
 
 def _exchange(staging: Path, folder: Path) -> Path | None:

@@ -50,7 +50,10 @@ PREFIX = "base_model.model."
 PEFT_TOKENS = "token_adapter.trainable_tokens_delta"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 _COMPONENTS = {r".*UNet.*": "unet", r".*Transformer\d*D?Model": "transformer", "CLIPTextModel": "text_encoder"}
-_READ_BY_PIPELINES = ("unet", "transformer", "text_encoder", "text_encoder_2", "connectors", "text_conditioner")
+_READ_BY_PIPELINES = (
+    "unet", "prior", "transformer", "transformer_ref", "text_encoder", "text_encoder_2", "connectors",
+    "text_conditioner",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -323,10 +326,11 @@ def _trained_whole(root: nn.Module, layers: Mapping[str, AdapterLayer], others: 
     modules = sorted({name.rpartition(".")[0] for name in trained})
     inside = named_parameters(root)
     for module in modules:
+        part = f"{module}." if module else ""
         frozen = [
-            name.removeprefix(f"{module}.")
+            name.removeprefix(part)
             for name, parameter in inside.items()
-            if name.startswith(f"{module}.") and name not in others.trained and not parameter.requires_grad
+            if name.startswith(part) and name not in others.trained and not parameter.requires_grad
         ]
         if frozen or module in layers:
             raise ValueError(f"a PEFT adapter saves whole modules, but of trained {module!r} {frozen[:3]} is frozen")

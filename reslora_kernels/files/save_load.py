@@ -20,6 +20,7 @@ from ..adapt.record import (
     adapted_layers,
     checked_name,
     complete_layers,
+    reached,
     record_of,
     refuse_beside,
     refuse_restarted,
@@ -288,7 +289,7 @@ def _why_shifted(saved: Collection[str], layers: Collection[str]) -> str:
         part = name.removesuffix(f".{first}")
         if part != name and {f"{part}.{other}" for other in shorter} == set(longer):
             if longer is layers:
-                return f". It was trained on what this model has as its {part!r}: load_adapter(model.{part}, ...)"
+                return f". It was trained on what this model has as its {part!r}: load_adapter({reached(part)}, ...)"
             return f". It was trained on a model that has one like this as its {part!r}: load it into such a one"
     return ""
 

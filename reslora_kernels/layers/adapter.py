@@ -58,7 +58,7 @@ class AdapterLayer(nn.Module):
     replacement: tuple[Tensor, Tensor] | None  # (A, B) of a plain update that stands in, while merging
     detour: bool  # whether any of these six is so: all that a forward looks at
     factor: float = 1.0  # by which s counts
-    samples_first: bool = False  # whether it was seen that x has the batch in its first dimension
+    samples_first: bool | None = None  # whether x has the batch in its first dimension; None: nobody has looked
     expert: bool = False  # whether the model gives it a choice of the tokens
     holds_all_it_reads: ClassVar[bool] = False  # whether it is called, on parameters of its own and of its neighbours
 

@@ -38,7 +38,7 @@ class ResLoRAConvolution(ResLoRALinear):
     is_linear: ClassVar[bool] = False
     fused: ClassVar[bool] = False
     shares_projections: ClassVar[bool] = False
-    samples_first: bool = True
+    samples_first: bool | None = True
 
     @property
     def _like(self) -> Any:

@@ -105,7 +105,8 @@ def check_samples(place: Any, count: int, different: int, x: Tensor) -> None:
             f"a layer sees {list(x.shape)}, of which either dimension could be the {count} samples: pad the samples to "
             "another length"
         )
-    place.samples_first |= not alike
+    if not alike:
+        place.samples_first = True
 
 
 def summed(place: Any, layers: Sequence[Any], x: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ from ..adapt.record import (
     layers_in_place,
     record_of,
     refuse_beside,
+    refuse_incomplete,
     root_of,
 )
+from ..adapt.surroundings import release_methods
 from ..adapt.trained_tokens import heads_with_adapters
 from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
@@ -146,6 +148,7 @@ def merge_reslora(
         )
     refuse_fused(root_of(model), layers)
     for one, own in adapters:
+        refuse_incomplete(root_of(model), one, own)
         _refuse_tied(root_of(model), one, own)
     updates = compute_updates(
         model, method,
@@ -377,6 +380,7 @@ def unload(model: nn.Module) -> nn.Module:
     if dense:
         fit_in(root, dense)
     release(root)
+    release_methods(root)
     del root.__dict__["_reslora"]
     return model
 

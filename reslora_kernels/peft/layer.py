@@ -157,11 +157,11 @@ class _BesideItsBase:
         return self.holder.base_layer
 
     @property
-    def samples_first(self) -> bool:
+    def samples_first(self) -> bool | None:
         return self.holder.samples_first
 
     @samples_first.setter
-    def samples_first(self, known: bool) -> None:
+    def samples_first(self, known: bool | None) -> None:
         self.holder.samples_first = known
 
     def _replace_base(self, base: nn.Linear) -> None:
@@ -269,18 +269,27 @@ class ResLoRALayer(nn.Module, BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Let s of an adapter count ``scale`` times; merges and exports see it, saves do not, as with PEFT's LoRA."""
-        if adapter in self.reslora_adapter:
+        if adapter in self.reslora_adapter and self.reslora_adapter[adapter].factor != float(scale):
+            self._refuse_merged()
             self.reslora_adapter[adapter].factor = float(scale)
 
     def scale_layer(self, scale: float) -> None:
         """``scale`` times what the adapters in force count: diffusers' ``cross_attention_kwargs={"scale": scale}``."""
+        self._refuse_merged()
         for adapter in self.in_force:
             adapter.factor *= float(scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Takes ``scale_layer`` back; None sets all back to 1."""
+        if scale == 0:
+            raise ValueError("scale must not be 0, which nothing can be divided by: unscale_layer() sets all back to 1")
+        self._refuse_merged()
         for adapter in self.in_force:
             adapter.factor = 1.0 if scale is None else adapter.factor / scale
+
+    def _refuse_merged(self) -> None:
+        if self.merged:
+            raise ValueError("the adapter is merged into the weights at its scale: unmerge it before that is changed")
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         for adapter in self.reslora_adapter.values():

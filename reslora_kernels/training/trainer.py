@@ -10,7 +10,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..adapt.record import adapted_layers
+from ..adapt.checkpoints import trained_beside
+from ..adapt.record import adapted_layers, record_of, root_of
 from ..config import MergeMethod
 from ..dtensors import initialised, is_sharded, under_zero3
 from ..files.adapter_format import write_durably
@@ -47,15 +48,20 @@ class AdapterCheckpoints:
             super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         if kwargs.get("ref_model") is None and not any(isinstance(given, nn.Module) for given in args):
             _refuse_bare_reference(self.model, getattr(self, "ref_model", None))
-        if any(isinstance(module, AdapterLayer) for module in self.model.modules()):
-            refuse_unsaved(self.model)  # now, not at the first checkpoint
+        if self.args.save_strategy != "no" and any(isinstance(m, AdapterLayer) for m in self.model.modules()):
+            try:
+                refuse_unsaved(self.model)  # now, not at the first checkpoint
+            except ValueError as error:
+                raise ValueError(f"AdapterCheckpoints could not save this model: {error}") from None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
+        if any(isinstance(module, AdapterLayer) for module in self.model.modules()):  # compiled, it would not be seen
+            record_of(self.model).kept |= trained_beside(root_of(self.model))
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:  # an exception ends it too
-            for callback in self.callback_handler.callbacks:
+            for callback in getattr(getattr(self, "callback_handler", None), "callbacks", ()):
                 if isinstance(callback, ResLoRACallback):
                     callback.detach()
 
