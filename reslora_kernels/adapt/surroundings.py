@@ -70,7 +70,7 @@ class Surroundings:
         """What somebody has unfrozen, which is to be saved though it be frozen again; see ``beside``."""
         noted = self.record.noted
         for name, module, own in self.others:
-            parameter = module._parameters[own]
+            parameter = module._parameters.get(own)
             if parameter is not None and parameter.requires_grad and name not in noted:
                 noted[name] = parameter._version
 

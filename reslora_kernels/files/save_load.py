@@ -105,21 +105,22 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
         return _save(model, path)
 
 
-def refuse_unsaved(model: nn.Module) -> Beside:
-    """What is saved beside the adapters; ValueError if ``save_adapter`` would refuse the model whatever its values."""
+def refuse_unsaved(model: nn.Module) -> None:
+    """ValueError if ``save_adapter`` would refuse the model whatever its values."""
     refuse_beside(model, "saved", "call save_pretrained of the PeftModel, then reslora_kernels.peft.to_native")
     complete_layers(model)
     refuse_restarted(model)
-    return beside(model)
+    refuse_flat(model)
+    beside(model)
 
 
 def _save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    others = refuse_unsaved(model)
+    refuse_unsaved(model)
     layers = adapted_layers(model)
     if any(layer.unstarted for layer in layers.values()):
         raise ValueError(f"nothing was saved: {not_started(record_of(model).config)}")
-    refuse_flat(model)
     reshard(model)
+    others = beside(model)
     tensors = _own_parameters(layers) | others.trained | others.frozen
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError("model has parameters on the meta device: there are no values to save")

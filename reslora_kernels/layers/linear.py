@@ -352,7 +352,8 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         """``lora_linear`` of the layer: y, and the rows of h = x A_stackᵀ that ``call.hand`` asks for."""
         a_stack, b_stack, c, residual, hand, _, _ = call if call.gate is None else folded(call)
         config = self.config
-        side = SideChannel(c, self.scaling) if hand is None else SideChannel(c, self.scaling, *hand)
+        scaling = config.scaling * self.factor  # no property: each call costs
+        side = SideChannel(c, scaling) if hand is None else SideChannel(c, scaling, *hand)
         seed = self._new_seed(x.device) if p > 0 else None
         operands = Operands(x, self.frozen_weight, bias, residual, seed, a_stack, b_stack)
         y, handed = fused_linear(operands, side, p, config.backend)
@@ -361,7 +362,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
     def _among_others(self, bias: Tensor | None, x: Tensor, call: Call, sharing: Sharing | None) -> tuple[Any, ...]:
         """The same of one of a group that reads x, without dropout: see ``ops.fused_linear``."""
         call = folded(call)
-        side = SideChannel(call.c, self.scaling, *(call.hand or (0, 0)))
+        side = SideChannel(call.c, self.config.scaling * self.factor, *(call.hand or (0, 0)))
         operands = Operands(x, self.frozen_weight, bias, call.residual, None, call.a_stack, call.b_stack, call.h)
         return fused_linear(operands, side, 0.0, self.config.backend, sharing)
 
