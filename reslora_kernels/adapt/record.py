@@ -95,6 +95,11 @@ def layers_in_place(model: nn.Module) -> dict[str, AdapterLayer]:
     return layers_by_name(root_of(model))
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether an adapted layer is anywhere in ``model``."""
+    return any(isinstance(module, AdapterLayer) for module in model.modules())
+
+
 def in_force(model: nn.Module) -> list[tuple[Record, dict[str, AdapterLayer]]]:
     """The record and the layers by name of each adapter in force."""
     record = record_of(model)
@@ -172,7 +177,7 @@ def at(root: nn.Module, name: str) -> nn.Module | None:
     return module
 
 
-def holds(place: nn.Module | None, layer: AdapterLayer) -> bool:
+def holds(place: nn.Module | None, layer: Any) -> bool:
     """Whether ``layer`` is in force at a place, by itself or beside that of another adapter."""
     if place is layer or not isinstance(place, AdapterLayer):
         return place is layer
@@ -182,7 +187,7 @@ def holds(place: nn.Module | None, layer: AdapterLayer) -> bool:
 def refuse_replaced(parent: nn.Module | None, child: str, layer: Any, name: str) -> None:
     """ValueError if ``parent`` has another module in the place of ``layer``, and not one around it."""
     there = None if parent is None else parent._modules.get(child)
-    if there is not None and not any(module is layer or holds(module, layer) for module in there.modules()):
+    if there is not None and not any(holds(module, layer) for module in there.modules()):
         raise ValueError(gone(name, there))
 
 
@@ -190,7 +195,7 @@ def gone(name: str, there: nn.Module | None) -> str:
     """What is wrong with an adapted layer in whose place ``there`` is."""
     if there is None:
         return f"layer {name!r} was adapted and is gone. Change the model first, then adapt it"
-    if any(isinstance(module, AdapterLayer) for module in there.modules()):
+    if is_adapted(there):
         return (
             f"layer {name!r} was adapted, and is inside a {type(there).__module__}.{type(there).__name__} now: another "
             "adapter was put around it, which fits the merged model. Call merge_reslora first, then add the other"

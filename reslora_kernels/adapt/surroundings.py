@@ -281,10 +281,11 @@ class Switch(Method):
 
 def refuse_scale(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: ValueError for a scale that diffusers would give to PEFT's layers only."""
-    if all(has_no_say(module) for module in model.modules() if isinstance(module, AdapterLayer)):
-        return
     for name, given in kwargs.items():
-        if name.endswith("attention_kwargs") and given and given.get("scale", 1.0) != 1.0 and not _has_tuners(model):
+        if not name.endswith("attention_kwargs") or not given or given.get("scale", 1.0) == 1.0:
+            continue
+        layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+        if not all(map(has_no_say, layers)) and not _has_tuners(model):
             raise ValueError(
                 f"{name}: scale={given['scale']!r} is for adapters that PEFT holds, and would do nothing here: "
                 "export_peft(model, path, layout='diffusers') and load that, or disable_adapter(model) for 0"

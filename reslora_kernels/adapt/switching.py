@@ -25,6 +25,7 @@ from .record import (
     Record,
     SetAside,
     checked_name,
+    is_adapted,
     layers_by_name,
     layers_in_place,
     record_of,
@@ -273,7 +274,7 @@ def in_place_of_the_active_one(model: nn.Module, adapter_name: str) -> Iterator[
         record_of(root).name = adapter_name
         others[adapter_name] = _set_aside(root)
     except BaseException:
-        if any(isinstance(module, AdapterLayer) for module in root.modules()):
+        if is_adapted(root):
             for hook in _set_aside(root).record.hooks if known is None else ():
                 hook.remove()
         if known is not None:

@@ -169,15 +169,12 @@ def parsed(config: bytes, weights: bytes) -> SavedAdapter:
 def _config_file(folder: Path) -> Path:
     if not os.path.lexists(folder / CONFIG_NAME):
         whole = any(folder.glob("model*.safetensors")) or any(folder.glob("diffusion_pytorch_model*.safetensors"))
-        raise FileNotFoundError(
-            f"path {str(folder)!r} holds no {CONFIG_NAME}: it is not a ResLoRA adapter"
-            + (
-                ". It holds a whole model: if that was saved with adapters in it, load_state_dict of a model that is "
-                "adapted alike takes its weights"
-                if whole
-                else ""
-            )
+        hint = (
+            ". It holds a whole model: if that was saved with adapters in it, load_state_dict of a model that is "
+            "adapted alike takes its weights"
         )
+        missing = f"path {str(folder)!r} holds no {CONFIG_NAME}: it is not a ResLoRA adapter"
+        raise FileNotFoundError(missing + (hint if whole else ""))
     return regular(folder / CONFIG_NAME)
 
 

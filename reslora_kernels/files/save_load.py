@@ -20,6 +20,7 @@ from ..adapt.record import (
     adapted_layers,
     checked_name,
     complete_layers,
+    is_adapted,
     reached,
     record_of,
     refuse_beside,
@@ -106,12 +107,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
 
 
 def refuse_unsaved(model: nn.Module) -> None:
-    """ValueError if ``save_adapter`` would refuse the model whatever its values."""
+    """ValueError if ``save_adapter`` would refuse the model whatever is in it."""
     refuse_beside(model, "saved", "call save_pretrained of the PeftModel, then reslora_kernels.peft.to_native")
     complete_layers(model)
     refuse_restarted(model)
     refuse_flat(model)
-    beside(model)
 
 
 def _save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -119,7 +119,7 @@ def _save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     layers = adapted_layers(model)
     if any(layer.unstarted for layer in layers.values()):
         raise ValueError(f"nothing was saved: {not_started(record_of(model).config)}")
-    reshard(model)
+    reshard(model)  # what is unsharded is let go of with this
     others = beside(model)
     tensors = _own_parameters(layers) | others.trained | others.frozen
     if any(tensor.is_meta for tensor in tensors.values()):
@@ -186,7 +186,7 @@ def load_adapter(
     if adapter_name is not None:
         checked_name(adapter_name)
     saved = read(checked_folder(path))
-    adapted = any(isinstance(module, AdapterLayer) for module in model.modules())
+    adapted = is_adapted(model)
     if adapted:
         refuse_beside(model, "loaded", "call reslora_kernels.peft.from_native, then load_adapter of the PeftModel")
     refuse_flat(model)

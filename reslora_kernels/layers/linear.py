@@ -352,8 +352,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         """``lora_linear`` of the layer: y, and the rows of h = x A_stackᵀ that ``call.hand`` asks for."""
         a_stack, b_stack, c, residual, hand, _, _ = call if call.gate is None else folded(call)
         config = self.config
-        scaling = config.scaling * self.factor  # no property: each call costs
-        side = SideChannel(c, scaling) if hand is None else SideChannel(c, scaling, *hand)
+        side = SideChannel(c, config.scaling * self.factor, *(hand or (0, 0)))  # ``scaling`` would be one call more
         seed = self._new_seed(x.device) if p > 0 else None
         operands = Operands(x, self.frozen_weight, bias, residual, seed, a_stack, b_stack)
         y, handed = fused_linear(operands, side, p, config.backend)

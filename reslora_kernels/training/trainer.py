@@ -10,8 +10,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..adapt.checkpoints import trained_beside
-from ..adapt.record import adapted_layers, record_of, root_of
+from ..adapt.checkpoints import beside, trained_beside
+from ..adapt.record import adapted_layers, is_adapted, record_of, root_of
 from ..config import MergeMethod
 from ..dtensors import initialised, is_sharded, under_zero3
 from ..files.adapter_format import write_durably
@@ -48,15 +48,16 @@ class AdapterCheckpoints:
             super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         if kwargs.get("ref_model") is None and not any(isinstance(given, nn.Module) for given in args):
             _refuse_bare_reference(self.model, getattr(self, "ref_model", None))
-        if self.args.save_strategy != "no" and any(isinstance(m, AdapterLayer) for m in self.model.modules()):
-            try:
-                refuse_unsaved(self.model)  # now, not at the first checkpoint
+        if self.args.save_strategy != "no" and is_adapted(self.model):
+            try:  # now, not at the first checkpoint
+                refuse_unsaved(self.model)
+                beside(self.model)
             except ValueError as error:
                 raise ValueError(f"AdapterCheckpoints could not save this model: {error}") from None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
-        if any(isinstance(module, AdapterLayer) for module in self.model.modules()):  # compiled, it would not be seen
+        if is_adapted(self.model):  # compiled, it would not be seen
             record_of(self.model).kept |= trained_beside(root_of(self.model))
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -116,7 +117,7 @@ def _adapters_on_top(model: Any) -> Iterator[None]:
 
     While it is made, and for this it asks then and for nothing else, an adapted model says that it is not quantised.
     """
-    if not getattr(model, "is_quantized", False) or not any(isinstance(m, AdapterLayer) for m in model.modules()):
+    if not getattr(model, "is_quantized", False) or not is_adapted(model):
         yield
         return
     model.is_quantized = False
@@ -128,7 +129,7 @@ def _adapters_on_top(model: Any) -> Iterator[None]:
 
 def _refuse_bare_reference(model: Any, reference: Any) -> None:
     """ValueError if TRL has made ``reference`` of the base model's files, and ``model`` is not the base model."""
-    if not isinstance(reference, nn.Module) or any(isinstance(module, AdapterLayer) for module in reference.modules()):
+    if not isinstance(reference, nn.Module) or is_adapted(reference):
         return
     layers: list[Any] = [module for module in model.modules() if isinstance(module, AdapterLayer)]
     if any(bool(layer.adapter_parameters()[layer.zero_at_start].detach().any()) for layer in layers):
