@@ -7,9 +7,11 @@ object, opaque to pytree (FSDP2 maps over dicts and dataclasses and copies them)
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -114,18 +116,21 @@ class ForwardState:
     """What the calls of one chain's layers have handed on in one forward pass, until the calls they are for take it.
 
     The k-th call of a layer takes what the k-th call of the layer before it handed on. Where a module around the chain
-    runs several times in the pass, each time is a sweep of its own, or goes on with one that stopped a layer before.
+    runs several times in the pass, or inside another one, each time is a sweep of its own, or goes on with one that
+    stopped a layer before; so does what comes after it.
     """
 
-    __slots__ = ("_backward", "_left", "_paused", "_sweep", "owner", "reading", "thread")
+    __slots__ = ("_backward", "_left", "_paused", "_sweep", "outer", "owner", "reading", "thread", "trains")
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self, owner: object, outer: ForwardState | None = None) -> None:
         self.owner = owner
+        self.outer = outer  # the pass in the middle of which this one is, of a model that calls itself
+        self.trains = torch.is_grad_enabled()
         self.thread = _thread()
         self._backward = _running_backward()
         self._sweep = _Sweep()
         self._paused: _Sweep | None = None
-        self._left = False  # whether a module around the chain has ended its forward since the latest call
+        self._left = False  # whether a module around the chain has begun or ended its forward since the latest call
         self.reading: Any = None  # of a group: what ``layers.chain`` keeps of x; of a head: whether it ran
 
     def copy(self) -> ForwardState:
@@ -133,7 +138,7 @@ class ForwardState:
         other = ForwardState(self.owner)
         other._sweep = self._sweep.copy()
         other._paused = None if self._paused is None else self._paused.copy()
-        other._left, other.reading = self._left, self.reading
+        other._left, other.reading, other.trains = self._left, self.reading, self.trains
         return other
 
     @property
@@ -183,9 +188,9 @@ class ForwardState:
             sweep = sweep.next
         return found
 
-    def leave(self) -> None:
-        """A module around the chain, inside the one whose forward is the pass, has ended its forward."""
-        self._left = True
+    def turn(self) -> None:
+        """A module around the chain, inside the one whose forward is the pass, begins its forward or has ended it."""
+        self._left = self._sweep.latest is not None
 
     def _pause(self) -> None:
         """Put the sweep with those that pause, unless no layer could go on from it: one that left layers out."""
@@ -275,13 +280,21 @@ class Passes:
         return None
 
     def open(self, owner: object) -> None:
-        """Open a pass, unless a module around ``owner`` has one open. A pass that ``owner`` left behind is dropped."""
+        """Open a pass, unless a module around ``owner`` has one open. A pass that ``owner`` left behind is dropped.
+
+        Where ``owner`` is in the middle of its forward it has called itself: that is a pass of its own.
+        """
         state = self.current()
         if state is not None and state.owner is owner:
-            self._drop(state)
-            state = None
-        if state is None:
-            self._open.append(ForwardState(owner))
+            if is_dynamo_compiling() or not _runs_twice(owner):
+                self._drop(state)
+                state = None
+        elif state is not None:
+            state.turn()
+            return
+        if state is not None:
+            self._open.remove(state)
+        self._open.append(ForwardState(owner, state))
 
     @contextmanager
     def resumed(self, state: ForwardState) -> Iterator[None]:
@@ -317,8 +330,10 @@ class Passes:
             return
         if state.owner is owner:
             self._drop(state)
+            if state.outer is not None:
+                self._open.append(state.outer)
         else:
-            state.leave()
+            state.turn()
 
     def _drop(self, current: ForwardState) -> None:
         if torch.compiler.is_compiling():
@@ -333,6 +348,17 @@ class Passes:
         return Passes, ()
 
 
+def _runs_twice(module: object) -> bool:
+    """Whether two calls of ``module`` are under way in this thread, and none that Ctrl-C has ended."""
+    calls = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and calls < 2:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            calls += 1
+        frame = frame.f_back
+    return calls == 2
+
+
 _by_hand: list[tuple[Passes, ForwardState | None]] = []
 
 
@@ -342,7 +368,7 @@ def any_opened_by_hand() -> bool:
 
 
 def refuse_recomputation() -> None:
-    """For kernels that read or write what is handed on: compiled layers, which cannot tell themselves, run them too.
+    """For compiled layers, which cannot ask ``is_stale``: as the kernels run that read or write what is handed on.
 
     Raises:
         RuntimeError: a backward pass recomputes a layer while a pass from before it is open that was opened by hand.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,69 @@ class TestReplacedLayers:
         for use in (lambda: merge_reslora(model), lambda: save_adapter(model, tmp_path)):
             with pytest.raises(ValueError, match=r"'weight' of layer '.*v_proj' is computed in each forward"):
                 use()
+
+
+class TestBlocks:
+    """Depth pruned, blocks repeated or put in another order after adapting."""
+
+    def changed(self, model: Any, order: list[int] | None) -> Any:
+        inner = model.base_model.model.model if isinstance(model, peft.PeftModel) else model.model
+        blocks = list(inner.layers)
+        kept = [*blocks, copy.deepcopy(blocks[-1])] if order is None else [blocks[i] for i in order]
+        inner.layers = nn.ModuleList(kept)
+        inner.config.num_hidden_layers = len(kept)
+        return model
+
+    @pytest.mark.parametrize("make", [native, held_by_peft])
+    @pytest.mark.parametrize("shortcut", CHAINS)
+    def test_a_copy_is_refused(self, make: Any, shortcut: str, tmp_path: Path) -> None:
+        model = self.changed(make(shortcut), None)
+        with pytest.raises(ValueError, match=r"layers\.3.*is a copy of an adapted one"):
+            logits(model)
+        if make is native:
+            with pytest.raises(ValueError, match=r"layers\.3.*is a copy of an adapted one"):
+                merge_reslora(model, calibration=[])
+
+    @pytest.mark.parametrize("make", [native, held_by_peft])
+    @pytest.mark.parametrize("order", [[0, 2], [0, 2, 1], [1, 2], [0, 1]])
+    def test_others_are_right_or_refused(self, make: Any, order: list[int], tmp_path: Path) -> None:
+        """Where layers read others, whatever is written says so; PEFT's files hold no chains."""
+        batch = FAMILIES["llama"].batch(5) | {"use_cache": False}  # its blocks know their numbers in the cache
+        for shortcut in ("none", "block", "input"):
+            model = self.changed(make(shortcut), order)
+            if shortcut != "none" and (len(order) < 3 or make is held_by_peft):
+                with pytest.raises(ValueError, match=r"is no longer in the model|was adapted and is"):
+                    logits(model)
+                continue
+            expected = logits(model, batch)
+            folder = tmp_path / shortcut
+            if make is held_by_peft:
+                model.save_pretrained(folder)
+                again = peft.PeftModel.from_pretrained(self.changed(llama(), order), folder)
+            elif len(order) == 3:
+                save_adapter(model, folder)
+                again = load_adapter(self.changed(llama(), order), folder)
+            else:
+                with pytest.raises(ValueError, match="was adapted and is gone"):
+                    save_adapter(model, folder)
+                continue
+            torch.testing.assert_close(logits(again, batch), expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gates": "rank"}, {"use_dora": True}])
+def test_memory_that_to_empty_gives_is_no_adapter(changes: dict[str, Any]) -> None:
+    """A model adapted on the meta device, then given memory and its base's weights: it begins as that base."""
+    with torch.device("meta"):
+        model = llama()
+    apply_reslora(model, ResLoRAConfig(r=4, target_modules=TARGETS, **changes)).to_empty(device="cpu")
+    base = llama()
+    model.load_state_dict(base.state_dict())
+    for name, buffer in base.named_buffers():
+        model.get_buffer(name).copy_(buffer)
+    if "use_dora" in changes:  # whose start is made of the weight
+        assert logits(model).isnan().all()
+    else:
+        assert torch.equal(logits(model), logits(base))
 
 
 class TestWhatTrainsBeside:

@@ -362,10 +362,10 @@ def test_a_layer_called_by_itself_or_on_another_tensor_projects_for_itself() -> 
             return self.a(x) + self.b(x * 2 if self.split else x)
 
     config = ResLoRAConfig(r=2, shortcut="none")
-    module = randomize(apply_reslora(Apart().double(), config, example_inputs=x[..., :4]))
+    module = randomize(apply_reslora(nn.Sequential(Apart()).double(), config, example_inputs=x[..., :4]))
     assert len(record_of(module).groups) == 1
     y = torch.randn(3, 4, dtype=torch.float64)
-    module.split = True
+    module[0].split = True
     merged = copy.deepcopy(module)
     merge_reslora(merged)
     torch.testing.assert_close(module(y), merged(y))
@@ -403,11 +403,11 @@ class InPlace(nn.Module):
 def test_a_change_in_place_between_layers_that_read_one_tensor(without: Any, compiled: bool) -> None:
     x, found = torch.randn(4, 8, dtype=torch.float64), []
     for stack in (True, False):
-        model = InPlace()
+        model = nn.Sequential(InPlace())
         config = ResLoRAConfig(r=2, shortcut="none", stack_projections=stack)
         randomize(apply_reslora(model, config, example_inputs=x))
         assert bool(record_of(model).groups) == stack
-        model.change = lambda x: x.mul_(3)
+        model[0].change = lambda x: x.mul_(3)
         torch._dynamo.reset()
         with without():
             found.append((torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model)(x))

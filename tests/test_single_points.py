@@ -224,7 +224,8 @@ def test_no_projection_is_wider_than_its_limit(rank: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         library, "forward", lambda x, w, b, a, *rest: (heights.append(height(a)), forward(x, w, b, a, *rest))[1]
     )
-    model = apply_reslora(Readers(), ResLoRAConfig(r=rank, shortcut="none"), example_inputs=torch.zeros(2, 512))
+    config = ResLoRAConfig(r=rank, shortcut="none")
+    model = apply_reslora(nn.Sequential(Readers()), config, example_inputs=torch.zeros(2, 512))
     model(torch.randn(64, 512))
     assert max(heights) == 6  # of all three layers, or of two of them
 
@@ -291,10 +292,10 @@ def test_a_sweep_goes_on_where_its_own_call_paused() -> None:
     assert state.enter(one, [zero], shape)[0] is calls[0]
     state.hand_on((), calls[0])
     for n in (1, 2):
-        state.leave()
+        state.turn()
         gives(n)
     for n in (1, 2):
-        state.leave()
+        state.turn()
         assert state.enter(one, [zero], shape)[0] is calls[n]
 
 
@@ -312,7 +313,7 @@ def test_a_copied_pass_goes_on_as_the_pass_would() -> None:
         state.enter(zero, [], shape)
         state.hand_on((), calls[n])
         if n < 3:
-            state.leave()
+            state.turn()
     state.enter(zero, [], shape)
     state.hand_on((), calls[4])
     copy = state.copy()
@@ -320,7 +321,7 @@ def test_a_copied_pass_goes_on_as_the_pass_would() -> None:
     for each in (copy, state):
         taken = [each.enter(one, [zero], shape) for _ in range(2)]
         for _ in range(3):
-            each.leave()
+            each.turn()
             taken.append(each.enter(one, [zero], shape))
         assert [h.flatten()[0].item() for (h,) in taken] == [3, 4, 0, 1, 2]
 
@@ -393,12 +394,12 @@ def test_what_crosses_to_another_process_is_found_in_every_sweep_and_begins_one_
         for giver, n in sweep:
             state.enter(giver, [], shape)
             state.hand_on((), calls[n])
-        state.leave()
+        state.turn()
     assert [int(h[0]) for (h,) in state.handed_by(zero)] == [0, 1, 2, 3]
     assert [int(h[0]) for (h,) in state.handed_by(one)] == [4]
     there = ForwardState(object())
     there.receive(zero, (calls[0],))
-    there.leave()  # a module around the chain that ran no layer of it
+    there.turn()  # a module around the chain that ran no layer of it
     assert there.enter(one, [zero], shape) == (calls[0],)
 
 

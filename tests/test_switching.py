@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from reslora_kernels import (
     ResLoRAConfig,
     adapter_names,
+    adapters_per_sample,
     add_adapter,
     add_weighted_adapter,
     apply_reslora,
@@ -77,6 +78,47 @@ def test_each_computes_what_it_does_alone() -> None:
         assert own.keys() == expected.keys()
         assert all(torch.equal(own[key], expected[key]) for key in own)
         assert str(inspect(model)) == str(inspect(single))
+
+
+@pytest.mark.parametrize("inside", ["set", "sum", "samples"])
+def test_disabled_they_all_are(inside: str) -> None:
+    """Whichever is put in force inside the block: the reference of a policy is the base."""
+    model, base = together(), logits(llama())
+    with disable_adapter(model):
+        if inside == "samples":
+            with adapters_per_sample(model, ["third"] * len(BATCH["input_ids"])):
+                assert torch.equal(logits(model), base)
+        else:
+            set_adapter(model, "third" if inside == "set" else ["default", "narrow"])
+            assert torch.equal(logits(model), base)
+        with pytest.raises(ValueError, match="adapters are disabled"):
+            add_adapter(model, "fourth", CONFIGS["default"])
+        set_adapter(model, "default")
+        with pytest.raises(ValueError, match="adapters are disabled"):
+            merge_reslora(model, calibration=[BATCH])
+    assert adapter_names(model) == ["default", "narrow", "third"]
+    assert torch.equal(logits(model), logits(alone("default")))
+    assert torch.equal(logits(set_adapter(model, "third")), logits(alone("third")))
+
+
+def test_parameters_that_are_replaced_in_a_sum_are_those_it_reads() -> None:
+    """``functional_call`` and ``load_state_dict(assign=True)`` give modules other tensors than they had."""
+    model = set_adapter(together(), ["default", "narrow"])
+    expected = logits(set_adapter(together(), "default"))
+    others = {name: p.detach() for name, p in model.named_parameters()}
+    others |= {name: p * 0 for name, p in others.items() if "beside_narrow.lora_B" in name}
+    assert relative_error(torch.func.functional_call(model, others, (), BATCH).logits, expected) < 1e-5
+    assert not torch.allclose(logits(model), expected, atol=1e-3)
+    kept = model.state_dict()
+    model.load_state_dict({name: others.get(name, value).clone() for name, value in kept.items()}, assign=True)
+    assert relative_error(logits(model), expected) < 1e-5
+    assert any("beside_narrow.lora_B" in name for name in gradients(model))
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(one), logits(model))
+        assert one.state_dict().keys() == kept.keys()
+    narrow = set_adapter(model, "narrow")
+    assert all(layer.lora_B.count_nonzero() == 0 for layer in adapted_layers(narrow).values())
+    assert torch.equal(logits(narrow), logits(llama()))
 
 
 def test_disable() -> None:

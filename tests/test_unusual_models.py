@@ -17,6 +17,7 @@ from reslora_kernels import (
     load_adapter,
     save_adapter,
     set_adapter,
+    unload,
 )
 from reslora_kernels.peft import ResLoRAPeftConfig
 
@@ -135,3 +136,165 @@ def test_names_that_differ_by_a_part_in_front_say_so(tmp_path: Path) -> None:
     save_adapter(apply_reslora(llama(), config), tmp_path / "whole")
     with pytest.raises(ValueError, match=r"on a model that has one like this as its 'model'"):
         load_adapter(llama().model, tmp_path / "whole")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.proj(x))
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Root(nn.Module):
+    """Runs its blocks without gradients below ``frozen``; after two of them it may add what ``within`` gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Inner()
+        self.frozen = 0
+        self.within: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x
+        for n, block in enumerate(self.net.blocks):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and n >= self.frozen):
+                x = block(x)
+            if n == 1 and self.within is not None:
+                within, self.within = self.within, None
+                x = x + within(given)
+        return x
+
+
+X = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+SHORTCUTS = ["none", "input", "block", "middle"]
+
+
+def residual(shortcut: str, kind: type[nn.Module] = Root) -> Any:
+    torch.manual_seed(0)
+    return randomize(apply_reslora(kind().double(), ResLoRAConfig(r=2, lora_alpha=4, shortcut=shortcut)))
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("around", ["root", "module inside"])
+def test_a_model_that_calls_itself(shortcut: str, around: str) -> None:
+    """Self-conditioning, and hooks that run the model again: such a call is a pass of its own."""
+    model = residual(shortcut, Root if around == "root" else Inner)
+    alone = model(X)
+    model = residual(shortcut)
+    model.within = lambda _: alone.detach()
+    expected = model(X)
+    calls = {"root": model, "module inside": model.net}
+    model.within = lambda x: calls[around](x).detach()
+    assert torch.equal(model(X), expected)
+    called: list[int] = []
+
+    def again(module: nn.Module, args: Any, y: Tensor) -> None:
+        if not called:
+            called.append(1)
+            with torch.no_grad():
+                model.net(X.flip(0))
+
+    expected = model.net(X)
+    handle = model.net.blocks[1].register_forward_hook(again)
+    assert torch.equal(model.net(X), expected) and called
+    handle.remove()
+
+    def interrupted(module: nn.Module, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.net.blocks[2].register_forward_pre_hook(interrupted)
+    model.within = lambda x: model(x)
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    handle.remove()
+    model.within = None
+    assert torch.equal(model(X), alone)
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("together", [False, True])
+def test_layers_above_a_part_without_gradients_get_all_of_theirs(shortcut: str, together: bool) -> None:
+    """Refinement loops and frozen lower halves. With "input" the layer below multiplies by the A of the one above."""
+    found = []
+    for how in ("without gradients", "detached"):
+        model = residual(shortcut)
+        if together:
+            add_adapter(model, "b", ResLoRAConfig(r=2, shortcut=shortcut))
+            randomize(set_adapter(model, "b"), 1)
+            set_adapter(model, ["default", "b"])
+        if how == "detached":  # each x as it comes out of the part below, and no gradient through it
+            model.net.blocks[0].register_forward_hook(lambda module, args, y: y.detach())
+            model.net.blocks[1].register_forward_hook(lambda module, args, y: y.detach())
+        else:
+            model.frozen = 2
+        model(X).square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if ".blocks.0." not in name})
+    for name, gradient in found[0].items():
+        if ".blocks.1." in name:
+            assert gradient is None or shortcut == "block", name  # whose A and B the layer after it reads
+        elif gradient is not None:
+            torch.testing.assert_close(gradient, found[1][name])
+            assert gradient.norm() > 0 and found[1][name] is not None
+
+
+def test_a_part_with_gradients_in_a_forward_without_any_is_refused() -> None:
+    class Guided(Root):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.net.blocks[0](x)
+            with torch.enable_grad():
+                return self.net.blocks[1](x)
+
+    for shortcut in SHORTCUTS:
+        model = residual(shortcut, Guided)
+        with torch.no_grad():
+            if shortcut != "input":
+                assert model(X).requires_grad
+                continue
+            with pytest.raises(RuntimeError, match="the layer before ran without gradients"):
+                model(X)
+
+
+@pytest.mark.parametrize("targets", [["linear1", "linear2"], ["self_attn"]])
+def test_an_encoder_with_padding_is_evaluated_as_it_trains(targets: list[str]) -> None:
+    """``nn.TransformerEncoder`` makes nested tensors for a fused layer that reads weights past their adapters."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2)
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
+    with torch.no_grad():
+        before = encoder.eval()(x, src_key_padding_mask=padding)
+    randomize(apply_reslora(encoder, ResLoRAConfig(r=2, target_modules=targets)))
+    trained = encoder.train()(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        evaluated = encoder.eval()(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(evaluated[~padding], trained[~padding])
+        assert torch.equal(unload(encoder)(x, src_key_padding_mask=padding), before)
+
+
+def test_heads_beside_each_other_have_backward_passes_of_their_own() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.one(x), self.other(x)
+
+    model = randomize(apply_reslora(Heads().double(), ResLoRAConfig(r=2, shortcut="none"), example_inputs=X))
+    one, other = model(X)
+    one.sum().backward()
+    assert model.other.lora_A.grad is None
+    other.sum().backward()
+    assert model.other.lora_A.grad is not None

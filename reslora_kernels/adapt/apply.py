@@ -21,9 +21,11 @@ from . import trained_tokens
 from .checkpoints import guard, statistics_of, trained_beside, undefined
 from .linking import ChainPlan, Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from .obstacles import refuse_foreign_hooks
-from .record import Record, adapted_layers, checked_name, without_compiled
+from .record import Record, adapted_layers, checked_name, is_adapted, without_compiled
 from .surroundings import watch_methods
 from .targets import find_targets, with_heads_saved
+
+_NESTED = "_reslora_nested"  # what use_nested_tensor of an adapted encoder was
 
 
 def apply_reslora(
@@ -210,3 +212,15 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
                 parent._modules[name] = new[id(child)]
                 if isinstance(parent, nn.TransformerEncoderLayer):
                     parent.activation_relu_or_gelu = 0  # no fused inference: it reads linear1.weight past the adapter
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            _leave_out_padding(encoder)
+
+
+def _leave_out_padding(encoder: Any) -> None:
+    """Let ``encoder`` make nested tensors, for fused inference alone, as it did unless a layer of it is adapted."""
+    if is_adapted(encoder):
+        encoder.__dict__.setdefault(_NESTED, encoder.use_nested_tensor)
+        encoder.use_nested_tensor = False
+    else:
+        encoder.use_nested_tensor = encoder.__dict__.pop(_NESTED, encoder.use_nested_tensor)

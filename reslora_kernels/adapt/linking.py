@@ -279,7 +279,7 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     for name in record.experts:
         layers[name].expert = True
     if record.config.stack_projections:
-        groups = ([layers[name] for name in names] for names in record.same_input)
+        groups = ([layers[name] for name in names] for names in _within_blocks(record.same_input))
         record.groups += [SharedInput(group) for group in groups if all(layer.shares_projections for layer in group)]
     narrowing = [module for module in model.modules() if hasattr(module, _NARROWS)]
     for layer in (inside for module in narrowing for inside in module.modules() if isinstance(inside, AdapterLayer)):
@@ -288,6 +288,28 @@ def build_chains(model: nn.Module, plans: Sequence[ChainPlan]) -> None:
     if layers:
         record.hooks.append(model.register_forward_pre_hook(Surroundings(model, record, layers)))
     watch_head(model, output_head(model), record, layers)
+
+
+def _within_blocks(groups: Iterable[Sequence[str]]) -> list[list[str]]:
+    """The parts of groups of layers that are in one block, where all that they give comes to one loss.
+
+    Heads beside each other may have losses, and backward passes, of their own.
+    """
+    found: list[list[str]] = []
+    for names in groups:
+        of_block: dict[tuple[str, ...], list[str]] = {}
+        for name in names:
+            of_block.setdefault(_block_around(name), []).append(name)
+        found += [part for block, part in of_block.items() if block and len(part) > 1]
+    return found
+
+
+def _block_around(name: str) -> tuple[str, ...]:
+    """The path to the innermost numbered module around a layer, in parts; empty where there is none."""
+    parts = name.split(".")
+    while parts and not (parts[-1].isdecimal() or _ATTRIBUTE.fullmatch(parts[-1])):
+        parts.pop()
+    return tuple(parts)
 
 
 def _open_passes(model: nn.Module) -> None:

@@ -136,12 +136,14 @@ def refuse_incomplete(root: nn.Module, record: Record, layers: Mapping[str, Adap
 
 
 def refuse_lost(root: nn.Module, record: Record, layers: Mapping[str, AdapterLayer]) -> None:
-    """ValueError, which names it, for a layer that is no longer in the model."""
+    """ValueError, which names it, for a layer that is no longer in the model, or that only a copy of a block holds."""
     if record.layers is not None:
         for name, layer in layers.items():
             refuse_replaced(*place_of(root, record, name, layer), layer, name)
     for name in sorted(set(record.layer_names) - layers.keys()):
         raise ValueError(gone(name, at(root, name)))
+    for name in sorted(layers.keys() - set(record.layer_names)) if record.layers is None else ():
+        raise ValueError(copied(name))
     for name, rows in record.tables.items():
         refuse_replaced(*place_of(root, record, name, rows.table), rows.table, name)
 
@@ -207,18 +209,31 @@ def gone(name: str, there: nn.Module | None) -> str:
     )
 
 
+def copied(name: str) -> str:
+    """What is wrong with an adapted layer that the record does not know."""
+    return (
+        f"layer {name!r} is a copy of an adapted one that came into the model later, where no save or merge knows it: "
+        "copy blocks first, then adapt the model"
+    )
+
+
 def root_of(model: nn.Module) -> nn.Module:
     """The module that apply_reslora was given, which may sit inside a wrapper such as DDP.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: there is none, or more than one.
+        ValueError: there is none, or more than one, or ``model`` is a part of one.
     """
     check_module("model", model)
     modules = model.named_modules()
     roots: dict[str, nn.Module] = {
         name: each for name, each in modules if isinstance(vars(each).get("_reslora"), Record)
     }
+    if not roots and is_adapted(model):
+        raise ValueError(
+            "model is a part of an adapted model, or a copy of a part: give, or copy, the whole that apply_reslora was "
+            "given"
+        )
     if not roots:
         raise ValueError(
             "model has no ResLoRA adapters: call apply_reslora(model, config) or load_adapter(model, path) first"

@@ -1,7 +1,7 @@
 """What others do to a model after it was adapted, and would lose its adapters: each is named at the model's next use.
 
-Layers converted or quantised, blocks taken out, projections fused, adapters taken off the device, ZeRO-3, losses that
-read the weight of the head, diffusers' switches and scale.
+Layers converted or quantised, blocks taken out, copied or moved, projections fused, adapters taken off the device,
+ZeRO-3, losses that read the weight of the head, diffusers' switches and scale.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..layers.chain import Chain
 from ..layers.offloading import offloader
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from .obstacles import has_no_say, is_fused, refuse_fused
-from .record import Record, at, holds, place_of, refuse_replaced, without_compiled
+from .record import Record, at, copied, holds, place_of, refuse_replaced, without_compiled
 
 
 class Surroundings:
@@ -34,6 +34,9 @@ class Surroundings:
         self.others = [] if record.layers is not None else _places_beside(model)
         self.told: object = None  # the parameter under whose ds_id ZeRO-3 was told who reads what
         self.ends = _ends(record, layers)
+        paths = dict.fromkeys(re.split(r"\.\d+\.", name)[0] for name in layers if re.search(r"\.\d+\.", name))
+        lists = [(path, at(model, path)) for path in paths]
+        self.blocks = [(path, one, list(one._modules.values())) for path, one in lists if one is not None]
         self.places: list[tuple[nn.Module | None, str, Any, str]] = [
             (*place_of(model, record, name, layer), layer, name) for name, layer in layers.items()
         ]
@@ -55,6 +58,10 @@ class Surroundings:
         for chain, name, layer in self.ends:
             if chain.active and self.record.layers is None and not holds(at(model, name), layer):
                 _refuse_gone(model, chain, name, layer)
+        for path, blocks, held in self.blocks if active else ():
+            if at(model, path) is not blocks or list(blocks._modules.values()) != held:
+                self._refuse_moved(model)
+                break
         if active and any(is_fused(owner) for owner in self.fusible):
             refuse_fused(model, self.layers)
         a = self.first.lora_A
@@ -73,6 +80,43 @@ class Surroundings:
             parameter = module._parameters.get(own)
             if parameter is not None and parameter.requires_grad and name not in noted:
                 noted[name] = parameter._version
+
+    def _refuse_moved(self, model: nn.Module) -> None:
+        """ValueError for blocks that were copied, or left out, or moved where a file would not say so."""
+        if getattr(model, "_is_replica", False) or vars(model).get("_reslora") is not self.record:
+            return
+        if self.record.layers is not None:
+            return self._refuse_moved_of_peft(model)
+        known = {id(layer) for layer in self.layers.values()}
+        known |= {id(layer) for other in self.record.others.values() for layer in other.layers.values()}
+        for name, module in model.named_modules():
+            if isinstance(module, AdapterLayer) and id(module) not in known:
+                raise ValueError(copied(name))
+        names = {id(layer): name for name, layer in self.layers.items()}
+        for chain in self.record.chains:
+            for layer in chain.layers if any(chain.reach) else ():
+                _refuse_gone(model, chain, names[id(layer)], layer)
+
+    def _refuse_moved_of_peft(self, model: nn.Module) -> None:
+        """The same of adapters that PEFT holds: its files name layers by where they are, and hold no chains."""
+        own, adapters = self.record.name, "reslora_adapter"
+        found = [
+            (name, m) for name, m in model.named_modules() if adapters in m._modules and own in m._modules[adapters]
+        ]
+        here = {id(module): without_compiled(name) for name, module in found}
+        names: dict[int, str] = {id(layer.holder): name for name, layer in self.layers.items()}
+        for holder, name in here.items():
+            if holder not in names:
+                raise ValueError(copied(name))
+        for chain in self.record.chains:
+            for layer in chain.layers if any(chain.reach) else ():
+                holder = id(layer.holder)
+                if here.get(holder) != names[holder]:
+                    what = "is gone" if holder not in here else f"is {here[holder]!r} now"
+                    raise ValueError(
+                        f"layer {names[holder]!r} was adapted and {what}, and its file would be another model's: take "
+                        "blocks out and put them in order first, then call get_peft_model"
+                    )
 
     def _under_zero3(self, model: nn.Module, a: Any) -> None:
         if self.record.layers is not None:

@@ -220,15 +220,19 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside the ``with`` block the model computes what its base does; biases and modules that train stay as they are.
 
+    So it does with any other of its adapters that ``set_adapter`` or ``adapters_per_sample`` puts in force there.
+
     Raises:
-        ValueError: the model is merged: its weights hold the update.
+        ValueError: the model is merged: its weights hold the update. Inside the block: an adapter is added.
     """
-    if record_of(model).merged is not None:
+    record = record_of(model)
+    if record.merged is not None:
         raise ValueError("model is merged: call unmerge_reslora(model) first")
-    if record_of(model).together:
+    if record.together:
         refuse_beside(model, "disabled", "call disable_adapter() of the PeftModel")
-    layers = [layer for place in layers_in_place(model).values() for layer in (place, *place.beside)]
-    parts = (*layers, *record_of(model).tables.values())
+    layers = [*layers_in_place(model).values()]
+    layers += [layer for other in record.others.values() for layer in other.layers.values()]
+    parts = (*layers, *record.tables.values())
     before = {part: part.disabled for part in parts}
     try:
         for part in before:
@@ -264,6 +268,8 @@ def in_place_of_the_active_one(model: nn.Module, adapter_name: str) -> Iterator[
     root, record = _ready(model), record_of(model)
     if adapter_name not in record.others:
         _refuse_shared(record.config)
+        if any(layer.disabled for layer in layers_in_place(model).values()):
+            raise ValueError("the model's adapters are disabled: leave disable_adapter before one is added")
     trained = {parameter: parameter.requires_grad for parameter in root.parameters()}
     others, active = dict(record.others), _set_aside(root)
     known = others.pop(adapter_name, None)

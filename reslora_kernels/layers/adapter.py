@@ -149,8 +149,10 @@ class AdapterLayer(nn.Module):
 
     def stand_alone(self) -> None:
         """The inverse, for all others."""
-        for name in [name for name in self._modules if name.startswith(_BESIDE)]:
-            del self._modules[name]
+        for name, module in list(self._modules.items()):
+            if isinstance(module, Beside):
+                module.release()
+                del self._modules[name]
         self._sum_up()
 
     @property
@@ -310,7 +312,17 @@ class AdapterLayer(nn.Module):
                 f"adapters are not held in 8 bits, got {dtype}: leave adapted layers out, as diffusers' "
                 "enable_layerwise_casting(skip_modules_classes=(ResLoRALinear,)) does"
             )
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        empty = self.lora_A.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if empty and not self.lora_A.is_meta:
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
+        """Start in memory that ``to_empty`` has given: what it held before is no adapter."""
+        self.reset_lora_parameters()
+        if self.lora_magnitude_vector is not None:  # W, whose norms it is to be, has no values yet
+            self.lora_magnitude_vector.data.fill_(torch.nan)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the neighbours, whose chain introduces them again: a copy would recurse from layer to layer."""

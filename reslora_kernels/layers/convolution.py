@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from ..config import ResLoRAConfig
 from ..dtensors import is_dtensor
-from ..forward_state import refuse_recomputation
 from ..ops.registered import unless_recomputed
 from ..quantizers import QUANTIZERS
 from .adapter import joined
@@ -237,11 +236,8 @@ def _ungrouped(matrix: Tensor, groups: int) -> Tensor:
 
 
 def _unless_recomputed(h: Tensor) -> Tensor:
-    """What is handed on, as it is; RuntimeError where a backward pass would recompute it wrongly."""
-    if torch.compiler.is_compiling():
-        return unless_recomputed(h)
-    refuse_recomputation()
-    return h
+    """What is handed on, as it is; from compiled code a RuntimeError where a backward would recompute it wrongly."""
+    return unless_recomputed(h) if torch.compiler.is_compiling() else h
 
 
 class TransposedResLoRALinear(ResLoRALinear):

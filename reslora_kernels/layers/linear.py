@@ -22,7 +22,7 @@ from .adapter import ADAPTER_PARAMETERS, AdapterLayer, joined
 from .initialization import from_weight, row_norms
 from .offloading import device_of, held, hold, hook_like, unhooked
 from .several import in_parts
-from .shortcuts import Call, call_of, carried, folded, hands_on, rows, weighed
+from .shortcuts import Call, call_of, carried, folded, for_the_next, hands_on, rows, weighed, with_projection
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = (
@@ -322,7 +322,9 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
             call = _replaced(call, *self.replacement)
         p = self.config.lora_dropout if self.config.lora_dropout and self.training else 0.0
         inner_bias = bias if scale is None else None
-        if self.shared is None or p > 0:
+        if state is not None and state.trains is not torch.is_grad_enabled() and self.config.shortcut == "input":
+            y, handed = self._between_modes(x, inner_bias, p, call, state)
+        elif self.shared is None or p > 0:
             y, handed = self._low_rank(x, inner_bias, p, call)
         else:
             y, handed = self.shared.run(self.index, x, call, partial(self._among_others, inner_bias))
@@ -357,6 +359,35 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         operands = Operands(x, self.frozen_weight, bias, residual, seed, a_stack, b_stack)
         y, handed = fused_linear(operands, side, p, config.backend)
         return y, handed
+
+    def _between_modes(
+        self, x: Tensor, bias: Tensor | None, p: float, call: Call, state: ForwardState
+    ) -> tuple[Tensor, Tensor | None]:
+        """``_low_rank`` of "input" where gradients are kept for another part of the forward than this one.
+
+        The layer after a part without them owns the A that this layer multiplies x by for it, and trains it.
+
+        Raises:
+            RuntimeError: the forward began without gradients, so that the layer before kept none for this one.
+        """
+        if not state.trains:
+            self.refuse_without_gradients(call)
+            return self._low_rank(x, bias, p, call)
+        if call.hand is None:
+            return self._low_rank(x, bias, p, call)
+        with torch.enable_grad():
+            call, handed = with_projection(call, self._projected(x, for_the_next(call, self), p))
+        return self._low_rank(x, bias, 0.0, call)[0], handed
+
+    def refuse_without_gradients(self, call: Call) -> None:
+        """RuntimeError if A trains and what the layer before made with it has no gradient."""
+        handed = call.residual
+        if handed is not None and self.lora_A.requires_grad and not handed.requires_grad:
+            raise RuntimeError(
+                f"{self._describe()}: the layer before ran without gradients, as the whole forward began, and so this "
+                "one would train on a part of its gradient: call the model with gradients enabled, and go without them "
+                "(torch.no_grad) inside its forward"
+            )
 
     def _among_others(self, bias: Tensor | None, x: Tensor, call: Call, sharing: Sharing | None) -> tuple[Any, ...]:
         """The same of one of a group that reads x, without dropout: see ``ops.fused_linear``."""

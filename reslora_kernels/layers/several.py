@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .shortcuts import Call, carried, with_projection
+from .shortcuts import Call, carried, for_the_next, with_projection
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -27,12 +27,29 @@ class Part(NamedTuple):
 
 
 class Beside(nn.Module):
-    """The parameters of an adapter that is in force in the place of another one's layer: a child of that layer."""
+    """The parameters of an adapter that is in force in the place of another one's layer: a child of that layer.
+
+    They are in one dict with that adapter's own layer, so that what replaces them here (``functional_call``,
+    ``load_state_dict(assign=True)``) reaches it. What that layer has of the base meanwhile is plain attributes.
+    """
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # no child: its weight is that of the layer in the model
-        self._parameters.update(layer.adapter_parameters())
+        held, own = layer._parameters, layer.adapter_parameters()
+        base = {name: held[name] for name in held if held[name] is not None and name not in own}
+        for name in base:
+            del held[name]
+        layer.__dict__.update(base)
+        self.__dict__.update(_base=base, _parameters=held)
+
+    def release(self) -> None:
+        """Let the layer have parameters of its own again: it is not beside another one any more."""
+        layer: Any = self.layer
+        base: dict[str, Any] = self.__dict__["_base"]
+        for name in base:
+            del layer.__dict__[name]
+        layer.__dict__["_parameters"] = base | self._parameters
 
     def train(self, mode: bool = True) -> Beside:
         layer: Any = self.layer
@@ -49,7 +66,7 @@ class Beside(nn.Module):
         """As the layer itself: a checkpoint without this adapter leaves it as it is."""
         missing_keys: list[str] = args[2]
         super()._load_from_state_dict(state_dict, prefix, *args)
-        not_missed(missing_keys, {prefix + name for name in self._parameters})
+        not_missed(missing_keys, {prefix + name for name, _ in self.named_parameters()})
 
 
 def not_missed(missing_keys: list[str], own: set[str]) -> None:
@@ -131,9 +148,14 @@ def _contribution(layer: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     state, config = layer._open_pass(), layer.config
     received = () if state is None else state.enter(layer, layer.neighbours.earlier, layer.leading(x))
     call = layer._call(received)
-    call, handed = with_projection(
-        call, layer._projected(x, call.a_stack, config.lora_dropout if layer.training else 0.0)
-    )
+    trains, a_stack = torch.is_grad_enabled(), call.a_stack
+    if state is not None and state.trains is not trains and config.shortcut == "input":  # as in the layer's own forward
+        if trains:
+            layer.refuse_without_gradients(call)
+        trains, a_stack = True, a_stack if trains else for_the_next(call, layer)
+    with torch.set_grad_enabled(trains):
+        h = layer._projected(x, a_stack, config.lora_dropout if layer.training else 0.0)
+        call, handed = with_projection(call, h)
     if handed is not None and state is not None:
         state.hand_on(*carried(config, received, handed))
     assert call.residual is not None

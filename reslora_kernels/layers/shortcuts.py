@@ -101,6 +101,12 @@ def for_others_too(call: Call, others: Sequence[Tensor]) -> Call:
     return call._replace(a_stack=a_stack, hand=(call.hand[0] if call.hand else rows(call.a_stack), rows(a_stack)))
 
 
+def for_the_next(call: Call, layer: Adapter) -> tuple[Tensor, ...]:
+    """The A stack of a call without gradients whose hand-over has them: only the next layer's A is to get any."""
+    own = len(layer.a_parts)
+    return (*[part.detach() for part in call.a_stack[:own]], *call.a_stack[own:])
+
+
 def weighed(h: Tensor, gate: Tensor | None) -> Tensor:
     """gate [1 or r] ⊙ h [..., R], rounded once to h's dtype; h itself without a gate."""
     return h if gate is None else (h * spread(gate, h.shape[-1])).to(h.dtype)

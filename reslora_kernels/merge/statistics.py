@@ -176,7 +176,9 @@ def collect_statistics(model: nn.Module, *, second_moments: bool = True) -> Iter
 
 @contextmanager
 def observed(observers: Mapping[AdapterLayer, Observer]) -> Iterator[None]:
-    """Tell each layer's observer of its calls inside the ``with`` block."""
+    """Tell each layer's observer of its calls inside the ``with`` block; ValueError where layers are disabled."""
+    if any(layer.disabled for layer in observers):
+        raise ValueError("the model's adapters are disabled, so that no call is seen: leave disable_adapter first")
     try:
         for layer, observer in observers.items():
             layer.observer = observer

@@ -23,7 +23,7 @@ from .. import host
 from ..backends import select
 from ..backends import torch as library
 from ..dropout import Dropout
-from ..forward_state import any_opened_by_hand, refuse_recomputation
+from ..forward_state import any_opened_by_hand
 from ..side_channel import Needs, Outputs, SideChannel, height, split, unparted, width
 from . import registered
 from .arguments import Operands, check
@@ -96,8 +96,6 @@ def _called(operands: Operands, side: SideChannel, p: float, backend: str, shari
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._is_tracing() or not _is_eager(x):
         return _in_parts(_traced(operands, side, p, backend, compiling), x, sharing)
-    if residual is not None or h is not None or side.hand_stop:
-        refuse_recomputation()
     training = torch.is_grad_enabled() and _needs_gradient(operands)
     widths, passes_x = ((), False) if sharing is None else sharing
     passes_x = passes_x and training and x.requires_grad
