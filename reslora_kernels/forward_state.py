@@ -323,6 +323,14 @@ class Passes:
             _by_hand.remove(entry)
             self.close(owner)
 
+    def open_for_backward(self) -> ForwardState:
+        """A pass for what the running backward recomputes of a module's forward, without the module: ends with it."""
+        state = ForwardState(object())
+        self._open.append(state)
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: self._open.remove(state))
+        return state
+
     def close(self, owner: object) -> None:
         """``owner`` has ended its forward: close the pass if it opened it."""
         state = self.current()

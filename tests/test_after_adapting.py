@@ -215,6 +215,25 @@ class TestWhatTrainsBeside:
         names = {name for name in load_file(tmp_path / WEIGHTS_NAME) if "lora_" not in name}
         assert names == {"lm_head.weight"}  # the norm was tried, and is as it was
 
+    @pytest.mark.parametrize("how", ["fused", "data", "evaluation", "copy", "average"])
+    def test_is_saved_however_it_changed(self, how: str, tmp_path: Path) -> None:
+        """Fused optimizers and writes to ``data`` leave a version as it was; averages never train."""
+        model = apply_reslora(llama(), ResLoRAConfig(r=4, target_modules=TARGETS)).train(how != "evaluation")
+        average = torch.optim.swa_utils.AveragedModel(model)
+        norm = model.model.norm.requires_grad_(True)
+        optimizer = torch.optim.AdamW([*norm.parameters()], lr=0.5, fused=how == "fused")
+        model(**FAMILIES["llama"].batch(5)).loss.backward()
+        if how == "data":
+            norm.weight.data.sub_(norm.weight.grad)
+        else:
+            optimizer.step()
+        average.update_parameters(model)
+        norm.requires_grad_(False)
+        trained = {"copy": copy.deepcopy(model), "average": average}.get(how, model).eval()
+        save_adapter(trained, tmp_path)
+        assert not torch.equal(logits(trained), logits(llama()))
+        assert torch.equal(logits(load_adapter(llama(), tmp_path).eval()), logits(trained))
+
     def test_is_exported_whole_or_refused(self, tmp_path: Path) -> None:
         class Model(nn.Module):
             def __init__(self) -> None:

@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -252,3 +253,34 @@ def test_gates_recomputed_with_two_forwards_before_one_backward() -> None:
         (model(X).square().sum() - 0.3 * model(X.flip(1)).square().sum()).backward()
         found.append([layer.lora_gates.grad for layer in model.layers])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+class Attention(nn.Module):
+    """A checkpoint inside the module whose layers read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.around: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda function, x: function(x)
+
+    def core(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.q(x) @ self.k(x).mT, -1) @ self.v(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.around(self.core, x)
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), SHORTCUTS)
+def test_inside_a_module_whose_layers_read_one_tensor(shortcut: str, pre_num: int) -> None:
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)
+    attentions = nn.Sequential(*(Attention() for _ in range(3))).double()
+    config = ResLoRAConfig(r=2, shortcut=shortcut, pre_num=pre_num)
+    model: Any = randomize(apply_reslora(attentions, config, example_inputs=x.detach()))
+    assert len(model._reslora.groups) == 3
+    expected = gradients(model, lambda: model(x).square().sum())
+    context = {} if shortcut in ("none", "block") else {"context_fn": checkpoint_context(model)}
+    for block in model:
+        block.around = partial(checkpoint, use_reentrant=False, **context)
+    assert_same(gradients(model, lambda: model(x).square().sum()), expected)
+    assert all(group.passes.current() is None for group in model._reslora.groups)

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from reslora_kernels import ResLoRAConfig, apply_reslora, host
 from reslora_kernels.adapt.record import record_of
@@ -254,7 +256,7 @@ APART = {
 COUNTS = {
     "none": (3, 7, 11, 5, 6, 0),
     "block": (3, 7, 11, 8, 9, 0),
-    "middle": (3, 7, 11, 7, 12, 0),
+    "middle": (3, 7, 11, 7, 11, 0),
     "input": (3, 7, 11, 7, 12, 0),
 }
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
@@ -315,3 +317,107 @@ def test_what_the_same_layers_cost_in_peft() -> None:
     from peft import LoraConfig, get_peft_model
 
     assert costs(get_peft_model(Blocks(), LoraConfig(r=RANK, target_modules=["q", "k", "v"]))) == PEFT
+
+
+def in_one_dimension(model: Any, x: Tensor) -> Tensor:
+    return torch.cat([y for block in model(x[0]) for y in block])
+
+
+def by_forward_mode(model: Any, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        outputs = model(forward_ad.make_dual(x, x.cos()))
+        return torch.cat([forward_ad.unpack_dual(y).tangent for block in outputs for y in block], -1)
+
+
+def of_many_directions(model: Any, x: Tensor) -> Tensor:
+    y, trained = model(x)[-1][0], [p for p in model.parameters() if p.requires_grad]
+    directions = torch.linspace(-1, 1, 3 * y.numel(), dtype=y.dtype).view(3, *y.shape)
+    found = torch.autograd.grad(y, trained, directions, is_grads_batched=True, allow_unused=True)
+    given = [torch.zeros(3, *p.shape) if each is None else each for p, each in zip(trained, found, strict=True)]
+    return torch.cat([each.flatten() for each in given])
+
+
+def of_unequal_lengths(model: Any, x: Tensor) -> Tensor:
+    parts = [x[:3], x[3:8], x[8:]]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    outputs = [y for block in model(nested) for y in block]
+    assert all(y.is_nested and y.shape[:2] == nested.shape[:2] for y in outputs)
+    return torch.cat([y.values() for y in outputs], -1)
+
+
+def in_a_row(model: Any, x: Tensor) -> Tensor:
+    return torch.cat([y for block in model(x) for y in block], -1)
+
+
+@pytest.mark.parametrize("extension", [True, False])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("call", [in_one_dimension, by_forward_mode, of_many_directions, of_unequal_lengths])
+def test_calls_that_a_linear_layer_takes(
+    call: Any, shortcut: str, extension: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unbatched, with tangents, with several directions at once and of nested tensors: as layers apart give them."""
+    if not extension:
+        monkeypatch.setattr(host, "module", None)
+    x = torch.randn(40, WIDTH, dtype=torch.float64)
+    model, apart = adapted(shortcut, True), adapted(shortcut, False)
+    found = call(model, x)
+    assert relative_error(found, call(apart, x)) < 1e-12
+    if call is of_unequal_lengths:
+        assert relative_error(found, in_a_row(apart, x)) < 1e-12
+    if call is in_one_dimension:
+        assert relative_error(found, torch.cat([y[0] for block in apart(x) for y in block])) < 1e-12
+    if call is by_forward_mode:
+        step = 1e-6 * x.cos()
+        assert relative_error(found, (in_a_row(apart, x + step) - in_a_row(apart, x - step)) / 2e-6) < 1e-6
+
+
+def test_products_are_counted() -> None:
+    x = torch.ones(2, WIDTH)
+    counted = []
+    for model in (Model(), adapted("none", True, torch.float32)):
+        with FlopCounterMode(display=False) as counter:
+            sum(y.sum() for block in model(x) for y in block).backward()
+        counted.append(counter.get_total_flops())
+    base, found = counted
+    low_rank = 2 * 2 * DEPTH * (3 * WIDTH * RANK + (2 * WIDTH + WIDTH // 2) * RANK)
+    assert base * 2 // 3 <= found <= base + 3 * low_rank  # no gradients of weights
+    assert found % low_rank == base % low_rank or found > base // 3 + low_rank
+
+
+def test_a_backward_pass_for_each_of_the_layers_says_what_to_set() -> None:
+    model, x = adapted("none", True), torch.randn(3, WIDTH, dtype=torch.float64)
+    q, k, _ = model.blocks[0](x)
+    q.sum().backward()
+    with pytest.raises(RuntimeError, match=r"second time.*adapt with stack_projections=False"):
+        k.sum().backward()
+    q, k, _ = adapted("none", False).blocks[0](x)
+    q.sum().backward()
+    k.sum().backward()
+
+
+@pytest.mark.parametrize("trains", ["nothing", "B"])
+@pytest.mark.parametrize("rows", [5, 5000])
+def test_x_may_be_written_to_where_no_gradient_needs_it(trains: str, rows: int) -> None:
+    """As with PyTorch's layers, whatever the size; a backward of the backward then says so."""
+    model = adapted("none", False).blocks[0].q
+    model.lora_A.requires_grad_(False)
+    model.lora_B.requires_grad_(trains == "B")
+    x = torch.randn(rows, WIDTH, dtype=torch.float64, requires_grad=True)
+    h = x * 1
+    y = model(h)
+    h += 1
+    (y.square().sum() + h.sum()).backward()
+    small = x.detach()[:5].requires_grad_()
+    h = small * 1
+    y = model(h)
+    (dx,) = torch.autograd.grad(y.square().sum(), h, create_graph=True)
+    assert dx.square().sum().backward() is None and small.grad is not None
+    y = model(h)
+    h += 1
+    with pytest.raises(RuntimeError, match="has been written to since"):
+        torch.autograd.grad(y.square().sum(), small, create_graph=True)
+
+
+def test_x_by_the_name_that_a_linear_layer_has_for_it() -> None:
+    layer, x = adapted("none", False).blocks[0].q, torch.randn(3, WIDTH, dtype=torch.float64)
+    assert torch.equal(layer(input=x), layer(x))

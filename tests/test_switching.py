@@ -121,6 +121,21 @@ def test_parameters_that_are_replaced_in_a_sum_are_those_it_reads() -> None:
     assert torch.equal(logits(narrow), logits(llama()))
 
 
+def test_a_state_dict_is_of_what_is_in_force() -> None:
+    """Its keys do not name adapters: it says whose it is, and is loaded into no other."""
+    model = set_adapter(together(), "narrow")
+    with pytest.warns(UserWarning, match=r"adapter 'narrow', and nothing of 'default', 'third'"):
+        state = model.state_dict()
+    other = together()
+    before = logits(other)
+    with pytest.raises(ValueError, match=r"is of adapter 'narrow', and 'default' is in force: call set_adapter"):
+        other.load_state_dict(state)
+    assert torch.equal(logits(other), before)
+    randomize(set_adapter(other, "narrow"), seed=9)
+    other.load_state_dict(state)
+    assert torch.equal(logits(other), logits(alone("narrow")))
+
+
 def test_disable() -> None:
     model, base = together(), llama()
     set_adapter(model, "narrow")

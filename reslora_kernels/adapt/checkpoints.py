@@ -161,18 +161,13 @@ def beside(model: nn.Module) -> Beside:
     kept = {
         id(p)
         for name, p in others.items()
-        if name in record.kept or name.startswith(resized) or _was_trained(p, record.noted.get(name))
+        if name in record.kept or name.startswith(resized) or record.noted.has_changed(name, p)
     }
     trained = {name: p for name, p in others.items() if p.requires_grad or name in by_peft}
     frozen: dict[str, Tensor] = {
         name: p for name, p in others.items() if id(p) in kept and p.is_floating_point() and name not in trained
     }
     return Beside(trained, frozen | {name: b for name, b in named_buffers(root).items() if has_moved(name, b, record)})
-
-
-def _was_trained(parameter: nn.Parameter, noted: int | None) -> bool:
-    """Whether a parameter that somebody had unfrozen has changed since; of one that is spread that is not known."""
-    return noted is not None and (parameter._version > noted or type(parameter) is not nn.Parameter)
 
 
 def trained_beside(root: nn.Module) -> set[str]:
@@ -218,13 +213,15 @@ def check_shared(root: nn.Module, names: Collection[str], values: Mapping[str, T
 
 
 _HANDLES = "_reslora_state_dict_hooks"
+_ADAPTERS = "reslora_adapters"  # in a state dict's metadata, of which adapters it is
 
 
 def guard(root: nn.Module) -> None:
-    """Let an adapted root watch ``load_state_dict``; once, however many adapters it gets."""
+    """Let an adapted root watch its state dicts; once, however many adapters it gets."""
     if _HANDLES not in root.__dict__:
         watch = _Watch()
         root.__dict__[_HANDLES] = [
+            root.register_state_dict_post_hook(_name_adapters),  # type: ignore[no-untyped-call]
             root.register_load_state_dict_pre_hook(watch.before),  # type: ignore[no-untyped-call]
             root.register_load_state_dict_post_hook(watch.after),  # type: ignore[no-untyped-call]
         ]
@@ -236,17 +233,37 @@ def release(root: nn.Module) -> None:
         handle.remove()
 
 
-class _Watch:
-    """Hooks of an adapted root around load_state_dict: adapters for some layers only are no base checkpoint.
+def _name_adapters(module: nn.Module, state: Mapping[str, Any], prefix: str, about: dict[str, Any]) -> None:
+    """Hook of an adapted root: the metadata of its state dict says of which adapters that is."""
+    record = record_of(module)
+    about[_ADAPTERS] = names = [record.name, *record.together]
+    if aside := sorted(record.others.keys() - set(names)):
+        warnings.warn(
+            f"the state dict holds what is in force, adapter {' and '.join(map(repr, names))}, and nothing of "
+            f"{', '.join(map(repr, aside))}: save_adapter(model, path, adapter_name=...) saves each",
+            stacklevel=2,
+        )
 
-    A layer by itself takes a checkpoint without its adapters for one of the base model; only the root sees all keys.
+
+class _Watch:
+    """Hooks of an adapted root around state_dict and load_state_dict, whose keys do not say of which adapter they are.
+
+    Adapters for some layers only are no base checkpoint. A layer by itself takes a checkpoint without its adapters for
+    one of the base model; only the root sees all keys.
     """
 
     def __init__(self) -> None:
         self.absent: list[str] = []
         self.is_base = False
 
-    def before(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    def before(self, module: nn.Module, state: Mapping[str, Any], prefix: str, about: Any, *_: Any) -> None:
+        record, given = record_of(module), (about or {}).get(_ADAPTERS)
+        names = [record.name, *record.together]
+        if given is not None and given != names and {*names, *record.others}.issuperset(given):
+            raise ValueError(
+                f"the state dict is of adapter {' and '.join(map(repr, given))}, and {' and '.join(map(repr, names))} "
+                f"is in force: call set_adapter(model, {given!r}) first"
+            )
         layers = {name: child for name, child in module.named_modules() if isinstance(child, AdapterLayer)}
         adapters = [[f"{prefix}{name}.{own}" for own in layer.adapter_parameters()] for name, layer in layers.items()]
         known = any(key in state for keys in adapters for key in keys)

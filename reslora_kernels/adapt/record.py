@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import check_module
@@ -15,6 +16,33 @@ from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain, SharedInput
 
 TOKENS = "trained_tokens"  # the parameter of an embedding that holds the rows which train whole
+
+
+class Noted(dict[str, Any]):
+    """What parameters were like, by name, when they were first seen to train.
+
+    Copies of a model share it: an average of it (EMA), whose own parameters never train, changes where it has trained.
+    """
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Noted:
+        return self
+
+    def note(self, name: str, parameter: Tensor) -> None:
+        """Remember ``parameter`` if it is new."""
+        if name not in self:
+            self[name] = _fingerprint(parameter)
+
+    def has_changed(self, name: str, parameter: Tensor) -> bool:
+        """Whether a parameter that was noted has other values than then; of one that is spread that is not known."""
+        return name in self and (self[name] is None or self[name] != _fingerprint(parameter))
+
+
+def _fingerprint(parameter: Tensor) -> tuple[float, float] | None:
+    """Sum and norm: optimizers that are fused, and writes to ``data``, leave a tensor's version as it was."""
+    if type(parameter) is not nn.Parameter or parameter.is_meta:
+        return None
+    values = parameter.detach()
+    return values.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(values, dtype=torch.float64).item()
 
 
 @dataclass
@@ -33,7 +61,7 @@ class Record:
     groups: list[SharedInput] = field(default_factory=list)  # the same, as layers, where they share their projection
     layer_names: list[str] = field(default_factory=list)  # of the adapted layers, as they were found
     kept: set[str] = field(default_factory=set)  # other parameters that are saved though frozen: the base lacks them
-    noted: dict[str, int] = field(default_factory=dict)  # those that were seen to train, with their versions then
+    noted: Noted = field(default_factory=Noted)  # those that were seen to train: saved though frozen since
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of the model before it trained
     tables: dict[str, Any] = field(default_factory=dict)  # embeddings of which some rows train whole, by name
     tied: list[Any] = field(default_factory=list)  # what gives heads the adapters of embeddings, as chains are active

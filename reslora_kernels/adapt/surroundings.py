@@ -46,7 +46,7 @@ class Surroundings:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if model.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self._note_what_trains()
         active = self.record.chains[0].active
         for parent, child, layer, name in self.places if active else ():
@@ -78,8 +78,8 @@ class Surroundings:
         noted = self.record.noted
         for name, module, own in self.others:
             parameter = module._parameters.get(own)
-            if parameter is not None and parameter.requires_grad and name not in noted:
-                noted[name] = parameter._version
+            if parameter is not None and parameter.requires_grad:
+                noted.note(name, parameter)
 
     def _refuse_moved(self, model: nn.Module) -> None:
         """ValueError for blocks that were copied, or left out, or moved where a file would not say so."""

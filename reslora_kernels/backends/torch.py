@@ -250,7 +250,7 @@ def scaled_product(t: Tensor, b: Tensor, scale: float, like: Tensor | None = Non
     if scale == 1:
         return torch.mm(t, b)
     if like is None:
-        return t.new_empty(t.shape[0], b.shape[1]).addmm_(t, b, beta=0, alpha=scale)
+        like = t.new_empty(1, 1)  # and no result in place, which a transform that maps b alone could not hold in it
     return torch.addmm(like, t, b, beta=0, alpha=scale)
 
 
@@ -299,8 +299,8 @@ def gradient_of_h(du: Tensor, dhanded: Tensor | None, rank: int, side: SideChann
     if side.hand_start == own and side.hand_stop == rank:
         return torch.cat((own_part, dhanded), 1)
     dh = du.new_zeros(du.shape[0], rank)
-    dh[:, :own] = own_part
-    dh[:, side.hand_start : side.hand_stop] += dhanded
+    dh.narrow(1, 0, own).copy_(own_part)  # by methods, which a transform that maps them knows
+    dh.narrow(1, side.hand_start, dhanded.shape[1]).add_(dhanded)
     return dh
 
 

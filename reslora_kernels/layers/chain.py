@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from ..dtensors import initialised
-from ..forward_state import ForwardState, Member, Passes, keeps_versions, version_of
+from ..forward_state import ForwardState, Member, Passes, keeps_versions, recomputing, version_of
 from ..ops.function import Sharing, setting_of
 from .shortcuts import Adapter, Call, for_others_too, rows, with_projection
 
@@ -192,6 +192,8 @@ class SharedInput:
             mine, handed = with_projection(call, h) if call.gate is not None else (call._replace(a_stack=(), h=h), None)
             sharing = Sharing(own if mine.hand else (), passes_x=bool(reading.projected))
             y, *parts, reading.x = compute(reading.x, mine, sharing)
+            if not reading.projected:
+                state.reading = None
             return y, parts[0] if parts else handed
         later = self._later(index, call, x.device)
         if not later:
@@ -213,6 +215,8 @@ class SharedInput:
     def _open_pass(self) -> ForwardState | None:
         """The forward pass of the module around the layers, if projections can be shared in it now."""
         state = self.passes.current()
+        if state is None and recomputing():
+            state = self.passes.open_for_backward()
         if state is None or state.is_stale or any(map(_is_apart, self.layers)):
             return None
         return state

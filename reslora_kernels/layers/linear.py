@@ -306,8 +306,9 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
             self.start_A.copy_(self.lora_A)
             self.start_B.copy_(-self.lora_B)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] to y [..., out_features]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in_features] to y [..., out_features]; x by the name that ``nn.Linear`` has for it."""
+        x = input
         if self.detour and (detoured := self._detoured(x)) is not None:
             return detoured
         state = self._open_pass()

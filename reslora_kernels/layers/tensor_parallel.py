@@ -203,9 +203,9 @@ class TensorParallelResLoRALinear(ResLoRALinear):
         for name, parameter in spread.items():
             parameter.detach().copy_(distribute_tensor(drawn[name], self._mesh, self._placements(name)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features], spread or this process's part of it, to y [..., out_features], spread."""
-        return self._spread(super().forward(self._own_input(x)))
+        return self._spread(super().forward(self._own_input(input)))
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.frozen_weight, self.frozen_bias)

@@ -136,7 +136,7 @@ def check(operands: Operands, p: float) -> None:
         raise ValueError(f"b_stack's total rank must not exceed a_stack's, got {r_b} and {r_a}")
     if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be [{n}] of {x.dtype}, got {list(bias.shape)} of {bias.dtype}")
-    if h is not None and (a_stack or h.dim() < 2 or h.shape[:-1] != x.shape[:-1] or h.shape[-1] < r_b):
+    if h is not None and (a_stack or h.dim() < 1 or h.shape[:-1] != x.shape[:-1] or h.shape[-1] < r_b):
         raise ValueError(f"h must be {[*x.shape[:-1], r_b]} or wider, without an a_stack, got {list(h.shape)}")
     if residual is not None and residual.shape != (*x.shape[:-1], r_b):
         raise ValueError(f"residual must be {[*x.shape[:-1], r_b]}, got {list(residual.shape)}")

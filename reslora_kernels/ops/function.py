@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .. import host
 from ..backends import select
 from ..backends import torch as library
 from ..dropout import Dropout
-from ..forward_state import any_opened_by_hand
+from ..forward_state import any_opened_by_hand, version_of
 from ..side_channel import Needs, Outputs, SideChannel, height, split, unparted, width
 from . import registered
 from .arguments import Operands, check
@@ -95,6 +96,8 @@ def _called(operands: Operands, side: SideChannel, p: float, backend: str, shari
     x, weight, bias, residual, seed, a_stack, b_stack, h = operands
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._is_tracing() or not _is_eager(x):
+        if x.layout is torch.jagged and not compiling:
+            return _of_jagged(operands, side, p, backend, sharing)
         return _in_parts(_traced(operands, side, p, backend, compiling), x, sharing)
     training = torch.is_grad_enabled() and _needs_gradient(operands)
     widths, passes_x = ((), False) if sharing is None else sharing
@@ -129,6 +132,21 @@ def _in_parts(outputs: tuple[Tensor, Tensor | None], x: Tensor, sharing: Sharing
     return (y, x) if handed is None else (y, *torch.split(handed, list(sharing.widths), -1), x)
 
 
+def _of_jagged(
+    operands: Operands, side: SideChannel, p: float, backend: str, sharing: Sharing | None
+) -> tuple[Any, ...]:
+    """The call on the values of nested tensors, whose results are laid out as x is."""
+    x: Any = operands.x
+    values = {
+        name: t.values()
+        for name in ("x", "residual", "h")
+        if (t := getattr(operands, name)) is not None and t.is_nested
+    }
+    outputs = _called(operands._replace(**values), side, p, backend, sharing)
+    like = {"offsets": x.offsets(), "lengths": x.lengths()}
+    return tuple([None if t is None else torch.nested.nested_tensor_from_jagged(t, **like) for t in outputs])
+
+
 def _traced(
     operands: Operands, side: SideChannel, p: float, backend: str, compiling: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -141,7 +159,7 @@ def _traced(
     if _exporting() if compiling else torch._C._is_tracing():
         # operations that every PyTorch and ONNX knows, for a graph that runs without this package
         return _composed(operands.unpacked(), side, p, library.matrices_of_u(a_stack, width(b_stack), side))
-    if not compiling and torch._C._are_functorch_transforms_active():
+    if not compiling and _in_parts_only():
         return registered.in_plain_operations(operands.unpacked(), side, p)
     if compiling and seed is None and isinstance(weight, Tensor) and _is_library(backend, x.device.type):
         return _compiled(operands, side)
@@ -152,6 +170,13 @@ def _traced(
     y, handed = outputs
     # torch.compile can give out of a checkpointed region what an operation in it made, but no output of a Function.
     return y, handed.view_as(handed) if compiling else handed
+
+
+def _in_parts_only() -> bool:
+    """Whether someone takes every operation by itself: functorch, forward-mode AD, or who counts products."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return any("FlopCounter" in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -186,10 +211,13 @@ class _LoRALinear(torch.autograd.Function):
         need_da, need_db = True in needs[_LEADING : _LEADING + depth], True in needs[_LEADING + depth :]
         if not depth:
             u = _tokens(residual if u is None else u).to(x.dtype)
+        needs_x = need_da or needs[1]
+        if again and not needs_x:  # kept for a backward of the backward alone, and may be written to if there is none
+            ctx.x = x, version_of(x)
         ctx.save_for_backward(
             residual if again else None,
             h if again else None,
-            x if need_da or needs[1] or again else None,
+            x if needs_x else None,
             weight, u if need_db else None, seed, *stacks, *joined,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
@@ -210,8 +238,8 @@ def _gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any
 
     Nobody else has that: it was made by the call that read x next, for this one.
     """
-    _, _, x, weight, u, seed, *stacks = saved = ctx.saved_tensors
     call, shape, dtype, needs, count, _ = ctx.kind
+    _, _, x, weight, u, seed, *stacks = saved = _saved_for_others_too(ctx) if call.widths else ctx.saved_tensors
     stacks, joined = stacks[:count], stacks[count:]
     dhanded, onto = (others[:-1], others[-1]) if call.passes_x else (others, None)
     given = [each for each in dhanded if each is not None]
@@ -234,6 +262,17 @@ def _gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any
         flat = _tokens(dy)
         return dx, flat.T @ _tokens(x) if need_dweight else None, flat.sum(0) if need_dbias else None, *rest
     return gradients
+
+
+def _saved_for_others_too(ctx: Any) -> tuple[Any, ...]:
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error} This layer has projected x for others that read it: for a backward pass of each without "
+            "retain_graph=True adapt with stack_projections=False"
+        ) from error
+    return saved
 
 
 def _by_backend(
@@ -279,6 +318,12 @@ def _graph_of_gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> 
     """The gradients of a small call as what can be differentiated again, worked out from its inputs."""
     call, *_ = ctx.kind
     residual, h, x, weight, _, _, *stacks = ctx.saved_tensors
+    if x is None:
+        x, version = ctx.x
+        if version_of(x) != version:
+            raise RuntimeError(
+                "x of an adapted layer, needed for a backward of the backward, has been written to since"
+            )
     given = (x, weight, None, residual, h, None, None, *stacks)
     wanted = [index for index, needed in enumerate(ctx.needs_input_grad) if needed and index != 2]
     # apart from how they were made: one may be made from another
