@@ -28,8 +28,8 @@ class Noted(dict[str, Any]):
         return self
 
     def note(self, name: str, parameter: Tensor) -> None:
-        """Remember ``parameter`` if it is new."""
-        if name not in self:
+        """Remember ``parameter``, unless it is one that ``functional_call`` has put in for a while."""
+        if isinstance(parameter, nn.Parameter):
             self[name] = _fingerprint(parameter)
 
     def has_changed(self, name: str, parameter: Tensor) -> bool:

@@ -78,7 +78,7 @@ class Surroundings:
         noted = self.record.noted
         for name, module, own in self.others:
             parameter = module._parameters.get(own)
-            if parameter is not None and parameter.requires_grad:
+            if parameter is not None and parameter.requires_grad and name not in noted:
                 noted.note(name, parameter)
 
     def _refuse_moved(self, model: nn.Module) -> None:
