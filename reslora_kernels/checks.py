@@ -70,6 +70,8 @@ def why_not_linear(module: nn.Linear) -> str | None:
         )
     if nn.parameter.is_lazy(module.weight):
         return f"a {type(module).__name__} whose sizes are not known before its first forward"
+    if module.weight.is_complex():
+        return f"a {type(module).__name__} with a complex weight"
     if type(module).forward is nn.Linear.forward:
         return None
     kind = f"a {type(module).__name__}, which is no plain torch.nn.Linear"

@@ -315,6 +315,17 @@ class TestDiffusers:
             export_peft(model, tmp_path / "new", layout="diffusers")
         assert not (tmp_path / "new").exists()
 
+    def test_fuse_lora_is_refused_before_it_has_scaled_a_layer(self) -> None:
+        from reslora_kernels.peft import ResLoRAPeftConfig
+
+        model = unet()
+        model.add_adapter(ResLoRAPeftConfig(r=2, target_modules=["to_q", "to_v"]))
+        randomize(model)
+        before = denoised(model)
+        with pytest.raises(NotImplementedError, match="ResLoRA layers merge as one"):
+            model.fuse_lora(lora_scale=0.5)
+        assert torch.equal(denoised(model), before)
+
 
 class TestCard:
     def test_says_what_it_is_how_exact_and_how_to_serve(self, tmp_path: Path) -> None:

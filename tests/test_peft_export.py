@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from reslora_kernels import ResLoRAConfig, apply_reslora, export_peft, merge_reslora
+from reslora_kernels import ResLoRAConfig, apply_reslora, export_peft, load_peft_adapter, merge_reslora
 from reslora_kernels.adapt.record import adapted_layers
 from reslora_kernels.testing import relative_error
 
@@ -112,6 +112,30 @@ def test_pattern_keeps_exact_ranks(tmp_path: Path) -> None:
     for name, rank in report.ranks.items():
         assert tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] == rank
     assert settings_of(tmp_path)["rank_pattern"] == {name: r for name, r in report.ranks.items() if r != 9}
+
+
+def test_a_pattern_means_one_layer_though_other_names_end_like_it(tmp_path: Path) -> None:
+    """Flux has ``proj_out`` in its blocks and after them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.ModuleDict({"out": nn.Linear(8, 8)}) for _ in range(3))
+            self.out = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x + torch.tanh(block["out"](x))
+            y: Tensor = self.out(x)
+            return y
+
+    torch.manual_seed(0)
+    base, x = Model().double(), torch.randn(3, 8, dtype=torch.float64)
+    model = randomize(apply_reslora(copy.deepcopy(base), ResLoRAConfig(r=2)))
+    export_peft(model, tmp_path, pattern=True)
+    assert settings_of(tmp_path)["rank_pattern"] == {"blocks.0.out": 2, "^out$": 2}
+    for load in (PeftModel.from_pretrained, load_peft_adapter):
+        assert relative_error(load(copy.deepcopy(base), tmp_path)(x), model(x)) < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["t5", "unet", "roberta", "vit"])
@@ -369,7 +393,9 @@ def test_peft_runs_what_was_exported(name: str, tmp_path: Path) -> None:
 )
 def test_layers_that_peft_takes_for_fused_experts_are_refused(target_modules: Any, tmp_path: Path) -> None:
     model = apply_reslora(glm4_moe(), ResLoRAConfig(r=4, shortcut="none", target_modules=target_modules))
-    with pytest.raises(ValueError, match=r"PEFT takes .* of a Glm4MoeForCausalLM for parts of its fused experts"):
+    with pytest.raises(
+        ValueError, match=r"PEFT puts .* of a Glm4MoeForCausalLM under another name, as it does with fused"
+    ):
         export_peft(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

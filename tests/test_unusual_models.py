@@ -14,10 +14,13 @@ from reslora_kernels import (
     adapters_per_sample,
     add_adapter,
     apply_reslora,
+    inspect,
     load_adapter,
+    merge_reslora,
     save_adapter,
     set_adapter,
     unload,
+    unmerge_reslora,
 )
 from reslora_kernels.peft import ResLoRAPeftConfig
 
@@ -298,3 +301,38 @@ def test_heads_beside_each_other_have_backward_passes_of_their_own() -> None:
     assert model.other.lora_A.grad is None
     other.sum().backward()
     assert model.other.lora_A.grad is not None
+
+
+def test_layers_that_a_model_calls_from_a_list() -> None:
+    """Mask2Former's predictor: registered by ``add_module``, called from a plain list."""
+
+    class Predictor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
+            for n, layer in enumerate(self.layers):
+                self.add_module(str(n), layer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return x
+
+    model = Predictor().double()
+    before = model(X)
+    randomize(apply_reslora(model, ResLoRAConfig(r=2)))
+    adapted = model(X)
+    assert not torch.allclose(adapted, before)
+    merge_reslora(model)
+    torch.testing.assert_close(model(X), adapted)
+    assert torch.allclose(unload(unmerge_reslora(model))(X), before)
+
+
+def test_a_complex_weight_is_left_out() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.real, self.complex = nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.complex64)
+
+    found = inspect(apply_reslora(Model(), ResLoRAConfig(r=2)))
+    assert ("complex", "a Linear with a complex weight") in found.unmatched

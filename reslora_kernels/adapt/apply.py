@@ -205,8 +205,11 @@ def put_in_place(model: nn.Module, pairs: Sequence[tuple[Any, AdapterLayer]]) ->
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    """Put ``new`` in the place of the modules with these ids, wherever they are registered."""
+    """Put ``new`` in the place of the modules with these ids, wherever they are registered, or in a plain list."""
     for parent in list(model.modules()):
+        for held in vars(parent).values():  # Mask2Former calls its layers from one
+            if type(held) is list and any(id(one) in new for one in held):
+                held[:] = [new.get(id(one), one) for one in held]
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in new:
                 parent._modules[name] = new[id(child)]

@@ -225,6 +225,8 @@ def gone(name: str, there: nn.Module | None) -> str:
     """What is wrong with an adapted layer in whose place ``there`` is."""
     if there is None:
         return f"layer {name!r} was adapted and is gone. Change the model first, then adapt it"
+    if isinstance(there, AdapterLayer):
+        return f"layer {name!r} was adapted and is gone: a copy of it, or another one, is in its place"
     if is_adapted(there):
         return (
             f"layer {name!r} was adapted, and is inside a {type(there).__module__}.{type(there).__name__} now: another "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Surroundings:
             (*place_of(model, record, name, layer), layer, name) for name, layer in layers.items()
         ]
         owners = dict.fromkeys(at(model, name.rpartition(".")[0]) for name in layers)
+        self.around = list(_around(model, next(iter(layers)), self.first))
         self.fusible = [owner for owner in owners if owner is not None and hasattr(owner, "fuse_projections")]
 
     def __call__(self, model: nn.Module, args: Any) -> None:
@@ -62,6 +63,8 @@ class Surroundings:
             if at(model, path) is not blocks or list(blocks._modules.values()) != held:
                 self._refuse_moved(model)
                 break
+        if active and any(map(_is_group_offloaded, self.around)):
+            _refuse_reads_across_groups(model, self.layers)
         if active and any(is_fused(owner) for owner in self.fusible):
             refuse_fused(model, self.layers)
         a = self.first.lora_A
@@ -129,6 +132,36 @@ class Surroundings:
         if self.told != (id(a), a.ds_id):
             tell_zero3(self.layers)
             self.told = id(a), a.ds_id
+
+
+def _around(model: nn.Module, name: str, layer: AdapterLayer) -> Iterator[nn.Module]:
+    """``layer`` and the modules around it, where they are now."""
+    yield layer
+    parts = name.split(".")
+    yield from filter(None, (at(model, ".".join(parts[:depth])) for depth in range(len(parts))))
+
+
+def _is_group_offloaded(module: nn.Module) -> bool:
+    registry = vars(module).get("_diffusers_hook")
+    return registry is not None and "group_offloading" in registry.hooks
+
+
+def _refuse_reads_across_groups(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """ValueError if a layer reads parameters of another one that diffusers' group offloading may have taken away."""
+    groups: dict[int, nn.Module | None] = {}
+    waiting: list[tuple[nn.Module, nn.Module | None]] = [(model, None)]
+    while waiting:
+        module, group = waiting.pop()
+        groups[id(module)] = group = module if _is_group_offloaded(module) else group
+        waiting += [(child, group) for child in module.children()]
+    for name, layer in layers.items():
+        for other, _ in layer.reads():
+            if groups.get(id(other)) is not groups.get(id(layer)):
+                raise ValueError(
+                    f"diffusers' group offloading moves the adapters of each group by themselves, and layer {name!r} "
+                    "reads those of another one: take shortcut 'none' or 'middle' (with stack_projections=False for "
+                    "offload_type='leaf_level'), or enable_model_cpu_offload"
+                )
 
 
 def _places_beside(root: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -320,6 +353,18 @@ class Switch(Method):
             if self.name not in _LEAVING:
                 raise ValueError(message)
             warnings.warn(message, stacklevel=2)
+        return super().__call__(*args, **kwargs)
+
+
+class Fuse(Method):
+    """``fuse_lora`` of a diffusers model: NotImplementedError with layers of this method, before it has scaled one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any("reslora_adapter" in module._modules for module in self.model.modules()):
+            raise NotImplementedError(
+                "ResLoRA layers merge as one: call reslora_kernels.merge_reslora(model), or load in a pipeline what "
+                "export_peft(model, path, layout='diffusers') writes, and fuse that"
+            )
         return super().__call__(*args, **kwargs)
 
 

@@ -115,8 +115,9 @@ def _parts(target_modules: Any) -> set[str]:
 
 def _rewritten(root: nn.Module, what: str) -> str:
     return (
-        f"PEFT takes {what} of a {type(root).__name__} for parts of its fused experts, so that another model would be "
-        "loaded: leave these layers out (exclude_modules), or merge the model and save it whole; nothing was written"
+        f"PEFT puts {what} of a {type(root).__name__} under another name, as it does with fused experts and with "
+        "layers that Transformers renames, so that another model would be loaded: leave these layers out "
+        "(exclude_modules), or merge the model and save it whole; nothing was written"
     )
 
 

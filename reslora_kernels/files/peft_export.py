@@ -238,7 +238,7 @@ def _export(
         refuse_rewritten(root_of(model), config, {PREFIX + name: tensor for name, tensor in tensors.items()})
     if pattern:
         ranks = {parameter_of(name): r for name, r in ranks.items()}
-        config["rank_pattern"] = {name: r for name, r in ranks.items() if r != rank}
+        config["rank_pattern"] = {_alone(name, ranks): r for name, r in ranks.items() if r != rank}
         config["alpha_pattern"] = dict(config["rank_pattern"])
     with one_writer(mesh_of(model)) as writes:
         if writes:
@@ -318,6 +318,11 @@ def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, mod
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+
+
+def _alone(name: str, names: Iterable[str]) -> str:
+    """A key of ``rank_pattern`` for one layer: PEFT takes it for an ending, which others' names may have."""
+    return f"^{name}$" if any(other.endswith(f".{name}") for other in names) else name
 
 
 def _trained_whole(root: nn.Module, layers: Mapping[str, AdapterLayer], others: Beside) -> tuple[bool, list[str]]:

@@ -15,6 +15,7 @@ from ..adapt.checkpoints import statistics_of
 from ..adapt.linking import Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from ..adapt.obstacles import refuse_foreign_hooks
 from ..adapt.record import Record, SetAside
+from ..adapt.surroundings import Fuse
 from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
 from ..layers.kinds import KINDS, kind_of
@@ -135,6 +136,8 @@ def plainly(root: nn.Module) -> Iterator[None]:
 def adapters_of(root: nn.Module) -> Adapters:
     """Those of the model, which has none before the first call."""
     adapters: Adapters = root.__dict__.setdefault("_reslora_adapters", Adapters(root))
+    if hasattr(type(root), "fuse_lora") and not isinstance(vars(root).get("fuse_lora"), Fuse):
+        Fuse(root, "fuse_lora")
     return adapters
 
 
