@@ -235,7 +235,7 @@ def release(root: nn.Module) -> None:
 
 def _name_adapters(module: nn.Module, state: Mapping[str, Any], prefix: str, about: dict[str, Any]) -> None:
     """Hook of an adapted root: the metadata of its state dict says of which adapters that is."""
-    record = record_of(module)
+    record: Record = vars(module)["_reslora"]
     about[_ADAPTERS] = names = [record.name, *record.together]
     if aside := sorted(record.others.keys() - set(names)):
         warnings.warn(
@@ -257,7 +257,8 @@ class _Watch:
         self.is_base = False
 
     def before(self, module: nn.Module, state: Mapping[str, Any], prefix: str, about: Any, *_: Any) -> None:
-        record, given = record_of(module), (about or {}).get(_ADAPTERS)
+        record: Record = vars(module)["_reslora"]
+        given = (about or {}).get(_ADAPTERS)
         names = [record.name, *record.together]
         if given is not None and given != names and {*names, *record.others}.issuperset(given):
             raise ValueError(
