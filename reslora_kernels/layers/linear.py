@@ -324,7 +324,8 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         p = self.config.lora_dropout if self.config.lora_dropout and self.training else 0.0
         inner_bias = bias if scale is None else None
         if state is not None and state.trains is not torch.is_grad_enabled() and self.config.shortcut == "input":
-            y, handed = self._between_modes(x, inner_bias, p, call, state)
+            call, handed = self.projected(x, p, call, state)
+            y, _ = self._low_rank(x, inner_bias, 0.0, call)
         elif self.shared is None or p > 0:
             y, handed = self._low_rank(x, inner_bias, p, call)
         else:
@@ -361,34 +362,27 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         y, handed = fused_linear(operands, side, p, config.backend)
         return y, handed
 
-    def _between_modes(
-        self, x: Tensor, bias: Tensor | None, p: float, call: Call, state: ForwardState
-    ) -> tuple[Tensor, Tensor | None]:
-        """``_low_rank`` of "input" where gradients are kept for another part of the forward than this one.
+    def projected(self, x: Tensor, p: float, call: Call, state: ForwardState | None) -> tuple[Call, Tensor | None]:
+        """The call with u made, and what is handed on.
 
-        The layer after a part without them owns the A that this layer multiplies x by for it, and trains it.
+        With "input" the layer after a part without gradients owns the A that this one multiplies x by for it, and
+        trains it: in a forward that began with gradients that product has them, wherever this layer stands.
 
         Raises:
             RuntimeError: the forward began without gradients, so that the layer before kept none for this one.
         """
-        if not state.trains:
-            self.refuse_without_gradients(call)
-            return self._low_rank(x, bias, p, call)
-        if call.hand is None:
-            return self._low_rank(x, bias, p, call)
-        with torch.enable_grad():
-            call, handed = with_projection(call, self._projected(x, for_the_next(call, self), p))
-        return self._low_rank(x, bias, 0.0, call)[0], handed
-
-    def refuse_without_gradients(self, call: Call) -> None:
-        """RuntimeError if A trains and what the layer before made with it has no gradient."""
-        handed = call.residual
-        if handed is not None and self.lora_A.requires_grad and not handed.requires_grad:
-            raise RuntimeError(
-                f"{self._describe()}: the layer before ran without gradients, as the whole forward began, and so this "
-                "one would train on a part of its gradient: call the model with gradients enabled, and go without them "
-                "(torch.no_grad) inside its forward"
-            )
+        trains, a_stack = torch.is_grad_enabled(), call.a_stack
+        if state is not None and state.trains is not trains and self.config.shortcut == "input":
+            handed = call.residual
+            if trains and handed is not None and self.lora_A.requires_grad and not handed.requires_grad:
+                raise RuntimeError(
+                    f"{self._describe()}: the layer before ran without gradients, as the whole forward began, and so "
+                    "this one would train on a part of its gradient: call the model with gradients enabled, and go "
+                    "without them (torch.no_grad) inside its forward"
+                )
+            trains, a_stack = True, a_stack if trains else for_the_next(call, self)
+        with torch.set_grad_enabled(trains):
+            return with_projection(call, self._projected(x, a_stack, p))
 
     def _among_others(self, bias: Tensor | None, x: Tensor, call: Call, sharing: Sharing | None) -> tuple[Any, ...]:
         """The same of one of a group that reads x, without dropout: see ``ops.fused_linear``."""

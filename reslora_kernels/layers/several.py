@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .shortcuts import Call, carried, for_the_next, with_projection
+from .shortcuts import Call, carried
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -148,14 +148,7 @@ def _contribution(layer: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     state, config = layer._open_pass(), layer.config
     received = () if state is None else state.enter(layer, layer.neighbours.earlier, layer.leading(x))
     call = layer._call(received)
-    trains, a_stack = torch.is_grad_enabled(), call.a_stack
-    if state is not None and state.trains is not trains and config.shortcut == "input":  # as in the layer's own forward
-        if trains:
-            layer.refuse_without_gradients(call)
-        trains, a_stack = True, a_stack if trains else for_the_next(call, layer)
-    with torch.set_grad_enabled(trains):
-        h = layer._projected(x, a_stack, config.lora_dropout if layer.training else 0.0)
-        call, handed = with_projection(call, h)
+    call, handed = layer.projected(x, config.lora_dropout if layer.training else 0.0, call, state)
     if handed is not None and state is not None:
         state.hand_on(*carried(config, received, handed))
     assert call.residual is not None
