@@ -5,18 +5,19 @@ A link means the folder that it leads to. A mount point, or a folder with no pla
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
 def check_writable(option: str, folder: Path) -> None:
     """Raise an OSError unless ``folder`` is a folder, or can be made one, that this user may write to.
 
-    It is tried out: the folders that are missing are made, and a file in the last, and all of it is removed again.
+    It is tried out with a file in it, or where it is missing in a folder of the same names inside a temporary one:
+    another run that starts now may need some of the same folders.
     """
     where = f"{option} {str(folder)!r}"
     try:
@@ -29,18 +30,15 @@ def check_writable(option: str, folder: Path) -> None:
     existing = missing[-1].parent if missing else folder
     if not existing.is_dir():
         raise NotADirectoryError(f"{where} cannot be made: {str(existing)!r} is a file")
-    made: list[Path] = []
     try:
-        for parent in reversed(missing):
-            parent.mkdir()
-            made.append(parent)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with contextlib.ExitStack() as tried:
+            if missing:
+                scratch = tried.enter_context(tempfile.TemporaryDirectory(prefix=".reslora-", dir=existing))
+                Path(scratch, folder.relative_to(existing)).mkdir(parents=True)
+            else:
+                tried.enter_context(tempfile.TemporaryFile(dir=folder))
     except OSError as error:
         raise OSError(error.errno, f"{where} cannot be written in {str(existing)!r}: {error.strerror}") from error
-    finally:
-        for parent in reversed(made):
-            parent.rmdir()
 
 
 def check_replaceable(folder: Path, overwrite: bool, marker: str, sources: tuple[str | Path, ...]) -> None:
@@ -69,7 +67,7 @@ def check_replaceable(folder: Path, overwrite: bool, marker: str, sources: tuple
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder to write to, which takes the place of ``folder`` at the end. After an error that is as before.
 

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +264,20 @@ def test_what_would_fail_is_refused_early(make: Any, message: str, tmp_path: Pat
     make(tmp_path)
     with pytest.raises(OSError, match=message):
         check_writable("--out", tmp_path / "out")
+
+
+def test_runs_that_start_together_do_not_meet_in_a_folder_that_both_need(tmp_path: Path) -> None:
+    """Each saw the other's folders appear and go: "File exists", or no folder to write to."""
+    start = threading.Barrier(4)
+
+    def check(name: str) -> None:
+        start.wait()
+        for _ in range(200):
+            check_writable("--out", tmp_path / "runs" / "of" / name)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, ["one", "one", "two", "two"]))
+    assert only(tmp_path)
 
 
 def test_name_that_is_too_long_is_refused_early(tmp_path: Path) -> None:

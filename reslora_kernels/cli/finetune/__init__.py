@@ -7,6 +7,7 @@ training data made ready for a model whose weights are not loaded yet.
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,8 @@ def finetune(
 
     from reslora_kernels.cli.finetune import run  # imports Transformers
 
-    _check_output(output_dir, resume, overwrite)
+    if os.environ.get("RANK", "0") == "0":  # the process that writes: others would find what it tries out
+        _check_output(output_dir, resume, overwrite)
     checkpoint = run.last_checkpoint(output_dir) if resume else None
     arguments = run.training_arguments(
         output_dir, evaluate=eval_data is not None or eval_fraction > 0, device=target,
