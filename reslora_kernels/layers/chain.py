@@ -12,7 +12,8 @@ from torch.compiler import is_dynamo_compiling
 
 from ..dtensors import initialised
 from ..forward_state import ForwardState, Member, Passes, keeps_versions, recomputing, version_of
-from ..ops.function import Sharing, setting_of
+from ..ops.call import Sharing
+from ..ops.function import setting_of
 from .shortcuts import Adapter, Call, for_others_too, rows, with_projection
 
 MOST_ROWS = 256  # of A matrices that one layer multiplies its input by for a group

@@ -15,21 +15,15 @@ from ..checks import check_floating, check_int, why_not_linear
 from ..config import ResLoRAConfig, checked_config
 from ..forward_state import ForwardState, outside, recomputing
 from ..ops import Operands, fused_linear
-from ..ops.function import Sharing
+from ..ops.call import Sharing
 from ..quantizers import quantizer_of
 from ..side_channel import SideChannel
-from .adapter import ADAPTER_PARAMETERS, AdapterLayer, joined
+from .adapter import AdapterLayer, joined
 from .initialization import from_weight, row_norms
 from .offloading import device_of, held, hold, hook_like, unhooked
 from .several import in_parts
 from .shortcuts import Call, call_of, carried, folded, for_the_next, hands_on, rows, weighed, with_projection
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_HOOK_FLAGS = (
-    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
-    "_is_full_backward_hook",
-)  # fmt: skip
-_MACHINERY = {*vars(nn.Module()), "_hf_hook", "_old_forward", "forward"}  # not a layer's own: PyTorch's, accelerate's
+from .standing_in import own_attributes, share_base
 
 
 class ResLoRALinear(AdapterLayer, nn.Linear):
@@ -110,7 +104,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         check_floating("adapter_dtype", adapter_dtype)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._base = type(linear), {name: value for name, value in vars(linear).items() if name not in _MACHINERY}
+        layer._base = type(linear), own_attributes(linear)
         layer.share_base(linear)
         layer.requires_grad_(False)
         layer._adapt(config, adapter_dtype, init_values)
@@ -134,7 +128,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
             linear = kind.__new__(kind)
             nn.Module.__init__(linear)
             linear.__dict__.update(attributes)
-        _share_base(linear, self)
+        share_base(linear, self)
         return linear
 
     @staticmethod
@@ -203,7 +197,7 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
         """Take sizes, weight, bias, hooks and training mode from ``linear``, which stays as it is."""
         self.__dict__.update(self._base[1])
         self.in_features, self.out_features = self.sizes(linear)
-        _share_base(self, linear)
+        share_base(self, linear)
         hook_like(linear, self, self._share_weights)
 
     def _share_weights(self, linear: nn.Module) -> None:
@@ -451,21 +445,6 @@ class ResLoRALinear(AdapterLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe()}"
-
-
-def _share_base(layer: nn.Linear, other: nn.Linear) -> None:
-    frozen = other._parameters.keys() - set(ADAPTER_PARAMETERS)
-    layer._parameters.update({name: value for name, value in other._parameters.items() if name in frozen})
-    for name, buffer in other._buffers.items():
-        layer.register_buffer(name, buffer, persistent=name not in other._non_persistent_buffers_set)
-    share_hooks(other, layer)
-    layer.training = other.training
-
-
-def share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """The same dicts, so that handles that remove a hook go on working."""
-    for name in (*_HOOKS, *_HOOK_FLAGS):
-        setattr(target, name, getattr(source, name))
 
 
 def _replaced(call: Call, a: Tensor, b: Tensor) -> Call:

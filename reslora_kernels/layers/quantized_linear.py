@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..config import ResLoRAConfig
 from ..quantizers import QuantizedWeight, held_in, quantizer_of
-from .linear import ResLoRALinear, share_hooks
+from .linear import ResLoRALinear
 from .offloading import bare_forward, hook_like, unhooked
+from .standing_in import share_hooks
 
 
 class QuantizedResLoRALinear(ResLoRALinear):

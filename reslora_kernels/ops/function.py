@@ -11,13 +11,11 @@ from collections.abc import Callable
 from functools import cache
 from math import prod
 from operator import attrgetter
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .. import host
@@ -25,46 +23,22 @@ from ..backends import select
 from ..backends import torch as library
 from ..dropout import Dropout
 from ..forward_state import any_opened_by_hand, version_of
-from ..side_channel import Needs, Outputs, SideChannel, height, split, unparted, width
+from ..side_channel import Outputs, SideChannel, height, width
 from . import registered
 from .arguments import Operands, check
+from .call import LEADING, PLAIN, Call, Sharing, composed, in_parts, is_eager, shaped, tokens
+from .gradients import backward
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # the types whose operators no one else implements
 _LIBRARY = ("auto", "torch")  # backends that are PyTorch's own operations on a CPU
 _form = attrgetter("shape", "dtype", "device")
 FEW_VALUES = 1 << 15  # of x and y together: below, Python and the dispatcher cost more than a further pass over them
 MOST_JOINED = 1 << 20  # values of A and B: with more, backward joins them anew
-_Form = Callable[..., tuple[Tensor, Tensor | None]]
-_LEADING = 7  # arguments of the Function before the stacks: x, weight, bias, residual, h, seed, call
 
 
 def _constant_in_graphs(function: Callable[..., bool]) -> Callable[..., bool]:
     """``torch.compiler.assume_constant_result``, which would import torch.compile's machinery here already."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-class Sharing(NamedTuple):
-    """What a call does for others that read the same x after it."""
-
-    widths: tuple[int, ...]  # of the parts in which it hands on: its own first, if any, then one for each of them
-    passes_x: bool  # whether one of them is to read x as this call gives it on, see ``fused_linear``
-
-
-class _Call(NamedTuple):
-    """What both passes of a call share beside tensors; ``host`` reads the first six."""
-
-    side: SideChannel
-    p: float
-    depth: int  # matrices in a_stack
-    widths: tuple[int, ...]  # as in ``Sharing``; none of a call by itself
-    passes_x: bool
-    height: int  # R_a of h, where that is given; else 0
-    backend: str
-    on_host: bool  # whether ``host`` is asked first
-    served: ModuleType | None = None  # the backend that was found; None where the ops serve
-    joins: bool = False  # whether backward reads the stacks as forward has joined them
-    composed: int = 0  # of a call that is made of operations which autograd knows: ``matrices_of_u``, or 1
 
 
 def fused_linear(
@@ -95,41 +69,33 @@ def _called(operands: Operands, side: SideChannel, p: float, backend: str, shari
     """The call in no region of autocast."""
     x, weight, bias, residual, seed, a_stack, b_stack, h = operands
     compiling = torch.compiler.is_compiling()
-    if compiling or torch._C._is_tracing() or not _is_eager(x):
+    if compiling or torch._C._is_tracing() or not is_eager(x):
         if x.layout is torch.jagged and not compiling:
             return _of_jagged(operands, side, p, backend, sharing)
-        return _in_parts(_traced(operands, side, p, backend, compiling), x, sharing)
+        return in_parts(_traced(operands, side, p, backend, compiling), x, sharing)
     training = torch.is_grad_enabled() and _needs_gradient(operands)
     widths, passes_x = ((), False) if sharing is None else sharing
     passes_x = passes_x and training and x.requires_grad
     on_host = host.module is not None and x.is_cpu and x.dtype in host.DTYPES and backend in _LIBRARY
-    call = _Call(side, p, len(a_stack), widths, passes_x, 0 if h is None else h.shape[-1], backend, on_host)
+    call = Call(side, p, len(a_stack), widths, passes_x, 0 if h is None else h.shape[-1], backend, on_host)
     if on_host:
         if not training:
             outputs = host.module.forward(x, weight, bias, residual, h, seed, call, *a_stack, *b_stack)
             if outputs is not None:
-                return (*outputs[:-1], x) if widths else _in_parts(outputs[:2], x, sharing)
+                return (*outputs[:-1], x) if widths else in_parts(outputs[:2], x, sharing)
             call = _prepared(operands, call)
     else:
         call = _prepared(operands, call)
     if call.composed:
-        return _in_parts(_composed(operands, side, p, call.composed), x, sharing)
+        return in_parts(composed(operands, side, p, call.composed), x, sharing)
     if not training:
-        y, handed, _ = _shaped(_forward(call, operands.unpacked()), x.shape)
-        return _in_parts((y, handed), x, sharing)
+        y, handed, _ = shaped(_forward(call, operands.unpacked()), x.shape)
+        return in_parts((y, handed), x, sharing)
     outputs = _apply(x, weight, bias, residual, h, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
     if sharing is None:
         return outputs if side.hand_stop else (outputs, None)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return outputs if passes_x else (*outputs, x)
-
-
-def _in_parts(outputs: tuple[Tensor, Tensor | None], x: Tensor, sharing: Sharing | None) -> tuple[Any, ...]:
-    """y and what is handed on; with ``sharing`` as ``fused_linear`` returns them, x being given on as it is."""
-    if sharing is None:
-        return outputs
-    y, handed = outputs
-    return (y, x) if handed is None else (y, *torch.split(handed, list(sharing.widths), -1), x)
 
 
 def _of_jagged(
@@ -158,12 +124,12 @@ def _traced(
     x, weight, bias, residual, seed, a_stack, b_stack, _ = operands
     if _exporting() if compiling else torch._C._is_tracing():
         # operations that every PyTorch and ONNX knows, for a graph that runs without this package
-        return _composed(operands.unpacked(), side, p, library.matrices_of_u(a_stack, width(b_stack), side))
+        return composed(operands.unpacked(), side, p, library.matrices_of_u(a_stack, width(b_stack), side))
     if not compiling and _in_parts_only():
         return registered.in_plain_operations(operands.unpacked(), side, p)
     if compiling and seed is None and isinstance(weight, Tensor) and _is_library(backend, x.device.type):
         return _compiled(operands, side)
-    call = _Call(side, p, len(a_stack), (), False, 0, backend, False)
+    call = Call(side, p, len(a_stack), (), False, 0, backend, False)
     outputs = _LoRALinear.apply(x, weight, bias, residual, None, seed, call, *a_stack, *b_stack)  # type: ignore[no-untyped-call]
     if side.hand_stop <= side.hand_start:
         return outputs, None
@@ -205,12 +171,12 @@ class _LoRALinear(torch.autograd.Function):
                 joined = *dense.a, *dense.b
             # y is shaped here and not by a view afterwards, on which FSDP2 could not count for its hooks; and as no
             # view of the op's output, or autograd refuses to change it in place (nn.ReLU(inplace=True)).
-            y, whole, u = _shaped(_forward(call, dense), x.shape)
+            y, whole, u = shaped(_forward(call, dense), x.shape)
             handed = [whole] if whole is None or not call.widths else torch.split(whole, call.widths, -1)
         needs = ctx.needs_input_grad
-        need_da, need_db = True in needs[_LEADING : _LEADING + depth], True in needs[_LEADING + depth :]
+        need_da, need_db = True in needs[LEADING : LEADING + depth], True in needs[LEADING + depth :]
         if not depth:
-            u = _tokens(residual if u is None else u).to(x.dtype)
+            u = tokens(residual if u is None else u).to(x.dtype)
         needs_x = need_da or needs[1]
         if again and not needs_x:  # kept for a backward of the backward alone, and may be written to if there is none
             ctx.x = x, version_of(x)
@@ -226,131 +192,18 @@ class _LoRALinear(torch.autograd.Function):
             return (y, x.detach()) if handed[0] is None else (y, *handed, x.detach())
         return y if handed[0] is None else (y, *handed)
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-        if not torch.is_grad_enabled():
-            return _gradients(ctx, dy, *others)
-        return _graph_of_gradients(ctx, dy, *others) if ctx.kind[-1] else _differentiated(ctx, dy, *others)
-
-
-def _gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-    """A gradient for each argument; dx is added to the gradient of x passed on, the last of ``others``, in its memory.
-
-    Nobody else has that: it was made by the call that read x next, for this one.
-    """
-    call, shape, dtype, needs, count, _ = ctx.kind
-    _, _, x, weight, u, seed, *stacks = saved = _saved_for_others_too(ctx) if call.widths else ctx.saved_tensors
-    stacks, joined = stacks[:count], stacks[count:]
-    dhanded, onto = (others[:-1], others[-1]) if call.passes_x else (others, None)
-    given = [each for each in dhanded if each is not None]
-    if dy is None and not given:
-        return onto, *(None,) * (_LEADING - 1 + len(stacks))
-    if ctx.packed is not None:
-        weight = ctx.packed.unpacked(dtype)
-    if dy is None:
-        dy = given[0].new_zeros(*shape[:-1], weight.shape[0])
-    gradients = None
-    eager = not torch.compiler.is_compiling() and _is_eager(dy)
-    if call.on_host and eager:
-        gradients = host.module.backward(dy, dhanded, onto, call, needs, *saved[2:])
-    if gradients is None:
-        whole = unparted(dhanded, call.widths)
-        gradients = _by_backend(call, eager, dy, whole, onto, needs, shape, (x, weight, u, seed, *stacks), joined)
-    if True in ctx.needs_input_grad[1:3]:
-        dx, _, _, *rest = gradients
-        _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-        flat = _tokens(dy)
-        return dx, flat.T @ _tokens(x) if need_dweight else None, flat.sum(0) if need_dbias else None, *rest
-    return gradients
-
-
-def _saved_for_others_too(ctx: Any) -> tuple[Any, ...]:
-    try:
-        saved: tuple[Any, ...] = ctx.saved_tensors
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{error} This layer has projected x for others that read it: for a backward pass of each without "
-            "retain_graph=True adapt with stack_projections=False"
-        ) from error
-    return saved
-
-
-def _by_backend(
-    call: _Call,
-    eager: bool,
-    dy: Tensor,
-    dhanded: Tensor | None,
-    onto: Tensor | None,
-    needs: tuple[bool, ...],
-    shape: torch.Size,
-    saved: tuple[Any, ...],
-    joined: list[Tensor],
-) -> tuple[Any, ...]:
-    """A gradient for each argument of the Function but weight and bias."""
-    x, weight, u, seed, *stacks = saved
-    a_stack, b_stack = stacks[: call.depth], stacks[call.depth :]
-    a, b = (joined[:-1], joined[-1:]) if joined else (a_stack, b_stack)
-    if len(shape) != 2:
-        dy, x = _tokens(dy), None if x is None else _tokens(x)
-        dhanded, onto = (None if each is None else _tokens(each) for each in (dhanded, onto))
-    dropout = None if seed is None else Dropout(seed, call.p)
-    need_dx, need_da, need_db, need_dresidual, need_dh = needs
-    wanted = Needs(need_dx, need_da, need_db, need_dresidual or need_dh)
-    if not eager or (call.served is None and not call.on_host):
-        dx, da, db, du = registered.backward(dy, dhanded, x, weight, a, b, u, call.side, dropout, wanted, call.backend)
-        dx = dx if onto is None or dx is None else dx + onto
-    else:
-        served: Any = call.served or library
-        dx, da, db, du = served.backward(dy, dhanded, x, weight, a, b, u, call.side, dropout, wanted, onto)
-    dresidual = du if need_dresidual else None
-    dh = library.gradient_of_h(du, dhanded, call.height, call.side) if need_dh and du is not None else None
-    if len(shape) != 2:
-        dx = None if dx is None else dx.view(shape)
-        dresidual, dh = (None if each is None else each.view(*shape[:-1], each.shape[1]) for each in (dresidual, dh))
-    return dx, None, None, dresidual, dh, None, None, *split(da, a_stack, 0), *split(db, b_stack, 1)
+    backward = staticmethod(backward)
 
 
 _apply = super(torch.autograd.Function, _LoRALinear).apply  # without the part of ``apply`` that is for functorch
-_differentiated = once_differentiable(_gradients)
 
 
-def _graph_of_gradients(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-    """The gradients of a small call as what can be differentiated again, worked out from its inputs."""
-    call, *_ = ctx.kind
-    residual, h, x, weight, _, _, *stacks = ctx.saved_tensors
-    if x is None:
-        x, version = ctx.x
-        if version_of(x) != version:
-            raise RuntimeError(
-                "x of an adapted layer, needed for a backward of the backward, has been written to since"
-            )
-    given = (x, weight, None, residual, h, None, None, *stacks)
-    wanted = [index for index, needed in enumerate(ctx.needs_input_grad) if needed and index != 2]
-    # apart from how they were made: one may be made from another
-    apart = [tensor.view_as(tensor) if index in wanted else tensor for index, tensor in enumerate(given)]
-    x, weight, _, residual, h, _, _, *stacks = apart
-    operands = Operands(x, weight, None, residual, None, stacks[: call.depth], stacks[call.depth :], h)
-    own = library.matrices_of_u(operands.a, width(operands.b), call.side)
-    made: tuple[Any, ...] = _composed(operands, call.side, 0.0, own)
-    if call.widths or call.passes_x:
-        made = _in_parts(made, x, Sharing(call.widths, True))
-    pairs = zip(made, (dy, *others), strict=False)  # x as it was given on, and nothing handed on, may have no gradient
-    outputs, directions = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
-    found = torch.autograd.grad(outputs, [apart[i] for i in wanted], directions, create_graph=True, allow_unused=True)
-    gradients: list[Tensor | None] = [None] * len(given)
-    for index, gradient in zip(wanted, found, strict=True):
-        gradients[index] = gradient
-    if ctx.needs_input_grad[2] and dy is not None:
-        gradients[2] = _tokens(dy).sum(0)
-    return tuple(gradients)
-
-
-def _forward(call: _Call, operands: Operands) -> Outputs:
+def _forward(call: Call, operands: Operands) -> Outputs:
     """The pass on operands whose weight is dense."""
     operands, side, handed = operands.with_u(call.side)
     x, weight, bias, residual, seed, a_stack, b_stack, _ = operands
     if x.dim() != 2:
-        x, residual = _tokens(x), None if residual is None else _tokens(residual)
+        x, residual = tokens(x), None if residual is None else tokens(residual)
     dropout = None if seed is None else Dropout(seed, call.p)
     if call.served is None:
         outputs = registered.forward(
@@ -359,24 +212,7 @@ def _forward(call: _Call, operands: Operands) -> Outputs:
     else:
         outputs = call.served.forward(x, weight, bias, a_stack, b_stack, residual, side, dropout)
     y, own, u = outputs
-    return Outputs(y, own if handed is None else _tokens(handed), u if a_stack else residual)
-
-
-def _composed(
-    operands: Operands, side: SideChannel, p: float, own: int, form: _Form = library.composed
-) -> tuple[Tensor, Tensor | None]:
-    """The call without the Function."""
-    if operands.h is not None:
-        operands, side, handed = operands.with_u(side)
-        return _composed(operands, side, p, own, form)[0], handed
-    x, weight, bias, residual, seed, a_stack, b_stack, _ = operands
-    dropout = None if seed is None else Dropout(seed, p)
-    if x.dim() == 2:
-        return form(x, weight, bias, a_stack, b_stack, residual, side, dropout, own)
-    leading = x.shape[:-1]
-    residual = None if residual is None else _tokens(residual)
-    y, handed = form(_tokens(x), weight, bias, a_stack, b_stack, residual, side, dropout, own)
-    return y.reshape(*leading, y.shape[1]), None if handed is None else handed.reshape(*leading, handed.shape[1])
+    return Outputs(y, own if handed is None else tokens(handed), u if a_stack else residual)
 
 
 def _compiled(operands: Operands, side: SideChannel) -> tuple[Tensor, Tensor | None]:
@@ -389,7 +225,7 @@ def _compiled(operands: Operands, side: SideChannel) -> tuple[Tensor, Tensor | N
     own = library.matrices_of_u(operands.a, width(operands.b), side)
     plain = operands.x.dtype != torch.float16  # in which a product must not be rounded before it is scaled
     few = plain and statically_known_true(prod(operands.x.shape[:-1]) <= library.FEW_ROWS)
-    y, handed = _composed(operands, side, 0.0, own, library.for_few_rows if few else library.composed)
+    y, handed = composed(operands, side, 0.0, own, library.for_few_rows if few else library.composed)
     if asks and handed is not None and operands.residual is None:
         handed = registered.unless_recomputed(handed)
     return y, handed
@@ -402,17 +238,7 @@ def _is_library(backend: str, device_type: str) -> bool:
     return name == "torch" or (name == "auto" and device_type != "cuda")
 
 
-def _is_eager(x: Tensor) -> bool:
-    """Whether the call can go to its backend without the dispatcher; elsewhere it must be one op, whole."""
-    return (
-        type(x) in _PLAIN
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
-
-
-def _prepared(operands: Operands, asked: _Call) -> _Call:
+def _prepared(operands: Operands, asked: Call) -> Call:
     """What is known of a kind of eager call; its arguments are checked where the kind is seen first."""
     x, weight, bias, residual, seed, a_stack, b_stack, h = operands
     described = (
@@ -424,14 +250,14 @@ def _prepared(operands: Operands, asked: _Call) -> _Call:
         None if bias is None else _form(bias), None if residual is None else _form(residual),
         None if seed is None else _form(seed), *map(_form, a_stack), *map(_form, b_stack),
     )  # fmt: skip
-    call: _Call | None = select.recall(kind)
+    call: Call | None = select.recall(kind)
     if call is None:
         check(operands, asked.p)
         served = None
-        if type(weight) in _PLAIN or not isinstance(weight, Tensor):
+        if type(weight) in PLAIN or not isinstance(weight, Tensor):
             dense = operands.unpacked().weight
             rank = height(a_stack) or width(b_stack)
-            served = select.choose(asked.backend, _tokens(x), dense, rank, seed is not None)
+            served = select.choose(asked.backend, tokens(x), dense, rank, seed is not None)
         small = (
             served is library
             and seed is None
@@ -474,17 +300,3 @@ def _has_autocast(device_type: str) -> bool:
 @_constant_in_graphs
 def _exporting() -> bool:
     return torch.compiler.is_exporting()
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[..., K] as [M, K]; reshape cannot tell M of an empty tensor, and Size.numel loses a dynamic length."""
-    return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
-
-
-def _shaped(outputs: Outputs, like: torch.Size) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y and what is handed on with the leading dimensions of ``like``, and no view for autograd; u as it is."""
-    y, handed, u = outputs
-    if len(like) == 2:
-        return y, handed, u
-    y = torch.ops.aten._unsafe_view.default(y, [*like[:-1], y.shape[1]])
-    return y, None if handed is None else handed.reshape(*like[:-1], handed.shape[1]), u

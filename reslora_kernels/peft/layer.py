@@ -19,10 +19,11 @@ from ..adapt.surroundings import Fuse
 from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
 from ..layers.kinds import KINDS, kind_of
-from ..layers.linear import ResLoRALinear, share_hooks
+from ..layers.linear import ResLoRALinear
 from ..layers.offloading import bare_forward, hook_like
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.several import Part, in_parts, parts_for
+from ..layers.standing_in import share_hooks
 from ..quantizers import held_in
 
 
