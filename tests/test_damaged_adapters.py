@@ -103,6 +103,7 @@ CONFIG_FAULTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "missing key": lambda values: values.pop("chains"),
     "config is a list": _set(config=[1]),
     "unknown field": _set_config(rank=4),
+    "missing field": lambda values: values["config"].pop("shortcut"),
     "wrong type of field": _set_config(r="3"),
     "value out of range": _set_config(lora_dropout=1.5),
     "huge alpha": _set_config(lora_alpha=10**400),

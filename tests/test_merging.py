@@ -61,6 +61,19 @@ def adapted(
     return model
 
 
+@pytest.mark.parametrize(("shortcut", "pre_num"), INEXACT)
+def test_layers_alone_in_their_chains_merge_exactly_without_data(shortcut: str, pre_num: int) -> None:
+    """Nothing is handed on: a last layer alone, or a model of one block."""
+    torch.manual_seed(0)
+    model = Residual().double()
+    apply_reslora(model, ResLoRAConfig(r=RANK, shortcut=shortcut, pre_num=pre_num, target_modules=["layers.2"]))
+    randomize(model)
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
+    expected = model(x)[1][2]
+    assert [row.method for row in merge_reslora(model).rows] == ["exact"]
+    assert max_error(model(x)[1][2], expected) < 1e-14
+
+
 def batches(seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(4, 9, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for _ in range(6)]

@@ -296,6 +296,11 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
     ("edit", "message"),
     [
         (edited(lambda about: about.update(lora_bias=True)), "lora_bias=True is no plain LoRA"),
+        (
+            edited(lambda about: about.update(alora_invocation_tokens=[5])),
+            "alora_invocation_tokens=.5. is no",
+        ),
+        (edited(lambda about: about.update(of_a_later_peft=True)), "of_a_later_peft=True is no plain LoRA"),
         (edited(lambda about: about.update(peft_type="LOHA")), "peft_type must be 'LORA', got 'LOHA'"),
         (edited(lambda about: about.update(init_lora_weights="pissa")), "changed the base model"),
         (edited(lambda about: about.update(r=3)), "must be .3, 32., got .4, 32."),

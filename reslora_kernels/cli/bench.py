@@ -28,7 +28,7 @@ from reslora_kernels.bench.providers import Provider
 from reslora_kernels.bench.report import compare_results, show_comparison, show_result, write_report
 from reslora_kernels.bench.suite import Bench, run_case
 from reslora_kernels.bench.timing import DeviceLostError, clock_of, measure_rates, one_line
-from reslora_kernels.cli.options import torch_device
+from reslora_kernels.cli.options import out_option, torch_device
 from reslora_kernels.cli.output import check_writable
 
 DEFAULT_SETS = ("standard", "small-m", "models", "pre-num", "growth", "compiled")
@@ -51,7 +51,7 @@ def bench(
         list[str] | None, typer.Option("--provider", help="Only this one, beside frozen. May be repeated.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--out", "--output", help="A .json file, or the folder for it; a CSV goes beside it.")
+        Path | None, out_option("A .json file, or the folder for it; a CSV goes beside it.", "--output")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="At most so many rounds in a case.")] = 200,
@@ -100,7 +100,7 @@ def compare(
 def report(
     result: Annotated[Path, typer.Argument(help="A result file.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for report.html and the figures. Not given: beside the result.")
+        Path | None, out_option("Folder for report.html and the figures. Not given: beside the result.")
     ] = None,
 ) -> None:
     """Draw a result file as one HTML file that needs nothing else, and its figures as PNG."""
@@ -122,7 +122,20 @@ def destination(output: Path | None) -> tuple[Path, str | None]:
     check_writable("--out", folder)
     if name is not None and output.is_dir():
         raise IsADirectoryError(f"--out {str(output)!r} is a folder")
+    if name is not None:
+        _refuse_foreign(output)
     return folder, name
+
+
+def _refuse_foreign(output: Path) -> None:
+    """OSError if what is at ``output``, or the CSV beside it, is no earlier run's."""
+    if output.exists():
+        try:
+            results.read(output)
+        except ValueError:
+            raise FileExistsError(f"--out {str(output)!r} is no result of an earlier run; give another name") from None
+    elif output.with_suffix(".csv").exists():
+        raise FileExistsError(f"--out {str(output)!r} would replace {output.with_suffix('.csv').name!r} beside it")
 
 
 def show_names(console: Console, device: torch.device) -> None:

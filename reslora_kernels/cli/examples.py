@@ -24,6 +24,7 @@ from reslora_kernels.cli.options import require
 
 JSON_LINES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
 TEXTS = ("", ".txt", ".text", ".md")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".bz2", ".xz", ".zst", ".zip")  # no names of datasets
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NOT_TEXT = ("functions", "function_call", "documents", "image", "images", "video", "videos", "audio", "audios")
 FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
@@ -68,7 +69,9 @@ Example = Chat | Completion | Text
 
 
 def read_examples(option: str, source: str, split: str = "train") -> list[Example]:
-    """Every example of a JSON Lines file, a text file, a dataset saved with ``save_to_disk``, or a dataset's id.
+    """Every example of a JSON Lines file, a text file, a pipe with either, a folder of data files, or a dataset.
+
+    A dataset is a folder that ``save_to_disk`` wrote, or an id on the Hugging Face Hub.
 
     Raises:
         OSError: the file does not exist or cannot be read.
@@ -79,13 +82,22 @@ def read_examples(option: str, source: str, split: str = "train") -> list[Exampl
         examples = list(_json_lines(path) if path.suffix.lower() in JSON_LINES else _text_file(option, path))
     elif path.is_dir():
         examples = list(_dataset(option, path, split))
-    elif path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
+    elif path.exists():
+        examples = list(_pipe(path))
+    elif _names_a_path(source, path.suffix.lower()):
         raise FileNotFoundError(f"{option} {source!r} does not exist")
     else:
         examples = list(_dataset(option, source, split))
     if not examples or all(isinstance(example, Text) and not example.text.strip() for example in examples):
         raise ValueError(f"{option} {source!r} holds no examples: it is empty")
     return examples
+
+
+def _names_a_path(source: str, suffix: str) -> bool:
+    """Whether what does not exist was meant to be a path; else it is the id of a dataset, "owner/name.1" too."""
+    if suffix and ("/" not in source or suffix in (*JSON_LINES, *TEXTS, *TABLES)):
+        return True
+    return not source or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
 def parse_record(record: Any, where: str) -> Example:
@@ -97,6 +109,7 @@ def parse_record(record: Any, where: str) -> Example:
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a record must be an object such as {FORMS}, got {type(record).__name__}")
     _refuse_surrogates(record, where)
+    record = {key: value for key, value in record.items() if value is not None}  # columns of a table, for other rows
     if "messages" in record:
         return _chat(record, _messages(record["messages"], "messages", where), 0, where)
     if "prompt" in record and "completion" in record:
@@ -208,16 +221,30 @@ def _text(record: Mapping[str, Any], key: str, where: str) -> str:
 
 def _json_lines(path: Path) -> Iterator[Example]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path.name} line {number}"
-            text = _decoded(line, where).strip()
-            if not text:
-                continue
-            try:
-                record = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{where}: not valid JSON ({error}); JSON Lines has one object per line") from None
-            yield parse_record(record, where)
+        yield from _records(file, path.name)
+
+
+def _records(lines: Iterable[bytes], name: str) -> Iterator[Example]:
+    for number, line in enumerate(lines, 1):
+        where = f"{name} line {number}"
+        text = _decoded(line, where).strip()
+        if not text:
+            continue
+        try:
+            record = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where}: not valid JSON ({error}); JSON Lines has one object per line") from None
+        yield parse_record(record, where)
+
+
+def _pipe(path: Path) -> Iterator[Example]:
+    """What another program writes, which has no name to tell by: JSON Lines, if the first line is an object."""
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    if _holds(_decoded(next((line for line in lines if line.strip()), b""), path.name), dict):
+        yield from _records(lines, path.name)
+    else:
+        yield Text(_decoded(content, path.name), path.name)
 
 
 def _text_file(option: str, path: Path) -> Iterator[Example]:
@@ -227,15 +254,18 @@ def _text_file(option: str, path: Path) -> Iterator[Example]:
             f"({', '.join(TEXTS[1:])}, or no suffix): rename it, or convert it with datasets (save_to_disk)"
         )
     text = _decoded(path.read_bytes(), path.name)
-    if _is_object(text.lstrip().partition("\n")[0]):
+    if _holds(text.lstrip().partition("\n")[0], dict):
         raise ValueError(f"{option} {str(path)!r} looks like JSON Lines: name it {path.with_suffix('.jsonl').name!r}")
+    if _holds(text, dict | list):
+        raise ValueError(f"{option} {str(path)!r} is JSON: write its records as JSON Lines, one object per line")
     yield Text(text, path.name)
 
 
-def _is_object(line: str) -> bool:
+def _holds(text: str, kinds: Any) -> bool:
+    """Whether the text is JSON of one of ``kinds``."""
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
+        return isinstance(json.loads(text), kinds) if text.lstrip()[:1] in ("{", "[") else False
+    except (ValueError, RecursionError):
         return False
 
 
@@ -251,18 +281,29 @@ def _dataset(option: str, source: str | Path, split: str) -> Iterator[Example]:
     require("datasets")
     import datasets
 
-    saved = isinstance(source, Path) and any((source / n).is_file() for n in ("state.json", "dataset_dict.json"))
-    if saved:
-        loaded: Any = datasets.load_from_disk(str(source))
-    else:
-        loaded = datasets.load_dataset(str(source))
+    where = source
+    if isinstance(source, Path):
+        source = (
+            source.resolve()
+        )  # by a bare name ("json") datasets would mean a builder of its own, for all files here
+    elif source in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
+        raise FileNotFoundError(f"{option} {source!r} does not exist")
+    try:
+        if isinstance(source, Path) and any((source / n).is_file() for n in ("state.json", "dataset_dict.json")):
+            loaded: Any = datasets.load_from_disk(str(source))
+        else:
+            loaded = datasets.load_dataset(str(source))
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(f"{option} {str(where)!r} cannot be read: {error.__cause__ or error}") from error
     if isinstance(loaded, Mapping):
         if split not in loaded:
-            raise ValueError(f"{option} {str(source)!r} has no split {split!r}; it has {', '.join(map(str, loaded))}")
+            raise ValueError(f"{option} {str(where)!r} has no split {split!r}; it has {', '.join(map(str, loaded))}")
         loaded = loaded[split]
+    elif split not in ("train", str(loaded.split)):
+        raise ValueError(f"{option} {str(where)!r} is one dataset without splits, so that it has no split {split!r}")
     rows: Iterable[Any] = loaded
     for number, record in enumerate(rows):
-        yield parse_record(_without_nulls(record), f"{source} row {number}")
+        yield parse_record(_without_nulls(record), f"{where} row {number}")
 
 
 def _without_nulls(value: Any) -> Any:

@@ -26,6 +26,7 @@ from reslora_kernels.cli.options import (
     TargetModules,
     TrustRemoteCode,
     adapted_without_weights,
+    class_for,
     load_model,
     load_model_config,
     make_config,
@@ -33,6 +34,7 @@ from reslora_kernels.cli.options import (
     read_adapter_config,
     torch_device,
 )
+from reslora_kernels.files.adapter_format import read
 from reslora_kernels.files.save_load import load_adapter
 
 
@@ -62,8 +64,10 @@ def inspect(
 
     Only the model's configuration is read, so a model of any size takes seconds. With --device the weights are loaded.
     """
+    saved = None
     if adapter is not None:
         config = read_adapter_config(adapter)
+        saved = read(Path(adapter).expanduser())
     else:
         config = make_config(
             r=r,
@@ -79,9 +83,9 @@ def inspect(
         torch_device(device)
     model_config = load_model_config("MODEL", model, trust_remote_code)
     if device is None:
-        adapted = adapted_without_weights(model_config, config, trust_remote_code)
+        adapted = adapted_without_weights(model_config, saved or config, trust_remote_code)
     else:
-        cls = model_class(model_config)
+        cls = model_class(model_config) if saved is None else class_for(saved, model_config, trust_remote_code)
         adapted = load_model(
             "MODEL", model, model_config, cls, dtype="auto", device=device, trust_remote_code=trust_remote_code
         )

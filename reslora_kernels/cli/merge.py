@@ -23,6 +23,7 @@ from reslora_kernels.cli.options import (
     load_adapted,
     load_model_config,
     load_tokenizer,
+    out_option,
     read_adapter_config,
     save_merged,
     tokenizer_source,
@@ -31,6 +32,7 @@ from reslora_kernels.cli.options import (
 from reslora_kernels.cli.output import check_replaceable, whole_folder
 from reslora_kernels.cli.tokenization import Row, encode, max_length_for
 from reslora_kernels.config import MergeMethod, ResLoRAConfig
+from reslora_kernels.files.adapter_format import SavedAdapter, read
 from reslora_kernels.files.peft_export import export_peft
 from reslora_kernels.layers.shortcuts import hands_on
 from reslora_kernels.merge.merging import merge_reslora
@@ -63,8 +65,9 @@ class MergeOptions:
         torch_dtype(self.torch_dtype_name)
         device = options.torch_device(self.device)
         fits = (self.sequential, self.joint_steps, self.extra_rank)
-        needed = check_data(read_adapter_config(adapter), method, self.data, *fits)
-        check_replaceable(out, self.overwrite, marker, (adapter, base))
+        read_adapter_config(adapter)  # with what to tell who gives another folder
+        needed = check_data(read(Path(adapter).expanduser()), method, self.data, *fits)
+        check_replaceable(out, self.overwrite, marker, [adapter, base] + ([] if self.data is None else [self.data]))
         model_config = load_model_config("--base", base, self.trust_remote_code)
         source = tokenizer_source(adapter, base)
         batches = None
@@ -115,7 +118,7 @@ def with_merge_options(command: Callable[..., None]) -> Callable[..., None]:
 def merge(
     adapter: Annotated[str, typer.Argument(help="Folder of a saved adapter.")],
     base: Annotated[str, typer.Option("--base", help="Folder of the base model, or its id on the Hugging Face Hub.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to save the merged model in.")],
+    out: Annotated[Path, out_option("Folder to save the merged model in.")],
     options: MergeOptions,
 ) -> None:
     """Merge ADAPTER into its base model and save the result, with the tokenizer, as a plain Transformers model.
@@ -139,7 +142,7 @@ def needs_data(config: ResLoRAConfig, method: MergeMethod | None) -> bool:
 
 
 def check_data(
-    config: ResLoRAConfig, method: MergeMethod | None, data: str | None, sequential: bool, joint_steps: int,
+    saved: SavedAdapter, method: MergeMethod | None, data: str | None, sequential: bool, joint_steps: int,
     extra_rank: int,
 ) -> bool:  # fmt: skip
     """Whether data is needed.
@@ -147,9 +150,11 @@ def check_data(
     Raises:
         ValueError: it is and ``--data`` is not given; or as for ``check_fits``.
     """
+    config = saved.config
     chosen = method or config.merge
     check_fits(config, chosen, "--method", sequential, joint_steps, extra_rank)
-    needed = needs_data(config, method)
+    alone = saved.chains is not None and all(len(chain.names) == 1 for chain in saved.chains)
+    needed = needs_data(config, method) and not alone
     if needed and data is None:
         alternative = ", or --method weights, which needs none" if config.shortcut == "input" else ""
         raise ValueError(
@@ -210,7 +215,7 @@ def on_device(batches: Sequence[dict[str, Tensor]], device: torch.device) -> lis
 def export(
     adapter: Annotated[str, typer.Argument(help="Folder of a saved adapter.")],
     base: Annotated[str, typer.Option("--base", help="Folder of the base model, or its id on the Hugging Face Hub.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to save the PEFT adapter in.")],
+    out: Annotated[Path, out_option("Folder to save the PEFT adapter in.")],
     pattern: Annotated[
         bool, typer.Option("--pattern", help="Exact rank per module (rank_pattern) instead of one padded rank.")
     ] = False,

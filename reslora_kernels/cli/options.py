@@ -14,10 +14,11 @@ import typer
 from torch import nn
 
 from reslora_kernels.adapt.apply import apply_reslora
+from reslora_kernels.adapt.targets import find_targets
 from reslora_kernels.backends import select
 from reslora_kernels.config import ALL_LINEAR, MergeMethod, ResLoRAConfig
-from reslora_kernels.files.adapter_format import CONFIG_NAME, read_config
-from reslora_kernels.files.save_load import load_adapter
+from reslora_kernels.files.adapter_format import CONFIG_NAME, SavedAdapter, read, read_config
+from reslora_kernels.files.save_load import check_fit, load_adapter, settled_chains
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ResLoRAConfig)}
 
@@ -75,6 +76,15 @@ Method = Annotated[
     str | None, typer.Option("--method", help="input, weights or least_squares. Not given: the adapter's own.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in the output folder.")]
+
+
+def out_option(about: str, *others: str) -> Any:
+    """``--out``, where "~" means the home folder also if no shell has replaced it."""
+    return typer.Option("--out", *others, parser=_new_path, metavar="PATH", help=about)
+
+
+def _new_path(value: str) -> Path:
+    return Path(value).expanduser()
 
 
 def make_config(
@@ -243,9 +253,21 @@ def model_without_weights(config: Any, cls: Any, trust_remote_code: bool) -> nn.
     return model
 
 
-def adapted_without_weights(config: Any, adapter: ResLoRAConfig, trust_remote_code: bool) -> nn.Module:
-    """``model_without_weights`` with ``adapter`` applied."""
-    return apply_reslora(model_without_weights(config, model_class(config), trust_remote_code), adapter)
+def adapted_without_weights(config: Any, adapter: ResLoRAConfig | SavedAdapter, trust_remote_code: bool) -> nn.Module:
+    """``model_without_weights``, adapted as ``adapter`` says, or as a saved one is.
+
+    Raises:
+        ValueError: the saved adapter is not this model's.
+    """
+    if isinstance(adapter, ResLoRAConfig):
+        return apply_reslora(model_without_weights(config, model_class(config), trust_remote_code), adapter)
+    model = model_without_weights(config, class_for(adapter, config, trust_remote_code), trust_remote_code)
+    layers = find_targets(model, adapter.config).matched
+    check_fit(adapter, model, layers)
+    plans = settled_chains(adapter, model, layers)
+    return apply_reslora(
+        model, adapter.config, chains=[plan.names for plan in plans] if plans is adapter.chains else None
+    )
 
 
 def load_tokenizer(option: str, source: str, trust_remote_code: bool = False) -> Any:
@@ -279,18 +301,43 @@ def read_adapter_config(source: str) -> ResLoRAConfig:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"adapter {source!r} does not exist or is not a folder")
     if not path.is_file():
-        hint = " (it is a PEFT adapter)" if path.with_name("adapter_config.json").is_file() else ""
-        raise FileNotFoundError(f"adapter {source!r} holds no {CONFIG_NAME}: it is not a ResLoRA adapter{hint}")
+        raise FileNotFoundError(f"adapter {source!r} holds no {CONFIG_NAME}: {_what_else(path.parent)}")
     return read_config(path.parent)
+
+
+def _what_else(folder: Path) -> str:
+    about = folder / "adapter_config.json"
+    if not about.is_file():
+        return "it is not a ResLoRA adapter"
+    if b'"RESLORA"' in about.read_bytes():
+        return f"PEFT saved it; reslora_kernels.peft.to_native({str(folder)!r}, out) writes it as one of ours"
+    return "it is a PEFT adapter, not a ResLoRA one (load_peft_adapter starts from it)"
+
+
+def class_for(saved: SavedAdapter, config: Any, trust_remote_code: bool) -> Any:
+    """The class of base model whose layers an adapter has: the checkpoint's own, or the causal one of ``finetune``.
+
+    The checkpoint's own where neither has them.
+    """
+    import transformers
+
+    own = model_class(config)
+    for cls in (own, transformers.AutoModelForCausalLM):
+        try:
+            found = find_targets(model_without_weights(config, cls, trust_remote_code), saved.config).matched.keys()
+        except ValueError:  # there is no causal model of it, or nothing to adapt
+            continue
+        if found == saved.layers:
+            return cls
+    return own
 
 
 def load_adapted(adapter: str, base: str, *, dtype: str, device: str, trust_remote_code: bool) -> Any:
     """The base model with the adapter loaded, in evaluation mode."""
-    config = load_model_config("--base", base, trust_remote_code)
-    model = load_model(
-        "--base", base, config, model_class(config), dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
-    return load_adapter(model, Path(adapter).expanduser())
+    config, folder = load_model_config("--base", base, trust_remote_code), Path(adapter).expanduser()
+    cls = class_for(read(folder), config, trust_remote_code)
+    model = load_model("--base", base, config, cls, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return load_adapter(model, folder)
 
 
 def torch_dtype(name: str) -> Any:

@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+# What Transformers and PEFT write into a model's or an adapter's folder, tokenizer, processor and remote code included.
+_OF_MODELS = re.compile(
+    r"[\w.-]+\.(json|safetensors|bin|model|txt|jinja|tiktoken|spm|bpe|vocab)|README\.md|(additional_)?chat_templates"
+    r"|(modeling|configuration|tokenization|processing|image_processing|video_processing|feature_extraction)_\w+\.py"
+)
 
 
 def check_writable(option: str, folder: Path) -> None:
@@ -41,7 +48,7 @@ def check_writable(option: str, folder: Path) -> None:
         raise OSError(error.errno, f"{where} cannot be written in {str(existing)!r}: {error.strerror}") from error
 
 
-def check_replaceable(folder: Path, overwrite: bool, marker: str, sources: tuple[str | Path, ...]) -> None:
+def check_replaceable(folder: Path, overwrite: bool, marker: str, sources: Sequence[str | Path]) -> None:
     """Refuse an output folder ``--out`` whose replacement would lose something.
 
     Args:
@@ -49,22 +56,28 @@ def check_replaceable(folder: Path, overwrite: bool, marker: str, sources: tuple
         sources: what the command reads.
 
     Raises:
-        OSError: it is not writable, or holds files and either ``overwrite`` is off or ``marker`` is not among them.
+        OSError: it is not writable, or holds files and either ``overwrite`` is off or they are not all of a model or an
+            adapter, ``marker`` among them.
         ValueError: it is, or holds, one of ``sources``.
     """
     check_writable("--out", folder)
-    for source in sources:
-        inside = Path(source).expanduser().resolve()
-        if folder.resolve() in (inside, *inside.parents):
-            raise ValueError(f"--out {str(folder)!r} would replace {str(source)!r}, which is read; give another folder")
+    check_apart(folder, sources)
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
         raise FileExistsError(f"--out {str(folder)!r} is not empty; give another folder, or --overwrite to replace it")
-    if not (folder / marker).is_file():
-        raise FileExistsError(
-            f"--out {str(folder)!r} is not replaced: it holds no {marker}, so another program's files are in it"
-        )
+    others = sorted(entry.name for entry in folder.iterdir() if not _OF_MODELS.fullmatch(entry.name))
+    if others or not (folder / marker).is_file():
+        why = f"it holds {', '.join(map(repr, others[:3]))}" if others else f"it holds no {marker}"
+        raise FileExistsError(f"--out {str(folder)!r} is not replaced: {why}, so another program's files are in it")
+
+
+def check_apart(folder: Path, sources: Sequence[str | Path]) -> None:
+    """Raise a ValueError if the folder ``--out`` is, or holds, one of ``sources``, which are read."""
+    for source in sources:
+        inside = Path(source).expanduser().resolve()
+        if folder.resolve() in (inside, *inside.parents):
+            raise ValueError(f"--out {str(folder)!r} would replace {str(source)!r}, which is read; give another folder")
 
 
 @contextlib.contextmanager

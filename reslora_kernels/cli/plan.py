@@ -223,10 +223,11 @@ def kept_for_backward(model: nn.Module, blocks: list[nn.Module]) -> tuple[list[S
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model.train()(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens, use_cache=False)
-    except RuntimeError as error:
+    except Exception as error:  # whatever the model's own code says to tokens and labels
         raise RuntimeError(
             f"what training keeps is counted in a run of {type(model).__name__} without weights, which failed "
-            f"({type(error).__name__}: {error}); rotary embeddings run so from Transformers 5 on"
+            f"({type(error).__name__}: {error}). It must be a language model that takes input_ids, attention_mask and "
+            f"labels, {PROBE} of them; rotary embeddings run without weights from Transformers 5 on"
         ) from error
     finally:
         for handle in handles:

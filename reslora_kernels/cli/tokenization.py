@@ -85,7 +85,7 @@ def max_length_for(asked: int | None, config: Any) -> int:
         ValueError: it is more than the model has positions.
     """
     text_config = config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = getattr(text_config, "max_position_embeddings", getattr(text_config, "max_seq_len", None))
     if not isinstance(positions, int) or positions < 2:
         return asked or DEFAULT_MAX_LENGTH
     if asked is not None and asked > positions:
@@ -246,7 +246,7 @@ def _render(example: Chat, messages: Sequence[Mapping[str, Any]], tokenizer: Any
             text: str = tokenizer.apply_chat_template(
                 shown,
                 tools=list(example.tools) or None,
-                chat_template=tokenizer.chat_template or PLAIN_CHAT_TEMPLATE,
+                chat_template=None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE,  # it may have one for tools
                 tokenize=False,
                 add_generation_prompt=prompt,
                 **example.template,

@@ -29,6 +29,7 @@ WEIGHTS_NAME = "reslora_model.safetensors"
 _PENDING_NAME = "reslora_model.pending.safetensors"
 _FORMAT_VERSION = 1
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_IN_EVERY_CONFIG = ("r", "lora_alpha", "target_modules", "shortcut", "pre_num")  # without: their defaults, silently
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,17 @@ def write(folder: Path, config: bytes, weights: bytes) -> None:
     """Write both files, which belong together. A crash leaves the old pair or the new one."""
     folder.mkdir(parents=True, exist_ok=True)
     _finish_killed_save(folder)
-    write_durably(folder / _PENDING_NAME, weights)
-    temporary = folder / f".{CONFIG_NAME}.tmp"
-    write_durably(temporary, config)
-    sync_folder(folder)
+    pending, temporary = folder / _PENDING_NAME, folder / f".{CONFIG_NAME}.tmp"
+    try:
+        write_durably(pending, weights)
+        write_durably(temporary, config)
+        sync_folder(folder)
+    except OSError:  # a full disk: what is half-written would keep it full
+        pending.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, folder / CONFIG_NAME)  # the commit
-    os.replace(folder / _PENDING_NAME, folder / WEIGHTS_NAME)
+    os.replace(pending, folder / WEIGHTS_NAME)
     sync_folder(folder)
 
 
@@ -196,6 +202,8 @@ def _parsed_config(content: bytes) -> tuple[SavedAdapter, str]:
         raise ValueError(f"{where} must have exactly the keys {sorted(expected)}, got {sorted(values)}")
     if not isinstance(values["config"], dict):
         raise ValueError(f"{where}: config must be an object, got {values['config']!r}")
+    if lacking := [name for name in _IN_EVERY_CONFIG if name not in values["config"]]:
+        raise ValueError(f"{where}: config lacks {', '.join(lacking)}: it is not as save_adapter wrote it")
     try:
         config = ResLoRAConfig.from_dict(values["config"])
     except (TypeError, ValueError) as error:

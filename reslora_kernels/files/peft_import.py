@@ -24,7 +24,14 @@ from .peft_export import PEFT_TOKENS, PREFIX
 _MATRIX = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model's weights
-_OTHER_METHODS = ("lora_bias", "layer_replication")
+_OF_PLAIN_LORA = {  # what may be set; any other field, of today or of a later PEFT, may mean another method
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora"),
+    *("use_dora", "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "trainable_token_indices", "ensure_weight_tying"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    *("megatron_config", "megatron_core"),
+}
 
 
 def load_peft_adapter(
@@ -98,8 +105,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     kind = about.get("peft_type") if isinstance(about, dict) else about
     if not isinstance(about, dict) or kind != "LORA":
         raise ValueError(f"{CONFIG}: peft_type must be 'LORA', got {kind!r:.80}")
-    for name in _OTHER_METHODS:
-        if about.get(name):
+    for name in sorted(about.keys() - _OF_PLAIN_LORA):
+        if about[name]:
             raise ValueError(f"{CONFIG}: {name}={about[name]!r} is no plain LoRA and has no ResLoRA counterpart")
     if about.get("init_lora_weights", True) not in _INITS:
         raise ValueError(

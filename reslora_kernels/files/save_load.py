@@ -129,7 +129,7 @@ def _save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         if writes:
             files = encoded(_described(model, others), whole)
             try:
-                _check_fit(parsed(*files), root_of(model), layers)
+                check_fit(parsed(*files), root_of(model), layers)
             except ValueError as error:
                 raise ValueError(f"nothing was saved: load_adapter would refuse it: {error}") from None
             write(checked_folder(path), *files)
@@ -216,7 +216,7 @@ def load_adapter(
     if adapted:
         _check_agreement(record, saved, {id(layer): name for name, layer in layers.items()})
     _refuse_without_values(layers)
-    _check_fit(saved, model_root, layers)
+    check_fit(saved, model_root, layers)
     if not adapted:
         plans = settled_chains(saved, model, layers)
         record.given = plans is saved.chains  # not those of the structure
@@ -295,7 +295,7 @@ def _why_shifted(saved: Collection[str], layers: Collection[str]) -> str:
     return ""
 
 
-def _check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) -> None:
+def check_fit(saved: SavedAdapter, root: nn.Module, layers: Mapping[str, Any]) -> None:
     """Refuse an adapter that is not this model's: same layers, sizes, chains that cover each layer once."""
     missing, unexpected = sorted(layers.keys() - saved.layers), sorted(saved.layers - layers.keys())
     if missing or unexpected:

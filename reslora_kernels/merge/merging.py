@@ -30,6 +30,7 @@ from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
 from ..dtensors import is_sharded, refuse_fsdp, refuse_partitioned
 from ..layers.adapter import AdapterLayer
+from ..layers.chain import Chain
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
 from ..quantizers import quantizer_of
@@ -231,10 +232,13 @@ def compute_updates(
         )
     record = record_of(model)
     config = record.config
-    method = _checked_method(config, method, statistics, calibration, sequential, joint_steps)
+    exact = not any(_is_fitted(chain) for chain in record.chains)
+    method = method or config.merge
+    if not exact:
+        _check_method(config, method, statistics, calibration, sequential, joint_steps)
     _check_extra_rank(extra_rank, joint_steps)
-    if not hands_on(config.shortcut, config.pre_num):
-        calibration = None  # exact: data would change nothing
+    if exact:
+        calibration = None  # data would change nothing
     if calibration is not None and (joint_steps or not sequential):
         with undisturbed(model), collect_statistics(model) as statistics:
             for batch in calibration:
@@ -256,6 +260,12 @@ def compute_updates(
         }
         by_layer |= joint_updates(model, fitted, seen, calibration, joint_steps, extra_rank)
     return {name: by_layer[layer] for name, layer in layers.items()}
+
+
+def _is_fitted(chain: Chain[AdapterLayer]) -> bool:
+    """Whether a layer of the chain is handed what no weight of its own can hold."""
+    config = chain.layers[0].config
+    return len(chain) > 1 and hands_on(config.shortcut, config.pre_num)
 
 
 def _check_arguments(
@@ -282,31 +292,28 @@ def _check_arguments(
     check_number("regularization", regularization, "a finite number of 0 or more", lambda v: v >= 0)
 
 
-def _checked_method(
+def _check_method(
     config: ResLoRAConfig,
-    method: MergeMethod | None,
+    method: str,
     statistics: Statistics | None,
     calibration: Iterable[Any] | None,
     sequential: bool,
     joint_steps: int,
-) -> MergeMethod:
-    chosen = method or config.merge
-    if not hands_on(config.shortcut, config.pre_num):
-        return chosen
+) -> None:
+    """What a merge needs that is fitted, because some layer hands on."""
     again = "sequential=True" if sequential else f"joint_steps={joint_steps}" if joint_steps else None
-    if again and (chosen != "least_squares" or calibration is None or iter(calibration) is calibration):
+    if again and (method != "least_squares" or calibration is None or iter(calibration) is calibration):
         raise ValueError(
             f"{again} needs method='least_squares' and calibration as a list or another re-iterable, "
-            f"got method {chosen!r} and calibration of type {type(calibration).__name__}"
+            f"got method {method!r} and calibration of type {type(calibration).__name__}"
         )
-    needs_data = not (config.shortcut == "input" and chosen == "weights")
+    needs_data = not (config.shortcut == "input" and method == "weights")
     if needs_data and statistics is None and calibration is None:
         hint = ", or method='weights', which needs none" if config.shortcut == "input" else ""
         raise ValueError(
-            f"merging shortcut {config.shortcut!r} with method {chosen!r} needs data: pass calibration=<batches> or "
+            f"merging shortcut {config.shortcut!r} with method {method!r} needs data: pass calibration=<batches> or "
             f"statistics=<from collect_statistics>{hint}"
         )
-    return chosen
 
 
 def _check_extra_rank(extra_rank: int, joint_steps: int) -> None:

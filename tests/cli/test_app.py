@@ -172,7 +172,7 @@ def test_replaces_a_folder_whole(earlier: Path) -> None:
 
 def test_link_leads_to_the_folder_and_stays(earlier: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(earlier)
-    check_replaceable(tmp_path / "link", True, "result", ())
+    check_writable("--out", tmp_path / "link")
     write(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert content(earlier) == RESULT
@@ -278,6 +278,25 @@ def test_runs_that_start_together_do_not_meet_in_a_folder_that_both_need(tmp_pat
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(check, ["one", "one", "two", "two"]))
     assert only(tmp_path)
+
+
+def test_home_is_meant_by_a_tilde_that_no_shell_has_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").write_text("")
+    assert main(["bench", "--out=~/run"]) == 2
+    assert f"--out '{tmp_path / 'run'}' is a file" in capsys.readouterr().err
+
+
+def test_results_replace_results_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["bench", "--out", str(tmp_path / "config.json")]) == 2
+    assert "is no result of an earlier run" in capsys.readouterr().err
+    (tmp_path / "table.csv").write_text("a,b")
+    assert main(["bench", "--out", str(tmp_path / "table.json")]) == 2
+    assert "would replace 'table.csv' beside it" in capsys.readouterr().err
 
 
 def test_name_that_is_too_long_is_refused_early(tmp_path: Path) -> None:

@@ -10,13 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from reslora_kernels import load_adapter
 from reslora_kernels.cli import finetune as command
@@ -25,43 +23,7 @@ from reslora_kernels.cli.tokenization import PLAIN_CHAT_TEMPLATE
 from reslora_kernels.testing import max_error
 
 from ..processes import run_command
-
-FAST = ["--max-steps", "6", "--save-steps", "3", "--per-device-train-batch-size", "2", "--learning-rate", "0.01"]
-Finetune = Callable[..., int]
-
-
-def chat(i: int) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "system", "content": "Add."},
-            {"role": "user", "content": f"What is {i} plus {i}?"},
-            {"role": "assistant", "content": f"It is {2 * i}."},
-            {"role": "user", "content": "Thanks"},
-            {"role": "assistant", "content": "You are welcome."},
-        ]
-    }
-
-
-def write_lines(path: Path, records: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_lines(tmp_path_factory.mktemp("data") / "chats.jsonl", [chat(i) for i in range(12)])
-
-
-@pytest.fixture
-def finetune(base: Path, chats: Path) -> Finetune:
-    """Run the command on the small model and the chats, unless the arguments say otherwise."""
-
-    def run(out: Path, *arguments: str, model: Path = base, data: Any = chats) -> int:
-        return main(
-            ["finetune", "--model", str(model), "--data", str(data), "--output-dir", str(out), *FAST, *arguments]
-        )
-
-    return run
+from .conftest import Finetune, adapter_of, write_lines
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -131,53 +93,6 @@ def test_checkpoint_holds_the_adapter_and_not_the_base_model(base: Path, tmp_pat
     }
     load_adapter(AutoModelForCausalLM.from_pretrained(base), checkpoint)
     assert (checkpoint / "reslora_model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size
-
-
-def adapter_of(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "adapter" / "reslora_model.safetensors")
-
-
-def assert_same_adapter(one: Path, other: Path) -> None:
-    first, second = adapter_of(one), adapter_of(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-@pytest.mark.parametrize(
-    "shortcut", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("none", "input", "block")), "middle"]
-)
-def test_interrupted_and_resumed_equals_straight_through(shortcut: str, tmp_path: Path, finetune: Finetune) -> None:
-    """Bit for bit, with dropout, evaluation and a learning rate that falls: all of the state has to come back."""
-    options = ["--shortcut", shortcut, "--lora-dropout", "0.2", "--eval-fraction", "0.2", "--eval-steps", "2"]
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert finetune(straight, *options) == 0
-    shutil.copytree(straight, stopped)
-    shutil.rmtree(stopped / "adapter")
-    (stopped / "checkpoint-6" / "trainer_state.json").unlink()  # as if killed while it was written
-    assert finetune(stopped, *options, "--resume") == 0
-    assert json.loads((stopped / "finetune.json").read_text())["resumed_from"] == "checkpoint-3"
-    assert_same_adapter(straight, stopped)
-
-
-@pytest.mark.slow
-def test_three_steps_and_three_more_equal_six(tmp_path: Path, finetune: Finetune) -> None:
-    options = ["--lr-scheduler-type", "constant", "--lora-dropout", "0.2", "--shortcut", "middle", "--pre-num", "-1"]
-    assert finetune(tmp_path / "six", *options) == 0
-    assert finetune(tmp_path / "three", *options, "--max-steps", "3") == 0
-    before = adapter_of(tmp_path / "three")
-    assert finetune(tmp_path / "three", *options, "--max-steps", "6", "--resume") == 0
-    assert any(not torch.equal(before[key], tensor) for key, tensor in adapter_of(tmp_path / "three").items())
-    assert_same_adapter(tmp_path / "six", tmp_path / "three")
-
-
-def test_overwrite_removes_the_earlier_run_and_nothing_else(tmp_path: Path, finetune: Finetune) -> None:
-    out = tmp_path / "run"
-    assert finetune(out, "--max-steps", "3", "--export") == 0
-    assert finetune(out, "--max-steps", "1", "--overwrite") == 0
-    assert {path.name for path in out.iterdir()} == {"adapter", "checkpoint-1", "finetune.json"}
-    (out / "notes.txt").write_text("mine")
-    assert finetune(out, "--max-steps", "1", "--overwrite") == 2
-    assert (out / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("form", ["completion", "text lines", "text file", "saved dataset", "saved splits"])
@@ -287,37 +202,6 @@ def test_inputs_that_are_missing_or_do_not_fit(
     assert "target_modules=('c_attn',) matches no linear layer of the model; candidates" in refusal(
         "--target-modules", "c_attn"
     )
-
-
-def test_output_that_would_be_lost_or_cannot_be_written(
-    tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    assert finetune(tmp_path) == 2
-    assert "is not empty; give another folder, --resume to go on" in capsys.readouterr().err
-    assert finetune(tmp_path, "--overwrite") == 2
-    assert "is not overwritten: other files than a run's are in it" in capsys.readouterr().err
-    assert finetune(tmp_path / "notes.txt") == 2
-    assert "is a file, not a folder" in capsys.readouterr().err
-    assert finetune(tmp_path / "notes.txt" / "run") == 2
-    assert "cannot be made" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_resume_with_other_settings_is_refused(
-    tmp_path: Path, finetune: Finetune, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    assert finetune(out, "--max-steps", "3") == 0
-    capsys.readouterr()
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    other = write_lines(tmp_path / "other.jsonl", [chat(i) for i in range(5)])
-    assert finetune(out, "--resume", "--seed", "7", "--shortcut", "none", data=other) == 2
-    error = capsys.readouterr().err
-    assert "seed was 42, is 7" in error
-    assert "'shortcut': 'block'" in error
-    assert "data_sha256" in error
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_missing_libraries_are_named_with_the_fix(

@@ -327,3 +327,47 @@ def test_failure_while_writing_leaves_nothing(
     monkeypatch.setattr(merge, "export_peft", full)
     assert main([name, str(adapters["block"]), "--base", str(base), "--out", str(tmp_path / "out")]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_class_is_the_one_whose_layers_the_adapter_has(base: Path, tmp_path: Path) -> None:
+    """``finetune`` loads the causal model of a checkpoint, also of one whose config names another class (Qwen3.5)."""
+    load(base).model.save_pretrained(tmp_path / "headless")
+    assert json.loads((tmp_path / "headless" / "config.json").read_text())["architectures"] == ["LlamaModel"]
+    of_causal = make_adapter(base, tmp_path / "of-causal", "block")
+    model = apply_reslora(load(base).model, ResLoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    of_own = save_adapter(model, tmp_path / "of-own")
+    for adapter, name in ((of_causal, "LlamaForCausalLM"), (of_own, "LlamaModel")):
+        out = tmp_path / name
+        assert main(["merge", str(adapter), "--base", str(tmp_path / "headless"), "--out", str(out)]) == 0
+        assert json.loads((out / "config.json").read_text())["architectures"] == [name]
+
+
+def test_inspect_shows_the_chains_of_the_file(
+    base: Path, tmp_path: Path, adapters: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"model.layers.{n}.self_attn.q_proj" for n in range(3)]
+    model = apply_reslora(load(base), ResLoRAConfig(r=4, target_modules=["q_proj"]), chains=[names[:1], names[1:]])
+    save_adapter(model, tmp_path / "by-hand")
+    found = inspect_json(capsys, str(base), "--adapter", str(tmp_path / "by-hand"))
+    assert [row["position"] for row in found["layers"]] == [0, 0, 1]
+    small = load(base).model
+    small.layers = small.layers[:2]
+    small.config.num_hidden_layers = 2
+    small.save_pretrained(tmp_path / "small")
+    assert main(["inspect", str(tmp_path / "small"), "--adapter", str(adapters["block"])]) == 2
+    assert "the adapter does not fit the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_files_that_are_no_models_are_not_replaced(
+    command: str, base: Path, tmp_path: Path, adapters: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [command, str(adapters["block"]), "--base", str(base), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0 and main([*arguments, "--overwrite"]) == 0
+    (tmp_path / "out" / "train.py").write_text("mine")
+    assert main([*arguments, "--overwrite"]) == 2
+    assert "is not replaced: it holds 'train.py'" in capsys.readouterr().err
+    (tmp_path / "out" / "train.py").unlink()
+    shutil.copy(base / "config.json", tmp_path / "out" / "d.txt")
+    assert main([*arguments, "--overwrite", "--data", str(tmp_path / "out" / "d.txt")]) == 2
+    assert "d.txt', which is read; give another folder" in capsys.readouterr().err

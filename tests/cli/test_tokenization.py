@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ GOOD = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
         ('{"question": "a", "answer": "b"}\n', "this one has the keys ['answer', 'question']"),
         ('{"prompt": 3, "completion": "b"}\n', "line 1: prompt must be a str, got 3"),
         ('{"prompt": "a", "completion": ""}\n', "line 1: completion is empty"),
-        ('{"text": null}\n', "line 1: text must be a str, got None"),
+        ('{"text": null}\n', "line 1: a record must be"),
         ('{"messages": []}\n', "line 1: messages must be a list of at least one message"),
         ('{"messages": [{"from": "human", "value": "a"}]}\n', 'messages[0] must be {"role": ..., "content": ...}'),
         ('{"messages": [{"role": "gpt", "content": "a"}]}\n', "role of system, developer, user, assistant, tool, got"),
@@ -68,6 +70,53 @@ def test_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
     assert read_examples("--data", str(path)) == [Completion("a", "b", "data.jsonl line 1")]
+
+
+def test_a_folder_by_a_bare_name_is_that_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By "text" or "json" alone datasets means builders of its own, which read whatever is below this folder."""
+    for name in ("text", "private"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    monkeypatch.chdir(tmp_path)
+    assert [example.text for example in read_examples("--data", "text")] == ["text"]
+    for missing in ("json", "data.jsonl", "own/data.parquet"):
+        with pytest.raises(FileNotFoundError, match=f"--data '{missing}' does not exist"):
+            read_examples("--data", missing)
+    (tmp_path / "text" / "a.txt").unlink()
+    (tmp_path / "text" / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match="--data 'text' cannot be read: JSON parse error"):
+        read_examples("--data", "text")
+
+
+def test_ids_of_datasets_may_have_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": [{"text": name}]})
+    assert read_examples("--data", "teknium/OpenHermes-2.5") == [
+        Text("teknium/OpenHermes-2.5", "teknium/OpenHermes-2.5 row 0")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [('\n{"text": "a"}\n{"text": "b"}\n', ["a", "b"]), ("prose\nof two lines\n", ["prose\nof two lines\n"])],
+    ids=["JSON Lines", "text"],
+)
+def test_what_another_program_writes_into_a_pipe_is_read(content: str, expected: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit((tmp_path / "pipe").write_text, content)
+        assert [example.text for example in read_examples("--data", str(tmp_path / "pipe"))] == expected
+        written.result()
+
+
+def test_one_dataset_has_no_other_split(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"text": "a", "messages": None}]).save_to_disk(tmp_path / "set")
+    assert read_examples("--data", str(tmp_path / "set"))[0].text == "a"
+    with pytest.raises(ValueError, match="is one dataset without splits, so that it has no split 'test'"):
+        read_examples("--data", str(tmp_path / "set"), "test")
 
 
 def test_nulls_that_a_table_puts_into_objects_are_taken_out(tmp_path: Path) -> None:
@@ -122,6 +171,20 @@ def test_the_tokenizers_own_template_is_used(tokenizer: Any) -> None:
     )
     (row,) = encode_one(Chat(chat(), "here"), tokenizer)
     assert learned(row, tokenizer) == "It is 4.<eos>You are welcome.<eos>"
+
+
+def test_one_of_several_templates_is_that_for_tools(tokenizer: Any) -> None:
+    """As Command-R and Hermes 2 Pro have them: by name, which is how the tokenizer holds them."""
+    plain = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.chat_template = {"default": plain, "tool_use": "{{ tools | tojson }}" + plain}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    for given, expected in (({}, "<user>a<assistant>b"), ({"tools": tools}, json.dumps(tools) + "<user>a<assistant>b")):
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        (row,) = encode([parse_record({"messages": messages, **given}, "here")], tokenizer, 512, None).rows
+        assert tokenizer.decode(row.input_ids).removesuffix("<eos>") == expected
 
 
 def test_template_that_rewrites_earlier_turns_gives_a_sequence_per_turn(tokenizer: Any) -> None:

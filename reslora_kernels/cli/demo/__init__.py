@@ -15,7 +15,7 @@ from rich.console import Console
 from reslora_kernels.cli.demo.experiment import run_experiment
 from reslora_kernels.cli.demo.fine_tuning import BASELINE, FULL, QUICK, TITLES, Settings
 from reslora_kernels.cli.demo.report import REPORT_NAME, WRITTEN, as_dict, is_report, show_results, write_report
-from reslora_kernels.cli.options import check_choice
+from reslora_kernels.cli.options import check_choice, out_option
 from reslora_kernels.cli.output import check_writable, whole_folder
 from reslora_kernels.config import Shortcut
 
@@ -25,9 +25,9 @@ LIBRARIES = ("transformers", "peft", "matplotlib", "jinja2")
 
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model and fewer steps: under a minute.")] = False,
-    out: Annotated[
-        Path, typer.Option("--out", help="Folder for the report; an earlier demo's folder is replaced.")
-    ] = Path("reslora-demo"),
+    out: Annotated[Path, out_option("Folder for the report; an earlier demo's folder is replaced.")] = Path(
+        "reslora-demo"
+    ),
     shortcut: Annotated[
         list[str] | None,
         typer.Option("--shortcut", help="Only this one: input, block or middle. May be repeated; LoRA always runs."),

@@ -6,6 +6,7 @@ training data made ready for a model whose weights are not loaded yet.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -20,6 +21,7 @@ from reslora_kernels.adapt.apply import apply_reslora
 from reslora_kernels.adapt.coverage import inspect
 from reslora_kernels.adapt.targets import find_targets
 from reslora_kernels.cli.examples import Chat, read_examples
+from reslora_kernels.cli.finetune import folder
 from reslora_kernels.cli.merge import check_fits
 from reslora_kernels.cli.options import (
     DEFAULTS,
@@ -46,11 +48,12 @@ from reslora_kernels.cli.options import (
     load_tokenizer,
     make_config,
     model_without_weights,
+    out_option,
     require,
     torch_device,
     torch_dtype,
 )
-from reslora_kernels.cli.output import check_writable
+from reslora_kernels.cli.output import check_apart, check_writable
 from reslora_kernels.cli.tokenization import PLAIN_CHAT_TEMPLATE, Encoded, Row, encode, max_length_for
 from reslora_kernels.config import ResLoRAConfig
 
@@ -65,7 +68,7 @@ def finetune(
             "file; a saved dataset or the id of one.",
         ),
     ],
-    output_dir: Annotated[Path, typer.Option("--out", "--output-dir", help="New folder for all results.")],
+    output_dir: Annotated[Path, out_option("New folder for all results.", "--output-dir")],
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Where the tokenizer is, if not with the model.")
     ] = None,
@@ -143,12 +146,15 @@ def finetune(
     torch_dtype(torch_dtype_name)
     target = torch_device(device)
     _check_evaluation(eval_data, eval_fraction)
+    if max_steps == 0 or max_steps < -1:
+        raise ValueError(f"--max-steps must be at least 1, or -1 for epochs, got {max_steps}")
 
     from reslora_kernels.cli.finetune import run  # imports Transformers
 
     if os.environ.get("RANK", "0") == "0":  # the process that writes: others would find what it tries out
-        _check_output(output_dir, resume, overwrite)
-    checkpoint = run.last_checkpoint(output_dir) if resume else None
+        sources = [source for source in (model, tokenizer, data, eval_data) if source is not None]
+        _check_output(output_dir, resume, overwrite, sources)
+    checkpoint = folder.last_checkpoint(output_dir) if resume else None
     arguments = run.training_arguments(
         output_dir, evaluate=eval_data is not None or eval_fraction > 0, device=target,
         learning_rate=learning_rate, num_train_epochs=num_train_epochs, max_steps=max_steps,
@@ -163,12 +169,19 @@ def finetune(
         model, data, config, tokenizer=tokenizer, split=split, eval_data=eval_data, eval_fraction=eval_fraction,
         max_length=max_length, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    if merge and getattr(prepared.model_config, "quantization_config", None) is not None:
+        raise ValueError(
+            "--merge: the base model is quantised, and such weights hold no update; merge into the one it was made of "
+            "(reslora merge ADAPTER --base ...), or --export"
+        )
     settings = {
-        "model": model,
+        "model": model.rstrip("/") or model,
         "config": config.to_dict(),
         "data_sha256": run.fingerprint(prepared.train),
         "max_length": prepared.max_length,
         "seed": seed,
+        "max_steps": max_steps,
+        "num_train_epochs": num_train_epochs,
         "learning_rate": learning_rate,
         "per_device_train_batch_size": per_device_train_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -182,7 +195,7 @@ def finetune(
         "torch_dtype": torch_dtype_name,
     }
     if resume:
-        run.check_same_run(output_dir, settings)
+        folder.check_same_run(output_dir, settings)
 
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -190,6 +203,7 @@ def finetune(
         "--model", model, prepared.model_config, AutoModelForCausalLM,
         dtype=torch_dtype_name, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    generation = copy.deepcopy(getattr(network, "generation_config", None))
     set_seed(seed)
     apply_reslora(network, config)
     coverage = inspect(network)
@@ -209,15 +223,18 @@ def finetune(
     record: dict[str, Any] = {"status": "started", "settings": settings, "versions": run.versions()}
     run.wait_for_all()  # each has looked at the folder before it is changed
     if not resume and first:
-        if output_dir.exists():
-            run.remove_earlier_run(output_dir)
-        run.write_record(output_dir, record)
+        folder.set_aside(output_dir)
+        folder.write_record(output_dir, record)
+        trainer.add_callback(run.AfterFirstStep(lambda: folder.drop(output_dir)))
     run.wait_for_all()
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except ValueError:  # a checkpoint that could not be loaded is not saved
-        run.refuse_diverged(network)
+    except BaseException as error:
+        if first and not resume:
+            folder.bring_back(output_dir)
+        if isinstance(error, ValueError):  # a checkpoint that could not be loaded is not saved
+            run.refuse_diverged(network)
         raise
     run.save_trained(network, prepared.tokenizer, output_dir / "adapter" if first else None)
     record |= {
@@ -234,25 +251,32 @@ def finetune(
         "total_parameters": coverage.total_parameters,
         "outputs": {"adapter": str(output_dir / "adapter")},
     }
-    if merge or export:
-        batches = run.calibration_for(config, prepared.train, calibration_examples, seed, network.device)
-        options: dict[str, Any] = {"calibration": batches}
-        if batches is not None:
-            options |= {"sequential": sequential, "joint_steps": joint_steps, "extra_rank": extra_rank}
-        network.eval()
+    if first:
+        folder.write_record(output_dir, record | {"status": "trained", "log": trainer.state.log_history})
+    if generation is not None:
+        network.generation_config = generation  # the Trainer's has changed, and may not be one that can be saved
+    try:
+        if merge or export:
+            batches = run.calibration_for(config, prepared.train, calibration_examples, seed, network.device)
+            options: dict[str, Any] = {"calibration": batches}
+            if batches is not None:
+                options |= {"sequential": sequential, "joint_steps": joint_steps, "extra_rank": extra_rank}
+            network.eval()
         if export and first:
             record["peft"] = run.export_trained(network, prepared.tokenizer, output_dir / "peft", options)
             record["outputs"]["peft"] = str(output_dir / "peft")
         if merge:
-            record["merge"] = run.merge_trained(
-                network, prepared.tokenizer, output_dir / "merged" if first else None, options
-            )
+            merged = output_dir / "merged" if first else None
+            record["merge"] = run.merge_trained(network, prepared.tokenizer, merged, options)
             record["outputs"]["merged"] = str(output_dir / "merged")
             if prepared.evaluation:
                 record["losses"]["eval_merged"] = trainer.evaluate()["eval_loss"]
+    except Exception as error:
+        saved = f"the trained adapter is in {str(output_dir / 'adapter')!r}"
+        raise RuntimeError(f"{saved}; what was to follow failed: {error}") from error
     record |= {"status": "finished", "log": trainer.state.log_history}
     if first:
-        run.write_record(output_dir, record)
+        folder.write_record(output_dir, record)
         for line in run.summary(record):
             typer.echo(line)
     run.part()
@@ -269,21 +293,20 @@ def _check_evaluation(eval_data: str | None, eval_fraction: float) -> None:
         raise ValueError("give --eval-data or --eval-fraction, not both")
 
 
-def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
-    from reslora_kernels.cli.finetune.run import is_earlier_run
-
-    check_writable("--out", folder)
+def _check_output(output_dir: Path, resume: bool, overwrite: bool, sources: list[str]) -> None:
+    check_writable("--out", output_dir)
+    check_apart(output_dir, sources)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    if resume or not folder.exists() or not any(folder.iterdir()):
+    if resume or not output_dir.exists() or not any(output_dir.iterdir()):
         return
     if not overwrite:
         raise FileExistsError(
-            f"--out {str(folder)!r} is not empty; give another folder, --resume to go on with the run in it, or "
+            f"--out {str(output_dir)!r} is not empty; give another folder, --resume to go on with the run in it, or "
             "--overwrite to remove that"
         )
-    if not is_earlier_run(folder):
-        raise FileExistsError(f"--out {str(folder)!r} is not overwritten: other files than a run's are in it")
+    if not folder.is_earlier_run(output_dir):
+        raise FileExistsError(f"--out {str(output_dir)!r} is not overwritten: other files than a run's are in it")
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import os
 import platform
-import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,18 +21,26 @@ from reslora_kernels.cli.options import save_merged
 from reslora_kernels.cli.output import whole_folder
 from reslora_kernels.cli.tokenization import Row, collate, pad_token
 from reslora_kernels.config import ResLoRAConfig
-from reslora_kernels.files.adapter_format import CONFIG_NAME, write_durably
 from reslora_kernels.files.peft_export import export_peft
 from reslora_kernels.files.save_load import save_adapter
 from reslora_kernels.merge.merging import merge_reslora
 from reslora_kernels.training import AdapterCheckpoints
 
-RECORD_NAME = "finetune.json"
-OUTPUTS = ("adapter", "merged", "peft", RECORD_NAME)
-
 
 class ResLoRATrainer(AdapterCheckpoints, Trainer):
     """Transformers' Trainer with checkpoints that hold the adapters alone."""
+
+
+class AfterFirstStep(TrainerCallback):
+    """Does ``work`` once a step has gone well."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work: Callable[[], None] | None = work
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.work is not None:
+            self.work()
+            self.work = None
 
 
 class LogLastStep(TrainerCallback):
@@ -117,51 +121,6 @@ def part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def last_checkpoint(output_dir: Path) -> Path:
-    """The newest checkpoint that was written to its end; a killed run may leave an incomplete one after it.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    found = [
-        (int(match[1]), folder) for folder in _checkpoints(output_dir) if (match := re.search(r"(\d+)$", folder.name))
-    ]
-    complete = [folder for _, folder in sorted(found) if _is_complete(folder)]
-    if not complete:
-        raise FileNotFoundError(f"--resume: {str(output_dir)!r} holds no complete checkpoint")
-    return complete[-1]
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    return [f for f in output_dir.glob("checkpoint-*") if f.is_dir() and re.fullmatch(r"checkpoint-\d+", f.name)]
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether the file that the Trainer writes last is there and whole."""
-    state = folder / "trainer_state.json"
-    if not (state.is_file() and (folder / CONFIG_NAME).is_file()):
-        return False
-    try:
-        return isinstance(json.loads(state.read_bytes()), dict)
-    except ValueError:
-        return False
-
-
-def is_earlier_run(output_dir: Path) -> bool:
-    """Whether the folder holds nothing but what ``reslora finetune`` writes."""
-    known = {folder.name for folder in _checkpoints(output_dir)} | set(OUTPUTS)
-    return {entry.name for entry in output_dir.iterdir()} <= known
-
-
-def remove_earlier_run(output_dir: Path) -> None:
-    """Remove what an earlier run left in the folder, and nothing else."""
-    for entry in (*_checkpoints(output_dir), *(output_dir / name for name in OUTPUTS)):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
-
-
 def fingerprint(rows: Sequence[Row]) -> str:
     """A hash of the training data as the model sees it, its order included."""
     digest = hashlib.sha256()
@@ -170,37 +129,6 @@ def fingerprint(rows: Sequence[Row]) -> str:
             digest.update(len(tensor).to_bytes(8, "little"))
             digest.update(tensor.numpy().astype("<i4").tobytes())
     return digest.hexdigest()
-
-
-def check_same_run(output_dir: Path, settings: dict[str, Any]) -> None:
-    """Refuse to resume a run with other settings than it was started with, since the result would be neither's.
-
-    Raises:
-        OSError, ValueError: the folder has no record of a run, or one with other settings.
-    """
-    path = output_dir / RECORD_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume: {str(output_dir)!r} holds no {RECORD_NAME}: no run was started there")
-    try:
-        started = json.loads(path.read_bytes())["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume: {path} is damaged: {error!r}") from None
-    now = json.loads(json.dumps(settings))
-    changed = [
-        f"{key} was {started.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(started.keys() | now.keys())
-        if started.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ValueError(f"--resume needs the settings that the run was started with: {'; '.join(changed)}")
-
-
-def write_record(output_dir: Path, record: dict[str, Any]) -> None:
-    """Replace the run's record in one step."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir / f".{RECORD_NAME}.{os.getpid()}.tmp"
-    write_durably(temporary, (json.dumps(record, indent=2) + "\n").encode())
-    os.replace(temporary, output_dir / RECORD_NAME)
 
 
 def versions() -> dict[str, str]:
