@@ -5,12 +5,15 @@ torch.distributed's parts are imported where processes were started only: they c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+_FLAT = "FullyShardedDataParallel (FSDP1) is not supported: use shard_reslora(model, blocks)"
 
 
 def initialised() -> bool:
@@ -77,7 +80,14 @@ def refuse_flat(model: nn.Module) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise ValueError("FullyShardedDataParallel (FSDP1) is not supported: use shard_reslora(model, blocks)")
+        raise ValueError(_FLAT)
+
+
+def refuse_flattened(parameter: Any) -> None:
+    """The same for a parameter of a model somewhere inside that wrapper, as its forward runs."""
+    flat = sys.modules.get("torch.distributed.fsdp._flat_param")
+    if flat is not None and (parameter.dim() < 2 or isinstance(parameter._base, flat.FlatParameter)):
+        raise ValueError(_FLAT)
 
 
 def whole_shape(parameter: Any) -> tuple[int, ...]:

@@ -6,15 +6,27 @@ import copy
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
-from reslora_kernels import ResLoRAConfig, apply_reslora, checkpoint_context, collect_statistics
+from reslora_kernels import (
+    ResLoRAConfig,
+    apply_reslora,
+    checkpoint_context,
+    collect_statistics,
+    export_peft,
+    load_adapter,
+    merge_reslora,
+    save_adapter,
+)
+from reslora_kernels.adapt.record import record_of
 from reslora_kernels.forward_state import ForwardState
 from reslora_kernels.testing import relative_error
 
@@ -106,6 +118,56 @@ def test_checkpoint_wrapper(shortcut: str, pre_num: int) -> None:
     for i, block in enumerate(model.blocks):
         model.blocks[i] = checkpoint_wrapper(block, context_fn=context)
     assert_same(gradients(model, lambda: model(x).square().mean()), expected)
+
+
+def wrap_blocks(model: Stack, step: int = 1) -> None:
+    for i in range(0, len(model.blocks), step):
+        model.blocks[i] = checkpoint_wrapper(model.blocks[i])
+
+
+def wrap_layers(model: Stack) -> None:
+    for block in model.blocks:
+        block.up = checkpoint_wrapper(block.up)
+
+
+def compile_blocks(model: Stack) -> None:
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block, backend="eager")
+
+
+@pytest.mark.parametrize("shortcut", ["block", "middle"])
+@pytest.mark.parametrize("wrapped_first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "wrap", [wrap_blocks, partial(wrap_blocks, step=2), wrap_layers, compile_blocks],
+    ids=["blocks", "some blocks", "layers", "compiled blocks"],
+)  # fmt: skip
+def test_wrappers_change_no_chain_no_file_and_no_merge(
+    wrap: Callable[[Stack], None], wrapped_first: bool, shortcut: str, tmp_path: Path
+) -> None:
+    """Adapted in wrappers, or put into them afterwards."""
+    config, x = ResLoRAConfig(r=2, shortcut=shortcut), torch.randn(3, WIDTH, dtype=torch.float64)
+
+    def plain(wrapped: bool = False) -> Stack:
+        torch.manual_seed(0)
+        model = Stack().double()
+        if wrapped:
+            wrap(model)
+        return model
+
+    expected = randomize(apply_reslora(plain(), config))(x)
+    model = randomize(apply_reslora(plain(wrapped_first), config))
+    chains = [chain.name for chain in record_of(model).chains]
+    if not wrapped_first:
+        wrap(model)
+    assert chains == ["blocks.*.up", "blocks.*.down"]
+    assert relative_error(model(x), expected) < 1e-12
+    save_adapter(model, tmp_path / "own")
+    for other in (plain(), plain(wrapped=True), model):
+        assert relative_error(load_adapter(other, tmp_path / "own")(x), expected) < 1e-12
+    export_peft(model, tmp_path / "peft", calibration=[x])
+    merge_reslora(model, calibration=[x])
+    served = PeftModel.from_pretrained(plain(), tmp_path / "peft")
+    assert relative_error(served(x), model(x)) < 1e-6
 
 
 def test_backward_twice_through_the_same_graph() -> None:

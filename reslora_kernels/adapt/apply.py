@@ -21,7 +21,7 @@ from . import trained_tokens
 from .checkpoints import guard, statistics_of, trained_beside, undefined
 from .linking import ChainPlan, Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from .obstacles import refuse_foreign_hooks
-from .record import Record, adapted_layers, checked_name, is_adapted, without_compiled
+from .record import Record, adapted_layers, checked_name, is_adapted, without_wrappers
 from .surroundings import watch_methods
 from .targets import find_targets, with_heads_saved
 
@@ -109,7 +109,7 @@ def adapt(
     keep_order(model)
     _swap(model, targets, config, configs, autocast_adapter_dtype, init_values)
     trained_tokens.attach(model, record, found, autocast_adapter_dtype)
-    record.layer_names = [without_compiled(name) for name in targets]
+    record.layer_names = [without_wrappers(name) for name in targets]
     record.kept |= undefined(model) | trained_beside(model)
     record.statistics = statistics_of(model)
     model.__dict__["_reslora"] = record

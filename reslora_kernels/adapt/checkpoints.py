@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..dtensors import whole
 from ..layers.adapter import ADAPTER_PARAMETERS, AdapterLayer
-from .record import TOKENS, Record, adapted_layers, record_of, root_of, without_compiled
+from .record import TOKENS, Record, adapted_layers, record_of, root_of, without_wrappers
 
 _HEADED = re.compile(r"Classification|QuestionAnswering|MultipleChoice")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -64,7 +64,7 @@ def _plainly(root: nn.Module, tensors: Mapping[str, Any]) -> tuple[dict[str, Any
     Of such a copy for each adapter, that of the one in force is what the model has under the name.
     """
     record = vars(root).get("_reslora")
-    names = {without_compiled(name).replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
+    names = {without_wrappers(name).replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
     if record is None or record.layers is None:
         return names, set()
     copies = {name: name.partition(_TRAINED_WHOLE) for name in names if _TRAINED_WHOLE in name}
@@ -157,7 +157,7 @@ def beside(model: nn.Module) -> Beside:
     named, by_peft = _plainly(root, dict(root.named_parameters(remove_duplicate=False)))
     others = {name: p for name, p in named.items() if id(p) not in adapters}
     _refuse_outside(model, root)
-    resized = tuple(f"{without_compiled(name)}." for name in resized_embeddings(root))
+    resized = tuple(f"{without_wrappers(name)}." for name in resized_embeddings(root))
     kept = {
         id(p)
         for name, p in others.items()

@@ -26,7 +26,7 @@ from ..quantizers import keep_order
 from .checkpoints import output_head
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
-from .record import Record, adapted_layers, record_of
+from .record import Record, adapted_layers, record_of, unwrapped, without_wrappers
 from .surroundings import Surroundings, watch_head
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
@@ -96,12 +96,12 @@ def _title(key: _Alike, keys: Sequence[_Alike]) -> str:
 
 
 def places(model: nn.Module) -> dict[str, Place]:
-    """The place of every layer that can be adapted of ``model``, by the name that ``named_modules`` gives it.
+    """The place of every layer that can be adapted of ``model``, by its name without those of wrappers.
 
     Of parameters too, by the names of their adapters.
     """
     found: dict[str, Place] = {}
-    _descend(model, None, "", _Path(), found, set())
+    _descend(unwrapped(model), None, "", _Path(), found, set())
     return found
 
 
@@ -146,7 +146,8 @@ def _descend(
         adapter = own + PARAMETER_ADAPTER
         found[f"{name}.{adapter}" if name else adapter] = path.named(own, expert=True).place
     step = _Steps(module, owner, path)
-    for part, child in module.named_children():
+    for part, wrapped in module.named_children():
+        child = unwrapped(wrapped)
         if id(child) not in seen:
             _descend(child, module, f"{name}.{part}" if name else part, step.to(part), found, seen)
 
@@ -159,7 +160,7 @@ class _Steps:
         self.called = path.parts[-1] if path.parts else ""
         self.numbers = _numbers(module, inside=bool(path.depth))
         listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        elements = [child for part, child in module.named_children() if part in self.numbers]
+        elements = [unwrapped(child) for part, child in module.named_children() if part in self.numbers]
         self.elements = [element for element in elements if _layer_names(element)]
         self.alike = len({(type(element), _layer_names(element)) for element in self.elements}) == 1
         self.blocks = self.alike and kind_of(self.elements[0]) is None and _layer_names(self.elements[0]) != _ONE
@@ -203,7 +204,7 @@ def _layer_names(module: nn.Module) -> tuple[str, ...]:
 
     The first block of a stage of convolutions has another one in its shortcut, and is like the others all the same.
     """
-    layers = [(name, part) for name, part in module.named_modules() if kind_of(part) is not None]
+    layers = [(without_wrappers(name), part) for name, part in module.named_modules() if kind_of(part) is not None]
     linear = tuple(name for name, part in layers if is_linear(part))
     return linear or ((_ONE if len(layers) == 1 else ("convolutions",)) if layers else ())
 

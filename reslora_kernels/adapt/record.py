@@ -139,12 +139,16 @@ def in_force(model: nn.Module) -> list[tuple[Record, dict[str, AdapterLayer]]]:
 
 def layers_by_name(root: nn.Module) -> dict[str, AdapterLayer]:
     """Every adapted layer inside ``root``."""
-    return {without_compiled(name): m for name, m in root.named_modules() if isinstance(m, AdapterLayer)}
+    return {without_wrappers(name): m for name, m in root.named_modules() if isinstance(m, AdapterLayer)}
 
 
-def without_compiled(name: str) -> str:
-    """The name of a module or parameter without the prefixes that torch.compile adds."""
-    return name.replace("_orig_mod.", "")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and checkpoint_wrapper call the inner one
+_IN_NAMES = re.compile(rf"(?:^|\.)(?:{'|'.join(_WRAPPERS)})(?=\.|$)")
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a module or parameter without the parts that torch.compile and checkpoint_wrapper add."""
+    return _IN_NAMES.sub("", name).removeprefix(".") if "_" in name else name
 
 
 def complete_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -196,14 +200,27 @@ def place_of(root: nn.Module, record: Record, name: str, layer: Any) -> tuple[nn
     if record.layers is not None:
         return layer.holder.reslora_adapter, record.name
     path, _, child = name.rpartition(".")
-    return at(root, path), child
+    parent = at(root, path)
+    return None if parent is None else unwrapped(parent), child
 
 
 def at(root: nn.Module, name: str) -> nn.Module | None:
-    """The module of that name; None where there is none."""
+    """The module of that name, inside wrappers or not; None where there is none."""
     module: nn.Module | None = root
     for part in name.split(".") if name else ():
-        module = None if module is None else module._modules.get(part)
+        if module is None:
+            return None
+        children = module._modules if part in module._modules else unwrapped(module)._modules
+        module = children.get(part)
+    return module
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What torch.compile's and checkpoint_wrapper's modules are around."""
+    inner: nn.Module | None = module
+    while inner is not None:
+        module = inner
+        inner = next((child for child in map(module._modules.get, _WRAPPERS) if child is not None), None)
     return module
 
 

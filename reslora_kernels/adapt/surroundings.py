@@ -10,19 +10,22 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
-from ..dtensors import refuse_zero3
+from ..dtensors import refuse_flattened, refuse_zero3
 from ..forward_state import Passes, scope_pass
 from ..layers.adapter import ADAPTER_PARAMETERS, AdapterLayer
 from ..layers.chain import Chain
 from ..layers.offloading import offloader
 from ..layers.quantized_linear import QuantizedResLoRALinear
+from .data_parallel import meet, running
 from .obstacles import has_no_say, is_fused, refuse_fused
-from .record import Record, at, copied, holds, place_of, refuse_replaced, without_compiled
+from .record import Record, at, copied, holds, place_of, refuse_replaced, without_wrappers
 
 
 class Surroundings:
@@ -33,6 +36,7 @@ class Surroundings:
         self.first = next(iter(layers.values()))
         self.others = [] if record.layers is not None else _places_beside(model)
         self.told: object = None  # the parameter under whose ds_id ZeRO-3 was told who reads what
+        self.met: tuple[int, int] | None = None  # the DistributedDataParallel around, and the parameter that it knew
         self.ends = _ends(record, layers)
         paths = dict.fromkeys(re.split(r"\.\d+\.", name)[0] for name in layers if re.search(r"\.\d+\.", name))
         lists = [(path, at(model, path)) for path in paths]
@@ -46,6 +50,8 @@ class Surroundings:
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
+            if not is_dynamo_compiling():
+                self._refuse_traced_stages()
             return
         if torch.is_grad_enabled():
             self._note_what_trains()
@@ -62,12 +68,19 @@ class Surroundings:
         for path, blocks, held in self.blocks if active else ():
             if at(model, path) is not blocks or list(blocks._modules.values()) != held:
                 self._refuse_moved(model)
+                held[:] = blocks._modules.values()  # in wrappers now
                 break
         if active and any(map(_is_group_offloaded, self.around)):
             _refuse_reads_across_groups(model, self.layers)
         if active and any(is_fused(owner) for owner in self.fusible):
             refuse_fused(model, self.layers)
         a = self.first.lora_A
+        if type(a) is not nn.Parameter or a.dim() < 2:
+            refuse_flattened(a)
+        ddp = running(model)
+        if ddp is not None and active and a.requires_grad and self.met != (id(ddp), id(a)):
+            meet(ddp, model, a)
+            self.met = id(ddp), id(a)
         if a.is_meta and a.requires_grad and torch.is_grad_enabled() and offloader(self.first) is not None:
             raise ValueError(
                 "accelerate has taken the adapters off the device with the weights, where they get no gradients: call "
@@ -75,6 +88,21 @@ class Surroundings:
             )
         if hasattr(a, "ds_id"):
             self._under_zero3(model, a)
+
+    def _refuse_traced_stages(self) -> None:
+        """ValueError where PyTorch's pipelining cuts a traced model between layers that read each other's A and B.
+
+        Each stage would get a copy of what it reads, and train it apart.
+        """
+        chains = [chain for chain in self.record.chains if len(chain) > 1 and any(chain.reach)]
+        shortcut = self.record.config.shortcut
+        if not chains or shortcut == "middle" or not self.first.lora_A.requires_grad or not _is_pipelined():
+            return
+        raise ValueError(
+            f"torch.distributed.pipelining.pipeline() cuts the traced model, and with shortcut={shortcut!r} each stage "
+            "would train copies of its own of the A and B that it reads of another: make the stages by hand and let "
+            "the chains go on with pipeline_reslora, or take 'none' or 'middle' (for inference: requires_grad_(False))"
+        )
 
     def _note_what_trains(self) -> None:
         """What somebody has unfrozen, which is to be saved though it be frozen again; see ``beside``."""
@@ -106,7 +134,7 @@ class Surroundings:
         found = [
             (name, m) for name, m in model.named_modules() if adapters in m._modules and own in m._modules[adapters]
         ]
-        here = {id(module): without_compiled(name) for name, module in found}
+        here = {id(module): without_wrappers(name) for name, module in found}
         names: dict[int, str] = {id(layer.holder): name for name, layer in self.layers.items()}
         for holder, name in here.items():
             if holder not in names:
@@ -138,7 +166,18 @@ def _around(model: nn.Module, name: str, layer: AdapterLayer) -> Iterator[nn.Mod
     """``layer`` and the modules around it, where they are now."""
     yield layer
     parts = name.split(".")
-    yield from filter(None, (at(model, ".".join(parts[:depth])) for depth in range(len(parts))))
+    around = (at(model, ".".join(parts[:depth])) for depth in range(len(parts)))
+    yield from (module for module in around if module is not None)
+
+
+def _is_pipelined() -> bool:
+    """Whether the model is traced for pipelining, which asks torch.export for it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.distributed.pipelining"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_group_offloaded(module: nn.Module) -> bool:
@@ -167,7 +206,7 @@ def _refuse_reads_across_groups(model: nn.Module, layers: Mapping[str, AdapterLa
 def _places_beside(root: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """The name, the owner and the owner's key of every parameter that is no adapter's."""
     return [
-        (without_compiled(f"{path}.{own}" if path else own), module, own)
+        (without_wrappers(f"{path}.{own}" if path else own), module, own)
         for path, module in root.named_modules()
         for own in module._parameters
         if own not in ADAPTER_PARAMETERS

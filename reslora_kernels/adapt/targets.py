@@ -18,6 +18,7 @@ from ..layers.offloading import offloader
 from ..quantizers import quantizer_of
 from .checkpoints import output_head, task_heads
 from .obstacles import read_past, reader_of_given
+from .record import unwrapped, without_wrappers
 
 LORA_PARAMETERS = frozenset(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))  # as LoRA libraries name them
 
@@ -52,8 +53,9 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     head = output_head(model)
     matched: dict[str, Any] = {}
     unmatched: list[tuple[str, str]] = []
-    for name, module in model.named_modules():
-        if name in matched:
+    for path, module in model.named_modules():
+        name = without_wrappers(path)
+        if name in matched or module is not unwrapped(module):
             continue
         reason = _left_out(name, module, config, head) or passed_over(model, name, module, config)
         if reason is None:
@@ -270,7 +272,7 @@ def find_parameters(
     found: dict[str, TargetParameter] = {}
     for owner_name, owner in model.named_modules() if wanted else ():
         for own in owner._parameters:
-            name = f"{owner_name}.{own}" if owner_name else own
+            name = without_wrappers(f"{owner_name}.{own}" if owner_name else own)
             if owner._parameters[own] is not None and matches(name, wanted):
                 found[name] = TargetParameter(owner, own)
     missing = [ending for ending in wanted if not any(matches(name, [ending]) for name in found)]

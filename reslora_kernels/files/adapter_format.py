@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ from torch import Tensor
 
 from .._version import __version__
 from ..adapt.linking import ChainPlan
-from ..adapt.record import without_compiled
+from ..adapt.record import without_wrappers
 from ..config import ResLoRAConfig
 from ..layers.adapter import ADAPTER_PARAMETERS
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG_NAME = "reslora_config.json"
 WEIGHTS_NAME = "reslora_model.safetensors"
@@ -96,8 +102,12 @@ def encoded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[b
 
 def write(folder: Path, config: bytes, weights: bytes) -> None:
     """Write both files, which belong together. A crash leaves the old pair or the new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _finish_killed_save(folder)
+    with one_at_a_time(folder):
+        _finish_killed_save(folder)
+        _write(folder, config, weights)
+
+
+def _write(folder: Path, config: bytes, weights: bytes) -> None:
     pending, temporary = folder / _PENDING_NAME, folder / f".{CONFIG_NAME}.tmp"
     try:
         write_durably(pending, weights)
@@ -120,6 +130,22 @@ def _finish_killed_save(folder: Path) -> None:
     if hashlib.sha256(pending.read_bytes()).hexdigest().encode() in config.read_bytes():
         os.replace(pending, folder / WEIGHTS_NAME)
         sync_folder(folder)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, for this writer alone: all processes of a run may be told to save to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:  # on Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -164,7 +190,7 @@ def parsed(config: bytes, weights: bytes) -> SavedAdapter:
     """The adapter of two files' contents; ValueError if they are no sound adapter."""
     about, _ = _parsed_config(config)
     tensors = parsed_tensors(weights, WEIGHTS_NAME)
-    tensors = _renamed({without_compiled(key): tensor for key, tensor in tensors.items()}, len(tensors))
+    tensors = _renamed({without_wrappers(key): tensor for key, tensor in tensors.items()}, len(tensors))
     for key in tensors:
         if key not in about.beside and key.rpartition(".")[2] not in ADAPTER_PARAMETERS:
             allowed = ", ".join(f".{name}" for name in ADAPTER_PARAMETERS)
@@ -212,7 +238,7 @@ def _parsed_config(content: bytes) -> tuple[SavedAdapter, str]:
         if not _is_names(values[key]):
             raise ValueError(f"{where}: {key} must be a list of names, got {values[key]!r}")
     trained, frozen = (
-        [without_compiled(name) for name in values[f"{kind}_parameters"]] for kind in ("trained", "frozen")
+        [without_wrappers(name) for name in values[f"{kind}_parameters"]] for kind in ("trained", "frozen")
     )
     chains = values["chains"]
     if values["chains_from"] not in (None, "structure", "given"):
@@ -223,13 +249,13 @@ def _parsed_config(content: bytes) -> tuple[SavedAdapter, str]:
                 f'{where}: chains must be a list of {{"name": str, "layers": [names], "experts": bool}}, got {chains!r}'
             )
         chains = [
-            ChainPlan(chain["name"], [without_compiled(name) for name in chain["layers"]], chain.get("experts", False))
+            ChainPlan(chain["name"], [without_wrappers(name) for name in chain["layers"]], chain.get("experts", False))
             for chain in chains
         ]
     same_input = values["same_input"]
     if not isinstance(same_input, list) or not all(_is_names(names) for names in same_input):
         raise ValueError(f"{where}: same_input must be a list of lists of names, got {same_input!r}")
-    same_input = [[without_compiled(name) for name in names] for names in same_input]
+    same_input = [[without_wrappers(name) for name in names] for names in same_input]
     if not isinstance(values["weights_sha256"], str):
         raise ValueError(f"{where}: weights_sha256 must be a hexadecimal str, got {values['weights_sha256']!r}")
     about = SavedAdapter(config, chains, values["chains_from"], same_input, trained, frozen, {})

@@ -29,7 +29,15 @@ from ..layers.linear import ResLoRALinear
 from ..merge.closed_form import NEVER_RAN, LowRankUpdate
 from ..merge.merging import compute_updates
 from ..merge.statistics import Statistics
-from .adapter_format import checked_folder, parsed_tensors, regular, serialized, sync_folder, write_durably
+from .adapter_format import (
+    checked_folder,
+    one_at_a_time,
+    parsed_tensors,
+    regular,
+    serialized,
+    sync_folder,
+    write_durably,
+)
 from .model_card import CARD_NAME, Card, may_write_card, merges_of
 from .peft_compatibility import (
     endings_of_parameters,
@@ -291,11 +299,11 @@ def _refuse_whole_model(folder: Path) -> None:
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, content in files.items():
-        write_durably(folder / f".{file}.tmp", content)
-        os.replace(folder / f".{file}.tmp", folder / file)
-    sync_folder(folder)
+    with one_at_a_time(folder):
+        for file, content in files.items():
+            write_durably(folder / f".{file}.tmp", content)
+            os.replace(folder / f".{file}.tmp", folder / file)
+        sync_folder(folder)
 
 
 def _peft_config(root: nn.Module, names: list[str], rank: int, biases: bool, modules: list[str]) -> dict[str, Any]:

@@ -109,9 +109,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
 def refuse_unsaved(model: nn.Module) -> None:
     """ValueError if ``save_adapter`` would refuse the model whatever is in it."""
     refuse_beside(model, "saved", "call save_pretrained of the PeftModel, then reslora_kernels.peft.to_native")
+    refuse_flat(model)
     complete_layers(model)
     refuse_restarted(model)
-    refuse_flat(model)
 
 
 def _save(model: nn.Module, path: str | os.PathLike[str]) -> Path:

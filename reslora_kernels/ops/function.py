@@ -72,7 +72,9 @@ def _called(operands: Operands, side: SideChannel, p: float, backend: str, shari
     if compiling or torch._C._is_tracing() or not is_eager(x):
         if x.layout is torch.jagged and not compiling:
             return _of_jagged(operands, side, p, backend, sharing)
-        return in_parts(_traced(operands, side, p, backend, compiling), x, sharing)
+        traced = in_parts(_traced(operands, side, p, backend, compiling), x, sharing)
+        # a stage of torch.distributed.pipelining sends what it gives out, and sends no views
+        return tuple([t if t is None else t.contiguous() for t in traced]) if compiling and _exporting() else traced
     training = torch.is_grad_enabled() and _needs_gradient(operands)
     widths, passes_x = ((), False) if sharing is None else sharing
     passes_x = passes_x and training and x.requires_grad

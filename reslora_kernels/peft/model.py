@@ -16,7 +16,7 @@ from torch import nn
 from ..adapt.apply import replace_modules
 from ..adapt.checkpoints import has_moved, named_buffers
 from ..adapt.execution import find_samples
-from ..adapt.record import gone
+from ..adapt.record import gone, without_wrappers
 from ..adapt.switching import refuse_in_sum, refuse_samples
 from ..adapt.targets import adaptable, passed_over, refuse_idle_patterns
 from ..config import ALL_LINEAR, MergeMethod
@@ -83,7 +83,7 @@ class ResLoRAModel(BaseTuner):
     @staticmethod
     def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         return {
-            name.replace("_orig_mod.", ""): module.reslora_adapter[adapter_name]
+            without_wrappers(name): module.reslora_adapter[adapter_name]
             for name, module in model.named_modules()
             if isinstance(module, ResLoRALayer) and adapter_name in module.reslora_adapter
         }

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt.record import adapted_layers, record_of, refuse_beside
+from ..adapt.data_parallel import share
+from ..adapt.record import adapted_layers, record_of, refuse_beside, root_of
 from ..checks import check_int, check_module, check_number
 from ..dtensors import refuse_sharded
 from ..layers.adapter import AdapterLayer
@@ -244,4 +245,13 @@ def restart_reslora(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
             parameter.grad = None
             if optimizer is not None:
                 optimizer.state.pop(parameter, None)
+    # the processes of DistributedDataParallel have drawn A on their own, and may have fitted W to other batches
+    share(model, root_of(model), [t for layer in layers.values() for t in _changed(layer, bool(merge))])
     return report
+
+
+def _changed(layer: AdapterLayer, fitted: bool) -> list[Tensor]:
+    """What a restart gives values that may be another process's: W too, if it was merged by data."""
+    changed: list[Tensor] = list(layer.adapter_parameters().values())
+    holder = getattr(layer, "holds_weight", None)
+    return [*changed, holder.weight] if fitted and holder is not None else changed

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..adapt.data_parallel import share
 from ..adapt.execution import call_with
 from ..adapt.record import adapted_layers, record_of, refuse_beside, root_of
 from ..adapt.switching import adapt_anew
@@ -105,6 +107,9 @@ def start_adapters(
         _start(layers[name], a, b)
     for name in never:
         layers[name].unstarted = False
+    if rho == 1:  # else the adapters are new ones, which no DistributedDataParallel knows
+        parameters = (layer.adapter_parameters().values() for layer in layers.values())
+        share(model, root_of(model), chain.from_iterable(parameters))
     return model
 
 

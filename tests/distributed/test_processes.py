@@ -86,6 +86,35 @@ def test_other_layers_are_saved_whole(reports: list[Report], name: str) -> None:
         assert result["kinds"] == 5
 
 
+@pytest.mark.parametrize("name", ["ddp restarted", "ddp started", "ddp adapted too late"])
+def test_processes_keep_one_model(reports: list[Report], name: str) -> None:
+    """Where they draw adapters or start them from data, and after a change that is refused."""
+    assert all(not any(result["apart"]) for result in found(reports, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "count"),
+    [
+        ("ddp adapted too late", "made after DistributedDataParallel", 3),
+        ("fsdp1", "FullyShardedDataParallel (FSDP1) is not supported", 4),
+        ("traced block", "let the chains go on with pipeline_reslora", 1),
+    ],
+    ids=["ddp", "fsdp1", "traced"],
+)
+def test_what_would_train_another_model_is_refused(reports: list[Report], name: str, message: str, count: int) -> None:
+    for result in found(reports, name):
+        assert len(result["said"]) == count and all(message in said for said in result["said"]), result["said"]
+
+
+def test_all_processes_may_save_to_one_folder(reports: list[Report]) -> None:
+    assert all(result["equal"] for result in found(reports, "ddp saved by all"))
+
+
+@pytest.mark.parametrize("shortcut", ["none", "middle"])
+def test_a_model_cut_by_tracing_equals_one_process(reports: list[Report], shortcut: str) -> None:
+    assert all(result["difference"] < 1e-12 for result in found(reports, f"traced {shortcut}"))
+
+
 def test_one_replica_of_several_saves(reports: list[Report]) -> None:
     assert all(result["equal"] for result in found(reports, "fsdp hybrid"))
 

@@ -27,7 +27,7 @@ from reslora_kernels.training import ResLoRACallback
 
 from ..models import llama, randomize
 from ..test_training import trained, trainer
-from . import fsdp
+from . import changed, fsdp
 from .residual import (
     FORMS,
     GATED,
@@ -332,7 +332,7 @@ KINDS: dict[str, Scenario] = {
 }
 
 
-SCENARIOS = DDP | fsdp.SCENARIOS | PIPELINE | fsdp.RECIPES | TRAINER | QUANTIZED | KINDS
+SCENARIOS = DDP | changed.CHANGED | fsdp.SCENARIOS | PIPELINE | fsdp.RECIPES | TRAINER | QUANTIZED | KINDS
 
 
 if __name__ == "__main__":
