@@ -53,11 +53,12 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("augmented_matmul", "project", "low_rank_grads", "outer_products", "grouped_matmul"),
     ),
     "backends": (("kinds",), ("hopper", "native", "select"), ("torch",), ("triton", "cuda"), ("stubs",)),
-    "ops": (("arguments",), ("registered", "grouped"), ("function",)),
+    "ops": (("arguments",), ("call", "registered", "grouped"), ("gradients",), ("function",)),
     "layers": (
         ("initialization", "offloading", "shortcuts"),
         ("chain", "several"),
         ("adapter",),
+        ("standing_in",),
         ("linear", "adapted_weight"),
         ("experts",),
         (
@@ -71,7 +72,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
         ("kinds",),
     ),
     "adapt": (
-        ("record", "execution"),
+        ("record", "execution", "data_parallel"),
         ("checkpoints", "obstacles"),
         ("targets", "surroundings"),
         ("coverage", "linking", "trained_tokens"),

@@ -42,11 +42,16 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except EXPECTED as error:
-            if ctx.params["debug"]:
+        except Exception as error:
+            if ctx.params["debug"] or not _is_expected(error):
                 raise
             fail(str(error) or type(error).__name__)
             raise typer.Exit(2) from None
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the message says what to do, without where it arose; of safetensors that a disk is full."""
+    return isinstance(error, EXPECTED) or type(error).__module__ == "safetensors_rust"
 
 
 def load_command(name: str) -> Any:
