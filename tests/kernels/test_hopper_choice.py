@@ -17,7 +17,7 @@ from benchmarks.gpu_check import hopper as gpu_check
 from benchmarks.gpu_check import hopper_launches, hopper_layers, steps
 from benchmarks.gpu_check.steps import Steps
 from reslora_kernels.backends import cuda, hopper, select
-from reslora_kernels.bench.timing import Samples, Subject
+from reslora_kernels.bench.timing import Rates, Samples, Subject
 from reslora_kernels.tuning import gpus
 
 from .calls import Call, draw, launched, run, truth
@@ -31,6 +31,12 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """What hangs ends the process, and here that would be pytest's: a loaded machine may take its time."""
     monkeypatch.setattr(steps, "STEP_SECONDS", 280.0)
     monkeypatch.setattr(steps, "KERNEL_SECONDS", 280.0)
+
+
+@pytest.fixture
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the machine; a CPU without bfloat16 takes half a minute to measure them."""
+    monkeypatch.setattr(gpu_check, "measure_rates", lambda *_: Rates({"bfloat16": 1e11}, 1e10))
 
 
 def test_named_variants_and_off(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -145,7 +151,7 @@ def test_what_the_table_admits_is_looked_up_once(no_table: None, device: torch.d
 
 @pytest.mark.slow
 def test_the_gpu_check_goes_through_its_motions(
-    no_table: None, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    no_table: None, known_rates: None, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device.type != "cpu":
         pytest.skip("make gpu-check ARGS='--part hopper' is the real thing")
@@ -208,7 +214,9 @@ def test_what_is_wrong_in_one_form_is_out_of_that_form_and_of_layers() -> None:
     assert gpu_check.settings_for(found, replace(wide, p=0.1), settings) == [hopper.OFF, hopper.AUTO]
 
 
-def test_a_layer_that_is_refused_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_is_refused_fails_the_check(
+    known_rates: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers_only = replace(gpu_check.REHEARSAL, checked=[], rows=[], alone=[], replayed=[])
     monkeypatch.setattr(gpu_check, "REHEARSAL", layers_only)
     for refused, status in (({}, 0), ({"auto": "y of layer 0: largest error"}, 1)):
