@@ -132,7 +132,7 @@ def _counts(models: str, tests: list[Comparison]) -> list[list[str]]:
 
 
 def _beside_lora(lines: list[dict[str, Any]]) -> list[Comparison]:
-    """The losses of the shortcuts alone, each in its family; a task with another rank (``--r``) is the same one."""
+    """The losses of the shortcuts alone, each in its family; a task with another rank (``--r``) or rate is the same one."""
     results, found = [line for line in lines if "spec" in line], []
     for family in (family for line in lines for family in line.get("compared", ())):
         if "loss" in family["figures"]:
@@ -140,7 +140,7 @@ def _beside_lora(lines: list[dict[str, Any]]) -> list[Comparison]:
     own = {SHORTCUTS[0], *(f"{shortcut}-1" for shortcut in SHORTCUTS)}
     return [
         one for one in found
-        if one.method in own and one.beside == BASELINE and not re.search(r"-r\d+$", one.task)
+        if one.method in own and one.beside == BASELINE and not re.search(r"-(r\d+|svamp-rates)$", one.task)
     ]  # fmt: skip
 
 

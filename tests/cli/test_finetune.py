@@ -234,6 +234,8 @@ def test_a_quantised_model_trains_and_resumes(base: Path, tmp_path: Path, finetu
     )
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "nf4")
     out = tmp_path / "run"
+    assert finetune(out, "--device", "cpu", "--merge", model=tmp_path / "nf4") == 2  # at once, not after the training
+    assert not out.exists()
     assert finetune(out, "--device", "cpu", model=tmp_path / "nf4") == 0
     last = adapter_of(out)
     shutil.rmtree(out / "checkpoint-6")
