@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ from reslora_kernels import (
     save_adapter,
 )
 from reslora_kernels.adapt.record import record_of
+from reslora_kernels.adapt.targets import find_targets
 from reslora_kernels.forward_state import ForwardState
 from reslora_kernels.testing import relative_error
 
@@ -165,9 +167,38 @@ def test_wrappers_change_no_chain_no_file_and_no_merge(
     for other in (plain(), plain(wrapped=True), model):
         assert relative_error(load_adapter(other, tmp_path / "own")(x), expected) < 1e-12
     export_peft(model, tmp_path / "peft", calibration=[x])
+    about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert about["target_modules"] == ["down", "up"]
     merge_reslora(model, calibration=[x])
     served = PeftModel.from_pretrained(plain(), tmp_path / "peft")
     assert relative_error(served(x), model(x)) < 1e-6
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.up = nn.MultiheadAttention(WIDTH, 2), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.attention(x, x, x)[0])
+
+
+def test_wrappers_hide_nothing_of_what_they_are_around() -> None:
+    """What reads a weight past an adapter still does so in a wrapper; full names mean what they mean outside of it."""
+    model = nn.Sequential(Attending(), Attending())
+    for block in model:
+        block.attention = checkpoint_wrapper(block.attention)
+    assert find_targets(model, ResLoRAConfig(target_modules="all-linear")).matched.keys() == {"0.up", "1.up"}
+    wrapped = nn.Sequential(checkpoint_wrapper(Block()), Block())
+    assert find_targets(wrapped, ResLoRAConfig(target_modules=["0.up"])).matched.keys() == {"0.up"}  # without a warning
+
+
+def test_a_layer_that_is_compiled_by_itself_is_refused() -> None:
+    """The compiled call is bound to the layer as it was."""
+    model = nn.Sequential(torch.compile(nn.Linear(WIDTH, WIDTH), backend="eager"), nn.Linear(WIDTH, WIDTH))
+    with pytest.raises(ValueError, match="'0' is compiled by itself, and would run without its adapter"):
+        apply_reslora(model, ResLoRAConfig(r=2))
+    assert not any(name.endswith("lora_A") for name, _ in model.named_parameters())
 
 
 def test_backward_twice_through_the_same_graph() -> None:

@@ -33,6 +33,7 @@ FLOORS = (  # of the package's files and folders, ground floor first; one import
         "host",
         "quantizers",
         "tuning",
+        "wrappers",
     ),
     ("config", "kernels", "side_channel"),
     ("testing", "backends"),

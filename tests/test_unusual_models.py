@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from reslora_kernels import (
     unload,
     unmerge_reslora,
 )
+from reslora_kernels.adapt.surroundings import Surroundings
 from reslora_kernels.peft import ResLoRAPeftConfig
 
 from .models import VOCABULARY, llama, randomize
@@ -115,6 +117,22 @@ def test_a_head_that_is_given_the_embedding_is_no_place_for_an_adapter() -> None
 
 def inspectable(model: nn.Module) -> bool:
     return any(name.endswith("lora_A") for name, _ in model.named_parameters())
+
+
+def test_parameters_that_zero3_has_emptied_are_not_those_of_fsdp1(monkeypatch: pytest.MonkeyPatch) -> None:
+    class MetError(Exception):
+        pass
+
+    def met(*_: Any) -> None:
+        raise MetError
+
+    importlib.import_module("torch.distributed.fsdp._flat_param")
+    monkeypatch.setattr(Surroundings, "_under_zero3", met)
+    model = apply_reslora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ResLoRAConfig(r=2))
+    for parameter in model.parameters():
+        parameter.ds_id, parameter.ds_shape, parameter.data = 1, parameter.shape, torch.empty(0)
+    with pytest.raises(MetError):
+        model(torch.randn(2, 4))
 
 
 def test_weights_that_are_divided_in_evaluation_are_refused() -> None:

@@ -17,11 +17,12 @@ from ..layers.experts import ResLoRAExperts, TargetParameter
 from ..layers.kinds import config_of, kind_of, weight_of
 from ..layers.shortcuts import hands_on
 from ..quantizers import keep_order
+from ..wrappers import modules_of, without_wrappers
 from . import trained_tokens
 from .checkpoints import guard, statistics_of, trained_beside, undefined
 from .linking import ChainPlan, Chains, build_chains, confirm_order, names_of_experts, plan_chains
 from .obstacles import refuse_foreign_hooks
-from .record import Record, adapted_layers, checked_name, is_adapted, without_wrappers
+from .record import Record, adapted_layers, checked_name, is_adapted
 from .surroundings import watch_methods
 from .targets import find_targets, with_heads_saved
 
@@ -174,7 +175,7 @@ def _swap(
         raise
     put_in_place(model, [(base, new[id(base)]) for base in targets.values()])
     model.requires_grad_(False)
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         if config.modules_to_save and matches(name, config.modules_to_save):
             module.requires_grad_(True)
     for layer in new.values():

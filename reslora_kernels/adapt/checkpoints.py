@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..dtensors import whole
 from ..layers.adapter import ADAPTER_PARAMETERS, AdapterLayer
-from .record import TOKENS, Record, adapted_layers, record_of, root_of, without_wrappers
+from ..wrappers import without_wrappers
+from .record import TOKENS, Record, adapted_layers, record_of, root_of
 
 _HEADED = re.compile(r"Classification|QuestionAnswering|MultipleChoice")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

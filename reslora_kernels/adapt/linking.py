@@ -23,10 +23,11 @@ from ..layers.checkpointing import CarryThroughCheckpoints
 from ..layers.kinds import config_of, is_linear, kind_of, link, signature_of
 from ..layers.shortcuts import hands_on
 from ..quantizers import keep_order
+from ..wrappers import unwrapped, without_wrappers
 from .checkpoints import output_head
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs
-from .record import Record, adapted_layers, record_of, unwrapped, without_wrappers
+from .record import Record, adapted_layers, record_of
 from .surroundings import Surroundings, watch_head
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")

@@ -14,6 +14,7 @@ from ..checks import check_module
 from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain, SharedInput
+from ..wrappers import at, unwrapped, without_wrappers
 
 TOKENS = "trained_tokens"  # the parameter of an embedding that holds the rows which train whole
 
@@ -142,15 +143,6 @@ def layers_by_name(root: nn.Module) -> dict[str, AdapterLayer]:
     return {without_wrappers(name): m for name, m in root.named_modules() if isinstance(m, AdapterLayer)}
 
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and checkpoint_wrapper call the inner one
-_IN_NAMES = re.compile(rf"(?:^|\.)(?:{'|'.join(_WRAPPERS)})(?=\.|$)")
-
-
-def without_wrappers(name: str) -> str:
-    """The name of a module or parameter without the parts that torch.compile and checkpoint_wrapper add."""
-    return _IN_NAMES.sub("", name).removeprefix(".") if "_" in name else name
-
-
 def complete_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """``adapted_layers``; ValueError, which names it, if one is no longer in the model or was trained elsewhere."""
     layers = adapted_layers(model)
@@ -202,26 +194,6 @@ def place_of(root: nn.Module, record: Record, name: str, layer: Any) -> tuple[nn
     path, _, child = name.rpartition(".")
     parent = at(root, path)
     return None if parent is None else unwrapped(parent), child
-
-
-def at(root: nn.Module, name: str) -> nn.Module | None:
-    """The module of that name, inside wrappers or not; None where there is none."""
-    module: nn.Module | None = root
-    for part in name.split(".") if name else ():
-        if module is None:
-            return None
-        children = module._modules if part in module._modules else unwrapped(module)._modules
-        module = children.get(part)
-    return module
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """What torch.compile's and checkpoint_wrapper's modules are around."""
-    inner: nn.Module | None = module
-    while inner is not None:
-        module = inner
-        inner = next((child for child in map(module._modules.get, _WRAPPERS) if child is not None), None)
-    return module
 
 
 def holds(place: nn.Module | None, layer: Any) -> bool:

@@ -23,9 +23,10 @@ from ..layers.adapter import ADAPTER_PARAMETERS, AdapterLayer
 from ..layers.chain import Chain
 from ..layers.offloading import offloader
 from ..layers.quantized_linear import QuantizedResLoRALinear
+from ..wrappers import at, without_wrappers
 from .data_parallel import meet, running
 from .obstacles import has_no_say, is_fused, refuse_fused
-from .record import Record, at, copied, holds, place_of, refuse_replaced, without_wrappers
+from .record import Record, copied, holds, place_of, refuse_replaced
 
 
 class Surroundings:
@@ -36,7 +37,6 @@ class Surroundings:
         self.first = next(iter(layers.values()))
         self.others = [] if record.layers is not None else _places_beside(model)
         self.told: object = None  # the parameter under whose ds_id ZeRO-3 was told who reads what
-        self.met: tuple[int, int] | None = None  # the DistributedDataParallel around, and the parameter that it knew
         self.ends = _ends(record, layers)
         paths = dict.fromkeys(re.split(r"\.\d+\.", name)[0] for name in layers if re.search(r"\.\d+\.", name))
         lists = [(path, at(model, path)) for path in paths]
@@ -75,12 +75,10 @@ class Surroundings:
         if active and any(is_fused(owner) for owner in self.fusible):
             refuse_fused(model, self.layers)
         a = self.first.lora_A
-        if type(a) is not nn.Parameter or a.dim() < 2:
+        if not hasattr(a, "ds_id") and (type(a) is not nn.Parameter or a.dim() < 2):  # ZeRO-3 empties parameters, too
             refuse_flattened(a)
-        ddp = running(model)
-        if ddp is not None and active and a.requires_grad and self.met != (id(ddp), id(a)):
+        if active and a.requires_grad and torch.is_grad_enabled() and (ddp := running(model)) is not None:
             meet(ddp, model, a)
-            self.met = id(ddp), id(a)
         if a.is_meta and a.requires_grad and torch.is_grad_enabled() and offloader(self.first) is not None:
             raise ValueError(
                 "accelerate has taken the adapters off the device with the weights, where they get no gradients: call "

@@ -16,9 +16,9 @@ from ..layers.experts import TargetParameter
 from ..layers.kinds import is_linear, kind_of, known_kind_of
 from ..layers.offloading import offloader
 from ..quantizers import quantizer_of
+from ..wrappers import COMPILED, at, module_at, modules_of, unwrapped
 from .checkpoints import output_head, task_heads
 from .obstacles import read_past, reader_of_given
-from .record import unwrapped, without_wrappers
 
 LORA_PARAMETERS = frozenset(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))  # as LoRA libraries name them
 
@@ -53,12 +53,12 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     head = output_head(model)
     matched: dict[str, Any] = {}
     unmatched: list[tuple[str, str]] = []
-    for path, module in model.named_modules():
-        name = without_wrappers(path)
-        if name in matched or module is not unwrapped(module):
+    for name, module in modules_of(model):
+        if name in matched:
             continue
         reason = _left_out(name, module, config, head) or passed_over(model, name, module, config)
         if reason is None:
+            _refuse_compiled(model, name)
             matched[name] = adaptable(name, module, config, model)
             matched |= {f"{name}.{part}": inner for part, inner in known_kind_of(module).parts(module).items()}
         elif is_linear(module):
@@ -67,7 +67,7 @@ def find_targets(model: nn.Module, config: ResLoRAConfig) -> Targets:
     if not matched:
         raise ValueError(_nothing_matched(model, config))
     for ending in config.modules_to_save or ():
-        if not any(matches(name, [ending]) for name, _ in model.named_modules()):
+        if not any(matches(name, [ending]) for name, _ in modules_of(model)):
             raise ValueError(f"modules_to_save: {ending!r} matches no module of the model")
     refuse_idle_patterns(config, matched)
     _warn_of_unused(model, config)
@@ -179,7 +179,20 @@ def _is_mixer(owner: nn.Module) -> bool:
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, child = name.rpartition(".")
-    return model.get_submodule(parent), child
+    return module_at(model, parent), child
+
+
+def _refuse_compiled(model: nn.Module, name: str) -> None:
+    """ValueError for a layer that is compiled by itself: it would go on to run as it is now."""
+    around = at(model, name)
+    while around is not None and around is not unwrapped(around):
+        inner = around._modules.get(COMPILED)
+        if inner is not None and inner is unwrapped(inner):
+            raise ValueError(
+                f"{name!r} is compiled by itself, and would run without its adapter: adapt the model first, then "
+                "compile layers of it, or compile what is around the layer"
+            )
+        around = next(iter(around.children()))
 
 
 def _layer_index(name: str) -> int | None:
@@ -188,7 +201,7 @@ def _layer_index(name: str) -> int | None:
 
 
 def _warn_of_unused(model: nn.Module, config: ResLoRAConfig) -> None:
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in modules_of(model) if name]
     for field in ("target_modules", "exclude_modules"):
         given = getattr(config, field) or ()
         unused = [] if isinstance(given, str) else [t for t in given if not any(matches(name, [t]) for name in names)]
@@ -197,7 +210,7 @@ def _warn_of_unused(model: nn.Module, config: ResLoRAConfig) -> None:
     assert not isinstance(config.layers_to_transform, int)
     if config.layers_to_transform is not None:
         head = output_head(model)
-        there = {_layer_index(name) for name, m in model.named_modules() if _left_out(name, m, config, head) is None}
+        there = {_layer_index(name) for name, m in modules_of(model) if _left_out(name, m, config, head) is None}
         missing = [index for index in config.layers_to_transform if index not in there]
         if missing:
             warnings.warn(
@@ -215,7 +228,7 @@ def endings_of(root: nn.Module, names: Sequence[str]) -> list[str] | str:
     Last name components, as people write them, where they do; full names elsewhere; one regular expression where even a
     full name is the ending of another module's.
     """
-    every = [name for name, _ in root.named_modules()]
+    every = [name for name, _ in modules_of(root)]
     wanted, chosen = set(names), set()
 
     def means_others(ending: str) -> bool:
@@ -242,7 +255,7 @@ def _nothing_matched(model: nn.Module, config: ResLoRAConfig) -> str:
     if isinstance(model, nn.Linear):
         return "model is itself a linear layer and has no parent to swap it in: use ResLoRALinear.from_linear"
     roles: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         kind = kind_of(module)
         if kind is not None and kind.is_linear and kind.why_not(module) is None:
             roles.setdefault(role_of(name), []).append(name)
@@ -270,9 +283,9 @@ def find_parameters(
     """
     wanted = config.target_parameters or ()
     found: dict[str, TargetParameter] = {}
-    for owner_name, owner in model.named_modules() if wanted else ():
+    for owner_name, owner in modules_of(model) if wanted else ():
         for own in owner._parameters:
-            name = without_wrappers(f"{owner_name}.{own}" if owner_name else own)
+            name = f"{owner_name}.{own}" if owner_name else own
             if owner._parameters[own] is not None and matches(name, wanted):
                 found[name] = TargetParameter(owner, own)
     missing = [ending for ending in wanted if not any(matches(name, [ending]) for name in found)]

@@ -51,7 +51,7 @@ class CommandGroup(TyperGroup):
 
 def _is_expected(error: Exception) -> bool:
     """Whether the message says what to do, without where it arose; of safetensors that a disk is full."""
-    return isinstance(error, EXPECTED) or type(error).__module__ == "safetensors_rust"
+    return isinstance(error, EXPECTED) or type(error).__name__ == "SafetensorError"
 
 
 def load_command(name: str) -> Any:

@@ -83,7 +83,7 @@ def read_examples(option: str, source: str, split: str = "train") -> list[Exampl
     elif path.is_dir():
         examples = list(_dataset(option, path, split))
     elif path.exists():
-        examples = list(_pipe(path))
+        examples = list(_pipe(option, path))
     elif _names_a_path(source, path.suffix.lower()):
         raise FileNotFoundError(f"{option} {source!r} does not exist")
     else:
@@ -237,14 +237,14 @@ def _records(lines: Iterable[bytes], name: str) -> Iterator[Example]:
         yield parse_record(record, where)
 
 
-def _pipe(path: Path) -> Iterator[Example]:
+def _pipe(option: str, path: Path) -> Iterator[Example]:
     """What another program writes, which has no name to tell by: JSON Lines, if the first line is an object."""
     content = path.read_bytes()
     lines = content.splitlines(keepends=True)
     if _holds(_decoded(next((line for line in lines if line.strip()), b""), path.name), dict):
         yield from _records(lines, path.name)
     else:
-        yield Text(_decoded(content, path.name), path.name)
+        yield _whole(option, path, _decoded(content, path.name))
 
 
 def _text_file(option: str, path: Path) -> Iterator[Example]:
@@ -256,9 +256,13 @@ def _text_file(option: str, path: Path) -> Iterator[Example]:
     text = _decoded(path.read_bytes(), path.name)
     if _holds(text.lstrip().partition("\n")[0], dict):
         raise ValueError(f"{option} {str(path)!r} looks like JSON Lines: name it {path.with_suffix('.jsonl').name!r}")
+    yield _whole(option, path, text)
+
+
+def _whole(option: str, path: Path, text: str) -> Text:
     if _holds(text, dict | list):
         raise ValueError(f"{option} {str(path)!r} is JSON: write its records as JSON Lines, one object per line")
-    yield Text(text, path.name)
+    return Text(text, path.name)
 
 
 def _holds(text: str, kinds: Any) -> bool:
@@ -283,10 +287,8 @@ def _dataset(option: str, source: str | Path, split: str) -> Iterator[Example]:
 
     where = source
     if isinstance(source, Path):
-        source = (
-            source.resolve()
-        )  # by a bare name ("json") datasets would mean a builder of its own, for all files here
-    elif source in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
+        source = source.resolve()  # by a bare name ("json") datasets means a builder for every file here
+    elif source in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
         raise FileNotFoundError(f"{option} {source!r} does not exist")
     try:
         if isinstance(source, Path) and any((source / n).is_file() for n in ("state.json", "dataset_dict.json")):

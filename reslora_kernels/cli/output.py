@@ -15,9 +15,16 @@ from pathlib import Path
 
 # What Transformers and PEFT write into a model's or an adapter's folder, tokenizer, processor and remote code included.
 _OF_MODELS = re.compile(
-    r"[\w.-]+\.(json|safetensors|bin|model|txt|jinja|tiktoken|spm|bpe|vocab)|README\.md|(additional_)?chat_templates"
-    r"|(modeling|configuration|tokenization|processing|image_processing|video_processing|feature_extraction)_\w+\.py"
+    r"[\w.-]+\.(json|safetensors|bin|model|txt|jinja|tiktoken|spm|bpe|codes|tokenizer|vocab)|README\.md"
+    r"|(additional_)?chat_templates|\w*tokenizer|\.reslora-.*"
 )
+
+
+def _is_of_a_model(entry: Path) -> bool:
+    if entry.suffix == ".py":  # code that comes with the model, which its files name
+        described = [entry.with_name(name) for name in ("config.json", "tokenizer_config.json", "adapter_config.json")]
+        return any(b'"auto_map"' in path.read_bytes() for path in described if path.is_file())
+    return _OF_MODELS.fullmatch(entry.name) is not None
 
 
 def check_writable(option: str, folder: Path) -> None:
@@ -66,7 +73,7 @@ def check_replaceable(folder: Path, overwrite: bool, marker: str, sources: Seque
         return
     if not overwrite:
         raise FileExistsError(f"--out {str(folder)!r} is not empty; give another folder, or --overwrite to replace it")
-    others = sorted(entry.name for entry in folder.iterdir() if not _OF_MODELS.fullmatch(entry.name))
+    others = sorted(entry.name for entry in folder.iterdir() if not _is_of_a_model(entry))
     if others or not (folder / marker).is_file():
         why = f"it holds {', '.join(map(repr, others[:3]))}" if others else f"it holds no {marker}"
         raise FileExistsError(f"--out {str(folder)!r} is not replaced: {why}, so another program's files are in it")
@@ -76,7 +83,7 @@ def check_apart(folder: Path, sources: Sequence[str | Path]) -> None:
     """Raise a ValueError if the folder ``--out`` is, or holds, one of ``sources``, which are read."""
     for source in sources:
         inside = Path(source).expanduser().resolve()
-        if folder.resolve() in (inside, *inside.parents):
+        if inside.exists() and folder.resolve() in (inside, *inside.parents):
             raise ValueError(f"--out {str(folder)!r} would replace {str(source)!r}, which is read; give another folder")
 
 

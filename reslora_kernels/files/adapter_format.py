@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .._version import __version__
 from ..adapt.linking import ChainPlan
-from ..adapt.record import without_wrappers
 from ..config import ResLoRAConfig
 from ..layers.adapter import ADAPTER_PARAMETERS
+from ..wrappers import without_wrappers
 
 try:
     import fcntl
@@ -136,16 +136,15 @@ def _finish_killed_save(folder: Path) -> None:
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """The folder, made if need be, for this writer alone: all processes of a run may be told to save to it."""
     folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:  # on Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = None
+    with suppress(OSError, AttributeError):  # a file system without locks for folders (NFS), or Windows
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..config import PARAMETER_ADAPTER, matches
 from ..layers.experts import TargetParameter
+from ..wrappers import module_at
 
 EXPERT_PARTS = {  # how the experts of a checkpoint are called, by model type: (parts of gate_up_proj, down_proj, block)
     "mixtral": (("w1", "w3"), "w2", ("mlp", "block_sparse_moe")),
@@ -139,7 +140,7 @@ def wrapper_names(root: nn.Module, names: Iterable[str]) -> dict[str, str]:
         of_owner.setdefault(owner, set()).add(own)
     found: dict[str, str] = {}
     for owner, wanted in of_owner.items():
-        outermost = [own for own in reversed(root.get_submodule(owner)._parameters) if own in wanted]
+        outermost = [own for own in reversed(module_at(root, owner)._parameters) if own in wanted]
         for depth, own in enumerate(outermost):
             found[f"{owner}.{own}" if owner else own] = ".".join(filter(None, (owner, *["base_layer"] * depth)))
     return found
@@ -184,7 +185,7 @@ def targets_in(root: nn.Module, wanted: Iterable[str]) -> dict[str, TargetParame
     """The parameters that an adapter file's ``target_parameters`` means, by name."""
     endings = list(wanted)
     return {
-        name: TargetParameter(root.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+        name: TargetParameter(module_at(root, name.rpartition(".")[0]), name.rpartition(".")[2])
         for name, _ in root.named_parameters(remove_duplicate=False)
         if matches(name, endings)
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..backends.select import BackendChoice
 from ..config import ResLoRAConfig
 from ..dtensors import is_dtensor, whole_shape
+from ..wrappers import module_at
 from .chain import Chain, Neighbours, SharedInput
 from .initialization import fill
 from .several import Beside, Part, not_missed
@@ -64,7 +65,7 @@ class AdapterLayer(nn.Module):
 
     def base_in(self, root: nn.Module, name: str) -> Any:
         """What ``leave`` left in ``root`` under the layer's name."""
-        return root.get_submodule(name)
+        return module_at(root, name)
 
     def take_place_of(self, base: Any) -> None:
         """Stand in for what ``leave`` gave."""

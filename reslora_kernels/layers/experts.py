@@ -19,6 +19,7 @@ from ..checks import check_floating
 from ..config import PARAMETER_ADAPTER, ResLoRAConfig, checked_config
 from ..forward_state import recomputing
 from ..ops.grouped import fuses
+from ..wrappers import module_at
 from .adapted_weight import AdaptedWeight
 from .adapter import AdapterLayer
 
@@ -131,7 +132,7 @@ class ResLoRAExperts(AdapterLayer):
 
     def base_in(self, root: nn.Module, name: str) -> TargetParameter:
         owner, _, own = name.rpartition(".")
-        return TargetParameter(root.get_submodule(owner), own.removesuffix(PARAMETER_ADAPTER))
+        return TargetParameter(module_at(root, owner), own.removesuffix(PARAMETER_ADAPTER))
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """A and B, its own and those of the earlier blocks that its shortcut reads, on one device; of all in force."""

@@ -16,7 +16,7 @@ from torch import nn
 from ..adapt.apply import replace_modules
 from ..adapt.checkpoints import has_moved, named_buffers
 from ..adapt.execution import find_samples
-from ..adapt.record import gone, without_wrappers
+from ..adapt.record import gone
 from ..adapt.switching import refuse_in_sum, refuse_samples
 from ..adapt.targets import adaptable, passed_over, refuse_idle_patterns
 from ..config import ALL_LINEAR, MergeMethod
@@ -26,6 +26,7 @@ from ..layers.adapter import AdapterLayer, not_started
 from ..layers.several import BASE, names_by_module
 from ..merge.merging import MergeReport, fit_in, merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics
+from ..wrappers import without_wrappers
 from .layer import ResLoRALayer, adapters_of, refuse_taken_off_hooks
 
 

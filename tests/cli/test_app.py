@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import typer
 
 import reslora_kernels
 from reslora_kernels.cli import app, main
-from reslora_kernels.cli.output import check_replaceable, check_writable, whole_folder
+from reslora_kernels.cli.output import check_apart, check_replaceable, check_writable, whole_folder
 
 from .. import processes
 
@@ -288,6 +289,25 @@ def test_home_is_meant_by_a_tilde_that_no_shell_has_replaced(
     (tmp_path / "run").write_text("")
     assert main(["bench", "--out=~/run"]) == 2
     assert f"--out '{tmp_path / 'run'}' is a file" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """safetensors has an error of its own for it."""
+
+    def full() -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    install(monkeypatch, full)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "reslora: error: I/O error: No space left on device (os error 28)\n"
+
+
+def test_an_id_is_no_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_apart(Path("."), ["gpt2"])
+    (tmp_path / "gpt2").mkdir()
+    with pytest.raises(ValueError, match="would replace 'gpt2', which is read"):
+        check_apart(Path("."), ["gpt2"])
 
 
 def test_results_replace_results_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

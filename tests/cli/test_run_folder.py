@@ -110,7 +110,7 @@ def test_a_checkpoint_without_all_that_goes_on_exactly_is_none(
         folder.mkdir()
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
             torch.save({"state": list(range(99))}, folder / name)
-        for name in ("trainer_state.json", "reslora_config.json"):
+        for name in ("trainer_state.json", "reslora_config.json", "reslora_model.safetensors"):
             (folder / name).write_text("{}")
     assert command.folder.last_checkpoint(tmp_path).name == "checkpoint-2"
     harm(tmp_path / "checkpoint-2")

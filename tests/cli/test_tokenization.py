@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -97,17 +97,25 @@ def test_ids_of_datasets_may_have_dots(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def pipe_with(content: str, folder: Path) -> str:
+    """A named pipe that is written to as soon as somebody reads."""
+    os.mkfifo(folder / "pipe")
+    Thread(target=(folder / "pipe").write_text, args=[content], daemon=True).start()
+    return str(folder / "pipe")
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [('\n{"text": "a"}\n{"text": "b"}\n', ["a", "b"]), ("prose\nof two lines\n", ["prose\nof two lines\n"])],
     ids=["JSON Lines", "text"],
 )
 def test_what_another_program_writes_into_a_pipe_is_read(content: str, expected: list[str], tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with ThreadPoolExecutor(1) as pool:
-        written = pool.submit((tmp_path / "pipe").write_text, content)
-        assert [example.text for example in read_examples("--data", str(tmp_path / "pipe"))] == expected
-        written.result()
+    assert [example.text for example in read_examples("--data", pipe_with(content, tmp_path))] == expected
+
+
+def test_json_in_a_pipe_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is JSON: write its records as JSON Lines"):
+        read_examples("--data", pipe_with('[{"text": "a"},\n {"text": "b"}]', tmp_path))
 
 
 def test_one_dataset_has_no_other_split(tmp_path: Path) -> None:

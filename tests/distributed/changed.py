@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -26,6 +27,7 @@ from reslora_kernels import (
     set_adapter,
     start_adapters,
 )
+from reslora_kernels.peft import ResLoRAPeftConfig
 
 from .residual import Block, Residual, Scenario, adapters, batch, residual, shared_data, train
 
@@ -78,7 +80,15 @@ def adapted_too_late(folder: Path) -> dict[str, Any]:
     switched = DistributedDataParallel(residual("block"))
     add_adapter(switched, "other", config)
     set_adapter(switched, "other")
-    said = [refusal(partial(train, wrapper, shared_data)) for wrapper in (outside, inside, switched)]
+    held_by_peft = get_peft_model(Residual().double(), ResLoRAPeftConfig(r=3, target_modules=["up", "down"]))
+    held_by_peft.add_adapter("other", ResLoRAPeftConfig(r=3, target_modules=["up", "down"]))
+    peft = DistributedDataParallel(held_by_peft)
+    train(peft, shared_data)
+    held_by_peft.set_adapter("other")  # which was frozen when the wrapper was made
+    for wrapper in (switched, peft):
+        with torch.no_grad():
+            wrapper(batch(0)[0])
+    said = [refusal(partial(train, wrapper, shared_data)) for wrapper in (outside, inside, switched, peft)]
     set_adapter(switched, "default")
     train(switched, shared_data)
     return {"said": said, "apart": [apart(switched)]}

@@ -95,7 +95,7 @@ def test_processes_keep_one_model(reports: list[Report], name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message", "count"),
     [
-        ("ddp adapted too late", "made after DistributedDataParallel", 3),
+        ("ddp adapted too late", "after DistributedDataParallel (or accelerate's prepare)", 4),
         ("fsdp1", "FullyShardedDataParallel (FSDP1) is not supported", 4),
         ("traced block", "let the chains go on with pipeline_reslora", 1),
     ],

@@ -148,6 +148,8 @@ def finetune(
     _check_evaluation(eval_data, eval_fraction)
     if max_steps == 0 or max_steps < -1:
         raise ValueError(f"--max-steps must be at least 1, or -1 for epochs, got {max_steps}")
+    if max_steps == -1 and num_train_epochs == 0:
+        raise ValueError("--num-train-epochs must be above 0, got 0.0")
 
     from reslora_kernels.cli.finetune import run  # imports Transformers
 
@@ -222,13 +224,13 @@ def finetune(
         )
     record: dict[str, Any] = {"status": "started", "settings": settings, "versions": run.versions()}
     run.wait_for_all()  # each has looked at the folder before it is changed
-    if not resume and first:
-        folder.set_aside(output_dir)
-        folder.write_record(output_dir, record)
-        trainer.add_callback(run.AfterFirstStep(lambda: folder.drop(output_dir)))
-    run.wait_for_all()
     started = time.monotonic()
     try:
+        if not resume and first:
+            folder.set_aside(output_dir)
+            folder.write_record(output_dir, record)
+            trainer.add_callback(run.AfterFirstStep(lambda: folder.drop(output_dir)))
+        run.wait_for_all()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except BaseException as error:
         if first and not resume:
@@ -295,7 +297,8 @@ def _check_evaluation(eval_data: str | None, eval_fraction: float) -> None:
 
 def _check_output(output_dir: Path, resume: bool, overwrite: bool, sources: list[str]) -> None:
     check_writable("--out", output_dir)
-    check_apart(output_dir, sources)
+    if not resume:
+        check_apart(output_dir, sources)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if resume or not output_dir.exists() or not any(output_dir.iterdir()):

@@ -10,11 +10,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from reslora_kernels.files.adapter_format import CONFIG_NAME, write_durably
+from reslora_kernels.files.adapter_format import CONFIG_NAME, WEIGHTS_NAME, write_durably
 
 RECORD_NAME = "finetune.json"
 OUTPUTS = ("adapter", "merged", "peft", RECORD_NAME)
 _ASIDE = ".earlier-run"
+_OF_ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")  # learning rates
 _LEFTOVERS = re.compile(rf"\.reslora-.*|\.{re.escape(RECORD_NAME)}\.\d+\.tmp")  # of a run that was killed as it wrote
 
 
@@ -30,6 +31,8 @@ def last_checkpoint(output_dir: Path) -> Path:
         if missing is None:
             return folder
     why = f": {found[0].name} has no whole {lacking[found[0]]}" if found else ""
+    if (output_dir / _ASIDE).exists():
+        why += f"; the run that this one was to replace is in {_ASIDE!r} there: move it back, or --overwrite once more"
     raise FileNotFoundError(f"--resume: {str(output_dir)!r} holds no complete checkpoint{why}")
 
 
@@ -49,8 +52,9 @@ def _lacks(folder: Path) -> str | None:
         sound = False
     if not sound:
         return state.name
-    if not (folder / CONFIG_NAME).is_file():
-        return CONFIG_NAME
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            return name
     theirs = (
         any(folder.glob("global_step*")) or any(folder.glob("optimizer_[0-9]*")) or (folder / "optimizer.bin").exists()
     )
@@ -93,9 +97,11 @@ def bring_back(output_dir: Path) -> None:
 
 
 def drop(output_dir: Path) -> None:
-    """Remove what was set aside."""
+    """Remove what was set aside; a part of it is never brought back."""
     if (output_dir / _ASIDE).exists():
-        shutil.rmtree(output_dir / _ASIDE)
+        going = output_dir / f".reslora-{os.getpid()}.old"
+        os.replace(output_dir / _ASIDE, going)
+        shutil.rmtree(going)
 
 
 def _remove(entry: Path) -> None:
@@ -120,7 +126,7 @@ def check_same_run(output_dir: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"--resume: {path} is damaged: {error!r}") from None
     now = json.loads(json.dumps(settings))
     keys = started.keys() | now.keys()
-    if now["lr_scheduler_type"] == "constant":  # any other learning rate is of the run's length
+    if now["lr_scheduler_type"] in _OF_ANY_LENGTH and (now["warmup_steps"] == 0 or now["warmup_steps"] >= 1):
         keys -= {"max_steps", "num_train_epochs"}
     changed = [
         f"{key} was {started.get(key)!r}, is {now.get(key)!r}"
