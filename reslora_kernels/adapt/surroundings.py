@@ -75,8 +75,8 @@ class Surroundings:
         if active and any(is_fused(owner) for owner in self.fusible):
             refuse_fused(model, self.layers)
         a = self.first.lora_A
-        if not hasattr(a, "ds_id") and (type(a) is not nn.Parameter or a.dim() < 2):  # ZeRO-3 empties parameters, too
-            refuse_flattened(a)
+        if type(a) is not nn.Parameter or a.dim() < 2:
+            self._refuse_flattened(a)
         if active and a.requires_grad and torch.is_grad_enabled() and (ddp := running(model)) is not None:
             meet(ddp, model, a)
         if a.is_meta and a.requires_grad and torch.is_grad_enabled() and offloader(self.first) is not None:
@@ -92,15 +92,25 @@ class Surroundings:
 
         Each stage would get a copy of what it reads, and train it apart.
         """
-        chains = [chain for chain in self.record.chains if len(chain) > 1 and any(chain.reach)]
-        shortcut = self.record.config.shortcut
-        if not chains or shortcut == "middle" or not self.first.lora_A.requires_grad or not _is_pipelined():
+        if not self._reads_across() or not self.first.lora_A.requires_grad or not _is_pipelined():
             return
         raise ValueError(
-            f"torch.distributed.pipelining.pipeline() cuts the traced model, and with shortcut={shortcut!r} each stage "
-            "would train copies of its own of the A and B that it reads of another: make the stages by hand and let "
-            "the chains go on with pipeline_reslora, or take 'none' or 'middle' (for inference: requires_grad_(False))"
+            "torch.distributed.pipelining.pipeline() cuts the traced model, and with "
+            f"shortcut={self.record.config.shortcut!r} each stage would train copies of its own of the A and B that it "
+            "reads of another: make the stages by hand and let the chains go on with pipeline_reslora, or take 'none' "
+            "or 'middle' (for inference: requires_grad_(False))"
         )
+
+    def _refuse_flattened(self, a: Any) -> None:
+        """ValueError in FSDP1's wrapper, but for what PEFT holds and saves there, where no layer reads another's."""
+        under_zero3 = hasattr(a, "ds_id")  # which empties parameters, too
+        if not under_zero3 and (self.record.layers is None or self._reads_across()):
+            refuse_flattened(a)
+
+    def _reads_across(self) -> bool:
+        """Whether a layer reads A or B of another block."""
+        chains = (chain for chain in self.record.chains if len(chain) > 1 and any(chain.reach))
+        return self.record.config.shortcut != "middle" and any(True for _ in chains)
 
     def _note_what_trains(self) -> None:
         """What somebody has unfrozen, which is to be saved though it be frozen again; see ``beside``."""
