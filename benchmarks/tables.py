@@ -132,7 +132,7 @@ def _counts(models: str, tests: list[Comparison]) -> list[list[str]]:
 
 
 def _beside_lora(lines: list[dict[str, Any]]) -> list[Comparison]:
-    """The losses of the shortcuts alone, each in its family; a task with another rank (``--r``) or rate is the same one."""
+    """The losses of the shortcuts alone, each in its family; one with another rank or rate is the same task."""
     results, found = [line for line in lines if "spec" in line], []
     for family in (family for line in lines for family in line.get("compared", ())):
         if "loss" in family["figures"]:

@@ -33,7 +33,6 @@ FLOORS = (  # of the package's files and folders, ground floor first; one import
         "host",
         "quantizers",
         "tuning",
-        "wrappers",
     ),
     ("config", "kernels", "side_channel"),
     ("testing", "backends"),
@@ -56,7 +55,7 @@ INSIDE = {  # the same for the files of a folder; one that is not here must only
     "backends": (("kinds",), ("hopper", "native", "select"), ("torch",), ("triton", "cuda"), ("stubs",)),
     "ops": (("arguments",), ("call", "registered", "grouped"), ("gradients",), ("function",)),
     "layers": (
-        ("initialization", "offloading", "shortcuts"),
+        ("initialization", "offloading", "shortcuts", "wrappers"),
         ("chain", "several"),
         ("adapter",),
         ("standing_in",),

@@ -16,8 +16,8 @@ from ..layers.adapter import AdapterLayer
 from ..layers.experts import ResLoRAExperts, TargetParameter
 from ..layers.kinds import config_of, kind_of, weight_of
 from ..layers.shortcuts import hands_on
+from ..layers.wrappers import modules_of, without_wrappers
 from ..quantizers import keep_order
-from ..wrappers import modules_of, without_wrappers
 from . import trained_tokens
 from .checkpoints import guard, statistics_of, trained_beside, undefined
 from .linking import ChainPlan, Chains, build_chains, confirm_order, names_of_experts, plan_chains

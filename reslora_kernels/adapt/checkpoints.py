@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..dtensors import whole
 from ..layers.adapter import ADAPTER_PARAMETERS, AdapterLayer
-from ..wrappers import without_wrappers
+from ..layers.wrappers import without_wrappers
 from .record import TOKENS, Record, adapted_layers, record_of, root_of
 
 _HEADED = re.compile(r"Classification|QuestionAnswering|MultipleChoice")

@@ -22,8 +22,8 @@ from ..layers.chain import Chain, Entered, SharedInput
 from ..layers.checkpointing import CarryThroughCheckpoints
 from ..layers.kinds import config_of, is_linear, kind_of, link, signature_of
 from ..layers.shortcuts import hands_on
+from ..layers.wrappers import unwrapped, without_wrappers
 from ..quantizers import keep_order
-from ..wrappers import unwrapped, without_wrappers
 from .checkpoints import output_head
 from .execution import Execution, call_with, record_order, undisturbed
 from .execution import example_inputs as derive_inputs

@@ -21,7 +21,7 @@ from ..config import ResLoRAConfig, matches, with_parents
 from ..layers.adapter import AdapterLayer
 from ..layers.offloading import is_hooked, offloader
 from ..layers.tensor_parallel import is_parallelized
-from ..wrappers import at
+from ..layers.wrappers import at
 
 _FACTS = ("dtype", "device", "shape", "ndim", "size", "dim", "requires_grad", "is_cuda")  # nothing of the values
 _JOINTS = {  # what diffusers' attention runs when it is fused, and in whose place

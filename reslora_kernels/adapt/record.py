@@ -14,7 +14,7 @@ from ..checks import check_module
 from ..config import ResLoRAConfig
 from ..layers.adapter import AdapterLayer
 from ..layers.chain import Chain, SharedInput
-from ..wrappers import at, unwrapped, without_wrappers
+from ..layers.wrappers import at, unwrapped, without_wrappers
 
 TOKENS = "trained_tokens"  # the parameter of an embedding that holds the rows which train whole
 

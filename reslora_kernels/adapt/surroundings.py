@@ -23,7 +23,7 @@ from ..layers.adapter import ADAPTER_PARAMETERS, AdapterLayer
 from ..layers.chain import Chain
 from ..layers.offloading import offloader
 from ..layers.quantized_linear import QuantizedResLoRALinear
-from ..wrappers import at, without_wrappers
+from ..layers.wrappers import at, without_wrappers
 from .data_parallel import meet, running
 from .obstacles import has_no_say, is_fused, refuse_fused
 from .record import Record, copied, holds, place_of, refuse_replaced

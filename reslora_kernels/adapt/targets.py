@@ -15,8 +15,8 @@ from ..layers.adapter import AdapterLayer
 from ..layers.experts import TargetParameter
 from ..layers.kinds import is_linear, kind_of, known_kind_of
 from ..layers.offloading import offloader
+from ..layers.wrappers import COMPILED, at, module_at, modules_of, unwrapped
 from ..quantizers import quantizer_of
-from ..wrappers import COMPILED, at, module_at, modules_of, unwrapped
 from .checkpoints import output_head, task_heads
 from .obstacles import read_past, reader_of_given
 

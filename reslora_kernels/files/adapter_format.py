@@ -23,7 +23,7 @@ from .._version import __version__
 from ..adapt.linking import ChainPlan
 from ..config import ResLoRAConfig
 from ..layers.adapter import ADAPTER_PARAMETERS
-from ..wrappers import without_wrappers
+from ..layers.wrappers import without_wrappers
 
 try:
     import fcntl

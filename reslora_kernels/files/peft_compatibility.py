@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import PARAMETER_ADAPTER, matches
 from ..layers.experts import TargetParameter
-from ..wrappers import module_at
+from ..layers.wrappers import module_at
 
 EXPERT_PARTS = {  # how the experts of a checkpoint are called, by model type: (parts of gate_up_proj, down_proj, block)
     "mixtral": (("w1", "w3"), "w2", ("mlp", "block_sparse_moe")),

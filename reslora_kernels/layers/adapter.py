@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..backends.select import BackendChoice
 from ..config import ResLoRAConfig
 from ..dtensors import is_dtensor, whole_shape
-from ..wrappers import module_at
 from .chain import Chain, Neighbours, SharedInput
 from .initialization import fill
 from .several import Beside, Part, not_missed
 from .shortcuts import gates_shape
+from .wrappers import module_at
 
 _BESIDE = "beside_"
 _DETOURS = ("merged", "disabled", "unstarted", "division", "observer", "replacement")

@@ -19,9 +19,9 @@ from ..checks import check_floating
 from ..config import PARAMETER_ADAPTER, ResLoRAConfig, checked_config
 from ..forward_state import recomputing
 from ..ops.grouped import fuses
-from ..wrappers import module_at
 from .adapted_weight import AdaptedWeight
 from .adapter import AdapterLayer
+from .wrappers import module_at
 
 
 @dataclass(frozen=True, eq=False)

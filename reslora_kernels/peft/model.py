@@ -24,9 +24,9 @@ from ..dtensors import initialised, refuse_partitioned, refuse_sharded, refuse_z
 from ..files.peft_export import PREFIX
 from ..layers.adapter import AdapterLayer, not_started
 from ..layers.several import BASE, names_by_module
+from ..layers.wrappers import without_wrappers
 from ..merge.merging import MergeReport, fit_in, merge_reslora, unmerge_reslora
 from ..merge.statistics import Statistics
-from ..wrappers import without_wrappers
 from .layer import ResLoRALayer, adapters_of, refuse_taken_off_hooks
 
 
