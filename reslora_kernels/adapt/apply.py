@@ -16,7 +16,7 @@ from ..layers.adapter import AdapterLayer
 from ..layers.experts import ResLoRAExperts, TargetParameter
 from ..layers.kinds import config_of, kind_of, weight_of
 from ..layers.shortcuts import hands_on
-from ..layers.wrappers import modules_of, without_wrappers
+from ..layers.wrappers import modules_of
 from ..quantizers import keep_order
 from . import trained_tokens
 from .checkpoints import guard, statistics_of, trained_beside, undefined
@@ -110,7 +110,7 @@ def adapt(
     keep_order(model)
     _swap(model, targets, config, configs, autocast_adapter_dtype, init_values)
     trained_tokens.attach(model, record, found, autocast_adapter_dtype)
-    record.layer_names = [without_wrappers(name) for name in targets]
+    record.layer_names = list(targets)
     record.kept |= undefined(model) | trained_beside(model)
     record.statistics = statistics_of(model)
     model.__dict__["_reslora"] = record

@@ -22,7 +22,7 @@ from ..layers.chain import Chain, Entered, SharedInput
 from ..layers.checkpointing import CarryThroughCheckpoints
 from ..layers.kinds import config_of, is_linear, kind_of, link, signature_of
 from ..layers.shortcuts import hands_on
-from ..layers.wrappers import unwrapped, without_wrappers
+from ..layers.wrappers import modules_of, unwrapped
 from ..quantizers import keep_order
 from .checkpoints import output_head
 from .execution import Execution, call_with, record_order, undisturbed
@@ -205,7 +205,7 @@ def _layer_names(module: nn.Module) -> tuple[str, ...]:
 
     The first block of a stage of convolutions has another one in its shortcut, and is like the others all the same.
     """
-    layers = [(without_wrappers(name), part) for name, part in module.named_modules() if kind_of(part) is not None]
+    layers = [(name, part) for name, part in modules_of(module) if kind_of(part) is not None]
     linear = tuple(name for name, part in layers if is_linear(part))
     return linear or ((_ONE if len(layers) == 1 else ("convolutions",)) if layers else ())
 
@@ -323,7 +323,7 @@ def _open_passes(model: nn.Module) -> None:
     groups: dict[str, list[SharedInput]] = {}
     for chain in record.chains:
         ancestors = _common_ancestors(model, [names[id(layer)] for layer in chain.layers])
-        if _hands_on(chain):
+        if passes_on(chain):
             for ancestor in ancestors:
                 chains.setdefault(ancestor, []).append(chain)
         elif chain.reach[0]:
@@ -343,7 +343,7 @@ def _open_passes(model: nn.Module) -> None:
         record.hooks.append(model.get_submodule(ancestor).register_forward_pre_hook(Entered(entered)))
 
 
-def _hands_on(chain: Chain[AdapterLayer]) -> bool:
+def passes_on(chain: Chain[AdapterLayer]) -> bool:
     """Whether the chain's layers pass tensors to each other, so that it needs forward passes opened for it."""
     config = chain.layers[0].config
     return len(chain) > 1 and hands_on(config.shortcut, config.pre_num)

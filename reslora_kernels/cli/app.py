@@ -6,6 +6,7 @@ import importlib
 from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 from typer.core import TyperCommand, TyperGroup
 
 from reslora_kernels._version import __version__
@@ -22,7 +23,7 @@ COMMANDS = {
     "verify": "Check every backend of this machine against the golden vectors.",
 }
 HOMES = {"export": "merge", "verify": "doctor"}  # the modules of commands that have none of their own
-EXPECTED = (ImportError, OSError, RuntimeError, TypeError, ValueError)
+EXPECTED = (ImportError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)  # of safetensors: a full disk
 
 
 class CommandGroup(TyperGroup):
@@ -42,16 +43,11 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except Exception as error:
-            if ctx.params["debug"] or not _is_expected(error):
+        except EXPECTED as error:
+            if ctx.params["debug"]:
                 raise
             fail(str(error) or type(error).__name__)
             raise typer.Exit(2) from None
-
-
-def _is_expected(error: Exception) -> bool:
-    """Whether the message says what to do, without where it arose; of safetensors that a disk is full."""
-    return isinstance(error, EXPECTED) or type(error).__name__ == "SafetensorError"
 
 
 def load_command(name: str) -> Any:

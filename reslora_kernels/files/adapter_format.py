@@ -28,7 +28,7 @@ from ..layers.wrappers import without_wrappers
 try:
     import fcntl
 except ImportError:
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # there is none on Windows
 
 CONFIG_NAME = "reslora_config.json"
 WEIGHTS_NAME = "reslora_model.safetensors"
@@ -136,15 +136,16 @@ def _finish_killed_save(folder: Path) -> None:
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """The folder, made if need be, for this writer alone: all processes of a run may be told to save to it."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = None
-    with suppress(OSError, AttributeError):  # a file system without locks for folders (NFS), or Windows
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
+        with suppress(OSError):  # a file system without locks for folders: NFS
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def write_durably(path: Path, content: bytes) -> None:

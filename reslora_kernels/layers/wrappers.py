@@ -46,5 +46,4 @@ def at(root: nn.Module, name: str) -> nn.Module | None:
 
 def module_at(root: nn.Module, name: str) -> nn.Module:
     """The module of that name itself. AttributeError, as ``get_submodule``, where there is none."""
-    found = at(root, name)
-    return unwrapped(root.get_submodule(name) if found is None else found)
+    return unwrapped(root.get_submodule(name))

@@ -13,6 +13,7 @@ from ..adapt.apply import replace_modules
 from ..adapt.checkpoints import release
 from ..adapt.coverage import table
 from ..adapt.execution import call_with, undisturbed
+from ..adapt.linking import passes_on
 from ..adapt.obstacles import refuse_fused
 from ..adapt.record import (
     Record,
@@ -30,7 +31,6 @@ from ..checks import check_bool, check_int, check_number
 from ..config import MergeMethod, ResLoRAConfig
 from ..dtensors import is_sharded, refuse_fsdp, refuse_partitioned
 from ..layers.adapter import AdapterLayer
-from ..layers.chain import Chain
 from ..layers.quantized_linear import QuantizedResLoRALinear
 from ..layers.shortcuts import hands_on
 from ..quantizers import quantizer_of
@@ -232,7 +232,7 @@ def compute_updates(
         )
     record = record_of(model)
     config = record.config
-    exact = not any(_is_fitted(chain) for chain in record.chains)
+    exact = not any(passes_on(chain) for chain in record.chains)
     method = method or config.merge
     if not exact:
         _check_method(config, method, statistics, calibration, sequential, joint_steps)
@@ -260,12 +260,6 @@ def compute_updates(
         }
         by_layer |= joint_updates(model, fitted, seen, calibration, joint_steps, extra_rank)
     return {name: by_layer[layer] for name, layer in layers.items()}
-
-
-def _is_fitted(chain: Chain[AdapterLayer]) -> bool:
-    """Whether a layer of the chain is handed what no weight of its own can hold."""
-    config = chain.layers[0].config
-    return len(chain) > 1 and hands_on(config.shortcut, config.pre_num)
 
 
 def _check_arguments(
