@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,16 +25,14 @@ from reslora_kernels.cli.options import (
     TargetModules,
     TrustRemoteCode,
     adapted_without_weights,
-    class_for,
+    load_adapted,
     load_model,
     load_model_config,
     make_config,
     model_class,
-    read_adapter_config,
+    read_adapter,
     torch_device,
 )
-from reslora_kernels.files.adapter_format import read
-from reslora_kernels.files.save_load import load_adapter
 
 
 def inspect(
@@ -64,10 +61,9 @@ def inspect(
 
     Only the model's configuration is read, so a model of any size takes seconds. With --device the weights are loaded.
     """
-    saved = None
-    if adapter is not None:
-        config = read_adapter_config(adapter)
-        saved = read(Path(adapter).expanduser())
+    saved = None if adapter is None else read_adapter(adapter)
+    if saved is not None:
+        config = saved.config
     else:
         config = make_config(
             r=r,
@@ -85,13 +81,13 @@ def inspect(
     if device is None:
         adapted = adapted_without_weights(model_config, saved or config, trust_remote_code)
     else:
-        cls = model_class(model_config) if saved is None else class_for(saved, model_config, trust_remote_code)
-        adapted = load_model(
-            "MODEL", model, model_config, cls, dtype="auto", device=device, trust_remote_code=trust_remote_code
-        )
-        adapted = (
-            apply_reslora(adapted, config) if adapter is None else load_adapter(adapted, Path(adapter).expanduser())
-        )
+        loading: dict[str, Any] = {"dtype": "auto", "device": device, "trust_remote_code": trust_remote_code}
+        if adapter is not None and saved is not None:
+            adapted = load_adapted("MODEL", model, model_config, adapter, saved, **loading)
+        else:
+            adapted = apply_reslora(
+                load_model("MODEL", model, model_config, model_class(model_config), **loading), config
+            )
     coverage = coverage_of(adapted)
     if json_output:
         typer.echo(json.dumps({"model": model, "config": config.to_dict(), **coverage.to_dict()}, indent=2))

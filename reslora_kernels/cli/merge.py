@@ -24,7 +24,7 @@ from reslora_kernels.cli.options import (
     load_model_config,
     load_tokenizer,
     out_option,
-    read_adapter_config,
+    read_adapter,
     save_merged,
     tokenizer_source,
     torch_dtype,
@@ -32,7 +32,7 @@ from reslora_kernels.cli.options import (
 from reslora_kernels.cli.output import check_replaceable, whole_folder
 from reslora_kernels.cli.tokenization import Row, encode, max_length_for
 from reslora_kernels.config import MergeMethod, ResLoRAConfig
-from reslora_kernels.files.adapter_format import SavedAdapter, read
+from reslora_kernels.files.adapter_format import SavedAdapter
 from reslora_kernels.files.peft_export import export_peft
 from reslora_kernels.layers.shortcuts import hands_on
 from reslora_kernels.merge.merging import merge_reslora
@@ -65,8 +65,8 @@ class MergeOptions:
         torch_dtype(self.torch_dtype_name)
         device = options.torch_device(self.device)
         fits = (self.sequential, self.joint_steps, self.extra_rank)
-        read_adapter_config(adapter)  # with what to tell who gives another folder
-        needed = check_data(read(Path(adapter).expanduser()), method, self.data, *fits)
+        saved = read_adapter(adapter)
+        needed = check_data(saved, method, self.data, *fits)
         check_replaceable(out, self.overwrite, marker, [adapter, base] + ([] if self.data is None else [self.data]))
         model_config = load_model_config("--base", base, self.trust_remote_code)
         source = tokenizer_source(adapter, base)
@@ -76,10 +76,9 @@ class MergeOptions:
                 self.data, self.split, self.calibration_examples, tokenizer_source=source or ("--base", base),
                 model_config=model_config, max_length=self.max_length, trust_remote_code=self.trust_remote_code,
             )  # fmt: skip
+        loading: dict[str, Any] = {"device": self.device, "trust_remote_code": self.trust_remote_code}
         return Prepared(
-            load_adapted(
-                adapter, base, dtype=self.torch_dtype_name, device=self.device, trust_remote_code=self.trust_remote_code
-            ),
+            load_adapted("--base", base, model_config, adapter, saved, dtype=self.torch_dtype_name, **loading),
             load_tokenizer(*source, self.trust_remote_code) if source is not None else None,
             {"method": method, "calibration": None if batches is None else on_device(batches, device)}
             | dict(zip(("sequential", "joint_steps", "extra_rank"), fits if needed else (False, 0, 0), strict=True)),

@@ -17,7 +17,7 @@ from reslora_kernels.adapt.apply import apply_reslora
 from reslora_kernels.adapt.targets import find_targets
 from reslora_kernels.backends import select
 from reslora_kernels.config import ALL_LINEAR, MergeMethod, ResLoRAConfig
-from reslora_kernels.files.adapter_format import CONFIG_NAME, SavedAdapter, read, read_config
+from reslora_kernels.files.adapter_format import CONFIG_NAME, SavedAdapter, read
 from reslora_kernels.files.save_load import check_fit, load_adapter, settled_chains
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ResLoRAConfig)}
@@ -291,8 +291,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def read_adapter_config(source: str) -> ResLoRAConfig:
-    """The configuration of a saved adapter, before any model is loaded.
+def read_adapter(source: str) -> SavedAdapter:
+    """A saved adapter, before any model is loaded.
 
     Raises:
         OSError, ValueError: the folder holds no adapter, or a damaged one.
@@ -302,7 +302,7 @@ def read_adapter_config(source: str) -> ResLoRAConfig:
         raise FileNotFoundError(f"adapter {source!r} does not exist or is not a folder")
     if not path.is_file():
         raise FileNotFoundError(f"adapter {source!r} holds no {CONFIG_NAME}: {_what_else(path.parent)}")
-    return read_config(path.parent)
+    return read(path.parent)
 
 
 def _what_else(folder: Path) -> str:
@@ -321,23 +321,27 @@ def class_for(saved: SavedAdapter, config: Any, trust_remote_code: bool) -> Any:
     """
     import transformers
 
-    own = model_class(config)
-    for cls in (own, transformers.AutoModelForCausalLM):
+    own, causal = model_class(config), transformers.AutoModelForCausalLM
+    if own in (causal, transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)):
+        return own
+    for cls in (own, causal):
         try:
             found = find_targets(model_without_weights(config, cls, trust_remote_code), saved.config).matched.keys()
-        except ValueError:  # there is no causal model of it, or nothing to adapt
+        except (ValueError, RuntimeError):  # there is no causal model of it, nothing to adapt, or not without weights
             continue
         if found == saved.layers:
             return cls
     return own
 
 
-def load_adapted(adapter: str, base: str, *, dtype: str, device: str, trust_remote_code: bool) -> Any:
-    """The base model with the adapter loaded, in evaluation mode."""
-    config, folder = load_model_config("--base", base, trust_remote_code), Path(adapter).expanduser()
-    cls = class_for(read(folder), config, trust_remote_code)
-    model = load_model("--base", base, config, cls, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return load_adapter(model, folder)
+def load_adapted(
+    option: str, source: str, config: Any, adapter: str, saved: SavedAdapter, *, dtype: str, device: str,
+    trust_remote_code: bool,
+) -> Any:  # fmt: skip
+    """The base model ``source`` with ``adapter``, of which ``saved`` was read, in evaluation mode."""
+    cls = class_for(saved, config, trust_remote_code)
+    model = load_model(option, source, config, cls, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return load_adapter(model, Path(adapter).expanduser())
 
 
 def torch_dtype(name: str) -> Any:

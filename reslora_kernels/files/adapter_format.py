@@ -176,11 +176,6 @@ def checked_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def read_config(path: str | os.PathLike[str]) -> ResLoRAConfig:
-    """The configuration of a saved adapter; errors as for ``load_adapter``. Reads no weights."""
-    return _parsed_config(_config_file(checked_folder(path)).read_bytes())[0].config
-
-
 def read(folder: Path) -> SavedAdapter:
     config = _config_file(folder).read_bytes()
     return parsed(config, _find_weights(folder, _parsed_config(config)[1]))
